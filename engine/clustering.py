@@ -1,0 +1,303 @@
+"""From masks to a verdict: which clients' masks lie with the root model's.
+
+All that is needed is D, the (R, R) matrix of the shares of mask bits in which two rows differ, i.e. of squared distances of 0/1
+vectors. With J the centring matrix, K = -1/2 J D J is the Gram matrix of the centred masks, and its leading eigenvectors times
+the roots of their eigenvalues are the PCA scores. Two rules:
+
+* ``two-stage`` (default): keeps everyone when nobody attacks; deterministic.
+* ``published``: PCA to two dimensions and a Gaussian mixture of two components (SkyMask, ECCV 2024, arXiv 2312.12484, section
+  4.3). It always makes two clusters, so without an attack it rejects a third of the honest clients.
+
+Shapes: N clients, R = N + 1 rows, the root model's row last.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine.bits import hamming_shares
+
+__all__ = ["ClusteredMasks", "Clustering", "cluster_distances", "cluster_masks"]
+
+# The two-stage rule: the constants, and where each comes from.
+SEPARATION = 1.0  # squared distance of two groups over their variance; results are the same from 0.75 to 1.25
+GAP = 1.35  # ratio of one edge to the next where outliers begin; honest label groups come close to it
+SMALLEST_SHARE = 0.2  # of the clients: the honest share that the attack model still allows
+EM_STEPS = 100
+VARIANCE_FLOOR = 1e-3  # of the variance of all scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """How masks are clustered.
+
+    Attributes:
+        rule: ``"two-stage"`` or ``"published"``.
+        seed: of the k-means start of the published rule; the two-stage rule is deterministic.
+    """
+
+    rule: Literal["two-stage", "published"] = "two-stage"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("two-stage", "published"):
+            raise ValueError(f"Clustering.rule must be 'two-stage' or 'published', got {self.rule!r}")
+
+
+@dataclass(frozen=True)
+class ClusteredMasks:
+    """The verdict on N clients.
+
+    Attributes:
+        benign: ``(N,)`` bool, on the device of the masks.
+        num_clusters: 1 if everyone is kept, else 2.
+        scores: ``(R, 2)`` float64, the first two principal components of the masks, root last: the picture of the paper.
+        separation: squared distance of the two sides' centroids over their pooled variance (0 if there is one side).
+        reason: one sentence: why these clients were rejected, or why nobody was.
+    """
+
+    benign: Tensor
+    num_clusters: int
+    scores: Tensor
+    separation: float
+    reason: str
+
+
+def cluster_masks(
+    bits: Tensor,
+    num_params: int,
+    *,
+    alignment: Tensor | None = None,
+    config: Clustering = Clustering(),
+) -> ClusteredMasks:
+    """The verdict from packed bits ``(R, ceil(num_params / 8))`` uint8, root row last; see :func:`cluster_distances`."""
+    if bits.dim() != 2 or bits.dtype != torch.uint8 or bits.shape[1] != -(-num_params // 8):
+        raise ValueError(
+            f"bits must be (R, {-(-num_params // 8)}) uint8 for {num_params} parameters, got {tuple(bits.shape)} {bits.dtype}"
+        )
+    return cluster_distances(hamming_shares(bits, num_params), alignment=alignment, config=config)
+
+
+def cluster_distances(
+    distances: Tensor,
+    *,
+    alignment: Tensor | None = None,
+    config: Clustering = Clustering(),
+) -> ClusteredMasks:
+    """The verdict from the matrix of Hamming shares.
+
+    Args:
+        distances: ``(R, R)``, share of bits in which rows i and j differ, symmetric, 0 on the diagonal, root row last; R >= 2.
+        alignment: ``(N,)`` each client's inner product with the root direction (an update the server trains on the root data);
+            lets the two-stage rule notice that the root row sits with the attackers. None: that check is left out.
+        config: which rule.
+
+    Raises:
+        ValueError: the shapes do not fit, or a value is not finite.
+    """
+    distances = _checked_distances(distances)
+    num_clients = distances.shape[0] - 1
+    if alignment is not None:
+        if tuple(alignment.shape) != (num_clients,) or not torch.isfinite(alignment).all():
+            raise ValueError(
+                f"alignment must be ({num_clients},) finite numbers, one a client, got shape {tuple(alignment.shape)}"
+                f"{'' if torch.isfinite(alignment).all() else ' with NaN or Inf'}"
+            )
+        alignment = alignment.to(distances)
+    scores_R2 = _principal_scores(distances)
+    everyone = torch.ones(num_clients, dtype=torch.bool, device=distances.device)
+    if num_clients < 3:
+        return ClusteredMasks(everyone, 1, scores_R2, 0.0, f"{num_clients} clients are too few to compare: all kept")
+    if not distances.any():
+        return ClusteredMasks(everyone, 1, scores_R2, 0.0, "all masks are equal: all kept")
+    if config.rule == "published":
+        return _published(distances, scores_R2, config.seed)
+    return _two_stage(distances, scores_R2, alignment)
+
+
+def _checked_distances(distances: Tensor) -> Tensor:
+    if distances.dim() != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] < 2:
+        raise ValueError(f"distances must be (R, R) with R >= 2 and the root row last, got {tuple(distances.shape)}")
+    distances = distances.to(torch.float64)
+    if not torch.isfinite(distances).all():
+        raise ValueError("distances must be finite, got NaN or Inf")
+    return distances
+
+
+def _principal_scores(distances_RR: Tensor) -> Tensor:
+    """PCA scores in two dimensions, ``(R, 2)``, from squared distances; a component's largest entry is positive."""
+    centred_RR = distances_RR - distances_RR.mean(0) - distances_RR.mean(1, keepdim=True) + distances_RR.mean()
+    values, vectors = torch.linalg.eigh(-0.5 * centred_RR)
+    values_2 = values[-2:].flip(0).clamp_min(0)
+    vectors_R2 = vectors[:, -2:].flip(1)
+    largest_2 = vectors_R2.gather(0, vectors_R2.abs().argmax(0, keepdim=True))
+    return vectors_R2 * torch.where(largest_2 < 0, -1.0, 1.0) * values_2.sqrt()
+
+
+# --- the two-stage rule -----------------------------------------------------------------------------------------------
+
+
+def _two_stage(distances_RR: Tensor, scores_R2: Tensor, alignment_N: Tensor | None) -> ClusteredMasks:
+    num_clients = distances_RR.shape[0] - 1
+    smallest = SMALLEST_SHARE * num_clients
+    side_R = _two_normals(scores_R2[:, 0])
+    with_root_N = side_R[:-1] == side_R[-1]
+    separation = _separation(distances_RR[:-1, :-1], with_root_N)
+
+    note = ""
+    if alignment_N is not None and _root_is_on_the_wrong_side(alignment_N, with_root_N):
+        with_root_N = ~with_root_N
+        note = " (the root's mask lies with clients that oppose the root direction: the other side is kept)"
+    kept_N = torch.ones_like(with_root_N)
+    reasons = []
+    if separation > SEPARATION and with_root_N.sum() >= smallest and not with_root_N.all():
+        kept_N = with_root_N
+        reasons.append(
+            f"{int((~kept_N).sum())} masks lie apart as one group, {separation:.2f} times the spread of a group away{note}"
+        )
+
+    scattered_N, ratio = _scattered(distances_RR, kept_N, smallest)
+    if scattered_N.any():
+        kept_N = kept_N & ~scattered_N
+        reasons.append(f"{int(scattered_N.sum())} masks lie {ratio:.2f} times further out than honest ones from each other")
+    reason = " and ".join(reasons) or "no group of masks lies further apart than honest clients do: all kept"
+    return ClusteredMasks(kept_N, 1 if kept_N.all() else 2, scores_R2, separation, reason)
+
+
+def _two_normals(x_R: Tensor) -> Tensor:
+    """Labels 0 or 1, ``(R,)``, of a one-dimensional mixture of two normals fitted by EM from the best cut into two means."""
+    num_rows = x_R.shape[0]
+    sorted_R, order = x_R.sort()
+    count_R = torch.arange(1, num_rows, dtype=x_R.dtype, device=x_R.device)
+    left_sum = sorted_R.cumsum(0)[:-1]
+    right_sum = sorted_R.sum() - left_sum
+    # least squares within two groups = most squares between them
+    cut = int((left_sum**2 / count_R + right_sum**2 / (num_rows - count_R)).argmax()) + 1
+    member_R2 = torch.zeros(num_rows, 2, dtype=x_R.dtype, device=x_R.device)
+    member_R2[order[:cut], 0] = 1
+    member_R2[order[cut:], 1] = 1
+
+    floor = VARIANCE_FLOOR * x_R.var(correction=0)
+    for _ in range(EM_STEPS):
+        weight_2 = member_R2.sum(0).clamp_min(torch.finfo(x_R.dtype).tiny)
+        mean_2 = (member_R2 * x_R[:, None]).sum(0) / weight_2
+        variance_2 = ((member_R2 * (x_R[:, None] - mean_2) ** 2).sum(0) / weight_2).clamp_min(floor)
+        log_density_R2 = weight_2.log() - 0.5 * variance_2.log() - 0.5 * (x_R[:, None] - mean_2) ** 2 / variance_2
+        before_R2, member_R2 = member_R2, log_density_R2.softmax(1)
+        if torch.equal(before_R2, member_R2):
+            break
+    return member_R2.argmax(1)
+
+
+def _separation(distances_NN: Tensor, a_N: Tensor) -> float:
+    """Squared distance of the centroids of two sides over their pooled variance; 0 if a side is empty."""
+    num_a, num_b = int(a_N.sum()), int((~a_N).sum())
+    if num_a == 0 or num_b == 0:
+        return 0.0
+    variance_a = distances_NN[a_N][:, a_N].mean() / 2
+    variance_b = distances_NN[~a_N][:, ~a_N].mean() / 2
+    between = distances_NN[a_N][:, ~a_N].mean() - variance_a - variance_b
+    pooled = (num_a * variance_a + num_b * variance_b) / (num_a + num_b)
+    if pooled == 0:
+        return math.inf if between > 0 else 0.0
+    return (between / pooled).item()
+
+
+def _root_is_on_the_wrong_side(alignment_N: Tensor, with_root_N: Tensor) -> bool:
+    if with_root_N.all() or not with_root_N.any():
+        return False
+    return bool(alignment_N[with_root_N].mean() < 0) and bool(alignment_N[~with_root_N].mean() > 0)
+
+
+def _scattered(distances_RR: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor, float]:
+    """Kept clients beyond the first gap in the ways to the root, ``(N,)`` bool, and how wide the gap is.
+
+    A client's way is the path to the root in the minimum spanning tree; its height is the longest edge on it.
+    """
+    nodes = torch.cat([kept_N, kept_N.new_ones(1)]).nonzero().flatten()
+    heights_K = _path_maxima(distances_RR[nodes][:, nodes])
+    ordered_K = heights_K.sort().values
+    scattered_N = torch.zeros_like(kept_N)
+    for k in range(max(1, math.ceil(smallest)), len(ordered_K)):
+        inner, outer = ordered_K[k - 1].item(), ordered_K[k].item()
+        if outer > GAP * inner:
+            scattered_N[nodes[:-1]] = heights_K > inner
+            return scattered_N, outer / inner if inner > 0 else math.inf
+    return scattered_N, 0.0
+
+
+def _path_maxima(distances_RR: Tensor) -> Tensor:
+    """``(R - 1,)``: the longest edge on each row's way to the last row in the minimum spanning tree (Prim's algorithm)."""
+    num_rows = distances_RR.shape[0]
+    root = num_rows - 1
+    height_R = distances_RR.new_zeros(num_rows)
+    edge_R = distances_RR[root].clone()  # the shortest edge into the tree, and the tree's node it leads to
+    parent_R = torch.full((num_rows,), root, device=distances_RR.device)
+    edge_R[root] = math.inf
+    for _ in range(num_rows - 1):
+        node = int(edge_R.argmin())
+        height_R[node] = torch.maximum(height_R[parent_R[node]], edge_R[node])
+        closer_R = (distances_RR[node] < edge_R) & edge_R.isfinite()
+        edge_R = torch.where(closer_R, distances_RR[node], edge_R)
+        parent_R[closer_R] = node
+        edge_R[node] = math.inf
+    return height_R[:-1]
+
+
+# --- the published rule -----------------------------------------------------------------------------------------------
+
+
+def _published(distances_RR: Tensor, scores_R2: Tensor, seed: int) -> ClusteredMasks:
+    labels_R = _gaussian_mixture(scores_R2, _two_means(scores_R2, seed))
+    benign_N = labels_R[:-1] == labels_R[-1]
+    separation = _separation(distances_RR[:-1, :-1], benign_N)
+    if benign_N.all():
+        return ClusteredMasks(benign_N, 1, scores_R2, separation, "the mixture puts every client with the root: all kept")
+    reason = f"{int((~benign_N).sum())} masks are in the component without the root"
+    return ClusteredMasks(benign_N, 2, scores_R2, separation, reason)
+
+
+def _two_means(x_RK: Tensor, seed: int) -> Tensor:
+    """Labels of Lloyd's algorithm from a greedy k-means++ start (Arthur & Vassilvitskii 2007), ``(R,)``."""
+    generator = torch.Generator().manual_seed(seed)
+    first = int(torch.randint(len(x_RK), (), generator=generator))
+    squared_R = ((x_RK - x_RK[first]) ** 2).sum(1)
+    # of two draws the one that leaves less to explain, as scikit-learn does for two clusters
+    draws = torch.multinomial(squared_R.cpu(), 2, replacement=True, generator=generator).tolist()
+    left = [torch.minimum(squared_R, ((x_RK - x_RK[draw]) ** 2).sum(1)).sum() for draw in draws]
+    centre_2K = x_RK[[first, draws[0] if left[0] <= left[1] else draws[1]]]
+    labels_R = torch.zeros(len(x_RK), dtype=torch.long, device=x_RK.device)
+    for _ in range(300):
+        before_R, labels_R = labels_R, torch.cdist(x_RK, centre_2K).argmin(1)
+        if torch.equal(before_R, labels_R) or labels_R.min() == labels_R.max():
+            break
+        centre_2K = torch.stack([x_RK[labels_R == side].mean(0) for side in (0, 1)])
+    return labels_R
+
+
+def _gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
+    """Labels of two normals with full covariances, fitted by EM from hard labels; scikit-learn's defaults."""
+    regularisation, tolerance, max_steps = 1e-6, 1e-3, 100
+    num_rows, num_dims = x_RK.shape
+    member_R2 = torch.nn.functional.one_hot(labels_R, 2).to(x_RK)
+    likelihood = -math.inf
+    for _ in range(max_steps):
+        weight_2 = member_R2.sum(0) + 10 * torch.finfo(x_RK.dtype).eps
+        mean_2K = member_R2.T @ x_RK / weight_2[:, None]
+        offset_2RK = x_RK - mean_2K[:, None]
+        covariance_2KK = (offset_2RK * member_R2.T[..., None]).mT @ offset_2RK / weight_2[:, None, None]
+        covariance_2KK += regularisation * torch.eye(num_dims, dtype=x_RK.dtype, device=x_RK.device)
+        factor_2KK = torch.linalg.cholesky(covariance_2KK)
+        white_2KR = torch.linalg.solve_triangular(factor_2KK, offset_2RK.mT, upper=False)
+        log_det_2 = factor_2KK.diagonal(dim1=1, dim2=2).log().sum(1)
+        log_density_R2 = (
+            (weight_2 / num_rows).log() - log_det_2 - 0.5 * num_dims * math.log(2 * math.pi) - 0.5 * (white_2KR**2).sum(1).T
+        )
+        before, likelihood = likelihood, log_density_R2.logsumexp(1).mean().item()
+        member_R2 = log_density_R2.softmax(1)
+        if abs(likelihood - before) < tolerance:
+            break
+    return member_R2.argmax(1)

@@ -1,0 +1,108 @@
+"""A model's loss on the root data as a function of one flat parameter vector."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+
+__all__ = ["FlatModel"]
+
+Buffers = Literal["batch", "fixed"]
+
+
+class FlatModel:
+    """``loss(params) -> ()`` for a module and root data, differentiable in the flat ``(P,)`` vector ``params``.
+
+    Parameters are the trainable ones, flattened in ``named_parameters()`` order; frozen ones and buffers stay as they are in
+    ``module``, which is copied, never modified. Dropout is off.
+
+    Args:
+        module: any ``nn.Module`` whose output ``loss_fn`` takes.
+        inputs: ``(n, ...)`` root inputs, n >= 1.
+        labels: ``(n, ...)`` root labels.
+        loss_fn: ``loss_fn(outputs, labels) -> ()``.
+        buffers: what batch norm normalises with: ``"batch"`` the statistics of the root batch, ``"fixed"`` mean 0 and
+            variance 1 (what SkyMask's published code does; it breaks a trained network and is here for parity only).
+
+    Raises:
+        ValueError: no trainable parameter, no root data, unequal numbers of inputs and labels, unknown ``buffers``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        buffers: Buffers = "batch",
+    ) -> None:
+        if len(inputs) == 0 or len(inputs) != len(labels):
+            raise ValueError(
+                f"root_inputs and root_labels must have the same number of samples, at least 1, "
+                f"got {len(inputs)} and {len(labels)}; without trusted root data there is no verdict"
+            )
+        if buffers not in ("batch", "fixed"):
+            raise ValueError(f"buffers must be 'batch' or 'fixed', got {buffers!r}")
+        self._module = copy.deepcopy(module).eval()
+        _set_norm_statistics(self._module, buffers)
+        self._inputs = inputs.detach()
+        self._labels = labels.detach()
+        self._loss_fn = loss_fn
+        shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+        if not shapes:
+            raise ValueError("module must have at least one parameter with requires_grad=True, got none")
+        self.shapes: dict[str, torch.Size] = shapes
+        self.layer_sizes: tuple[int, ...] = tuple(math.prod(shape) for shape in shapes.values())
+        self.num_params: int = sum(self.layer_sizes)
+        self.initial_params: Tensor = self.flatten(dict(module.named_parameters()))
+
+    def __call__(self, params_P: Tensor) -> Tensor:
+        """The root loss, ``()``, of the model with parameters ``params_P``, ``(P,)``."""
+        return self._loss_fn(functional_call(self._module, self.unflatten(params_P), (self._inputs,)), self._labels)
+
+    def unflatten(self, vector_P: Tensor) -> dict[str, Tensor]:
+        """Views of a ``(P,)`` vector under the parameters' names and shapes."""
+        parts = vector_P.split(self.layer_sizes)
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """A new ``(P,)`` vector of the named tensors; other names are ignored.
+
+        Raises:
+            ValueError: a parameter is missing, or has another shape.
+        """
+        missing = [name for name in self.shapes if name not in tensors]
+        if missing:
+            raise ValueError(f"missing {', '.join(missing)}")
+        for name, shape in self.shapes.items():
+            if tensors[name].shape != shape:
+                raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensors[name].shape)}")
+        return torch.cat([tensors[name].detach().reshape(-1) for name in self.shapes])
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """A copy on another device or in another floating dtype; arguments as of ``nn.Module.to``."""
+        other = copy.copy(self)
+        other._module = copy.deepcopy(self._module).to(*args, **kwargs)
+        other.initial_params = self.initial_params.to(*args, **kwargs)
+        other._inputs = self._inputs.to(*args, **kwargs)
+        device = other.initial_params.device
+        other._labels = self._labels.to(*args, **kwargs) if self._labels.is_floating_point() else self._labels.to(device)
+        return other
+
+
+def _set_norm_statistics(module: nn.Module, buffers: Buffers) -> None:
+    for layer in module.modules():
+        if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.running_var is not None:
+            if buffers == "batch":
+                # without running statistics these layers use the batch's, in eval mode too
+                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            else:
+                layer.running_mean.zero_()
+                layer.running_var.fill_(1)

@@ -1,0 +1,145 @@
+"""``train_masks``: checks, choice of the solver, and the result."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine.memory import explain_out_of_memory
+from skymask_gpu.engine.solvers import fused, reference, vmap
+from skymask_gpu.engine.solvers.solution import Loss, Solution
+from skymask_gpu.engine.training_config import MaskTraining
+from skymask_gpu.kernels import why_not
+
+__all__ = ["SOLVERS", "TrainedMasks", "train_masks", "why_not_solver"]
+
+
+class _Train(Protocol):
+    def __call__(
+        self, updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool
+    ) -> Solution: ...
+
+
+SOLVERS: dict[str, _Train] = {"reference": reference.train, "vmap": vmap.train, "fused": fused.train}
+
+
+@dataclass(frozen=True)
+class TrainedMasks:
+    """The masks of R rows over P parameters.
+
+    Attributes:
+        bits: ``(R, ceil(P / 8))`` uint8; bit j of byte b is parameter 8 b + j; padding bits are 0.
+        num_params: P.
+        logits: ``(R, P)`` float32 (float64 for float64 updates), or None if not kept.
+        losses: the root loss before each step.
+        steps: the steps taken.
+        solver: the name of the solver that ran.
+        solver_reason: why that one.
+        seconds: wall time, under ``"mask_training"``.
+    """
+
+    bits: Tensor
+    num_params: int
+    logits: Tensor | None
+    losses: list[float]
+    steps: int
+    solver: str
+    solver_reason: str
+    seconds: dict[str, float]
+
+
+def why_not_solver(solver: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``solver`` cannot run on ``device`` with updates of ``dtype``; None if it can."""
+    return why_not(device, dtype) if solver == "fused" else None
+
+
+def train_masks(
+    updates: Tensor,
+    global_params: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    *,
+    config: MaskTraining = MaskTraining(),
+    solver: str = "auto",
+    keep_logits: bool = False,
+) -> TrainedMasks:
+    """Train one mask per row and parameter on the root loss (SkyMask, ECCV 2024, arXiv 2312.12484, section 4.2).
+
+    The masked model is ``global_params + A``, A being the mean of the updates weighted by sigmoid(logits) in each parameter.
+
+    Args:
+        updates: ``(R, P)``, local minus global parameters, root model's row last; float32, bfloat16 or float64. Not modified.
+        global_params: ``(P,)`` on the same device.
+        loss: ``loss(params (P,)) -> ()``, differentiable; :class:`FlatModel` makes one.
+        config: steps, learning rate, clip and threshold.
+        solver: ``"reference"``, ``"vmap"``, ``"fused"`` or ``"auto"``.
+        keep_logits: return the final logits too, at 4 R P bytes.
+
+    Returns:
+        The packed mask bits, and what was measured on the way.
+
+    Raises:
+        ValueError: an argument does not fit, the solver cannot run here, or the root loss is not finite.
+        torch.OutOfMemoryError: the device has too little memory; the message says how much is needed.
+    """
+    _check(updates, global_params)
+    name, reason = _choose(solver, updates)
+    num_rows, num_params = updates.shape
+    logit_bytes = num_rows * num_params * (8 if updates.dtype == torch.float64 else 4)
+    start = time.perf_counter()
+    with explain_out_of_memory(
+        f"solver {name!r} on {num_rows} rows of {num_params} parameters",
+        logit_bytes,
+        updates.device,
+        "pass the updates in bfloat16, aggregate fewer clients at once, or use a device with more memory",
+    ):
+        solution = SOLVERS[name](updates.detach(), global_params.detach(), loss, config, keep_logits)
+    for step, value in enumerate(solution.losses):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"updates: the root loss is {value} at mask step {step}; some row drives the masked model out of range "
+                "(SkyMask.aggregate names and rejects such clients)"
+            )
+    return TrainedMasks(
+        bits=solution.bits,
+        num_params=num_params,
+        logits=solution.logits_RP,
+        losses=solution.losses,
+        steps=len(solution.losses),
+        solver=name,
+        solver_reason=reason,
+        seconds={"mask_training": time.perf_counter() - start},
+    )
+
+
+def _choose(solver: str, updates: Tensor) -> tuple[str, str]:
+    """The solver to run and why."""
+    if solver == "auto":
+        reason = why_not_solver("fused", updates.device, updates.dtype)
+        if reason is None:
+            return "fused", f"auto: exact and one pass a step on {updates.device.type}"
+        return "vmap", f"auto: fused cannot run here: {reason}"
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)} or auto, got {solver!r}")
+    reason = why_not_solver(solver, updates.device, updates.dtype)
+    if reason is not None:
+        raise ValueError(f"solver {solver!r} cannot run here: {reason}; solver='auto' picks one that can")
+    return solver, "asked for"
+
+
+def _check(updates: Tensor, global_params: Tensor) -> None:
+    if not isinstance(updates, Tensor) or updates.dim() != 2 or 0 in updates.shape:
+        got = tuple(updates.shape) if isinstance(updates, Tensor) else type(updates).__name__
+        raise ValueError(f"updates must be a non-empty (R, P) tensor with the root row last, got {got}")
+    if updates.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"updates must be float32, bfloat16 or float64, got {updates.dtype}; cast with updates.float()")
+    if not isinstance(global_params, Tensor) or tuple(global_params.shape) != (updates.shape[1],):
+        got = tuple(global_params.shape) if isinstance(global_params, Tensor) else type(global_params).__name__
+        raise ValueError(f"global_params must have shape ({updates.shape[1]},), one a column of updates, got {got}")
+    if global_params.device != updates.device:
+        raise ValueError(
+            f"global_params must be on {updates.device} like updates, got {global_params.device}; move it with .to()"
+        )

@@ -1,0 +1,56 @@
+"""The truth and the baseline: plain PyTorch, one client and one layer at a time, autograd for the masks.
+
+Imports torch and the settings only. Written for the reader; everything else in this folder is checked against it.
+"""
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine.solvers.solution import Loss, Solution
+from skymask_gpu.engine.training_config import MaskTraining
+
+
+def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+    dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
+    layer_sizes = getattr(loss, "layer_sizes", (updates_RP.shape[1],))
+    updates = [[layer.to(dtype) for layer in row.split(layer_sizes)] for row in updates_RP]  # [client][layer]
+    logits = [[torch.full_like(layer, config.init).requires_grad_() for layer in client] for client in updates]
+    all_logits = [layer_logits for client in logits for layer_logits in client]
+    global_params_P = global_params_P.to(dtype)
+
+    losses: list[float] = []
+    for _ in range(config.steps):
+        mean_update = []
+        for layer in range(len(layer_sizes)):
+            gates = [torch.sigmoid(client[layer]) for client in logits]
+            weighted = [gate * client[layer] for gate, client in zip(gates, updates, strict=True)]
+            mean_update.append(_sum(weighted) / _sum(gates))
+        value = loss(global_params_P + torch.cat(mean_update))
+        gradients = torch.autograd.grad(value, all_logits)
+        with torch.no_grad():
+            for layer_logits, gradient in zip(all_logits, gradients, strict=True):
+                # in units of the clip, so that a full step is exactly lr * clip
+                layer_logits -= (gradient / config.grad_clip).clamp(-1, 1) * config.full_step
+        losses.append(value.item())
+        if config.is_plateau(losses):
+            break
+
+    logits_RP = torch.stack([torch.cat(client) for client in logits]).detach()
+    return Solution(_pack(logits_RP > config.logit_threshold), logits_RP if keep_logits else None, losses)
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
+
+
+def _pack(bits_RP: Tensor) -> Tensor:
+    """Eight bits a byte, the first parameter in the lowest bit."""
+    num_rows, num_params = bits_RP.shape
+    packed = torch.zeros(num_rows, -(-num_params // 8), dtype=torch.uint8, device=bits_RP.device)
+    for j in range(8):
+        column_bits = bits_RP[:, j::8].to(torch.uint8)
+        packed[:, : column_bits.shape[1]] |= column_bits << j
+    return packed

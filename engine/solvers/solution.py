@@ -1,0 +1,27 @@
+"""What a solver returns, and the evaluation of the loss that the batched solvers share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Masks as a solver leaves them."""
+
+    bits: Tensor  # (R, ceil(P / 8)) uint8
+    logits_RP: Tensor | None
+    losses: list[float]  # one a step, before the step
+
+
+def loss_and_gradient(loss: Loss, params_P: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, ``()``, and its gradient, ``(P,)``, both detached; the loss is NaN where the gradient is not finite."""
+    params_P = params_P.detach().requires_grad_()
+    with torch.enable_grad():
+        value = loss(params_P)
+        (grad_P,) = torch.autograd.grad(value, params_P)
+    return torch.where(grad_P.isfinite().all(), value.detach(), torch.nan), grad_P

@@ -1,0 +1,63 @@
+"""All rows at once with ``torch.func.vmap``: no custom kernel, the gradient of each row's logits by autograd."""
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from skymask_gpu.engine.memory import in_column_tiles
+from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradient
+from skymask_gpu.engine.training_config import MaskTraining
+from skymask_gpu.kernels import last_step_reference
+
+
+def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+    dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
+    num_rows, num_params = updates_RP.shape
+    global_params_P = global_params_P.to(dtype)
+    logits_RP = torch.full((num_rows, num_params), config.init, dtype=dtype, device=updates_RP.device)
+    gate_sum_P = torch.empty(num_params, dtype=dtype, device=updates_RP.device)
+    mean_P = torch.empty_like(gate_sum_P)
+
+    def gather(begin: int, end: int) -> None:
+        columns = slice(begin, end)
+        gates, weighted = vmap(_gate_and_weighted)(logits_RP[:, columns], updates_RP[:, columns].to(dtype))
+        gate_sum_P[columns] = gates.sum(0)
+        mean_P[columns] = weighted.sum(0) / gate_sum_P[columns]
+
+    losses: list[float] = []
+    for _ in range(config.steps):
+        in_column_tiles(gather, num_params)
+        value, grad_P = loss_and_gradient(loss, global_params_P + mean_P)
+
+        def step(begin: int, end: int, grad_P: Tensor = grad_P) -> None:
+            columns = slice(begin, end)
+            gradient = vmap(grad(_first_order_loss), in_dims=(0, 0, None, None, None))(
+                logits_RP[:, columns],
+                updates_RP[:, columns].to(dtype),
+                mean_P[columns],
+                gate_sum_P[columns],
+                grad_P[columns],
+            )
+            logits_RP[:, columns] -= (gradient / config.grad_clip).clamp(-1, 1) * config.full_step
+
+        in_column_tiles(step, num_params)
+        losses.append(value.item())
+        if config.is_plateau(losses):
+            break
+
+    # a step of slope 0 moves nothing: only the packing is used
+    still_P = torch.zeros_like(mean_P)
+    bits = last_step_reference(
+        updates_RP, logits_RP, still_P, still_P, init=config.init, full_step=0.0, threshold=config.logit_threshold
+    )
+    return Solution(bits, logits_RP if keep_logits else None, losses)
+
+
+def _gate_and_weighted(logits_P: Tensor, update_P: Tensor) -> tuple[Tensor, Tensor]:
+    gate_P = torch.sigmoid(logits_P)
+    return gate_P, gate_P * update_P
+
+
+def _first_order_loss(logits_P: Tensor, update_P: Tensor, mean_P: Tensor, gate_sum_P: Tensor, grad_P: Tensor) -> Tensor:
+    """What one row's logits add to the loss to first order: its gradient is that of the loss (quotient rule)."""
+    return (grad_P * torch.sigmoid(logits_P) * (update_P - mean_P) / gate_sum_P).sum()

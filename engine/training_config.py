@@ -1,0 +1,64 @@
+"""The settings of mask training, and what every solver derives from them."""
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["MaskTraining"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskTraining:
+    """How masks are trained (SkyMask, ECCV 2024, arXiv 2312.12484; the defaults are those of its code for the CNN).
+
+    Attributes:
+        steps: gradient steps on the whole root set, at least 1.
+        lr: learning rate of the logits, > 0 (the paper's code: 1e7 for the CNN, 1e8 for ResNet-20).
+        grad_clip: bound on each element of the logits' gradient, > 0.
+        init: initial logit of every client and parameter.
+        threshold: a bit is 1 where sigmoid(logit) > threshold; in (0, 1).
+        check_every: after steps 0, check_every, 2 * check_every, ... the loss is compared with the last check.
+        min_improvement: training stops where the loss fell by less than this since the last check.
+    """
+
+    steps: int = 20
+    lr: float = 1e7
+    grad_clip: float = 1e-7
+    init: float = 1.0
+    threshold: float = 0.5
+    check_every: int = 10
+    min_improvement: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "check_every"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"MaskTraining.{name} must be an integer of at least 1, got {value!r}")
+        for name in ("lr", "grad_clip"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ValueError(f"MaskTraining.{name} must be a finite number above 0, got {value!r}")
+        for name in ("init", "min_improvement"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"MaskTraining.{name} must be a finite number, got {value!r}")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"MaskTraining.threshold must lie between 0 and 1, got {self.threshold!r}")
+
+    @property
+    def full_step(self) -> float:
+        """What a clipped gradient moves a logit by, lr * grad_clip; 1.0 exactly with the defaults."""
+        return self.lr * self.grad_clip
+
+    @property
+    def logit_threshold(self) -> float:
+        """The threshold as a logit; 0.0 exactly for 0.5. A logit that equals it gives bit 0."""
+        return math.log(self.threshold / (1 - self.threshold))
+
+    def is_check(self, step: int) -> bool:
+        """Whether the loss of ``step`` is compared with that of the check before it."""
+        return step > 0 and step % self.check_every == 0
+
+    def is_plateau(self, losses: list[float]) -> bool:
+        """Whether training ends with the newest step: ``losses`` has one entry a step, the newest a check's."""
+        step = len(losses) - 1
+        return self.is_check(step) and not losses[step - self.check_every] - losses[step] >= self.min_improvement

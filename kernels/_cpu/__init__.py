@@ -1,0 +1,1 @@
+"""CPU implementations in Numba; imported only from inside the public functions."""

@@ -1,0 +1,52 @@
+"""Packaging: the three top-level folders ship as sub-packages of ``skymask_gpu``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOTS = {
+    "skymask_gpu": "skymask_gpu",
+    "skymask_gpu.kernels": "kernels",
+    "skymask_gpu.engine": "engine",
+    "skymask_gpu.bench": "bench",
+}
+
+# Enough to aggregate updates; Triton comes with every CUDA build of torch.
+REQUIRED = [
+    "torch>=2.11,<2.14",
+    "numpy>=1.26",
+    "safetensors>=0.4",
+    "numba>=0.61",
+    "typer>=0.12",
+    "rich>=13",
+]
+# `skymask-gpu run`: data sets, plots and the HTML report.
+RUN = ["scikit-learn>=1.4", "matplotlib>=3.8", "jinja2>=3.1"]
+# Without a GPU, Triton is needed only by the tests (interpreter and offline compile).
+TEST = [
+    *RUN,
+    "triton>=3.6,<3.10; platform_system == 'Linux'",
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "pytest-benchmark>=4",
+    "hypothesis>=6.100",
+]
+DEV = [*TEST, "ruff>=0.6", "mypy>=1.11", "build>=1.2"]
+
+setup(
+    name="skymask-gpu",
+    version="0.1.0",
+    description="SkyMask, the mask-based defence of federated learning, at the cost of averaging",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir=ROOTS,
+    packages=[
+        package for name, folder in ROOTS.items() for package in [name, *(f"{name}.{child}" for child in find_packages(folder))]
+    ],
+    package_data={"skymask_gpu": ["py.typed"], "skymask_gpu.report": ["*.html.j2"]},
+    install_requires=REQUIRED,
+    extras_require={"run": RUN, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["skymask-gpu=skymask_gpu.cli:main"]},
+)

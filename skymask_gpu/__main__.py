@@ -1,0 +1,5 @@
+"""``python -m skymask_gpu``."""
+
+from skymask_gpu.cli import main
+
+main()

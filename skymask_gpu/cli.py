@@ -1,0 +1,209 @@
+"""The command line: ``skymask-gpu aggregate | run | info``."""
+
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from skymask_gpu.defence import Aggregation, SkyMask
+from skymask_gpu.engine import FlatModel
+from skymask_gpu.files import read_tensors, write_tensors, write_text
+from skymask_gpu.info import capabilities, versions
+from skymask_gpu.user_files import UserUpdates, load_module, load_root, load_updates
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="SkyMask, the mask-based defence of federated learning.")
+console = Console()
+errors = Console(stderr=True)
+
+# Rows of a verdict table that still fit on a screen; all are in the JSON report.
+_TABLE_ROWS = 40
+
+
+def main() -> None:
+    """Run the command line; a wrong argument ends it with one line and exit code 2."""
+    warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning:[/] {message}", highlight=False)
+    try:
+        app()
+    except (ValueError, torch.OutOfMemoryError) as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def info() -> None:
+    """What can run here, and why not."""
+    table = Table("", "", show_header=False, box=None)
+    for name, version in versions():
+        table.add_row(name, version)
+    console.print(table)
+    table = Table("what", "runs", "detail")
+    for what, answer, detail in capabilities():
+        table.add_row(what, f"[{'green' if answer == 'yes' else 'red'}]{answer}[/]", detail)
+    console.print(table)
+
+
+@app.command()
+def aggregate(
+    global_model: Annotated[Path, typer.Option("--global", help="State dict of the global model, safetensors.")],
+    updates: Annotated[
+        Path, typer.Option(help="A folder with one safetensors state dict a client, or a file with one stacked (N, P) tensor.")
+    ],
+    model: Annotated[str, typer.Option(help="The model's class, file.py:Class, callable without arguments.")],
+    root: Annotated[Path, typer.Option(help="Clean root data: npz with arrays 'inputs' and 'labels'.")],
+    out: Annotated[Path, typer.Option(help="Where to write the new global model, safetensors.")],
+    json_report: Annotated[Path | None, typer.Option("--json", help="Where to write the verdict as JSON.")] = None,
+    local_models: Annotated[
+        bool, typer.Option("--local-models", help="The clients' files hold local models, not updates (local minus global).")
+    ] = False,
+    server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
+    solver: Annotated[str, typer.Option(help="reference, vmap, fused or auto.")] = "auto",
+) -> None:
+    """Judge the clients of one round, and write the global model with the benign updates added."""
+    try:
+        global_state, metadata = read_tensors(global_model)
+    except ValueError as error:
+        raise ValueError(f"--global: {error}") from error
+    module = load_module(model, global_state)
+    root_inputs, root_labels = load_root(root)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    defence = SkyMask(module, root_inputs, root_labels, solver=solver, device=device)
+    flat = FlatModel(module, root_inputs, root_labels)
+    sent = load_updates(updates, flat, global_state, local_models=local_models)
+    with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
+        result = defence.aggregate(sent.updates)
+
+    _print_verdict(result, sent)
+    new_state = dict(global_state)
+    new_params = flat.initial_params + server_lr * result.update.cpu()
+    new_state.update({name: value.to(global_state[name].dtype) for name, value in flat.unflatten(new_params).items()})
+    new_state.update({name: value.to(global_state[name].dtype) for name, value in result.buffers.items()})
+    write_tensors(out, new_state, metadata)
+    console.print(f"new global model: {out}")
+    if json_report is not None:
+        write_text(json_report, _verdict_json(result, sent))
+        console.print(f"verdict: {json_report}")
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The run's TOML file; examples/ has some.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics, plots and report; default runs/NAME.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set's standard files.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run left off.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where there are results already.")] = False,
+) -> None:
+    """Simulate a federated run round by round, and report it with plots and one HTML page."""
+    from dataclasses import replace
+
+    from skymask_gpu.federation.config import read_config
+    from skymask_gpu.federation.rounds import METRICS
+
+    runs = read_config(config)
+    if data_dir is not None:
+        runs = [replace(r, data=replace(r.data, data_dir=str(data_dir))) for r in runs]
+    folder = out or Path("runs") / config.stem
+    folders = [folder / r.name if len(runs) > 1 else folder for r in runs]
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    for existing in folders:
+        if (existing / METRICS).exists() and overwrite:
+            shutil.rmtree(existing)
+        elif (existing / METRICS).exists() and not resume:
+            raise ValueError(f"--out: {existing} holds results already; go on with --resume or start anew with --overwrite")
+    _play(runs, folders, folder, title=config.stem)
+
+
+def _play(runs: list[Any], folders: list[Path], folder: Path, title: str) -> None:
+    try:
+        from skymask_gpu.federation.rounds import Federation, run_rounds
+        from skymask_gpu.report.page import write_report
+        from skymask_gpu.report.summary import COLUMNS, load_run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"skymask-gpu run needs {error.name}: pip install 'skymask-gpu[run]'") from error
+
+    progress = Progress(
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+    with progress:
+        for config, run_folder in zip(runs, folders, strict=True):
+            task = progress.add_task(config.name, total=config.rounds, status="loading")
+            federation = Federation.build(config)
+            progress.update(task, status="")
+            for record in run_rounds(federation, run_folder):
+                progress.update(task, completed=record["round"] + 1, status=_status(record))
+            progress.update(task, completed=config.rounds)
+    finished = [load_run(config, run_folder) for config, run_folder in zip(runs, folders, strict=True)]
+    report = write_report(title, finished, folder)
+    table = Table(*COLUMNS, title=f"{title}: after {max(r.rounds for r in runs)} rounds")
+    for run_ in finished:
+        table.add_row(*run_.row())
+    console.print(table)
+    console.print(
+        "accuracy after the last round; FPR: honest clients rejected, FNR: attackers kept, means over the rounds; "
+        "s/round: aggregation, median",
+        style="dim",
+    )
+    for name, path in (("plot", report.rounds), ("masks", report.masks), ("report", report.page)):
+        if path is not None:
+            console.print(f"{name + ':':8}{path}", soft_wrap=True)
+
+
+def _status(record: dict[str, Any]) -> str:
+    false_negatives = record["false_negative_rate"]
+    kept = "" if false_negatives is None else f", attackers kept {false_negatives:.0%}"
+    return f"accuracy {record['accuracy']:.1%}, honest rejected {record['false_positive_rate']:.0%}{kept}"
+
+
+def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:
+    table = Table("client", "verdict", "reason", title="SkyMask")
+    rejected = [(sent.names[client], reason) for client, reason in result.rejected.items()]
+    rejected += sent.unreadable.items()
+    for name, reason in rejected[:_TABLE_ROWS]:
+        table.add_row(name, "[red]rejected[/]", reason)
+    if len(rejected) > _TABLE_ROWS:
+        table.add_row(f"... {len(rejected) - _TABLE_ROWS} more", "[red]rejected[/]", "all are in the --json report")
+    benign = [name for name, good in zip(sent.names, result.benign.tolist(), strict=True) if good]
+    shown = ", ".join(benign[:5]) + (", ..." if len(benign) > 5 else "")
+    table.add_row(f"{len(benign)} clients", "[green]benign[/]", shown)
+    console.print(table)
+    losses = result.masks.losses
+    console.print(
+        f"{result.masks.solver} ({result.masks.solver_reason}), {result.masks.steps} mask steps, "
+        f"root loss {losses[0]:.4g} -> {losses[-1]:.4g}, {result.seconds['total']:.2f} s on {result.device}",
+        soft_wrap=True,
+    )
+
+
+def _verdict_json(result: Aggregation, sent: UserUpdates) -> str:
+    import json
+
+    clients = {
+        name: {"benign": good, "reason": result.rejected.get(client)}
+        for client, (name, good) in enumerate(zip(sent.names, result.benign.tolist(), strict=True))
+    }
+    clients.update({name: {"benign": False, "reason": reason} for name, reason in sent.unreadable.items()})
+    report = {
+        "clients": clients,
+        "num_clusters": result.clusters.num_clusters,
+        "reason": result.clusters.reason,
+        "solver": result.masks.solver,
+        "solver_reason": result.masks.solver_reason,
+        "mask_steps": result.masks.steps,
+        "root_losses": result.masks.losses,
+        "seconds": result.seconds,
+        "device": str(result.device),
+    }
+    return json.dumps(report, indent=2) + "\n"

@@ -1,0 +1,276 @@
+"""``SkyMask``: clients' updates in, the mean of the benign ones and a verdict on each client out."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skymask_gpu.collect import Collected, Updates, collect, drives_loss_out_of_range, far_out, row_norms
+from skymask_gpu.engine import (
+    ClusteredMasks,
+    Clustering,
+    FlatModel,
+    MaskTraining,
+    TrainedMasks,
+    cluster_masks,
+    train_masks,
+)
+from skymask_gpu.root import RootTraining, root_direction
+
+__all__ = ["Aggregation", "SkyMask"]
+
+# Elements of a temporary made from columns of the updates.
+_CHUNK_ELEMENTS = 2**24
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """One round's verdict.
+
+    Attributes:
+        update: ``(P,)`` float32, the mean update of the benign clients; the server adds ``server_lr`` times it.
+        benign: ``(N,)`` bool, on ``device``.
+        rejected: client -> reason, for every client that is not benign.
+        masks: the trained masks; rows are ``clients`` in order, then the root model.
+        clusters: the verdict on the clients that have a mask.
+        clients: ``(K,)`` the numbers of the clients that have a mask.
+        buffers: mean over the benign clients of the buffers (batch-norm statistics) they sent, by name.
+        seconds: wall time by phase.
+        device: where it ran.
+    """
+
+    update: Tensor
+    benign: Tensor
+    rejected: dict[int, str]
+    masks: TrainedMasks
+    clusters: ClusteredMasks
+    clients: Tensor
+    buffers: dict[str, Tensor]
+    seconds: dict[str, float]
+    device: torch.device
+
+
+@dataclass
+class _Stopwatch:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+class SkyMask:
+    """The SkyMask defence (Yan et al., ECCV 2024, arXiv 2312.12484).
+
+    Args:
+        module: the model; its trainable parameters are those of an update, in ``named_parameters()`` order. Not modified.
+        root_inputs: ``(n, ...)`` clean samples the server trusts (the paper uses 100).
+        root_labels: ``(n, ...)``.
+        training: how masks are trained.
+        clustering: how masks become a verdict.
+        root_training: how the server trains the root direction.
+        solver: see :func:`skymask_gpu.engine.train_masks`.
+        device: where to work; None: where each call's updates are (state dicts: where the module is).
+        loss_fn: ``loss_fn(outputs, labels) -> ()``.
+        buffers: what batch norm normalises with, see :class:`skymask_gpu.engine.FlatModel`.
+
+    Raises:
+        ValueError: the root data are empty or do not match, or an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> module = torch.nn.Linear(4, 3)
+        >>> defence = SkyMask(module, torch.randn(30, 4), torch.arange(30) % 3)
+        >>> defence(torch.randn(10, 15)).shape
+        torch.Size([15])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        root_inputs: Tensor,
+        root_labels: Tensor,
+        *,
+        training: MaskTraining = MaskTraining(),
+        clustering: Clustering = Clustering(),
+        root_training: RootTraining = RootTraining(),
+        solver: str = "auto",
+        device: torch.device | str | None = None,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        buffers: Literal["batch", "fixed"] = "batch",
+    ) -> None:
+        self._module = module
+        self._flat = FlatModel(module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers)
+        if not (torch.isfinite(root_inputs).all() and torch.isfinite(root_labels).all()):
+            raise ValueError(
+                "root_inputs and root_labels must be finite, got NaN or Inf; without a trusted root there is no verdict"
+            )
+        self._training = training
+        self._clustering = clustering
+        self._root_training = root_training
+        self._solver = solver
+        self._device = None if device is None else torch.device(device)
+
+    def __call__(self, updates: Tensor) -> Tensor:
+        """The aggregated update alone, ``(N, P) -> (P,)``: the form of ByzFL's aggregators."""
+        return self.aggregate(updates).update
+
+    def aggregate(
+        self, updates: Updates, global_params: Tensor | None = None, root_update: Tensor | None = None
+    ) -> Aggregation:
+        """Judge the clients and average the benign ones.
+
+        Args:
+            updates: what N clients sent, local minus global parameters: an ``(N, P)`` float32 or bfloat16 tensor, or a list
+                of N state dicts of updates (buffers, where they are sent, as they are). Not modified.
+            global_params: ``(P,)`` the model before the round; None: the module's parameters when this object was made.
+            root_update: ``(P,)`` the root row, an update trained on the root data like a client's; None: the root direction,
+                scaled to the clients' median norm.
+
+        Returns:
+            The mean update, and the verdict with its reasons and measurements.
+
+        Raises:
+            ValueError: ``updates`` as a whole does not fit, no client is usable, or the root is not. A single client's bad
+                update is no error: that client is rejected with the reason.
+            torch.OutOfMemoryError: with the bytes that were needed.
+        """
+        watch = _Stopwatch()
+        with watch.phase("total"):
+            device = self._device or (updates.device if isinstance(updates, Tensor) else self._flat.initial_params.device)
+            loss = self._flat.to(device)
+            global_params_P = self._global_params(global_params, loss)
+            if isinstance(updates, Tensor) and self._device is not None:
+                updates = updates.to(device)
+            with watch.phase("collect"):
+                collected = collect(updates, loss, self._module)
+            with watch.phase("root"):
+                direction_P = root_direction(loss, global_params_P, self._root_training)
+                norms_K = row_norms(collected.rows)
+                suspects = far_out(norms_K, global_params_P, direction_P)
+                too_large = drives_loss_out_of_range(collected.rows, suspects, norms_K, global_params_P, loss)
+                _reject_or_raise(collected, too_large)
+                root_row_P = self._root_row(root_update, direction_P, collected.rows)
+            masks, rows_RP = self._train(collected, root_row_P, global_params_P, direction_P, loss)
+            with watch.phase("clustering"):
+                alignment_K = _inner_products(rows_RP[:-1], direction_P)
+                clusters = cluster_masks(masks.bits, masks.num_params, alignment=alignment_K, config=self._clustering)
+            with watch.phase("average"):
+                update_P = _mean_of_rows(rows_RP[:-1], clusters.benign)
+                buffers = _mean_buffers(collected.buffers, clusters.benign)
+        return Aggregation(
+            update=update_P,
+            benign=_on_all_clients(clusters.benign, collected),
+            rejected=_reasons(clusters, collected),
+            masks=masks,
+            clusters=clusters,
+            clients=collected.clients,
+            buffers=buffers,
+            seconds={**watch.seconds, **masks.seconds},
+            device=device,
+        )
+
+    def _train(
+        self, collected: Collected, root_row_P: Tensor, global_params_P: Tensor, direction_P: Tensor, loss: FlatModel
+    ) -> tuple[TrainedMasks, Tensor]:
+        """Masks of the collected clients and the root, and the ``(R, P)`` rows they were trained on."""
+        suspects = far_out(row_norms(collected.rows), global_params_P, direction_P)
+        rows_RP = _with_root(collected.rows, root_row_P)
+        try:
+            return train_masks(rows_RP, global_params_P, loss, config=self._training, solver=self._solver), rows_RP
+        except ValueError as error:
+            if not suspects or "root loss" not in str(error):
+                raise
+        # each of them alone is harmless; together they are not
+        reason = "its update, together with others as large, drives the root loss to NaN or Inf"
+        _reject_or_raise(collected, dict.fromkeys(suspects, reason))
+        rows_RP = _with_root(collected.rows, root_row_P)
+        return train_masks(rows_RP, global_params_P, loss, config=self._training, solver=self._solver), rows_RP
+
+    def _global_params(self, global_params: Tensor | None, loss: FlatModel) -> Tensor:
+        if global_params is None:
+            return loss.initial_params.float()
+        if not isinstance(global_params, Tensor) or tuple(global_params.shape) != (loss.num_params,):
+            got = tuple(global_params.shape) if isinstance(global_params, Tensor) else type(global_params).__name__
+            raise ValueError(f"global_params must have shape ({loss.num_params},), one a trainable parameter, got {got}")
+        _same_device("global_params", global_params, loss, self._device)
+        return global_params.detach().to(loss.initial_params.device, torch.float32)
+
+    def _root_row(self, root_update: Tensor | None, direction_P: Tensor, rows_KP: Tensor) -> Tensor:
+        if root_update is None:
+            length = torch.linalg.vector_norm(direction_P)
+            scale = row_norms(rows_KP).median() / length if length > 0 else 0.0
+            return (direction_P * scale).to(rows_KP.dtype)
+        if not isinstance(root_update, Tensor) or root_update.shape != direction_P.shape:
+            got = tuple(root_update.shape) if isinstance(root_update, Tensor) else type(root_update).__name__
+            raise ValueError(f"root_update must have shape {tuple(direction_P.shape)}, one a trainable parameter, got {got}")
+        if self._device is None and root_update.device != direction_P.device:
+            raise ValueError(
+                f"root_update must be on {direction_P.device} like updates, got {root_update.device}; move it with .to()"
+            )
+        row_P = root_update.detach().to(rows_KP.device, rows_KP.dtype)
+        if not torch.isfinite(row_P).all():
+            raise ValueError("root_update must be finite, got NaN or Inf; without a trusted root there is no verdict")
+        return row_P
+
+
+def _same_device(name: str, tensor: Tensor, loss: FlatModel, asked_for: torch.device | None) -> None:
+    device = loss.initial_params.device
+    if asked_for is None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like updates, got {tensor.device}; move it with .to({str(device)!r})")
+
+
+def _reject_or_raise(collected: Collected, reasons: dict[int, str]) -> None:
+    if reasons and len(reasons) == len(collected.rows):
+        raise ValueError(f"updates: no client is left to aggregate; the first one: {next(iter(reasons.values()))}")
+    collected.reject(reasons)
+
+
+def _with_root(rows_KP: Tensor, root_row_P: Tensor) -> Tensor:
+    """Rows and root in one ``(R, P)`` matrix whose row stride lets kernels load 16 bytes at a time."""
+    num_rows, num_params = len(rows_KP) + 1, rows_KP.shape[1]
+    storage = rows_KP.new_empty(num_rows, -(-num_params // 8) * 8)
+    rows_RP = storage[:, :num_params]
+    rows_RP[:-1] = rows_KP
+    rows_RP[-1] = root_row_P
+    return rows_RP
+
+
+def _inner_products(rows_KP: Tensor, direction_P: Tensor) -> Tensor:
+    """``(K,)`` inner products of the rows with a direction, in float64."""
+    chunk = max(1, _CHUNK_ELEMENTS // rows_KP.shape[1])
+    return torch.cat([part.double() @ direction_P.double() for part in rows_KP.split(chunk)])
+
+
+def _mean_of_rows(rows_KP: Tensor, chosen_K: Tensor) -> Tensor:
+    """``(P,)`` float32 mean of the chosen rows, a few columns at a time."""
+    chunk = max(1, _CHUNK_ELEMENTS // len(rows_KP))
+    return torch.cat([part[chosen_K].mean(0, dtype=torch.float32) for part in rows_KP.split(chunk, dim=1)])
+
+
+def _mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor) -> dict[str, Tensor]:
+    """Means over the benign clients; counters (integers) take the largest value."""
+    chosen = [row for row, benign in zip(buffers, benign_K.tolist(), strict=True) if benign]
+    means = {}
+    for name in sorted({name for row in chosen for name in row}):
+        stacked = torch.stack([row[name] for row in chosen if name in row])
+        means[name] = stacked.mean(0) if stacked.is_floating_point() else stacked.max(0).values
+    return means
+
+
+def _on_all_clients(benign_K: Tensor, collected: Collected) -> Tensor:
+    benign_N = torch.zeros(collected.num_clients, dtype=torch.bool, device=benign_K.device)
+    benign_N[collected.clients[benign_K]] = True
+    return benign_N
+
+
+def _reasons(clusters: ClusteredMasks, collected: Collected) -> dict[int, str]:
+    by_mask = dict.fromkeys(collected.clients[~clusters.benign].tolist(), clusters.reason)
+    return dict(sorted({**collected.rejected, **by_mask}.items()))

@@ -1,0 +1,1 @@
+"""A simulated federation: data, models, local training, attacks, aggregation rules and rounds."""

@@ -1,0 +1,50 @@
+"""What can run here, and why not."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+
+import torch
+
+from skymask_gpu.engine import SOLVERS, why_not_solver
+
+__all__ = ["capabilities", "versions"]
+
+_PACKAGES = ("skymask-gpu", "torch", "triton", "numba", "numpy", "safetensors", "scikit-learn", "matplotlib", "jinja2")
+
+
+def versions() -> list[tuple[str, str]]:
+    """(name, version) of Python, the machine and every package that matters; "not installed" where there is none."""
+    rows = [("python", f"{platform.python_version()} on {sys.platform} {platform.machine()}, {os.cpu_count()} processors")]
+    for package in _PACKAGES:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    return rows
+
+
+def capabilities() -> list[tuple[str, str, str]]:
+    """(what, "yes" or "no", detail) for every device and every solver on it, and for the command line's parts."""
+    rows = []
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            rows.append((f"cuda:{index}", "yes", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"))
+        devices.append(torch.device("cuda"))
+    else:
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no NVIDIA driver or device"
+        rows.append(("cuda", "no", why))
+    for device in devices:
+        for solver in SOLVERS:
+            for dtype in (torch.float32, torch.bfloat16):
+                reason = why_not_solver(solver, device, dtype)
+                name = f"solver {solver} on {device.type}, {str(dtype).removeprefix('torch.')} updates"
+                rows.append((name, "no" if reason else "yes", reason or ""))
+    missing = [name for name in ("sklearn", "matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    detail = f"{', '.join(missing)} missing: pip install 'skymask-gpu[run]'" if missing else ""
+    rows.append(("skymask-gpu run", "no" if missing else "yes", detail))
+    return rows

@@ -1,0 +1,127 @@
+"""The files a user brings to ``skymask-gpu aggregate``: a model's class, state dicts, updates, root data; never a pickle."""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skymask_gpu.engine import FlatModel
+from skymask_gpu.files import read_tensors
+
+__all__ = ["UserUpdates", "load_module", "load_root", "load_updates"]
+
+
+@dataclass(frozen=True)
+class UserUpdates:
+    """Updates as :meth:`skymask_gpu.SkyMask.aggregate` takes them, and what to call each client."""
+
+    updates: Tensor | list[Mapping[str, Tensor]]
+    names: list[str]
+    unreadable: dict[str, str]  # file -> reason
+
+
+def load_module(spec: str, state: Mapping[str, Tensor]) -> nn.Module:
+    """An instance of the class in ``"file.py:Class"``, built without arguments, holding ``state``.
+
+    Raises:
+        ValueError: the file or class is missing, needs arguments, or does not fit the state.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if not file or not path.is_file():
+        raise ValueError(f"--model must be file.py:Class with an existing file, got {spec!r}")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    python_module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(python_module)
+    if not hasattr(python_module, name):
+        raise ValueError(f"--model: {path} has no {name!r}")
+    try:
+        module = getattr(python_module, name)()
+    except TypeError as error:
+        raise ValueError(f"--model: {name}() must be callable without arguments: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"--model: {name}() must return a torch.nn.Module, got {type(module).__name__}")
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ValueError(f"--global does not fit {name}: {error}") from error
+    return module
+
+
+def load_root(path: Path) -> tuple[Tensor, Tensor]:
+    """``inputs`` and ``labels`` of an npz file.
+
+    Raises:
+        ValueError: no such file, or it lacks one of the two, or holds Python objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in ("inputs", "labels") if name not in arrays]
+            if missing:
+                raise ValueError(f"--root: {path} must hold arrays 'inputs' and 'labels', it has {', '.join(arrays) or 'none'}")
+            inputs, labels = torch.from_numpy(arrays["inputs"]), torch.from_numpy(arrays["labels"])
+    except FileNotFoundError as error:
+        raise ValueError(f"--root: no file {path}") from error
+    except (OSError, TypeError) as error:
+        raise ValueError(f"--root: {path} is no npz file of plain arrays: {error}") from error
+    return inputs.float() if inputs.is_floating_point() else inputs, labels if labels.is_floating_point() else labels.long()
+
+
+def load_updates(path: Path, model: FlatModel, global_state: Mapping[str, Tensor], *, local_models: bool) -> UserUpdates:
+    """Updates from a folder (one safetensors state dict a client) or a file (one stacked ``(N, P)`` tensor).
+
+    Args:
+        local_models: what the files hold are the clients' models after training; the global model is subtracted.
+
+    Raises:
+        ValueError: nothing there, or a stacked file that does not hold exactly one 2-D tensor.
+    """
+    if path.is_dir():
+        return _from_folder(path, model, global_state, local_models)
+    tensors, _ = _read("--updates", path)
+    if len(tensors) != 1 or next(iter(tensors.values())).dim() != 2:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
+        raise ValueError(f"--updates: {path} must hold one (N, P) tensor, it holds {shapes or 'none'}; or give a folder")
+    (stacked_NP,) = tensors.values()
+    if local_models and stacked_NP.shape[1] == model.num_params:
+        stacked_NP = (stacked_NP.float() - model.initial_params).to(stacked_NP.dtype)
+    return UserUpdates(stacked_NP, [str(row) for row in range(len(stacked_NP))], {})
+
+
+def _from_folder(folder: Path, model: FlatModel, global_state: Mapping[str, Tensor], local_models: bool) -> UserUpdates:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"--updates: no *.safetensors file in {folder}")
+    states: list[Mapping[str, Tensor]] = []
+    names, unreadable = [], {}
+    for file in files:
+        try:
+            state, _ = read_tensors(file)
+        except ValueError as error:
+            unreadable[file.stem] = str(error)
+            continue
+        if local_models:
+            state = {
+                name: value - global_state[name]
+                if name in model.shapes and value.shape == model.shapes[name] and value.is_floating_point()
+                else value
+                for name, value in state.items()
+            }
+        states.append(state)
+        names.append(file.stem)
+    if not states:
+        raise ValueError(f"--updates: none of {len(files)} files in {folder} can be read; {next(iter(unreadable.values()))}")
+    return UserUpdates(states, names, unreadable)
+
+
+def _read(option: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        return read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
