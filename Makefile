@@ -38,7 +38,7 @@ bench: $(VENV)/.run  ## reference against fused, N = 500, verified before it is 
 
 # --- check ------------------------------------------------------------------------------------
 test: $(VENV)/.dev  ## the whole fast test suite
-	$(BIN)/pytest -n auto -m 'not slow'
+	$(BIN)/pytest -n auto --dist loadfile -m 'not slow'
 
 test-slow: $(VENV)/.dev  ## the experiments behind the README's claims (many minutes)
 	$(BIN)/pytest -m slow

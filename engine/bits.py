@@ -1,14 +1,24 @@
-"""Packed mask bits: unpacking, and the matrix of Hamming shares that clustering needs."""
+"""Packed mask bits: packing, unpacking, and the matrix of Hamming shares that clustering needs."""
 
 import torch
 from torch import Tensor
 
 from skymask_gpu.engine.memory import in_column_tiles
 
-__all__ = ["hamming_shares", "unpack_bits"]
+__all__ = ["hamming_shares", "pack_bits", "unpack_bits"]
 
 # Columns unpacked at a time: below 2**24, so that float32 counts are exact.
 _TILE = 32_768
+
+
+def pack_bits(flags_RP: Tensor) -> Tensor:
+    """``(R, ceil(P / 8))`` uint8 from ``(R, P)`` bool, eight a byte, the first in the lowest bit; padding bits are 0."""
+    num_rows, num_params = flags_RP.shape
+    packed = torch.zeros(num_rows, -(-num_params // 8), dtype=torch.uint8, device=flags_RP.device)
+    for j in range(8):
+        bits = flags_RP[:, j::8].to(torch.uint8)
+        packed[:, : bits.shape[1]] |= bits << j
+    return packed
 
 
 def unpack_bits(bits: Tensor, num_params: int) -> Tensor:

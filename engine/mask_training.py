@@ -15,7 +15,7 @@ from skymask_gpu.engine.solvers.solution import Loss, Solution
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import why_not
 
-__all__ = ["SOLVERS", "TrainedMasks", "train_masks", "why_not_solver"]
+__all__ = ["SOLVERS", "NonFiniteLossError", "TrainedMasks", "train_masks", "why_not_solver"]
 
 
 class _Train(Protocol):
@@ -25,6 +25,10 @@ class _Train(Protocol):
 
 
 SOLVERS: dict[str, _Train] = {"reference": reference.train, "vmap": vmap.train, "fused": fused.train}
+
+
+class NonFiniteLossError(ValueError):
+    """The root loss of the masked model, or its gradient, became NaN or Inf."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def train_masks(
         The packed mask bits, and what was measured on the way.
 
     Raises:
-        ValueError: an argument does not fit, the solver cannot run here, or the root loss is not finite.
+        ValueError: an argument does not fit, or the solver cannot run here.
+        NonFiniteLossError: a ValueError: the root loss became NaN or Inf.
         torch.OutOfMemoryError: the device has too little memory; the message says how much is needed.
     """
     _check(updates, global_params)
@@ -99,7 +104,7 @@ def train_masks(
         solution = SOLVERS[name](updates.detach(), global_params.detach(), loss, config, keep_logits)
     for step, value in enumerate(solution.losses):
         if not math.isfinite(value):
-            raise ValueError(
+            raise NonFiniteLossError(
                 f"updates: the root loss is {value} at mask step {step}; some row drives the masked model out of range "
                 "(SkyMask.aggregate names and rejects such clients)"
             )

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from skymask_gpu.defence import Aggregation, SkyMask
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.files import read_tensors, write_tensors, write_text
 from skymask_gpu.info import capabilities, versions
+from skymask_gpu.root import RootTraining
 from skymask_gpu.user_files import UserUpdates, load_module, load_root, load_updates
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="SkyMask, the mask-based defence of federated learning.")
@@ -28,11 +30,11 @@ _TABLE_ROWS = 40
 
 def main() -> None:
     """Run the command line; a wrong argument ends it with one line and exit code 2."""
-    warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning:[/] {message}", highlight=False)
+    warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
     try:
         app()
     except (ValueError, torch.OutOfMemoryError) as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -62,6 +64,8 @@ def aggregate(
     local_models: Annotated[
         bool, typer.Option("--local-models", help="The clients' files hold local models, not updates (local minus global).")
     ] = False,
+    root_lr: Annotated[float, typer.Option(help="Learning rate of the root model: the one the clients train with.")] = 0.1,
+    root_clip: Annotated[float, typer.Option(help="Clip of each element of its gradient: likewise.")] = 1e-2,
     server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
     solver: Annotated[str, typer.Option(help="reference, vmap, fused or auto.")] = "auto",
 ) -> None:
@@ -73,7 +77,8 @@ def aggregate(
     module = load_module(model, global_state)
     root_inputs, root_labels = load_root(root)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    defence = SkyMask(module, root_inputs, root_labels, solver=solver, device=device)
+    root_training = RootTraining(lr=root_lr, grad_clip=root_clip)
+    defence = SkyMask(module, root_inputs, root_labels, root_training=root_training, solver=solver, device=device)
     flat = FlatModel(module, root_inputs, root_labels)
     sent = load_updates(updates, flat, global_state, local_models=local_models)
     with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
@@ -172,12 +177,12 @@ def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:
     rejected = [(sent.names[client], reason) for client, reason in result.rejected.items()]
     rejected += sent.unreadable.items()
     for name, reason in rejected[:_TABLE_ROWS]:
-        table.add_row(name, "[red]rejected[/]", reason)
+        table.add_row(escape(name), "[red]rejected[/]", escape(reason))
     if len(rejected) > _TABLE_ROWS:
         table.add_row(f"... {len(rejected) - _TABLE_ROWS} more", "[red]rejected[/]", "all are in the --json report")
     benign = [name for name, good in zip(sent.names, result.benign.tolist(), strict=True) if good]
     shown = ", ".join(benign[:5]) + (", ..." if len(benign) > 5 else "")
-    table.add_row(f"{len(benign)} clients", "[green]benign[/]", shown)
+    table.add_row(f"{len(benign)} clients", "[green]benign[/]", escape(shown))
     console.print(table)
     losses = result.masks.losses
     console.print(

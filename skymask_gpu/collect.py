@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from skymask_gpu.engine import FlatModel
 
-__all__ = ["Collected", "collect", "drives_loss_out_of_range", "far_out", "row_norms"]
+__all__ = ["Collected", "collect", "drives_loss_out_of_range", "far_out"]
 
 Updates = Tensor | Sequence[Mapping[str, Tensor]]
 
@@ -21,9 +21,10 @@ _CHUNK_ELEMENTS = 2**24
 
 @dataclass
 class Collected:
-    """Usable clients: ``rows`` ``(K, P)`` and ``clients`` ``(K,)``, the number of the client that sent each row."""
+    """Usable clients: ``rows`` ``(K, P)``, their ``norms`` ``(K,)``, and ``clients`` ``(K,)``, who sent each row."""
 
     rows: Tensor
+    norms: Tensor
     clients: Tensor
     num_clients: int
     buffers: list[dict[str, Tensor]]  # one a row; empty dicts if the clients sent none
@@ -37,6 +38,7 @@ class Collected:
         keep_K[list(reasons)] = False
         self.rejected.update({int(self.clients[row]): reason for row, reason in reasons.items()})
         self.rows = self.rows[keep_K]
+        self.norms = self.norms[keep_K]
         self.buffers = [buffers for row, buffers in enumerate(self.buffers) if row not in reasons]
         self.clients = self.clients[keep_K]
 
@@ -49,9 +51,8 @@ def collect(updates: Updates, model: FlatModel, module: nn.Module) -> Collected:
     """
     if isinstance(updates, Tensor):
         _check_stacked(updates, model.num_params)
-        collected = Collected(
-            updates.detach(), torch.arange(len(updates), device=updates.device), len(updates), [{}] * len(updates)
-        )
+        rows, clients = updates.detach(), torch.arange(len(updates), device=updates.device)
+        collected = Collected(rows, _row_norms(rows), clients, len(updates), [{}] * len(updates))
     else:
         collected = _from_state_dicts(updates, model, module)
     _reject_non_finite(collected)
@@ -64,32 +65,34 @@ def collect(updates: Updates, model: FlatModel, module: nn.Module) -> Collected:
     return collected
 
 
-def row_norms(rows_KP: Tensor) -> Tensor:
+def _row_norms(rows_KP: Tensor) -> Tensor:
     """Euclidean norms in float32, ``(K,)``; NaN or Inf where a row has one, Inf also where the square overflows."""
     chunk = max(1, _CHUNK_ELEMENTS // rows_KP.shape[1])
+    if len(rows_KP) == 0:
+        return rows_KP.new_empty(0, dtype=torch.float32)
     return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in rows_KP.split(chunk)])
 
 
-def far_out(norms_K: Tensor, global_params_P: Tensor, direction_P: Tensor) -> list[int]:
-    """Rows so long that their effect on the loss must be looked at one by one."""
+def far_out(collected: Collected, global_params_P: Tensor, direction_P: Tensor) -> list[int]:
+    """Rows (by position) so long that their effect on the loss must be looked at one by one."""
     scale = torch.maximum(torch.linalg.vector_norm(global_params_P), torch.linalg.vector_norm(direction_P))
-    return (norms_K > _FAR_OUT * scale).nonzero().flatten().tolist()
+    return (collected.norms > _FAR_OUT * scale).nonzero().flatten().tolist()
 
 
 def drives_loss_out_of_range(
-    rows_KP: Tensor, candidates: list[int], norms_K: Tensor, global_params_P: Tensor, loss: FlatModel
+    collected: Collected, candidates: list[int], global_params_P: Tensor, loss: FlatModel
 ) -> dict[int, str]:
     """Those of the candidate rows that alone make the root loss or its gradient Inf or NaN, with the reason."""
     reasons = {}
     for row in candidates:
-        params_P = (global_params_P + rows_KP[row].to(global_params_P.dtype)).requires_grad_()
+        params_P = (global_params_P + collected.rows[row].to(global_params_P.dtype)).requires_grad_()
         value = loss(params_P)
         (grad_P,) = torch.autograd.grad(value, params_P)
         if not torch.isfinite(value):
             reasons[row] = f"its update drives the root loss to {value.item()}"
         elif not torch.isfinite(grad_P).all():
             reasons[row] = "its update drives the gradient of the root loss to NaN or Inf"
-        elif not torch.isfinite(norms_K[row]):
+        elif not torch.isfinite(collected.norms[row]):
             reasons[row] = "its update is so large that its norm overflows float32"
     return reasons
 
@@ -122,7 +125,9 @@ def _from_state_dicts(updates: Sequence[Mapping[str, Tensor]], model: FlatModel,
         names = {name for name, _ in module.named_buffers()}
         buffers.append({name: state[name].detach().to(device) for name in names if name in state})
     stacked = torch.stack(rows) if rows else torch.empty(0, model.num_params, device=device)
-    return Collected(stacked, torch.tensor(clients, dtype=torch.long, device=device), len(updates), buffers, rejected)
+    return Collected(
+        stacked, _row_norms(stacked), torch.tensor(clients, dtype=torch.long, device=device), len(updates), buffers, rejected
+    )
 
 
 def _state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: dict[str, torch.Size]) -> str | None:
@@ -147,10 +152,8 @@ def _state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: dict
 
 
 def _reject_non_finite(collected: Collected) -> None:
-    if len(collected.rows) == 0:
-        return
     # the norm is finite for almost every row; only the others are read a second time
-    doubtful = (~torch.isfinite(row_norms(collected.rows))).nonzero().flatten().tolist()
+    doubtful = (~torch.isfinite(collected.norms)).nonzero().flatten().tolist()
     reasons = {}
     for row in doubtful:
         num_bad = int((~torch.isfinite(collected.rows[row])).sum())

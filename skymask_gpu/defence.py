@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skymask_gpu.collect import Collected, Updates, collect, drives_loss_out_of_range, far_out, row_norms
+from skymask_gpu.collect import Collected, Updates, collect, drives_loss_out_of_range, far_out
 from skymask_gpu.engine import (
     ClusteredMasks,
     Clustering,
     FlatModel,
     MaskTraining,
+    NonFiniteLossError,
     TrainedMasks,
     cluster_masks,
     train_masks,
@@ -153,11 +154,9 @@ class SkyMask:
                 collected = collect(updates, loss, self._module)
             with watch.phase("root"):
                 direction_P = root_direction(loss, global_params_P, self._root_training)
-                norms_K = row_norms(collected.rows)
-                suspects = far_out(norms_K, global_params_P, direction_P)
-                too_large = drives_loss_out_of_range(collected.rows, suspects, norms_K, global_params_P, loss)
-                _reject_or_raise(collected, too_large)
-                root_row_P = self._root_row(root_update, direction_P, collected.rows)
+                suspects = far_out(collected, global_params_P, direction_P)
+                _reject_or_raise(collected, drives_loss_out_of_range(collected, suspects, global_params_P, loss))
+                root_row_P = self._root_row(root_update, direction_P, collected)
             masks, rows_RP = self._train(collected, root_row_P, global_params_P, direction_P, loss)
             with watch.phase("clustering"):
                 alignment_K = _inner_products(rows_RP[:-1], direction_P)
@@ -181,12 +180,12 @@ class SkyMask:
         self, collected: Collected, root_row_P: Tensor, global_params_P: Tensor, direction_P: Tensor, loss: FlatModel
     ) -> tuple[TrainedMasks, Tensor]:
         """Masks of the collected clients and the root, and the ``(R, P)`` rows they were trained on."""
-        suspects = far_out(row_norms(collected.rows), global_params_P, direction_P)
         rows_RP = _with_root(collected.rows, root_row_P)
         try:
             return train_masks(rows_RP, global_params_P, loss, config=self._training, solver=self._solver), rows_RP
-        except ValueError as error:
-            if not suspects or "root loss" not in str(error):
+        except NonFiniteLossError:
+            suspects = far_out(collected, global_params_P, direction_P)
+            if not suspects:
                 raise
         # each of them alone is harmless; together they are not
         reason = "its update, together with others as large, drives the root loss to NaN or Inf"
@@ -203,10 +202,11 @@ class SkyMask:
         _same_device("global_params", global_params, loss, self._device)
         return global_params.detach().to(loss.initial_params.device, torch.float32)
 
-    def _root_row(self, root_update: Tensor | None, direction_P: Tensor, rows_KP: Tensor) -> Tensor:
+    def _root_row(self, root_update: Tensor | None, direction_P: Tensor, collected: Collected) -> Tensor:
+        rows_KP = collected.rows
         if root_update is None:
             length = torch.linalg.vector_norm(direction_P)
-            scale = row_norms(rows_KP).median() / length if length > 0 else 0.0
+            scale = collected.norms.median() / length if length > 0 else 0.0
             return (direction_P * scale).to(rows_KP.dtype)
         if not isinstance(root_update, Tensor) or root_update.shape != direction_P.shape:
             got = tuple(root_update.shape) if isinstance(root_update, Tensor) else type(root_update).__name__

@@ -15,6 +15,8 @@ __all__ = ["RootTraining", "root_direction"]
 class RootTraining:
     """Full-batch SGD on the whole root set: the clients' local recipe, but longer, so that its direction can be trusted.
 
+    Use the clients' own learning rate and clip: a root that is trained otherwise has a mask of its own kind, far from theirs.
+
     Attributes:
         steps: of SGD, at least 1.
         lr: learning rate, > 0.

@@ -1,6 +1,7 @@
 """The files a user brings to ``skymask-gpu aggregate``: a model's class, state dicts, updates, root data; never a pickle."""
 
 import importlib.util
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +62,15 @@ def load_root(path: Path) -> tuple[Tensor, Tensor]:
         ValueError: no such file, or it lacks one of the two, or holds Python objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in ("inputs", "labels") if name not in arrays]
-            if missing:
-                raise ValueError(f"--root: {path} must hold arrays 'inputs' and 'labels', it has {', '.join(arrays) or 'none'}")
-            inputs, labels = torch.from_numpy(arrays["inputs"]), torch.from_numpy(arrays["labels"])
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file}
     except FileNotFoundError as error:
         raise ValueError(f"--root: no file {path}") from error
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"--root: {path} is no npz file of plain arrays: {error}") from error
+    if not {"inputs", "labels"} <= arrays.keys():
+        raise ValueError(f"--root: {path} must hold arrays 'inputs' and 'labels', it has {', '.join(arrays) or 'none'}")
+    inputs, labels = arrays["inputs"], arrays["labels"]
     return inputs.float() if inputs.is_floating_point() else inputs, labels if labels.is_floating_point() else labels.long()
 
 

@@ -1,11 +1,12 @@
 """The truth and the baseline: plain PyTorch, one client and one layer at a time, autograd for the masks.
 
-Imports torch and the settings only. Written for the reader; everything else in this folder is checked against it.
+No kernel and no shortcut. Written for the reader; everything else in this folder is checked against it.
 """
 
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.bits import pack_bits
 from skymask_gpu.engine.solvers.solution import Loss, Solution
 from skymask_gpu.engine.training_config import MaskTraining
 
@@ -36,7 +37,7 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
             break
 
     logits_RP = torch.stack([torch.cat(client) for client in logits]).detach()
-    return Solution(_pack(logits_RP > config.logit_threshold), logits_RP if keep_logits else None, losses)
+    return Solution(pack_bits(logits_RP > config.logit_threshold), logits_RP if keep_logits else None, losses)
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:
@@ -44,13 +45,3 @@ def _sum(tensors: list[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total = total + tensor
     return total
-
-
-def _pack(bits_RP: Tensor) -> Tensor:
-    """Eight bits a byte, the first parameter in the lowest bit."""
-    num_rows, num_params = bits_RP.shape
-    packed = torch.zeros(num_rows, -(-num_params // 8), dtype=torch.uint8, device=bits_RP.device)
-    for j in range(8):
-        column_bits = bits_RP[:, j::8].to(torch.uint8)
-        packed[:, : column_bits.shape[1]] |= column_bits << j
-    return packed

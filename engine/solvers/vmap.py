@@ -4,15 +4,19 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from skymask_gpu.engine.memory import in_column_tiles
+from skymask_gpu.engine.bits import pack_bits
+from skymask_gpu.engine.memory import SMALLEST_TILE, in_column_tiles
 from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradient
 from skymask_gpu.engine.training_config import MaskTraining
-from skymask_gpu.kernels import last_step_reference
+
+# Elements of a temporary: on a CPU what stays in the cache, on a GPU what fills it.
+_TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
     dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
     num_rows, num_params = updates_RP.shape
+    tile = max(SMALLEST_TILE, _TILE_ELEMENTS.get(updates_RP.device.type, 2**18) // num_rows)
     global_params_P = global_params_P.to(dtype)
     logits_RP = torch.full((num_rows, num_params), config.init, dtype=dtype, device=updates_RP.device)
     gate_sum_P = torch.empty(num_params, dtype=dtype, device=updates_RP.device)
@@ -26,7 +30,7 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
 
     losses: list[float] = []
     for _ in range(config.steps):
-        in_column_tiles(gather, num_params)
+        in_column_tiles(gather, num_params, tile=tile)
         value, grad_P = loss_and_gradient(loss, global_params_P + mean_P)
 
         def step(begin: int, end: int, grad_P: Tensor = grad_P) -> None:
@@ -40,16 +44,12 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
             )
             logits_RP[:, columns] -= (gradient / config.grad_clip).clamp(-1, 1) * config.full_step
 
-        in_column_tiles(step, num_params)
+        in_column_tiles(step, num_params, tile=tile)
         losses.append(value.item())
         if config.is_plateau(losses):
             break
 
-    # a step of slope 0 moves nothing: only the packing is used
-    still_P = torch.zeros_like(mean_P)
-    bits = last_step_reference(
-        updates_RP, logits_RP, still_P, still_P, init=config.init, full_step=0.0, threshold=config.logit_threshold
-    )
+    bits = pack_bits(logits_RP > config.logit_threshold)
     return Solution(bits, logits_RP if keep_logits else None, losses)
 
 

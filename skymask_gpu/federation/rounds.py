@@ -25,6 +25,7 @@ from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.partition import partition
 from skymask_gpu.federation.rules import Rule, RuleResult, build_rule
 from skymask_gpu.files import append_line, read_lines, read_tensors, write_tensors, write_text
+from skymask_gpu.root import RootTraining
 
 __all__ = ["CHECKPOINT", "MASKS", "METRICS", "Federation", "run_rounds"]
 
@@ -64,6 +65,7 @@ class Federation:
             root_labels,
             training=config.defence.training,
             clustering=config.defence.clustering_config,
+            root_training=RootTraining(lr=config.local.lr, grad_clip=config.local.grad_clip),
             solver=config.defence.solver,
         )
         malicious = torch.arange(config.data.clients, device=device) < config.attack.malicious

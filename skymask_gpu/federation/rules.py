@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from skymask_gpu.defence import Aggregation, SkyMask
 from skymask_gpu.engine import Clustering, MaskTraining
+from skymask_gpu.root import RootTraining
 
 __all__ = ["RULES", "Rule", "RuleResult", "build_rule"]
 
@@ -55,6 +56,7 @@ def build_rule(
     *,
     training: MaskTraining,
     clustering: Clustering,
+    root_training: RootTraining,
     solver: str,
 ) -> Rule:
     """The rule called ``name``.
@@ -66,4 +68,13 @@ def build_rule(
         raise ValueError(f"defence.rule must be one of {', '.join(RULES)}, got {name!r}")
     if name == "fedavg":
         return FedAvg()
-    return SkyMaskRule(SkyMask(module, root_inputs, root_labels, training=training, clustering=clustering, solver=solver))
+    defence = SkyMask(
+        module,
+        root_inputs,
+        root_labels,
+        training=training,
+        clustering=clustering,
+        root_training=root_training,
+        solver=solver,
+    )
+    return SkyMaskRule(defence)

@@ -1,0 +1,90 @@
+"""Fixtures for all tests: Triton's interpreter where there is no GPU, real data, poisoned memory, threads."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # one thread a worker: workers that share cores and spin at each other's barriers are many times slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+if not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    return CHECKOUT
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Where the standard data files are: $SKYMASK_DATA_DIR, data/, or shared/data beside the checkout."""
+    candidates = [CHECKOUT / "data", CHECKOUT.parent / "shared" / "data"]
+    if "SKYMASK_DATA_DIR" in os.environ:
+        candidates.insert(0, Path(os.environ["SKYMASK_DATA_DIR"]))
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    pytest.skip("no real data: put MNIST's four IDX files into data/mnist, or set SKYMASK_DATA_DIR")
+
+
+@pytest.fixture(scope="session")
+def mnist_dir(data_dir: Path) -> Path:
+    if not (data_dir / "mnist").is_dir():
+        pytest.skip(f"no real data: {data_dir} has no folder mnist with the four IDX files")
+    return data_dir / "mnist"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is NaN (255 for bytes), so that an output that is not written fails its comparison."""
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocated(*args: object, **kwargs: object) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
+
+        return allocated
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def mask_matrices(data_dir: Path) -> Iterator[tuple[str, dict, np.ndarray, np.ndarray]]:
+    """(name, facts, (R, R) differing-bit counts, (N,) alignments) of each stored mask set; 139,960 bits a mask."""
+    import json
+
+    if not (data_dir / "masks" / "hamming.npz").exists():
+        pytest.skip(f"no mask matrices: {data_dir} has no masks/hamming.npz")
+    facts = json.loads((data_dir / "masks" / "hamming.json").read_text())
+
+    def matrices() -> Iterator[tuple[str, dict, np.ndarray, np.ndarray]]:
+        with np.load(data_dir / "masks" / "hamming.npz") as arrays:
+            for name, fact in facts.items():
+                counts = np.zeros((fact["clients"] + 1,) * 2)
+                counts[np.triu_indices(len(counts), 1)] = arrays[name]
+                yield name, fact, counts + counts.T, arrays[f"align/{name}"]
+
+    return matrices()

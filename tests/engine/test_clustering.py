@@ -1,0 +1,181 @@
+"""Clustering: scikit-learn is the oracle, the stored mask matrices are the measure, and degenerate inputs are defined."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from skymask_gpu.engine import Clustering, cluster_distances, cluster_masks, hamming_shares
+from skymask_gpu.engine.clustering import _gaussian_mixture, _path_maxima, _principal_scores, _two_means, _two_normals
+
+Matrices = Iterator[tuple[str, dict, np.ndarray, np.ndarray]]
+NUM_STORED_PARAMS = 139_960
+
+
+def random_masks(num_rows: int, num_params: int, seed: int, groups: int = 1, apart: float = 0.3) -> np.ndarray:
+    """0/1 masks in groups: a group's masks differ from its centre in 5% of bits, centres from each other in ``apart``."""
+    rng = np.random.default_rng(seed)
+    base = rng.random(num_params) < 0.5
+    centres = [base ^ (rng.random(num_params) < apart) for _ in range(groups)]
+    return np.stack([centres[i % groups] ^ (rng.random(num_params) < 0.05) for i in range(num_rows)])
+
+
+def packed(masks: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.packbits(masks, axis=1, bitorder="little"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_are_scikit_learns_pca(seed: int) -> None:
+    masks = random_masks(30, 501, seed, groups=2)
+    scores = _principal_scores(hamming_shares(packed(masks), 501)).numpy() * np.sqrt(501)
+    want = PCA(2, svd_solver="full").fit_transform(masks.astype(np.float64))
+    want *= np.sign((want * scores).sum(0))
+    np.testing.assert_allclose(scores, want, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_mixture_is_scikit_learns(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.concatenate([rng.normal(0, 1, (60, 2)), rng.normal(1 + seed / 2, 0.6, (40, 2))])
+    start = (x[:, 0] > np.median(x[:, 0])).astype(int)
+    oracle = GaussianMixture(2)
+    # the same hard start; scikit-learn takes responsibilities only through its initialiser
+    oracle._initialize_parameters = lambda data, *_, **__: oracle._initialize(data, np.eye(2)[start])
+    want = oracle.fit_predict(x)
+    got = _gaussian_mixture(torch.from_numpy(x), torch.from_numpy(start)).numpy()
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_published_rule_gives_scikit_learns_labels_where_groups_are_apart(seed: int) -> None:
+    masks = random_masks(41, 800, seed, groups=2)
+    scores = PCA(2).fit_transform(masks.astype(np.float64))
+    labels = GaussianMixture(2, random_state=seed).fit_predict(scores)
+    clusters = cluster_masks(packed(masks), 800, config=Clustering(rule="published", seed=seed))
+    assert np.array_equal(clusters.benign.numpy(), labels[:-1] == labels[-1])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_two_normals_agree_with_scikit_learn(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.concatenate([rng.normal(0, 1, 70), rng.normal(5, 0.5, 30)])
+    got = _two_normals(torch.from_numpy(x)).numpy()
+    want = GaussianMixture(2, random_state=0, tol=1e-12, max_iter=1000).fit_predict(x[:, None])
+    assert np.array_equal(got == got[0], want == want[0])
+
+
+def test_two_means_is_deterministic_and_splits_two_heaps(generator: torch.Generator) -> None:
+    x = torch.randn(40, 2, dtype=torch.float64, generator=generator)
+    x[20:] += 20
+    labels = _two_means(x, seed=3)
+    assert torch.equal(labels, _two_means(x, seed=3))
+    assert len(set(labels[:20].tolist())) == 1
+    assert labels[0] != labels[-1]
+
+
+def test_path_maxima_are_minimax_paths() -> None:
+    rng = np.random.default_rng(0)
+    distances = rng.random((12, 12))
+    distances = np.triu(distances, 1) + np.triu(distances, 1).T
+    minimax = distances.copy()
+    for k in range(12):  # Floyd and Warshall, with max for the sum
+        minimax = np.minimum(minimax, np.maximum(minimax[:, [k]], minimax[[k], :]))
+    np.testing.assert_array_equal(_path_maxima(torch.from_numpy(distances)).numpy(), minimax[-1, :-1])
+
+
+# --- the measure: 87 stored matrices of real masks ----------------------------------------------------------------------
+
+
+def verdicts(mask_matrices: Matrices, config: Clustering) -> dict[str, tuple[Tensor, Tensor]]:
+    """name -> (benign as judged, honest in truth), both (N,) bool."""
+    result = {}
+    for name, fact, counts, alignment in mask_matrices:
+        distances = torch.from_numpy(counts / NUM_STORED_PARAMS)
+        clusters = cluster_distances(distances, alignment=torch.from_numpy(alignment).double(), config=config)
+        result[name] = (clusters.benign, torch.arange(fact["clients"]) >= fact["malicious"])
+    return result
+
+
+def test_two_stage_on_the_stored_masks(mask_matrices: Matrices) -> None:
+    judged = verdicts(mask_matrices, Clustering())
+    assert len(judged) == 87
+    exact = [name for name, (benign, honest) in judged.items() if torch.equal(benign, honest)]
+    print(f"two-stage: {len(exact)} of 87 exact; not: {sorted(set(judged) - set(exact))}")
+    assert len(exact) >= 82
+    for name, (benign, honest) in judged.items():
+        if honest.all():
+            assert benign.all(), f"{name}: nobody attacks, but {int((~benign).sum())} are rejected"
+        kept_malicious, kept_honest = (benign & ~honest).sum(), (benign & honest).sum()
+        assert kept_honest > 0, f"{name}: the wrong side is kept"
+        assert kept_honest / honest.sum() >= kept_malicious / max(1, (~honest).sum()), f"{name}: the wrong side is kept"
+
+
+def test_published_on_the_stored_masks(mask_matrices: Matrices) -> None:
+    matrices = list(mask_matrices)
+    exact = []
+    for seed in range(5):
+        judged = verdicts(iter(matrices), Clustering(rule="published", seed=seed))
+        exact.append(sum(torch.equal(benign, honest) for benign, honest in judged.values()))
+    print(f"published: {exact} of 87 exact, mean {np.mean(exact)}")
+    assert abs(np.mean(exact) - 71.6) <= 3
+
+
+def test_the_veto_swaps_sides_only_when_the_root_opposes_its_own_direction() -> None:
+    masks = random_masks(31, 900, 0, groups=2)  # rows 0, 2, ..., 30 (the root) in one group
+    with_root = torch.arange(30) % 2 == 0
+    agrees = torch.where(with_root, 1.0, -1.0)
+    kept = cluster_masks(packed(masks), 900, alignment=agrees)
+    assert torch.equal(kept.benign, with_root)
+    swapped = cluster_masks(packed(masks), 900, alignment=-agrees)
+    assert torch.equal(swapped.benign, ~with_root)
+    assert "root direction" in swapped.reason
+    assert torch.equal(cluster_masks(packed(masks), 900, alignment=torch.full((30,), -1.0)).benign, with_root)
+
+
+# --- degenerate sets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["two-stage", "published"])
+def test_degenerate_sets_are_defined(rule: str) -> None:
+    config = Clustering(rule=rule)
+    for num_clients in (1, 2):
+        clusters = cluster_distances(torch.ones(num_clients + 1, num_clients + 1).fill_diagonal_(0), config=config)
+        assert clusters.benign.all()
+        assert clusters.num_clusters == 1
+    equal = cluster_distances(torch.zeros(9, 9), config=config)
+    assert equal.benign.all()
+    assert equal.num_clusters == 1
+    assert equal.reason == "all masks are equal: all kept"
+
+
+def test_one_outlier_among_equals_is_rejected() -> None:
+    distances = torch.zeros(11, 11)
+    distances[3, :] = distances[:, 3] = 0.4
+    distances[3, 3] = 0
+    clusters = cluster_distances(distances)
+    assert clusters.benign.tolist() == [i != 3 for i in range(10)]
+    assert clusters.num_clusters == 2
+
+
+def test_masks_all_equally_far_apart_are_kept() -> None:
+    assert cluster_distances(0.3 * (1 - torch.eye(21))).benign.all()
+
+
+def test_bad_arguments_are_named() -> None:
+    square = torch.zeros(5, 5)
+    with pytest.raises(ValueError, match=r"distances must be \(R, R\)"):
+        cluster_distances(torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="distances must be finite"):
+        cluster_distances(square + torch.nan)
+    with pytest.raises(ValueError, match=r"alignment must be \(4,\) finite numbers"):
+        cluster_distances(square, alignment=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"alignment must be \(4,\) finite numbers.*NaN"):
+        cluster_distances(square, alignment=torch.full((4,), torch.nan))
+    with pytest.raises(ValueError, match=r"bits must be \(R, 2\) uint8 for 9 parameters"):
+        cluster_masks(torch.zeros(3, 1, dtype=torch.uint8), 9)
+    with pytest.raises(ValueError, match=r"Clustering\.rule must be"):
+        Clustering(rule="three-stage")  # type: ignore[arg-type]

@@ -1,0 +1,89 @@
+"""FlatModel: order, batch norm, and that the user's module is left alone."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from skymask_gpu.engine import FlatModel
+
+
+def net_with_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3))
+
+
+def root_data() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(20, 4, generator=generator), torch.arange(20) % 3
+
+
+def test_flatten_follows_named_parameters_and_round_trips() -> None:
+    module = net_with_norm()
+    flat = FlatModel(module, *root_data())
+    names = [name for name, _ in module.named_parameters()]
+    assert list(flat.shapes) == names
+    assert flat.num_params == sum(p.numel() for p in module.parameters()) == sum(flat.layer_sizes)
+    assert torch.equal(flat.flatten(flat.unflatten(flat.initial_params)), flat.initial_params)
+    assert torch.equal(flat.initial_params, nn.utils.parameters_to_vector(module.parameters()))
+
+
+def test_frozen_parameters_are_not_part_of_the_vector() -> None:
+    module = net_with_norm()
+    module[0].weight.requires_grad_(False)
+    flat = FlatModel(module, *root_data())
+    assert "0.weight" not in flat.shapes
+    assert torch.isfinite(flat(flat.initial_params))
+
+
+def test_batch_buffers_use_the_root_batch_and_no_dropout() -> None:
+    module = net_with_norm()
+    inputs, labels = root_data()
+    loss = FlatModel(module, inputs, labels)(nn.utils.parameters_to_vector(module.parameters()))
+    hidden = module[0](inputs)
+    normal = (hidden - hidden.mean(0)) / (hidden.var(0, correction=0) + module[1].eps).sqrt()
+    want = F.cross_entropy(module[4](F.relu(normal * module[1].weight + module[1].bias)), labels)
+    torch.testing.assert_close(loss, want)
+
+
+def test_fixed_buffers_use_mean_0_and_variance_1() -> None:
+    module = net_with_norm()
+    module[1].running_mean.fill_(3.0)
+    inputs, labels = root_data()
+    flat = FlatModel(module, inputs, labels, buffers="fixed")
+    normal = module[0](inputs) / (1 + module[1].eps) ** 0.5
+    want = F.cross_entropy(module[4](F.relu(normal * module[1].weight + module[1].bias)), labels)
+    torch.testing.assert_close(flat(flat.initial_params), want)
+
+
+def test_the_module_is_never_modified() -> None:
+    module = net_with_norm().train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    flat = FlatModel(module, *root_data(), buffers="fixed")
+    flat(flat.initial_params)
+    flat.to(torch.float64)
+    assert module.training
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_to_casts_inputs_and_parameters_but_not_class_labels() -> None:
+    flat = FlatModel(net_with_norm(), *root_data()).to(torch.float64)
+    assert flat.initial_params.dtype == torch.float64
+    assert flat(flat.initial_params).dtype == torch.float64
+
+
+def test_bad_arguments_are_named() -> None:
+    module, (inputs, labels) = net_with_norm(), root_data()
+    with pytest.raises(ValueError, match=r"root_inputs and root_labels .* got 0 and 0"):
+        FlatModel(module, inputs[:0], labels[:0])
+    with pytest.raises(ValueError, match="got 20 and 19"):
+        FlatModel(module, inputs, labels[:19])
+    with pytest.raises(ValueError, match="buffers must be"):
+        FlatModel(module, inputs, labels, buffers="running")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="requires_grad"):
+        FlatModel(nn.ReLU(), inputs, labels)
+    flat = FlatModel(module, inputs, labels)
+    with pytest.raises(ValueError, match=r"missing 0\.bias"):
+        flat.flatten({"0.weight": torch.zeros(6, 4)})
+    with pytest.raises(ValueError, match=r"0\.weight must have shape \(6, 4\), got \(4, 6\)"):
+        flat.flatten({**flat.unflatten(flat.initial_params), "0.weight": torch.zeros(4, 6)})

@@ -1,0 +1,268 @@
+"""Every solver gives the reference's masks: on small problems of every kind, and on real updates of a CNN."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks, unpack_bits
+from skymask_gpu.engine.solvers import fused
+from skymask_gpu.federation.attacks import attack
+from skymask_gpu.federation.data import load_dataset, split_root
+from skymask_gpu.federation.local_training import LocalTraining, draw_batches, train_clients
+from skymask_gpu.federation.models import build_model
+from skymask_gpu.federation.partition import partition
+
+FAST_SOLVERS = ["vmap", "fused"]
+
+
+def small_problem(num_rows: int = 9, hidden: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, FlatModel]:
+    """Updates, global parameters and loss of a small network; steps are large enough to be clipped often."""
+    generator = torch.Generator().manual_seed(num_rows)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(5, hidden), nn.Tanh(), nn.Linear(hidden, 3))
+    loss = FlatModel(module, torch.randn(12, 5, generator=generator), torch.arange(12) % 3).to(dtype)
+    updates_RP = (torch.randn(num_rows, loss.num_params, generator=generator) * 0.05).to(dtype)
+    return updates_RP, loss.initial_params, loss
+
+
+def differing_share(a: TrainedMasks, b: TrainedMasks) -> float:
+    return (unpack_bits(a.bits, a.num_params) != unpack_bits(b.bits, b.num_params)).double().mean().item()
+
+
+def assert_same_away_from_ties(got: TrainedMasks, want: TrainedMasks, threshold: float = 0.0) -> None:
+    """No bit differs where the reference's logit is not on the threshold."""
+    assert want.logits is not None
+    differs_RP = unpack_bits(got.bits, got.num_params) != unpack_bits(want.bits, want.num_params)
+    away_RP = (want.logits - threshold).abs() > 1e-9
+    assert not (differs_RP & away_RP).any(), f"{int((differs_RP & away_RP).sum())} bits differ away from ties"
+
+
+@pytest.mark.parametrize("solver", FAST_SOLVERS)
+@pytest.mark.parametrize("config", [
+    MaskTraining(min_improvement=-1e9),
+    MaskTraining(steps=1),
+    MaskTraining(steps=2),
+    MaskTraining(steps=7, lr=1e6, init=0.3, threshold=0.6, min_improvement=-1e9),
+    MaskTraining(steps=13, lr=3e5, check_every=4),
+], ids=["default", "1-step", "2-steps", "odd-settings", "plateau"])  # fmt: skip
+@pytest.mark.parametrize("num_rows", [2, 9])
+def test_float64_solvers_equal_the_reference(solver: str, config: MaskTraining, num_rows: int) -> None:
+    updates_RP, global_P, loss = small_problem(num_rows)
+    want = train_masks(updates_RP, global_P, loss, config=config, solver="reference", keep_logits=True)
+    got = train_masks(updates_RP, global_P, loss, config=config, solver=solver, keep_logits=True)
+    assert got.logits is not None
+    assert want.logits is not None
+    assert_same_away_from_ties(got, want, config.logit_threshold)
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-8)
+    torch.testing.assert_close(got.losses, want.losses, rtol=1e-10, atol=0)
+    assert (got.steps, got.solver) == (want.steps, solver)
+    assert torch.equal(unpack_bits(got.bits, got.num_params), got.logits > config.logit_threshold)
+
+
+@pytest.mark.parametrize("solver", ["reference", *FAST_SOLVERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
+def test_a_full_step_lands_on_the_threshold_in_every_solver(solver: str, dtype: torch.dtype) -> None:
+    """One client below and one above the mean, a loss whose gradient is always clipped: logits 0 (bit 0) and 2 (bit 1)."""
+    updates_RP = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=dtype)
+    params_P = torch.zeros(2, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+    masks = train_masks(
+        updates_RP, params_P, lambda p: 1e3 * p.sum(), config=MaskTraining(steps=1), solver=solver, keep_logits=True
+    )
+    assert masks.logits is not None
+    assert masks.logits.tolist() == [[0.0, 2.0], [2.0, 0.0]]
+    assert masks.bits.tolist() == [[0b10], [0b01]]
+
+
+@pytest.mark.parametrize("solver", FAST_SOLVERS)
+def test_bfloat16_updates_are_the_float32_of_their_values(solver: str) -> None:
+    updates_RP, global_P, loss = small_problem(dtype=torch.float32)
+    rounded_RP = updates_RP.bfloat16()
+    want = train_masks(rounded_RP.float(), global_P, loss, solver=solver, keep_logits=True)
+    got = train_masks(rounded_RP, global_P, loss, solver=solver, keep_logits=True)
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["reference", *FAST_SOLVERS])
+def test_training_stops_on_a_plateau_after_the_check(solver: str) -> None:
+    updates_RP, global_P, loss = small_problem()
+    config = MaskTraining(check_every=3, min_improvement=1e9)
+    masks = train_masks(updates_RP, global_P, loss, config=config, solver=solver)
+    # the check at step 0 has nothing to compare with; that at step 3 ends training after its update
+    assert masks.steps == len(masks.losses) == 4
+
+
+@pytest.mark.parametrize("solver", ["reference", *FAST_SOLVERS])
+def test_inputs_are_not_modified_and_strides_do_not_matter(solver: str) -> None:
+    updates_RP, global_P, loss = small_problem(dtype=torch.float32)
+    padded = torch.full((len(updates_RP), updates_RP.shape[1] + 5), torch.nan)
+    padded[:, :-5] = updates_RP
+    before, global_before = updates_RP.clone(), global_P.clone()
+    want = train_masks(updates_RP, global_P, loss, solver=solver)
+    got = train_masks(padded[:, :-5], global_P, loss, solver=solver)
+    assert torch.equal(got.bits, want.bits)
+    assert torch.equal(updates_RP, before)
+    assert torch.equal(global_P, global_before)
+
+
+def test_equal_updates_give_equal_masks() -> None:
+    updates_RP, global_P, loss = small_problem(dtype=torch.float32)
+    for solver in ("reference", *FAST_SOLVERS):
+        masks = train_masks(updates_RP[:1].expand(6, -1), global_P, loss, solver=solver)
+        assert (masks.bits == masks.bits[0]).all()
+
+
+def test_auto_says_what_it_picked_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates_RP, global_P, loss = small_problem()
+    masks = train_masks(updates_RP, global_P, loss)
+    assert masks.solver == "fused"
+    assert "one pass a step" in masks.solver_reason
+    monkeypatch.setattr("skymask_gpu.engine.mask_training.why_not", lambda device, dtype: "no compiler")
+    masks = train_masks(updates_RP, global_P, loss)
+    assert masks.solver == "vmap"
+    assert "no compiler" in masks.solver_reason
+    with pytest.raises(ValueError, match="solver 'fused' cannot run here: no compiler"):
+        train_masks(updates_RP, global_P, loss, solver="fused")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"updates": torch.zeros(4)}, r"updates must be a non-empty \(R, P\)"),
+        ({"updates": torch.zeros(0, 59)}, r"updates must be a non-empty \(R, P\)"),
+        (
+            {"updates": torch.zeros(4, 59, dtype=torch.float16)},
+            r"updates must be float32, bfloat16 or float64, got torch\.float16",
+        ),
+        ({"global_params": torch.zeros(3)}, r"global_params must have shape \(66,\), .* got \(3,\)"),
+        ({"global_params": torch.zeros(66, device="meta")}, "global_params must be on cpu"),
+        ({"solver": "quick"}, "solver must be one of reference, vmap, fused or auto, got 'quick'"),
+    ],
+    ids=["one-dimensional", "empty", "half", "global-shape", "mixed-devices", "unknown-solver"],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    updates_RP, global_P, loss = small_problem(dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        train_masks(**{"updates": updates_RP, "global_params": global_P, "loss": loss, **arguments})
+
+
+@pytest.mark.parametrize("solver", ["reference", *FAST_SOLVERS])
+def test_a_loss_out_of_range_is_an_error(solver: str) -> None:
+    updates_RP, global_P, loss = small_problem(dtype=torch.float32)
+    updates_RP[0] = 1e30
+    with pytest.raises(ValueError, match="updates: the root loss is"):
+        train_masks(updates_RP, global_P, lambda p: loss(p) * p.square().sum(), solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("steps", 2.5), ("lr", -1.0), ("lr", math.nan), ("grad_clip", 0.0), ("init", math.inf), ("threshold", 1.0),
+     ("check_every", 0), ("min_improvement", math.nan)],
+)  # fmt: skip
+def test_bad_settings_are_named(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"MaskTraining\.{field} must"):
+        MaskTraining(**{field: value})
+
+
+def test_out_of_memory_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates_RP, global_P, loss = small_problem(dtype=torch.float32)
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(fused, "first_step", exhausted)
+    with pytest.raises(torch.OutOfMemoryError, match=r"cpu: solver 'fused' on 9 rows of 66 parameters needs at least 0 MiB"):
+        train_masks(updates_RP, global_P, loss, solver="fused")
+
+
+# --- real updates: one round of local training of 100 clients on MNIST --------------------------------------------------
+
+CASES = ["none", "min-max", "sign-flip", "noise", "scaled"]
+# Where noise of 40 standard deviations or an update scaled by 1,000 rules the mean, training amplifies rounding: after 20
+# steps the float32 reference itself differs from the float64 one in 1e-4 to 1e-2 of the bits. There float32 solvers are
+# compared on the first steps only; all 20 steps are compared in float64.
+STABLE_STEPS = {"noise": 6, "scaled": 6}
+
+
+@pytest.fixture(scope="module")
+def mnist_updates(mnist_dir: Path) -> tuple[Tensor, FlatModel]:
+    """Updates (101, P), root row last, and the loss of the CNN on 100 root samples."""
+    generator = torch.Generator().manual_seed(0)
+    dataset = load_dataset("mnist", mnist_dir)
+    root, rest = split_root(dataset.train_labels, 100, generator)
+    parts = [rest[part] for part in partition(dataset.train_labels[rest], 100, 0.5, generator)]
+    module = build_model("cnn", (1, 28, 28), 10, seed=0)
+    loss = FlatModel(module, dataset.train_inputs[root], dataset.train_labels[root])
+    recipe = LocalTraining()
+    batches = draw_batches([*parts, root], recipe, generator)
+    updates_RP = train_clients(module, loss.initial_params, dataset.train_inputs, dataset.train_labels, batches, recipe)
+    return updates_RP, loss
+
+
+def attacked(updates_RP: Tensor, case: str) -> Tensor:
+    malicious_N = torch.arange(len(updates_RP) - 1) < 20
+    updates_RP = updates_RP.clone()
+    if case in ("min-max", "sign-flip"):
+        updates_RP[:-1] = attack(case, updates_RP[:-1], malicious_N)
+    elif case == "noise":
+        updates_RP[:20] += 0.05 * torch.randn(20, updates_RP.shape[1], generator=torch.Generator().manual_seed(0))
+    elif case == "scaled":
+        updates_RP[0] *= 1000
+    return updates_RP
+
+
+def solve(updates_RP: Tensor, loss: FlatModel, solver: str, dtype: torch.dtype, steps: int = 20) -> TrainedMasks:
+    loss = loss.to(dtype)
+    config = MaskTraining(steps=steps)
+    return train_masks(
+        updates_RP.to(dtype), loss.initial_params, loss, config=config, solver=solver, keep_logits=dtype == torch.float64
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_solvers_agree_on_real_updates(case: str, mnist_updates: tuple[Tensor, FlatModel]) -> None:
+    updates_RP, loss = attacked(mnist_updates[0], case), mnist_updates[1]
+    num_params = loss.num_params
+    truth = solve(updates_RP, loss, "reference", torch.float64)
+    labels = cluster_masks(truth.bits, num_params).benign
+    for solver in FAST_SOLVERS:
+        got = solve(updates_RP, loss, solver, torch.float64)
+        assert_same_away_from_ties(got, truth)
+        torch.testing.assert_close(got.losses, truth.losses, rtol=1e-5, atol=0)
+        assert torch.equal(cluster_masks(got.bits, num_params).benign, labels)
+
+    steps = STABLE_STEPS.get(case, 20)
+    truth_then = solve(updates_RP, loss, "reference", torch.float64, steps) if steps < 20 else truth
+    reference = solve(updates_RP, loss, "reference", torch.float32, steps)
+    allowed = max(1e-5, differing_share(reference, truth_then))
+    assert allowed < 2e-4, "the float32 reference is not stable here"
+    for solver in FAST_SOLVERS:
+        got = solve(updates_RP, loss, solver, torch.float32, steps)
+        assert differing_share(got, reference) <= allowed
+        torch.testing.assert_close(got.losses, reference.losses, rtol=1e-5, atol=0)
+        final = got if steps == 20 else solve(updates_RP, loss, solver, torch.float32)
+        assert torch.equal(cluster_masks(final.bits, num_params).benign, labels)
+
+
+def test_the_comparison_can_fail(mnist_updates: tuple[Tensor, FlatModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver that is wrong in one column in a thousand, or forgets its last step, is caught."""
+    updates_RP, loss = mnist_updates[0][80:], mnist_updates[1]
+    truth = solve(updates_RP, loss, "reference", torch.float64)
+    honest = fused.next_step
+
+    def sloppy(updates_RP: Tensor, logits_RP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float) -> Any:
+        slope_P = slope_P.clone()
+        slope_P[::1000] *= -1
+        return honest(updates_RP, logits_RP, slope_P, mean_P, full_step=full_step)
+
+    monkeypatch.setattr(fused, "next_step", sloppy)
+    with pytest.raises(AssertionError, match="bits differ away from ties"):
+        assert_same_away_from_ties(solve(updates_RP, loss, "fused", torch.float64), truth)
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="bits differ away from ties"):
+        assert_same_away_from_ties(solve(updates_RP, loss, "fused", torch.float64, steps=19), truth)

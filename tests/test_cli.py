@@ -1,0 +1,262 @@
+"""The command line, run as users run it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from skymask_gpu.engine import FlatModel
+
+MODEL = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+
+class Needy(nn.Linear):
+    def __init__(self, size):
+        super().__init__(size, size)
+
+def number():
+    return 3
+"""
+
+Files = dict[str, Path]
+
+
+def skymask_gpu(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-P", "-m", "skymask_gpu", *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A global model, root data and the updates of 16 clients, of which 4 flip the sign; in every accepted form."""
+    folder = tmp_path_factory.mktemp("round")
+    (folder / "my_model.py").write_text(MODEL)
+    namespace: dict = {}
+    exec(MODEL, namespace)
+    torch.manual_seed(0)
+    module = namespace["Net"]()
+    save_file(module.state_dict(), folder / "global.safetensors")
+
+    generator = torch.Generator().manual_seed(0)
+
+    def data(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.randint(0, 3, (count,), generator=generator)
+        return 3 * torch.eye(8)[labels] + torch.randn(count, 8, generator=generator), labels
+
+    inputs, labels = data(60)
+    np.savez(folder / "root.npz", inputs=inputs.numpy(), labels=labels.numpy())
+    rows = []
+    for name in ("updates", "models"):
+        (folder / name).mkdir()
+    for client in range(16):
+        flat = FlatModel(module, *data(60))
+        params = flat.initial_params
+        for _ in range(10):
+            params = params.requires_grad_()
+            (grad,) = torch.autograd.grad(flat(params), params)
+            params = (params - 0.1 * grad.clamp(-0.01, 0.01)).detach()
+        row = (params - flat.initial_params) * (-1 if client < 4 else 1)
+        rows.append(row)
+        buffers = {n: b.clone() for n, b in module.named_buffers()} | {"1.running_mean": torch.full((16,), float(client))}
+        update = {name: value.contiguous() for name, value in flat.unflatten(row).items()}
+        model = {name: value.contiguous() for name, value in flat.unflatten(flat.initial_params + row).items()}
+        save_file({**update, **buffers}, folder / "updates" / f"client{client:02}.safetensors")
+        save_file({**model, **buffers}, folder / "models" / f"client{client:02}.safetensors")
+    save_file({"updates": torch.stack(rows)}, folder / "stacked.safetensors")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+def aggregate(files: Files, tmp_path: Path, updates: Path, *more: object, check: bool = True) -> tuple[dict, dict, str]:
+    """The new global model, the JSON verdict, and what was printed."""
+    out, report = tmp_path / "new.safetensors", tmp_path / "report.json"
+    done = skymask_gpu(
+        "aggregate", "--global", files["global"], "--updates", updates, "--model", f"{files['my_model']}:Net",
+        "--root", files["root"], "--out", out, "--json", report, *more, check=check,
+    )  # fmt: skip
+    if not check:
+        return {}, {"code": done.returncode}, done.stderr
+    return load_file(out), json.loads(report.read_text()), done.stdout
+
+
+def test_aggregate_takes_folders_and_stacked_files_alike(files: Files, tmp_path: Path) -> None:
+    state, report, printed = aggregate(files, tmp_path, files["updates"])
+    assert [name for name, verdict in report["clients"].items() if not verdict["benign"]] == [f"client{i:02}" for i in range(4)]
+    assert "rejected" in printed
+    assert "client03" in printed
+    assert "12 clients" in printed
+    start, stacked = load_file(files["global"]), load_file(files["stacked"])["updates"]
+    mean = stacked[4:].mean(0)
+    got = torch.cat(
+        [(state[n] - start[n]).flatten() for n in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")]
+    )
+    torch.testing.assert_close(got, mean, atol=1e-6, rtol=1e-5)
+    assert state["1.running_mean"].tolist() == [pytest.approx(sum(range(4, 16)) / 12)] * 16
+
+    from_stacked, stacked_report, _ = aggregate(files, tmp_path, files["stacked"])
+    assert [v["benign"] for v in stacked_report["clients"].values()] == [False] * 4 + [True] * 12
+    torch.testing.assert_close(from_stacked["0.weight"], state["0.weight"])
+
+
+def test_aggregate_subtracts_the_global_model_from_local_models(files: Files, tmp_path: Path) -> None:
+    state, _, _ = aggregate(files, tmp_path, files["updates"])
+    from_models, _, _ = aggregate(files, tmp_path, files["models"], "--local-models")
+    for name, value in state.items():
+        torch.testing.assert_close(from_models[name], value, atol=1e-6, rtol=1e-4)
+
+
+def test_aggregate_rejects_unusable_files_by_name_and_goes_on(files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for file in files["updates"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "client05.safetensors").write_bytes(b"garbage")
+    save_file({"0.weight": torch.zeros(2)}, folder / "client06.safetensors")
+    _, report, printed = aggregate(files, tmp_path, folder)
+    assert "is no safetensors file" in report["clients"]["client05"]["reason"]
+    assert "lacks 0.bias" in report["clients"]["client06"]["reason"]
+    assert [n for n, v in report["clients"].items() if not v["benign"]] == [
+        "client00", "client01", "client02", "client03", "client06", "client05",
+    ]  # fmt: skip
+    assert "client05" in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f, t: {"--global": t / "absent.safetensors"}, "--global: no file"),
+        (lambda f, t: {"--global": f["root"]}, "is no safetensors file"),
+        (lambda f, t: {"--global": f["stacked"]}, "--global does not fit Net"),
+        (lambda f, t: {"--model": "Net"}, "--model must be file.py:Class"),
+        (lambda f, t: {"--model": f"{f['my_model']}:Nett"}, "has no 'Nett'"),
+        (lambda f, t: {"--model": f"{f['my_model']}:Needy"}, "must be callable without arguments"),
+        (lambda f, t: {"--model": f"{f['my_model']}:number"}, "must return a torch.nn.Module, got int"),
+        (lambda f, t: {"--root": t / "absent.npz"}, "--root: no file"),
+        (lambda f, t: {"--root": f["my_model"]}, "is no npz file of plain arrays"),
+        (lambda f, t: {"--updates": t}, "no *.safetensors file in"),
+        (lambda f, t: {"--updates": f["global"]}, "must hold one (N, P) tensor"),
+        (lambda f, t: {"--solver": "quick"}, "solver must be one of"),
+    ],
+)
+def test_aggregate_names_the_option_that_is_wrong(
+    change: Callable[[Files, Path], dict], message: str, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In this process, to be quick: the command line's own main, its message and its exit code."""
+    options = {
+        "--global": files["global"], "--updates": files["updates"], "--model": f"{files['my_model']}:Net",
+        "--root": files["root"], "--out": tmp_path / "new.safetensors", **change(files, tmp_path),
+    }  # fmt: skip
+    from skymask_gpu import cli
+
+    arguments = ["skymask-gpu", "aggregate", *(str(x) for pair in options.items() for x in pair)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+def test_a_root_file_with_python_objects_is_refused(files: Files, tmp_path: Path) -> None:
+    from skymask_gpu.user_files import load_root
+
+    np.savez(tmp_path / "root.npz", inputs=np.array([{"a": 1}], dtype=object), labels=np.zeros(1))
+    with pytest.raises(ValueError, match=r"--root: .*plain arrays"):
+        load_root(tmp_path / "root.npz")
+    np.savez(tmp_path / "lacking.npz", inputs=np.zeros(1))
+    with pytest.raises(ValueError, match="must hold arrays 'inputs' and 'labels', it has inputs"):
+        load_root(tmp_path / "lacking.npz")
+
+
+def test_info_says_what_runs_and_why_not() -> None:
+    printed = skymask_gpu("info").stdout
+    assert "solver fused on cpu, bfloat16 updates" in printed
+    if not torch.cuda.is_available():
+        assert "without CUDA" in printed or "no NVIDIA driver" in printed
+
+
+CONFIG = """
+rounds = 3
+[data]
+clients = 20
+root_samples = 50
+[local]
+steps = 3
+[attack]
+name = "sign-flip"
+malicious = 4
+[[variants]]
+name = "FedAvg"
+defence = { rule = "fedavg" }
+[[variants]]
+name = "SkyMask"
+"""
+
+
+def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "trial.toml").write_text(CONFIG)
+    out = tmp_path / "out"
+    printed = skymask_gpu("run", tmp_path / "trial.toml", "--out", out).stdout
+    assert "SkyMask" in printed
+    assert str(out / "report.html") in printed
+    for run in ("FedAvg", "SkyMask"):
+        assert len((out / run / "metrics.jsonl").read_text().splitlines()) == 3
+    for picture in ("rounds.png", "masks.png"):
+        assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page
+    assert "sign-flip 4/20" in page
+
+    refused = skymask_gpu("run", tmp_path / "trial.toml", "--out", out, check=False)
+    assert refused.returncode == 2
+    assert "go on with --resume or start anew with --overwrite" in " ".join(refused.stderr.split())
+    (out / "report.html").unlink()
+    skymask_gpu("run", tmp_path / "trial.toml", "--out", out, "--resume")
+    assert (out / "report.html").exists()
+    assert len((out / "SkyMask" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_kill_leaves_whole_lines_and_whole_files(tmp_path: Path) -> None:
+    """kill -9 at several moments of a run; what is there can be read, and the run can be finished from it."""
+    (tmp_path / "trial.toml").write_text(CONFIG.replace("rounds = 3", "rounds = 400").split("[[variants]]")[0])
+    out = tmp_path / "out"
+    command = [sys.executable, "-P", "-m", "skymask_gpu", "run", str(tmp_path / "trial.toml"), "--out", str(out)]
+    pause = random.Random(0)
+    num_lines = 0
+    for _ in range(3):
+        process = subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        metrics = out / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and (not metrics.exists() or metrics.read_bytes().count(b"\n") < num_lines + 5):
+            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+            time.sleep(0.01)
+        time.sleep(pause.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        text = metrics.read_text()
+        assert text.endswith("\n")
+        rounds = [json.loads(line)["round"] for line in text.splitlines()]
+        assert rounds == list(range(len(rounds)))
+        assert len(rounds) >= num_lines + 5, "the run did not get on"
+        num_lines = len(rounds)
+        checkpoint = load_file(out / "checkpoint.safetensors")
+        assert torch.isfinite(checkpoint["global_params"]).all()
+        assert not (out / "report.html").exists()

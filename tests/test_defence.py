@@ -1,0 +1,403 @@
+"""SkyMask.aggregate: verdicts on a toy federation, and every row of the table of bad input."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skymask_gpu import Clustering, MaskTraining, RootTraining, SkyMask
+from skymask_gpu.engine import bits as engine_bits
+from skymask_gpu.engine.solvers import fused
+
+NUM_CLIENTS, NUM_INPUTS, NUM_CLASSES = 20, 8, 3
+
+
+def toy_module() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(NUM_INPUTS, 16), nn.ReLU(), nn.Linear(16, NUM_CLASSES))
+
+
+def toy_data(num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Three well-separated heaps."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_samples) % NUM_CLASSES
+    centres = 3 * torch.eye(NUM_INPUTS)[:NUM_CLASSES]
+    return centres[labels] + torch.randn(num_samples, NUM_INPUTS, generator=generator), labels
+
+
+def local_update(module: nn.Module, seed: int, steps: int = 10) -> Tensor:
+    """An honest client's update: SGD on its own samples."""
+    inputs, labels = toy_data(30, seed)
+    names = [name for name, _ in module.named_parameters()]
+    params = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    start = torch.cat([p.detach().reshape(-1) for p in params])
+    for _ in range(steps):
+        loss = F.cross_entropy(torch.func.functional_call(module, dict(zip(names, params, strict=True)), (inputs,)), labels)
+        grads = torch.autograd.grad(loss, params)
+        params = [(p - 0.1 * g.clamp(-1e-2, 1e-2)).detach().requires_grad_() for p, g in zip(params, grads, strict=True)]
+    return torch.cat([p.detach().reshape(-1) for p in params]) - start
+
+
+MODULE = toy_module()
+HONEST_NP = torch.stack([local_update(MODULE, 100 + i) for i in range(NUM_CLIENTS)])
+NUM_PARAMS = HONEST_NP.shape[1]
+
+
+def defence(**settings: Any) -> SkyMask:
+    return SkyMask(MODULE, *toy_data(60, 1), **settings)
+
+
+def poisoned(num_malicious: int = 5) -> Tensor:
+    updates_NP = HONEST_NP.clone()
+    updates_NP[:num_malicious] *= -1
+    return updates_NP
+
+
+def state_dict(update_P: Tensor) -> dict[str, Tensor]:
+    sizes = [p.numel() for p in MODULE.parameters()]
+    parts = update_P.split(sizes)
+    return {name: part.view(p.shape) for (name, p), part in zip(MODULE.named_parameters(), parts, strict=True)}
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def test_attackers_are_rejected_and_the_rest_averaged() -> None:
+    updates_NP = poisoned()
+    before = updates_NP.clone()
+    result = defence().aggregate(updates_NP)
+    assert result.benign.tolist() == [False] * 5 + [True] * 15
+    assert sorted(result.rejected) == [0, 1, 2, 3, 4]
+    assert all("masks lie" in reason for reason in result.rejected.values())
+    torch.testing.assert_close(result.update, updates_NP[5:].mean(0))
+    assert torch.equal(updates_NP, before), "the caller's tensor must stay as it is"
+    assert result.masks.bits.shape == (NUM_CLIENTS + 1, math.ceil(NUM_PARAMS / 8))
+    assert result.clusters.scores.shape == (NUM_CLIENTS + 1, 2)
+    assert set(result.seconds) == {"collect", "root", "clustering", "average", "total", "mask_training"}
+
+
+def test_without_an_attack_everyone_is_kept_and_the_result_is_the_mean() -> None:
+    result = defence().aggregate(HONEST_NP)
+    assert result.benign.all()
+    assert not result.rejected
+    assert result.clusters.num_clusters == 1
+    torch.testing.assert_close(result.update, HONEST_NP.mean(0))
+
+
+def test_calling_gives_the_vector_alone() -> None:
+    skymask = defence()
+    assert torch.equal(skymask(poisoned()), skymask.aggregate(poisoned()).update)
+
+
+def test_state_dicts_and_stacked_updates_are_the_same() -> None:
+    stacked = defence().aggregate(poisoned())
+    listed = defence().aggregate([state_dict(row) for row in poisoned()])
+    assert torch.equal(listed.update, stacked.update)
+    assert torch.equal(listed.benign, stacked.benign)
+
+
+@pytest.mark.parametrize("solver", ["reference", "vmap", "fused"])
+def test_solvers_give_the_same_verdict(solver: str) -> None:
+    result = defence(solver=solver).aggregate(poisoned())
+    assert result.masks.solver == solver
+    assert result.benign.tolist() == [False] * 5 + [True] * 15
+
+
+def test_bfloat16_updates_give_the_same_verdict() -> None:
+    result = defence().aggregate(poisoned().bfloat16())
+    assert result.benign.tolist() == [False] * 5 + [True] * 15
+    assert result.update.dtype == torch.float32
+
+
+def test_a_root_row_trained_like_a_client_is_used() -> None:
+    root_update = local_update(MODULE, 1)
+    given_root = defence().aggregate(poisoned(), root_update=root_update)
+    own_root = defence().aggregate(poisoned())
+    assert torch.equal(given_root.benign, own_root.benign)
+    assert not torch.equal(given_root.masks.bits[-1], own_root.masks.bits[-1])
+
+
+def test_global_params_default_to_the_modules() -> None:
+    params = nn.utils.parameters_to_vector(MODULE.parameters()).detach()
+    a, b = defence().aggregate(poisoned()), defence().aggregate(poisoned(), global_params=params)
+    assert torch.equal(a.masks.bits, b.masks.bits)
+    moved = defence().aggregate(poisoned(), global_params=params + 0.5)
+    assert not torch.equal(a.masks.bits, moved.masks.bits)
+
+
+def test_the_published_rule_can_be_asked_for() -> None:
+    result = defence(clustering=Clustering(rule="published")).aggregate(poisoned())
+    assert result.benign.tolist() == [False] * 5 + [True] * 15
+
+
+def test_batch_norm_statistics_are_averaged_over_the_benign_clients() -> None:
+    module = nn.Sequential(nn.Linear(NUM_INPUTS, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, NUM_CLASSES))
+    updates = []
+    for client in range(12):
+        row = local_update(module, client)
+        sign = -1 if client < 3 else 1
+        sizes = [p.numel() for p in module.parameters()]
+        state = {n: sign * part.view(p.shape) for (n, p), part in zip(module.named_parameters(), row.split(sizes), strict=True)}
+        state["1.running_mean"] = torch.full((16,), float(client))
+        state["1.running_var"] = torch.ones(16)
+        state["1.num_batches_tracked"] = torch.tensor(client)
+        updates.append(state)
+    result = SkyMask(module, *toy_data(60, 1)).aggregate(updates)
+    kept = [float(i) for i in result.benign.nonzero().flatten()]
+    assert result.buffers["1.running_mean"].tolist() == [pytest.approx(sum(kept) / len(kept))] * 16
+    assert result.buffers["1.num_batches_tracked"] == max(kept)
+
+
+# --- the table of bad input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_is_rejected_and_the_round_goes_on(value: float) -> None:
+    updates_NP = poisoned()
+    updates_NP[7, 3] = value
+    result = defence().aggregate(updates_NP)
+    assert result.rejected[7] == f"its update contains NaN or Inf (1 of {NUM_PARAMS} values)"
+    without = defence().aggregate(torch.cat([updates_NP[:7], updates_NP[8:]]))
+    assert torch.equal(result.update, without.update)
+    assert torch.equal(result.masks.bits, without.masks.bits)
+    assert result.clients.tolist() == [i for i in range(NUM_CLIENTS) if i != 7]
+
+
+def test_more_than_half_rejected_this_way_is_a_warning() -> None:
+    updates_NP = HONEST_NP.clone()
+    updates_NP[:11] = torch.nan
+    with pytest.warns(UserWarning, match="11 of 20 clients sent an unusable update"):
+        result = defence().aggregate(updates_NP)
+    assert result.benign.tolist() == [False] * 11 + [True] * 9
+
+
+def test_nobody_left_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"updates: none of 20 clients sent a usable update; .*NaN or Inf"):
+        defence().aggregate(torch.full((NUM_CLIENTS, NUM_PARAMS), torch.nan))
+    with pytest.raises(ValueError, match=r"updates: none of 2 clients .* lacks 0\.weight"):
+        defence().aggregate([{}, {}])
+
+
+def _without_a_key(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if name != "2.bias"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_without_a_key, "its state dict lacks 2.bias"),
+        (lambda s: {**s, "head.weight": torch.zeros(1)}, "its state dict has unknown head.weight"),
+        (lambda s: {**s, "2.bias": torch.zeros(7)}, "2.bias must have shape (3,), got (7,)"),
+        (lambda s: {**s, "2.bias": torch.zeros(3, dtype=torch.int64)}, "2.bias must be floating point, got torch.int64"),
+        (lambda s: {**s, "2.bias": [0.0, 0.0, 0.0]}, "2.bias is a list instead of a tensor"),
+        (lambda s: {**s, "2.bias": torch.full((3,), torch.nan)}, f"its update contains NaN or Inf (3 of {NUM_PARAMS} values)"),
+        (lambda s: {**s, "2.bias": torch.full((3,), 1e300, dtype=torch.float64)}, "its update contains NaN or Inf"),
+        (lambda s: None, "sent a NoneType instead of a state dict"),
+    ],
+    ids=["missing", "unknown", "shape", "integer", "list", "nan", "overflow", "none"],
+)
+def test_a_malformed_state_dict_is_rejected_and_the_round_goes_on(spoil: Callable[[Any], Any], reason: str) -> None:
+    states = [state_dict(row) for row in poisoned()]
+    states[9] = spoil(states[9])
+    result = defence().aggregate(states)
+    assert result.rejected[9].startswith(reason)
+    assert result.benign.tolist() == [False] * 5 + [i != 4 for i in range(15)]
+
+
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        (torch.zeros(4, 9), rf"updates must have shape \(N, {NUM_PARAMS}\) .* got \(4, 9\)"),
+        (torch.zeros(NUM_PARAMS), rf"updates must have shape \(N, {NUM_PARAMS}\)"),
+        (torch.zeros(0, NUM_PARAMS), "with N >= 1 clients"),
+        (
+            torch.zeros(4, NUM_PARAMS, dtype=torch.float64),
+            r"must be float32 or bfloat16, got torch\.float64; cast with",
+        ),
+        (torch.zeros(4, NUM_PARAMS, dtype=torch.int32), r"updates must be float32 or bfloat16, got torch\.int32"),
+        ([], "updates must hold at least one client's state dict"),
+        ("updates.pt", r"updates must be an \(N, P\) tensor or a list of state dicts, got str"),
+        (None, "got NoneType"),
+    ],
+    ids=["wrong-P", "one-dimensional", "empty", "float64", "integer", "no-dicts", "string", "none"],
+)
+def test_updates_that_do_not_fit_are_an_error_before_any_work(
+    updates: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skymask_gpu.defence.root_direction", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=message):
+        defence().aggregate(updates)
+
+
+def test_mixed_devices_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"global_params must be on cpu like updates, got meta; move it with \.to"):
+        defence().aggregate(poisoned(), global_params=torch.zeros(NUM_PARAMS, device="meta"))
+    with pytest.raises(ValueError, match="root_update must be on cpu like updates, got meta"):
+        defence().aggregate(poisoned(), root_update=torch.zeros(NUM_PARAMS, device="meta"))
+
+
+@pytest.mark.parametrize("value", [1e30, -3e38])
+def test_a_huge_update_is_rejected_and_the_others_are_as_if_it_had_not_been_there(value: float) -> None:
+    updates_NP = poisoned()
+    updates_NP[7] = value
+    result = defence().aggregate(updates_NP)
+    assert result.rejected[7].startswith(("its update drives the root loss to", "its update drives the gradient"))
+    without = defence().aggregate(torch.cat([updates_NP[:7], updates_NP[8:]]))
+    assert torch.equal(result.masks.bits, without.masks.bits)
+    assert torch.equal(result.update, without.update)
+
+
+def test_huge_updates_of_most_clients_are_rejected() -> None:
+    updates_NP = HONEST_NP.clone()
+    updates_NP[:16] = 1e30
+    updates_NP[:8] *= -1  # they cancel in the mean
+    result = defence().aggregate(updates_NP)
+    assert result.benign.tolist() == [False] * 16 + [True] * 4
+
+
+def test_a_huge_bias_that_leaves_the_loss_finite_is_rejected_for_its_norm() -> None:
+    updates_NP = poisoned()
+    updates_NP[7] = 0
+    updates_NP[7, -NUM_CLASSES:] = 1e30  # equal logits: the loss is log 3
+    assert defence().aggregate(updates_NP).rejected[7] == "its update is so large that its norm overflows float32"
+
+
+def test_updates_that_are_harmless_alone_but_not_together_are_rejected() -> None:
+    updates_NP = HONEST_NP.clone()
+    first, last = 16 * NUM_INPUTS, 16 * NUM_CLASSES + NUM_CLASSES
+    updates_NP[3, :first] = 1e19 / 16  # huge hidden units
+    updates_NP[4, -last:-NUM_CLASSES] = 1e19 / 16  # times huge weights
+    updates_NP[4, -NUM_CLASSES:] = 0
+    result = defence().aggregate(updates_NP)
+    assert torch.isfinite(result.update).all()
+    assert not result.benign[3]
+    assert not result.benign[4]
+
+
+@pytest.mark.parametrize("num_clients", [1, 2])
+def test_fewer_than_three_clients_are_all_kept(num_clients: int) -> None:
+    result = defence().aggregate(poisoned()[:num_clients])
+    assert result.benign.all()
+    assert result.clusters.num_clusters == 1
+
+
+@pytest.mark.parametrize("row", [HONEST_NP[0], torch.zeros(NUM_PARAMS)], ids=["equal", "zero"])
+def test_equal_updates_are_all_kept(row: Tensor) -> None:
+    result = defence().aggregate(row.expand(6, -1))
+    assert result.benign.all()
+    assert result.clusters.num_clusters == 1
+    torch.testing.assert_close(result.update, row)
+
+
+def test_equal_masks_are_all_kept() -> None:
+    """Steps too small to move any logit across the threshold."""
+    result = defence(training=MaskTraining(lr=1e-3)).aggregate(poisoned())
+    assert result.benign.all()
+    assert result.clusters.num_clusters == 1
+    assert result.clusters.reason == "all masks are equal: all kept"
+
+
+def test_without_a_trusted_root_there_is_no_verdict() -> None:
+    inputs, labels = toy_data(60, 1)
+    with pytest.raises(ValueError, match="root_inputs and root_labels must have the same number of samples, at least 1"):
+        SkyMask(MODULE, inputs[:0], labels[:0])
+    with pytest.raises(ValueError, match="root_inputs and root_labels must be finite"):
+        SkyMask(MODULE, inputs * torch.nan, labels)
+    with pytest.raises(ValueError, match="root_update must be finite"):
+        defence().aggregate(poisoned(), root_update=torch.full((NUM_PARAMS,), torch.nan))
+    with pytest.raises(ValueError, match=rf"root_update must have shape \({NUM_PARAMS},\)"):
+        defence().aggregate(poisoned(), root_update=torch.zeros(3))
+    with pytest.raises(ValueError, match="global_params: the loss of the global model on the root data is nan"):
+        defence().aggregate(poisoned(), global_params=torch.full((NUM_PARAMS,), torch.nan))
+    with pytest.raises(ValueError, match=rf"global_params must have shape \({NUM_PARAMS},\)"):
+        defence().aggregate(poisoned(), global_params=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"RootTraining\.lr must"):
+        RootTraining(lr=0)
+
+
+def test_out_of_memory_in_clustering_shrinks_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacking more than 256 columns at a time fails; the verdict is the same."""
+    module = nn.Sequential(nn.Linear(NUM_INPUTS, 64), nn.ReLU(), nn.Linear(64, NUM_CLASSES))
+    updates_NP = torch.stack([local_update(module, i) * (-1 if i < 3 else 1) for i in range(12)])
+    skymask = SkyMask(module, *toy_data(60, 1))
+    want = skymask.aggregate(updates_NP)
+    unpack = engine_bits.unpack_bits
+
+    def small_memory(bits: Tensor, num_params: int) -> Tensor:
+        if num_params > 256:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return unpack(bits, num_params)
+
+    monkeypatch.setattr(engine_bits, "unpack_bits", small_memory)
+    got = skymask.aggregate(updates_NP)
+    assert torch.equal(got.clusters.scores, want.clusters.scores)
+
+
+def test_out_of_memory_in_training_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fused, "first_step", exhausted)
+    with pytest.raises(torch.OutOfMemoryError, match=r"solver 'fused' on 21 rows .* MiB beyond the updates; pass"):
+        defence().aggregate(poisoned())
+
+
+def test_a_solver_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skymask_gpu.engine.mask_training.why_not", lambda device, dtype: "numba is not installed")
+    with pytest.raises(ValueError, match="solver 'fused' cannot run here: numba is not installed"):
+        defence(solver="fused").aggregate(poisoned())
+
+
+# --- anything at all ----------------------------------------------------------------------------------------------------
+
+TINY = nn.Linear(2, 2)
+TINY_PARAMS = 6
+numbers = st.one_of(
+    st.floats(-1, 1, width=32),
+    st.floats(width=32, allow_nan=True, allow_infinity=True),
+    st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45, -1e-40, 1e-38, 3.4e38, -3.4e38, 1e19, -1e30]),
+)
+shapes = st.one_of(
+    st.tuples(st.integers(1, 7), st.just(TINY_PARAMS)),
+    st.tuples(st.integers(0, 4), st.integers(0, 8)),
+    st.tuples(st.integers(0, 3)),
+    st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)),
+)
+dtypes = st.sampled_from([torch.float32] * 6 + [torch.bfloat16] * 3 + [torch.float16, torch.float64, torch.int64, torch.bool])
+
+
+@st.composite
+def any_updates(draw: st.DrawFn) -> Tensor:
+    shape = draw(shapes)
+    size = math.prod(shape)
+    values = draw(st.lists(numbers, min_size=size, max_size=size))
+    tensor = torch.tensor(values, dtype=torch.float32).reshape(shape)
+    dtype = draw(dtypes)
+    return (tensor.nan_to_num(0, 1, -1) if dtype in (torch.int64, torch.bool) else tensor).to(dtype)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(updates=any_updates())
+@pytest.mark.filterwarnings("ignore:.*unusable update")
+def test_any_updates_give_a_finite_verdict_or_an_error_that_names_them(updates: Tensor) -> None:
+    inputs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.5]])
+    skymask = SkyMask(TINY, inputs, torch.tensor([0, 1, 0, 1]), root_training=RootTraining(steps=3))
+    before = updates.clone()
+    try:
+        result = skymask.aggregate(updates)
+    except ValueError as error:
+        assert "updates" in str(error)
+    else:
+        assert torch.isfinite(result.update).all()
+        assert result.benign.any()
+        assert set(result.rejected) == set((~result.benign).nonzero().flatten().tolist())
+        assert torch.isfinite(result.clusters.scores).all()
+    assert torch.equal(updates.nan_to_num(7.0) if updates.is_floating_point() else updates,
+                       before.nan_to_num(7.0) if before.is_floating_point() else before)  # fmt: skip

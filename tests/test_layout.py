@@ -1,0 +1,94 @@
+"""The shape of the code: which way imports go, what importing costs, and what ships."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+# what each part may import of the others
+ALLOWED = {
+    "kernels": {"kernels"},
+    "engine": {"kernels", "engine"},
+    "skymask_gpu": {"kernels", "engine", "skymask_gpu"},
+    "bench": {"kernels", "engine", "skymask_gpu", "bench"},
+}
+
+
+def imported_parts(file: Path) -> set[str]:
+    """Which of the four parts a file imports."""
+    parts = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            path = name.split(".")
+            if path[0] in ("kernels", "engine", "bench"):
+                parts.add(f"top-level {path[0]}")
+            if path[0] == "skymask_gpu":
+                parts.add(path[1] if len(path) > 1 and path[1] in ALLOWED else "skymask_gpu")
+    return parts
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_go_one_way(part: str, checkout: Path) -> None:
+    files = [f for f in (checkout / part).rglob("*.py") if not (part == "skymask_gpu" and f.name == "cli.py")]
+    assert files
+    for file in files:
+        wrong = imported_parts(file) - ALLOWED[part]
+        assert not wrong, f"{file.relative_to(checkout)} imports {wrong}"
+
+
+def test_the_reference_solver_imports_no_kernel(checkout: Path) -> None:
+    tree = ast.parse((checkout / "engine" / "solvers" / "reference.py").read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert modules == {
+        "torch",
+        "skymask_gpu.engine.bits",
+        "skymask_gpu.engine.solvers.solution",
+        "skymask_gpu.engine.training_config",
+    }
+
+
+def test_importing_the_package_touches_no_gpu_and_loads_nothing_heavy() -> None:
+    script = (
+        "import sys, torch, skymask_gpu\n"
+        "heavy = {'triton', 'numba', 'sklearn', 'matplotlib', 'jinja2', 'torchvision', 'typer'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
+
+
+def test_the_top_level_folders_are_no_packages_of_their_own() -> None:
+    script = "from importlib.util import find_spec; assert not any(map(find_spec, ('kernels', 'engine', 'bench')))"
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+    if find_spec("build") is None or find_spec("setuptools") is None:
+        pytest.skip("build and setuptools are needed")
+    source = tmp_path / "source"
+    source.mkdir()
+    listed = subprocess.run(["git", "ls-files"], cwd=checkout, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        if (checkout / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((checkout / name).read_bytes())
+    build = [sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"skymask_gpu"}
+    for wanted in (
+        "skymask_gpu/py.typed",
+        "skymask_gpu/report/page.html.j2",
+        "skymask_gpu/kernels/_triton/mask_step.py",
+        "skymask_gpu/engine/solvers/reference.py",
+        "skymask_gpu/bench/solvers.py",
+    ):
+        assert wanted in names
+    assert not [name for name in names if "test" in name]
