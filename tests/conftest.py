@@ -27,6 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests recorded (the kernels' registers), which xdist's workers cannot print themselves."""
+    recorded = sorted(p for report in terminalreporter.stats.get("passed", []) for p in report.user_properties)
+    if recorded:
+        terminalreporter.section("compiled for GPUs that need not be here")
+    for name, value in recorded:
+        terminalreporter.write_line(f"{name:28} {value}")
+
+
 @pytest.fixture(scope="session")
 def checkout() -> Path:
     return CHECKOUT
