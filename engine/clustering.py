@@ -254,6 +254,9 @@ def _published(distances_RR: Tensor, scores_R2: Tensor, seed: int) -> ClusteredM
     labels_R = _gaussian_mixture(scores_R2, _two_means(scores_R2, seed))
     benign_N = labels_R[:-1] == labels_R[-1]
     separation = _separation(distances_RR[:-1, :-1], benign_N)
+    if not benign_N.any():
+        reason = "the mixture puts the root in a component of its own: all kept"
+        return ClusteredMasks(~benign_N, 1, scores_R2, separation, reason)
     if benign_N.all():
         return ClusteredMasks(benign_N, 1, scores_R2, separation, "the mixture puts every client with the root: all kept")
     reason = f"{int((~benign_N).sum())} masks are in the component without the root"

@@ -24,14 +24,14 @@ class FlatModel:
 
     Args:
         module: any ``nn.Module`` whose output ``loss_fn`` takes.
-        inputs: ``(n, ...)`` root inputs, n >= 1.
+        inputs: ``(n, ...)`` root inputs, n >= 1; floating ones are cast to the parameters' dtype.
         labels: ``(n, ...)`` root labels.
         loss_fn: ``loss_fn(outputs, labels) -> ()``.
         buffers: what batch norm normalises with: ``"batch"`` the statistics of the root batch, ``"fixed"`` mean 0 and
             variance 1 (what SkyMask's published code does; it breaks a trained network and is here for parity only).
 
     Raises:
-        ValueError: no trainable parameter, no root data, unequal numbers of inputs and labels, unknown ``buffers``.
+        ValueError: no trainable parameter, root data that are missing or do not fit the module, unknown ``buffers``.
     """
 
     def __init__(
@@ -43,6 +43,11 @@ class FlatModel:
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         buffers: Buffers = "batch",
     ) -> None:
+        if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
+            raise ValueError(
+                f"root_inputs and root_labels must be tensors, got {type(inputs).__name__} and {type(labels).__name__}; "
+                "use torch.from_numpy for arrays"
+            )
         if len(inputs) == 0 or len(inputs) != len(labels):
             raise ValueError(
                 f"root_inputs and root_labels must have the same number of samples, at least 1, "
@@ -52,8 +57,6 @@ class FlatModel:
             raise ValueError(f"buffers must be 'batch' or 'fixed', got {buffers!r}")
         self._module = copy.deepcopy(module).eval()
         _set_norm_statistics(self._module, buffers)
-        self._inputs = inputs.detach()
-        self._labels = labels.detach()
         self._loss_fn = loss_fn
         shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
         if not shapes:
@@ -62,6 +65,15 @@ class FlatModel:
         self.layer_sizes: tuple[int, ...] = tuple(math.prod(shape) for shape in shapes.values())
         self.num_params: int = sum(self.layer_sizes)
         self.initial_params: Tensor = self.flatten(dict(module.named_parameters()))
+        # as the model's parameters are, and class labels as PyTorch's losses want them
+        like = self.initial_params
+        self._inputs = inputs.detach().to(like) if inputs.is_floating_point() else inputs.detach().to(like.device)
+        self._labels = labels.detach().to(like.device, labels.dtype if labels.is_floating_point() else torch.long)
+        try:
+            with torch.no_grad():
+                self(self.initial_params)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"root_inputs and root_labels do not fit the module and its loss: {error}") from error
 
     def __call__(self, params_P: Tensor) -> Tensor:
         """The root loss, ``()``, of the model with parameters ``params_P``, ``(P,)``."""
@@ -103,6 +115,7 @@ def _set_norm_statistics(module: nn.Module, buffers: Buffers) -> None:
             if buffers == "batch":
                 # without running statistics these layers use the batch's, in eval mode too
                 layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+                layer.track_running_stats = False
             else:
                 layer.running_mean.zero_()
                 layer.running_var.fill_(1)

@@ -45,7 +45,7 @@ def explain_out_of_memory(what: str, num_bytes: int, device: torch.device, remed
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or "beyond the updates" in str(error):  # not ours, or explained already
             raise
         free = f", {torch.cuda.mem_get_info(device)[0] / 2**20:,.0f} MiB are free" if device.type == "cuda" else ""
         raise torch.OutOfMemoryError(

@@ -1,6 +1,6 @@
 """The command line: ``skymask-gpu aggregate | run | info``."""
 
-import shutil
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -33,7 +33,7 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
     try:
         app()
-    except (ValueError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
@@ -70,6 +70,8 @@ def aggregate(
     solver: Annotated[str, typer.Option(help="reference, vmap, fused or auto.")] = "auto",
 ) -> None:
     """Judge the clients of one round, and write the global model with the benign updates added."""
+    if not math.isfinite(server_lr):
+        raise ValueError(f"--server-lr must be finite, got {server_lr}")
     try:
         global_state, metadata = read_tensors(global_model)
     except ValueError as error:
@@ -108,7 +110,7 @@ def run(
     from dataclasses import replace
 
     from skymask_gpu.federation.config import read_config
-    from skymask_gpu.federation.rounds import METRICS
+    from skymask_gpu.federation.rounds import has_results
 
     runs = read_config(config)
     if data_dir is not None:
@@ -118,21 +120,28 @@ def run(
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     for existing in folders:
-        if (existing / METRICS).exists() and overwrite:
-            shutil.rmtree(existing)
-        elif (existing / METRICS).exists() and not resume:
+        if has_results(existing) and not resume and not overwrite:
             raise ValueError(f"--out: {existing} holds results already; go on with --resume or start anew with --overwrite")
-    _play(runs, folders, folder, title=config.stem)
+    _play(runs, folders, folder, title=config.stem, overwrite=overwrite)
 
 
-def _play(runs: list[Any], folders: list[Path], folder: Path, title: str) -> None:
+def _play(runs: list[Any], folders: list[Path], folder: Path, *, title: str, overwrite: bool) -> None:
     try:
-        from skymask_gpu.federation.rounds import Federation, run_rounds
+        from skymask_gpu.federation.data import load_dataset
+        from skymask_gpu.federation.rounds import Federation, clear_results, run_rounds
         from skymask_gpu.report.page import write_report
         from skymask_gpu.report.summary import COLUMNS, load_run
     except ModuleNotFoundError as error:
         raise ValueError(f"skymask-gpu run needs {error.name}: pip install 'skymask-gpu[run]'") from error
 
+    # all of them before the first round, and before anything is overwritten: what cannot run is said now
+    with console.status("loading ..."):
+        keys = {(run.data.dataset, run.data.data_dir) for run in runs}
+        datasets = {(name, where): load_dataset(name, Path(where) if where else None) for name, where in keys}
+        federations = [Federation.build(run, datasets[run.data.dataset, run.data.data_dir]) for run in runs]
+    if overwrite:
+        for existing in folders:
+            clear_results(existing)
     progress = Progress(
         TextColumn("{task.description:<20}"),
         BarColumn(),
@@ -143,10 +152,8 @@ def _play(runs: list[Any], folders: list[Path], folder: Path, title: str) -> Non
         console=console,
     )
     with progress:
-        for config, run_folder in zip(runs, folders, strict=True):
-            task = progress.add_task(config.name, total=config.rounds, status="loading")
-            federation = Federation.build(config)
-            progress.update(task, status="")
+        for config, federation, run_folder in zip(runs, federations, folders, strict=True):
+            task = progress.add_task(config.name, total=config.rounds, status="")
             for record in run_rounds(federation, run_folder):
                 progress.update(task, completed=record["round"] + 1, status=_status(record))
             progress.update(task, completed=config.rounds)

@@ -14,7 +14,10 @@ __all__ = ["Collected", "collect", "drives_loss_out_of_range", "far_out"]
 Updates = Tensor | Sequence[Mapping[str, Tensor]]
 
 # An honest update is far shorter than the model it changes; a longer one is looked at more closely.
-_FAR_OUT = 10.0
+_FAR_OUT = 1.0
+# What a client's tensors may be stored in: kinds that every operation here supports.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Elements of a temporary made from rows of the updates.
 _CHUNK_ELEMENTS = 2**24
 
@@ -112,7 +115,7 @@ def _from_state_dicts(updates: Sequence[Mapping[str, Tensor]], model: FlatModel,
         raise ValueError(f"updates must be an (N, P) tensor or a list of state dicts, got {type(updates).__name__}")
     if len(updates) == 0:
         raise ValueError("updates must hold at least one client's state dict, got an empty list")
-    known = {name: value.shape for name, value in module.state_dict(keep_vars=False).items()}
+    known = module.state_dict()
     device = model.initial_params.device
     rows, clients, buffers, rejected = [], [], [], {}
     for client, state in enumerate(updates):
@@ -123,14 +126,14 @@ def _from_state_dicts(updates: Sequence[Mapping[str, Tensor]], model: FlatModel,
         rows.append(model.flatten({name: state[name].to(device, torch.float32) for name in model.shapes}))
         clients.append(client)
         names = {name for name, _ in module.named_buffers()}
-        buffers.append({name: state[name].detach().to(device) for name in names if name in state})
+        buffers.append({name: state[name].detach().to(device, known[name].dtype) for name in names if name in state})
     stacked = torch.stack(rows) if rows else torch.empty(0, model.num_params, device=device)
     return Collected(
         stacked, _row_norms(stacked), torch.tensor(clients, dtype=torch.long, device=device), len(updates), buffers, rejected
     )
 
 
-def _state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: dict[str, torch.Size]) -> str | None:
+def _state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: Mapping[str, Tensor]) -> str | None:
     if not isinstance(state, Mapping):
         return f"sent a {type(state).__name__} instead of a state dict"
     missing = [name for name in model.shapes if name not in state]
@@ -142,11 +145,14 @@ def _state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: dict
     for name, value in state.items():
         if not isinstance(value, Tensor):
             return f"{name} is a {type(value).__name__} instead of a tensor"
-        if value.shape != known[name]:
-            return f"{name} must have shape {tuple(known[name])}, got {tuple(value.shape)}"
-        if name in model.shapes and not value.is_floating_point():
-            return f"{name} must be floating point, got {value.dtype}"
-        if name not in model.shapes and value.is_floating_point() and not torch.isfinite(value).all():
+        if value.shape != known[name].shape:
+            return f"{name} must have shape {tuple(known[name].shape)}, got {tuple(value.shape)}"
+        if value.layout != torch.strided or value.is_meta:
+            return f"{name} must be a plain dense tensor, got a {'meta' if value.is_meta else value.layout} tensor"
+        floating = known[name].is_floating_point()
+        if value.dtype not in (_FLOATS if floating else _INTEGERS):
+            return f"{name} must be {'floating point' if floating else 'an integer'}, got {value.dtype}"
+        if floating and name not in model.shapes and not torch.isfinite(value.to(known[name].dtype)).all():
             return f"{name} contains NaN or Inf"
     return None
 

@@ -1,7 +1,7 @@
 """``SkyMask``: clients' updates in, the mean of the benign ones and a verdict on each client out."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,6 +21,7 @@ from skymask_gpu.engine import (
     cluster_masks,
     train_masks,
 )
+from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.root import RootTraining, root_direction
 
 __all__ = ["Aggregation", "SkyMask"]
@@ -144,8 +145,12 @@ class SkyMask:
             torch.OutOfMemoryError: with the bytes that were needed.
         """
         watch = _Stopwatch()
-        with watch.phase("total"):
-            device = self._device or (updates.device if isinstance(updates, Tensor) else self._flat.initial_params.device)
+        device = self._device or (updates.device if isinstance(updates, Tensor) else self._flat.initial_params.device)
+        # a copy of the rows with the root's, and the distances of all pairs
+        num_clients = len(updates) if isinstance(updates, Sequence) or (isinstance(updates, Tensor) and updates.dim()) else 0
+        num_bytes = 4 * num_clients * self._flat.num_params + 8 * num_clients**2
+        remedy = "pass the updates in bfloat16, or aggregate fewer clients at once"
+        with watch.phase("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
             loss = self._flat.to(device)
             global_params_P = self._global_params(global_params, loss)
             if isinstance(updates, Tensor) and self._device is not None:
@@ -184,12 +189,14 @@ class SkyMask:
         try:
             return train_masks(rows_RP, global_params_P, loss, config=self._training, solver=self._solver), rows_RP
         except NonFiniteLossError:
-            suspects = far_out(collected, global_params_P, direction_P)
-            if not suspects:
+            # some that are not far out do it alone; or each is harmless alone and the large ones are not together
+            reasons = drives_loss_out_of_range(collected, list(range(len(collected.rows))), global_params_P, loss)
+            if not reasons:
+                reason = "its update, together with others as large, drives the root loss to NaN or Inf"
+                reasons = dict.fromkeys(far_out(collected, global_params_P, direction_P), reason)
+            if not reasons:
                 raise
-        # each of them alone is harmless; together they are not
-        reason = "its update, together with others as large, drives the root loss to NaN or Inf"
-        _reject_or_raise(collected, dict.fromkeys(suspects, reason))
+        _reject_or_raise(collected, reasons)
         rows_RP = _with_root(collected.rows, root_row_P)
         return train_masks(rows_RP, global_params_P, loss, config=self._training, solver=self._solver), rows_RP
 

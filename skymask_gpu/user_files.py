@@ -1,6 +1,7 @@
 """The files a user brings to ``skymask-gpu aggregate``: a model's class, state dicts, updates, root data; never a pickle."""
 
 import importlib.util
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,11 +36,17 @@ def load_module(spec: str, state: Mapping[str, Tensor]) -> nn.Module:
     path = Path(file)
     if not file or not path.is_file():
         raise ValueError(f"--model must be file.py:Class with an existing file, got {spec!r}")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
+    module_spec = importlib.util.spec_from_file_location(f"skymask_user_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"--model must be file.py:Class, {path} is no Python file")
     python_module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(python_module)
+    # as `python file.py` would have it: dataclasses look their module up, and neighbours can be imported
+    sys.modules[module_spec.name] = python_module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        module_spec.loader.exec_module(python_module)
+    finally:
+        sys.path.pop(0)
     if not hasattr(python_module, name):
         raise ValueError(f"--model: {path} has no {name!r}")
     try:
@@ -109,7 +116,7 @@ def _from_folder(folder: Path, model: FlatModel, global_state: Mapping[str, Tens
             continue
         if local_models:
             state = {
-                name: value - global_state[name]
+                name: value.double() - global_state[name].double()
                 if name in model.shapes and value.shape == model.shapes[name] and value.is_floating_point()
                 else value
                 for name, value in state.items()

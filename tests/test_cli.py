@@ -18,7 +18,15 @@ from safetensors.torch import load_file, save_file
 from skymask_gpu.engine import FlatModel
 
 MODEL = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from torch import nn
+
+@dataclass
+class Unused:
+    size: int
 
 class Net(nn.Sequential):
     def __init__(self):
@@ -49,7 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("round")
     (folder / "my_model.py").write_text(MODEL)
     namespace: dict = {}
-    exec(MODEL, namespace)
+    exec(MODEL.replace("@dataclass", ""), namespace)
     torch.manual_seed(0)
     module = namespace["Net"]()
     save_file(module.state_dict(), folder / "global.safetensors")
@@ -228,10 +236,18 @@ def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: P
     refused = skymask_gpu("run", tmp_path / "trial.toml", "--out", out, check=False)
     assert refused.returncode == 2
     assert "go on with --resume or start anew with --overwrite" in " ".join(refused.stderr.split())
+    (out / "SkyMask" / "notes.txt").write_text("mine")
+    broken = tmp_path / "broken.toml"
+    broken.write_text(CONFIG.replace("clients = 20", "clients = 2000"))
+    failed = skymask_gpu("run", broken, "--out", out, "--overwrite", check=False)
+    assert failed.returncode == 2
+    assert (out / "SkyMask" / "metrics.jsonl").exists(), "nothing is overwritten by a run that cannot start"
     (out / "report.html").unlink()
     skymask_gpu("run", tmp_path / "trial.toml", "--out", out, "--resume")
     assert (out / "report.html").exists()
     assert len((out / "SkyMask" / "metrics.jsonl").read_text().splitlines()) == 3
+    skymask_gpu("run", tmp_path / "trial.toml", "--out", out, "--overwrite")
+    assert (out / "SkyMask" / "notes.txt").read_text() == "mine"
 
 
 def test_kill_leaves_whole_lines_and_whole_files(tmp_path: Path) -> None:

@@ -197,11 +197,18 @@ def _without_a_key(state: dict[str, Any]) -> dict[str, Any]:
         (lambda s: {**s, "2.bias": torch.zeros(7)}, "2.bias must have shape (3,), got (7,)"),
         (lambda s: {**s, "2.bias": torch.zeros(3, dtype=torch.int64)}, "2.bias must be floating point, got torch.int64"),
         (lambda s: {**s, "2.bias": [0.0, 0.0, 0.0]}, "2.bias is a list instead of a tensor"),
+        (
+            lambda s: {**s, "2.bias": torch.zeros(3, dtype=torch.complex64)},
+            "2.bias must be floating point, got torch.complex64",
+        ),
+        (lambda s: {**s, "2.bias": torch.zeros(3).to(torch.float8_e4m3fn)}, "2.bias must be floating point, got torch.float8"),
+        (lambda s: {**s, "2.bias": torch.zeros(3).to_sparse()}, "2.bias must be a plain dense tensor, got a torch.sparse_coo"),
+        (lambda s: {**s, "2.bias": torch.zeros(3, device="meta")}, "2.bias must be a plain dense tensor, got a meta tensor"),
         (lambda s: {**s, "2.bias": torch.full((3,), torch.nan)}, f"its update contains NaN or Inf (3 of {NUM_PARAMS} values)"),
         (lambda s: {**s, "2.bias": torch.full((3,), 1e300, dtype=torch.float64)}, "its update contains NaN or Inf"),
         (lambda s: None, "sent a NoneType instead of a state dict"),
     ],
-    ids=["missing", "unknown", "shape", "integer", "list", "nan", "overflow", "none"],
+    ids=["missing", "unknown", "shape", "integer", "list", "complex", "float8", "sparse", "meta", "nan", "overflow", "none"],
 )
 def test_a_malformed_state_dict_is_rejected_and_the_round_goes_on(spoil: Callable[[Any], Any], reason: str) -> None:
     states = [state_dict(row) for row in poisoned()]
@@ -267,6 +274,33 @@ def test_a_huge_bias_that_leaves_the_loss_finite_is_rejected_for_its_norm() -> N
     updates_NP[7] = 0
     updates_NP[7, -NUM_CLASSES:] = 1e30  # equal logits: the loss is log 3
     assert defence().aggregate(updates_NP).rejected[7] == "its update is so large that its norm overflows float32"
+
+
+class Scaled(nn.Module):
+    """Logits times an exponential, as in CLIP: a short update can drive the loss out of range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(NUM_INPUTS, NUM_CLASSES)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.linear(inputs) * self.scale.exp()
+
+
+@pytest.mark.parametrize("num_malicious", [1, 3, 5])
+def test_short_updates_that_drive_the_loss_out_of_range_are_rejected(num_malicious: int) -> None:
+    module = Scaled()
+    honest_NP = torch.stack([local_update(module, i) for i in range(12)])
+    names = [name for name, _ in module.named_parameters()]
+    at = names.index("scale")
+    column = sum(p.numel() for p in list(module.parameters())[:at])
+    for size in (100.0, 1000.0):
+        updates_NP = honest_NP.clone()
+        updates_NP[:num_malicious, column] += size
+        result = SkyMask(module, *toy_data(60, 1)).aggregate(updates_NP)
+        for client in range(num_malicious):
+            assert result.rejected[client].startswith("its update drives")
 
 
 def test_updates_that_are_harmless_alone_but_not_together_are_rejected() -> None:

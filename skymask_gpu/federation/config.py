@@ -2,12 +2,13 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skymask_gpu.engine import Clustering, MaskTraining
+from skymask_gpu.engine import SOLVERS, Clustering, MaskTraining
 from skymask_gpu.federation.attacks import ATTACKS
 from skymask_gpu.federation.data import DATASETS
 from skymask_gpu.federation.local_training import LocalTraining
@@ -67,6 +68,7 @@ class DefenceConfig:
 
     def __post_init__(self) -> None:
         _one_of("defence.rule", self.rule, RULES)
+        _one_of("defence.solver", self.solver, ("auto", *SOLVERS))
 
     @property
     def training(self) -> MaskTraining:
@@ -101,6 +103,12 @@ class RunConfig:
                 f"attack.malicious must be between 1 and {self.data.clients - 1} of {self.data.clients} clients for attack "
                 f"{self.attack.name!r}, got {self.attack.malicious}"
             )
+        if self.attack.name == "none" and self.attack.malicious != 0:
+            raise ValueError(f"attack.malicious must be 0 for attack 'none', got {self.attack.malicious}")
+        if not math.isfinite(self.server_lr):
+            raise ValueError(f"server_lr must be finite, got {self.server_lr}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be between 0 and 2**31 - 1, got {self.seed}")
         # raise now, not after the first round
         _ = self.defence.training, self.defence.clustering_config
 

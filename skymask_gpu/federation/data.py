@@ -68,7 +68,10 @@ def split_root(labels: Tensor, num_samples: int, generator: torch.Generator) -> 
 
 
 def _load_digits(data_dir: Path | None) -> Dataset:
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ValueError("data.dataset 'digits' needs scikit-learn: pip install 'skymask-gpu[run]'") from error
 
     images, labels = load_digits(return_X_y=True)
     inputs = torch.from_numpy(images).float().reshape(-1, 1, 8, 8)

@@ -1,5 +1,6 @@
 """Local SGD of many clients at once: one ``vmap(grad)`` over blocks of clients."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ class LocalTraining:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"local.{name} must be an integer of at least 1, got {getattr(self, name)!r}")
         for name in ("lr", "grad_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"local.{name} must be above 0, got {getattr(self, name)!r}")
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"local.{name} must be finite and above 0, got {getattr(self, name)!r}")
 
 
 def draw_batches(parts: list[Tensor], config: LocalTraining, generator: torch.Generator) -> Tensor:

@@ -8,7 +8,7 @@ run that was stopped and resumed is the same as one that was not.
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from skymask_gpu.federation.rules import Rule, RuleResult, build_rule
 from skymask_gpu.files import append_line, read_lines, read_tensors, write_tensors, write_text
 from skymask_gpu.root import RootTraining
 
-__all__ = ["CHECKPOINT", "MASKS", "METRICS", "Federation", "run_rounds"]
+__all__ = ["CHECKPOINT", "MASKS", "METRICS", "Federation", "clear_results", "has_results", "run_rounds"]
 
 METRICS, CHECKPOINT, MASKS = "metrics.jsonl", "checkpoint.safetensors", "masks.safetensors"
 _TEST_BATCH = 1000
@@ -74,17 +74,23 @@ class Federation:
     def play_round(self, number: int, global_params_P: Tensor) -> tuple[Tensor, RuleResult, dict[str, float]]:
         """The global model after round ``number``, the rule's result, and the seconds of local training and aggregation."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
-        start = time.perf_counter()
+        start = self._now()
         batches = draw_batches(self.parts, self.config.local, generator)
         updates_RP = train_clients(
             self.module, global_params_P, self.dataset.train_inputs, self.dataset.train_labels, batches, self.config.local
         )
-        trained = time.perf_counter()
+        trained = self._now()
         sent_NP = attack(self.config.attack.name, updates_RP[:-1], self.malicious)
-        attacked = time.perf_counter()
+        attacked = self._now()
         result = self.rule(sent_NP, global_params_P, updates_RP[-1])
-        seconds = {"local_training": trained - start, "aggregation": time.perf_counter() - attacked}
+        seconds = {"local_training": trained - start, "aggregation": self._now() - attacked}
         return global_params_P + self.config.server_lr * result.update, result, seconds
+
+    def _now(self) -> float:
+        """Seconds, when all that was started on the device is done."""
+        if self.malicious.is_cuda:
+            torch.cuda.synchronize(self.malicious.device)
+        return time.perf_counter()
 
     @torch.no_grad()
     def accuracy(self, global_params_P: Tensor) -> float:
@@ -96,6 +102,17 @@ class Federation:
         ):
             correct += int((functional_call(self.module, params, (inputs,)).argmax(1) == labels).sum())
         return correct / len(self.dataset.test_labels)
+
+
+def has_results(folder: Path) -> bool:
+    """Whether rounds were recorded in ``folder``."""
+    return (folder / METRICS).exists() or (folder / CHECKPOINT).exists()
+
+
+def clear_results(folder: Path) -> None:
+    """Remove what a run wrote into ``folder``, and nothing else."""
+    for name in (CHECKPOINT, METRICS, MASKS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def run_rounds(federation: Federation, folder: Path) -> Iterator[dict[str, Any]]:
@@ -116,24 +133,41 @@ def run_rounds(federation: Federation, folder: Path) -> Iterator[dict[str, Any]]
         append_line(folder / METRICS, record)
         if result.aggregation is not None:
             _write_masks(folder / MASKS, result, federation.malicious, number)
-        write_tensors(folder / CHECKPOINT, {"global_params": global_params_P}, {"round": str(number)})
+        write_tensors(folder / CHECKPOINT, {"global_params": global_params_P}, _metadata(federation, number))
         yield record
 
 
 def _resume(federation: Federation, folder: Path) -> tuple[int, Tensor]:
-    """The first round to play and the global model before it; metrics of rounds after the checkpoint are dropped."""
+    """The first round to play and the global model before it; metrics of rounds after the checkpoint are dropped.
+
+    Raises:
+        ValueError: the folder holds another run, or its files do not belong together.
+    """
     checkpoint = folder / CHECKPOINT
     done, global_params_P = -1, federation.flat.initial_params
     if checkpoint.exists():
         tensors, metadata = read_tensors(checkpoint)
         done = int(metadata["round"])
+        before, now = json.loads(metadata["config"]), json.loads(_metadata(federation, done)["config"])
+        changed = [key for key in now if before.get(key) != now[key]]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}); use another folder or --overwrite"
+            )
         global_params_P = tensors["global_params"].to(global_params_P.device)
-        if global_params_P.shape != federation.flat.initial_params.shape:
-            raise ValueError(f"{checkpoint} holds another model's parameters; use another folder or --overwrite")
-    if (folder / METRICS).exists():
+    if has_results(folder):
         kept = [record for record in read_lines(folder / METRICS) if record["round"] <= done]
+        if [record["round"] for record in kept] != list(range(done + 1)):
+            raise ValueError(f"{folder / METRICS} lacks rounds that {checkpoint} has; use another folder or --overwrite")
         write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
     return done + 1, global_params_P
+
+
+def _metadata(federation: Federation, number: int) -> dict[str, str]:
+    """What a checkpoint says of itself: its round, and the settings that decide how a run goes on."""
+    settings = asdict(federation.config)
+    del settings["rounds"], settings["data"]["data_dir"]
+    return {"round": str(number), "config": json.dumps(settings)}
 
 
 def _rejection_rates(kept_N: Tensor, malicious_N: Tensor) -> dict[str, Any]:

@@ -152,6 +152,15 @@ def test_degenerate_sets_are_defined(rule: str) -> None:
     assert equal.reason == "all masks are equal: all kept"
 
 
+def test_a_root_alone_keeps_everyone_under_both_rules() -> None:
+    distances = torch.zeros(11, 11)
+    distances[-1, :-1] = distances[:-1, -1] = 0.4
+    for rule in ("two-stage", "published"):
+        clusters = cluster_distances(distances, config=Clustering(rule=rule))
+        assert clusters.benign.all()
+        assert clusters.num_clusters == 1
+
+
 def test_one_outlier_among_equals_is_rejected() -> None:
     distances = torch.zeros(11, 11)
     distances[3, :] = distances[:, 3] = 0.4

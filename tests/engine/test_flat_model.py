@@ -56,6 +56,24 @@ def test_fixed_buffers_use_mean_0_and_variance_1() -> None:
     torch.testing.assert_close(flat(flat.initial_params), want)
 
 
+def test_instance_norm_with_running_statistics_works_in_both_modes() -> None:
+    module = nn.Sequential(nn.Conv1d(1, 4, 2), nn.InstanceNorm1d(4, affine=True, track_running_stats=True), nn.Flatten())
+    inputs = torch.randn(6, 1, 5, generator=torch.Generator().manual_seed(0))
+    for buffers in ("batch", "fixed"):
+        flat = FlatModel(module, inputs, torch.arange(6), buffers=buffers)
+        assert torch.isfinite(flat(flat.initial_params))
+
+
+def test_root_data_are_cast_or_refused_by_name() -> None:
+    module, (inputs, labels) = net_with_norm(), root_data()
+    want = FlatModel(module, inputs, labels)
+    for cast in (FlatModel(module, inputs.double(), labels), FlatModel(module, inputs, labels.int())):
+        assert torch.equal(cast(cast.initial_params), want(want.initial_params))
+    for bad_inputs, bad_labels in ((inputs[:, :3], labels), (inputs, labels + 1), (inputs.numpy(), labels.numpy())):
+        with pytest.raises(ValueError, match="root_inputs and root_labels"):
+            FlatModel(module, bad_inputs, bad_labels)
+
+
 def test_the_module_is_never_modified() -> None:
     module = net_with_norm().train()
     before = {name: value.clone() for name, value in module.state_dict().items()}

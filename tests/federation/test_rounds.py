@@ -9,7 +9,7 @@ import torch
 
 from skymask_gpu.federation.config import AttackConfig, DataConfig, DefenceConfig, ModelConfig, RunConfig
 from skymask_gpu.federation.local_training import LocalTraining
-from skymask_gpu.federation.rounds import CHECKPOINT, MASKS, METRICS, Federation, run_rounds
+from skymask_gpu.federation.rounds import CHECKPOINT, MASKS, METRICS, Federation, clear_results, has_results, run_rounds
 from skymask_gpu.files import append_line, read_lines, read_tensors, write_whole
 
 SMALL = RunConfig(
@@ -56,14 +56,25 @@ def test_a_run_repeats_and_resumes_to_the_bit(tmp_path: Path) -> None:
     assert torch.equal(a, b)
 
 
-def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
     list(run_rounds(Federation.build(dataclasses.replace(SMALL, rounds=1)), tmp_path))
-    tensors, _ = read_tensors(tmp_path / CHECKPOINT)
-    from skymask_gpu.files import write_tensors
+    other = dataclasses.replace(SMALL, seed=7, defence=DefenceConfig(rule="fedavg"))
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed, defence\)"):
+        list(run_rounds(Federation.build(other), tmp_path))
+    # more rounds are the same run
+    assert len(list(run_rounds(Federation.build(SMALL), tmp_path))) == 3
 
-    write_tensors(tmp_path / CHECKPOINT, {"global_params": tensors["global_params"][:7]}, {"round": "0"})
-    with pytest.raises(ValueError, match="holds another model's parameters"):
+
+def test_a_checkpoint_without_its_metrics_is_refused_and_clearing_removes_results_only(tmp_path: Path) -> None:
+    list(run_rounds(Federation.build(dataclasses.replace(SMALL, rounds=1)), tmp_path))
+    (tmp_path / METRICS).unlink()
+    assert has_results(tmp_path)
+    with pytest.raises(ValueError, match="lacks rounds that"):
         list(run_rounds(Federation.build(SMALL), tmp_path))
+    (tmp_path / "thesis.txt").write_text("mine")
+    clear_results(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert not has_results(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
