@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine.memory import explain_out_of_memory
-from skymask_gpu.engine.solvers import fused, reference, vmap
-from skymask_gpu.engine.solvers.solution import Loss, Solution
+from skymask_gpu.engine.solvers import collapsed, fused, reference, vmap
+from skymask_gpu.engine.solvers.solution import Cuts, Loss, Solution
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import why_not
 
@@ -24,7 +24,12 @@ class _Train(Protocol):
     ) -> Solution: ...
 
 
-SOLVERS: dict[str, _Train] = {"reference": reference.train, "vmap": vmap.train, "fused": fused.train}
+SOLVERS: dict[str, _Train] = {
+    "reference": reference.train,
+    "vmap": vmap.train,
+    "fused": fused.train,
+    "collapsed": collapsed.train,
+}
 
 
 class NonFiniteLossError(ValueError):
@@ -44,6 +49,7 @@ class TrainedMasks:
         solver: the name of the solver that ran.
         solver_reason: why that one.
         seconds: wall time, under ``"mask_training"``.
+        cuts: the masks as threshold tests; the collapsed solver only.
     """
 
     bits: Tensor
@@ -54,11 +60,17 @@ class TrainedMasks:
     solver: str
     solver_reason: str
     seconds: dict[str, float]
+    cuts: Cuts | None = None
 
 
 def why_not_solver(solver: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``solver`` cannot run on ``device`` with updates of ``dtype``; None if it can."""
-    return why_not(device, dtype) if solver == "fused" else None
+    if solver == "collapsed":
+        if device.type != "cpu":
+            return f"no {device.type} kernels yet (cpu has them)"
+        if dtype == torch.float64:
+            return "it computes in float32; pass float32 or bfloat16 updates"
+    return why_not(device, dtype) if solver in ("fused", "collapsed") else None
 
 
 def train_masks(
@@ -79,7 +91,7 @@ def train_masks(
         global_params: ``(P,)`` on the same device.
         loss: ``loss(params (P,)) -> ()``, differentiable; :class:`FlatModel` makes one.
         config: steps, learning rate, clip and threshold.
-        solver: ``"reference"``, ``"vmap"``, ``"fused"`` or ``"auto"``.
+        solver: ``"reference"``, ``"vmap"``, ``"fused"``, ``"collapsed"`` (approximate, see its file) or ``"auto"`` (exact).
         keep_logits: return the final logits too, at 4 R P bytes.
 
     Returns:
@@ -117,6 +129,7 @@ def train_masks(
         solver=name,
         solver_reason=reason,
         seconds={"mask_training": time.perf_counter() - start},
+        cuts=solution.cuts,
     )
 
 

@@ -17,6 +17,7 @@ class MaskTraining:
         init: initial logit of every client and parameter.
         threshold: a bit is 1 where sigmoid(logit) > threshold; in (0, 1).
         check_every: after steps 0, check_every, 2 * check_every, ... the loss is compared with the last check.
+        bins: of the collapsed solver, a column; from 4 on.
         min_improvement: training stops where the loss fell by less than this since the last check.
     """
 
@@ -27,12 +28,15 @@ class MaskTraining:
     threshold: float = 0.5
     check_every: int = 10
     min_improvement: float = 1e-2
+    bins: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("steps", "check_every"):
+        for name in ("steps", "check_every", "bins"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"MaskTraining.{name} must be an integer of at least 1, got {value!r}")
+        if self.bins < 4:
+            raise ValueError(f"MaskTraining.bins must be at least 4, got {self.bins!r}")
         for name in ("lr", "grad_clip"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):

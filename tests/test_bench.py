@@ -14,7 +14,7 @@ from skymask_gpu.bench.measure import measure
 def test_agreeing_solvers_get_times_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert solvers.main(["--clients", "20", "--repeats", "1", "--out", str(tmp_path / "figures.json")]) == 0
     report = json.loads((tmp_path / "figures.json").read_text())
-    assert set(report["figures"]) == {"mean of the rows (FedAvg)", "20 model passes", "reference", "vmap", "fused"}
+    assert set(report["figures"]) == {"mean of the rows (FedAvg)", "20 model passes", "reference", "vmap", "fused", "collapsed"}
     assert report["wrong"] == {}
     assert "fused" in capsys.readouterr().out
 

@@ -10,12 +10,30 @@ Loss = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """A trained mask as a threshold test on the update, column by column: ``bit = (update < position) == left``.
+
+    Attributes:
+        position: ``(P,)`` float32, in units of the updates; inf where the column is constant.
+        left: ``(P,)`` bool, the bit of updates below the position.
+        constant: ``(P,)`` bool: all rows have the same bit, which says nothing about anybody.
+        several: ``(P,)`` bool: the bits change more than once; there the position is the first change, and the bits are exact.
+    """
+
+    position: Tensor
+    left: Tensor
+    constant: Tensor
+    several: Tensor
+
+
+@dataclass(frozen=True)
 class Solution:
     """Masks as a solver leaves them."""
 
     bits: Tensor  # (R, ceil(P / 8)) uint8
     logits_RP: Tensor | None
     losses: list[float]  # one a step, before the step
+    cuts: Cuts | None = None  # the collapsed solver only
 
 
 def loss_and_gradient(loss: Loss, params_P: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Every solver gives the reference's masks: on small problems of every kind, and on real updates of a CNN."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from skymask_gpu.bench.measure import measure
+from skymask_gpu.bench.solvers import make_case, model_passes
 from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks, unpack_bits
-from skymask_gpu.engine.solvers import fused
+from skymask_gpu.engine.solvers import collapsed, fused
 from skymask_gpu.federation.attacks import attack
 from skymask_gpu.federation.data import load_dataset, split_root
 from skymask_gpu.federation.local_training import LocalTraining, draw_batches, train_clients
@@ -141,7 +144,7 @@ def test_auto_says_what_it_picked_and_why(monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ({"global_params": torch.zeros(3)}, r"global_params must have shape \(66,\), .* got \(3,\)"),
         ({"global_params": torch.zeros(66, device="meta")}, "global_params must be on cpu"),
-        ({"solver": "quick"}, "solver must be one of reference, vmap, fused or auto, got 'quick'"),
+        ({"solver": "quick"}, "solver must be one of reference, vmap, fused, collapsed or auto, got 'quick'"),
     ],
     ids=["one-dimensional", "empty", "half", "global-shape", "mixed-devices", "unknown-solver"],
 )
@@ -213,7 +216,29 @@ def attacked(updates_RP: Tensor, case: str) -> Tensor:
         updates_RP[:20] += 0.05 * torch.randn(20, updates_RP.shape[1], generator=torch.Generator().manual_seed(0))
     elif case == "scaled":
         updates_RP[0] *= 1000
+    elif case == "boosted":
+        updates_RP[:20] *= 5  # N / f
+    elif case in ("min-sum", "lie", "trim"):
+        updates_RP[:20] = crafted(updates_RP[20:-1], case)
     return updates_RP
+
+
+def crafted(honest_HP: Tensor, case: str) -> Tensor:
+    """What 20 attackers send: stand-ins for Min-Sum, A Little Is Enough and Fang-Trim."""
+    mean_P, std_P = honest_HP.mean(0), honest_HP.std(0)
+    if case == "lie":
+        return (mean_P - 1.5 * std_P).expand(20, -1)
+    if case == "trim":  # beyond the honest extremes, against the mean's direction
+        lowest_P, highest_P = honest_HP.min(0).values, honest_HP.max(0).values
+        stretch = torch.rand(20, len(mean_P), generator=torch.Generator().manual_seed(0))
+        return torch.where(mean_P > 0, lowest_P - stretch * std_P, highest_P + stretch * std_P)
+    # as far along the negative mean as the sum of squared distances allows
+    offset_HP = mean_P - honest_HP
+    widest = torch.cdist(offset_HP, offset_HP).double().square().sum(1).max()
+    direction_P = -mean_P / mean_P.norm()
+    b, c = 2 * (offset_HP @ direction_P).double().sum(), offset_HP.double().square().sum() - widest
+    reach = (-b + (b * b - 4 * len(honest_HP) * c).sqrt()) / (2 * len(honest_HP))
+    return (mean_P + reach.float() * direction_P).expand(20, -1)
 
 
 def solve(updates_RP: Tensor, loss: FlatModel, solver: str, dtype: torch.dtype, steps: int = 20) -> TrainedMasks:
@@ -266,3 +291,104 @@ def test_the_comparison_can_fail(mnist_updates: tuple[Tensor, FlatModel], monkey
     monkeypatch.undo()
     with pytest.raises(AssertionError, match="bits differ away from ties"):
         assert_same_away_from_ties(solve(updates_RP, loss, "fused", torch.float64, steps=19), truth)
+
+
+# --- the collapsed solver: approximate, measured by what rounding the updates to bfloat16 does ---------------------------
+
+COLLAPSED_CASES = ["none", "min-max", "min-sum", "sign-flip", "lie", "boosted", "trim", "noise"]
+
+
+def collapsed_error(updates_RP: Tensor, loss: FlatModel, case: str) -> tuple[float, float]:
+    """The share of bits in which `collapsed` differs from `fused`, and how much may."""
+    exact = solve(updates_RP, loss, "fused", torch.float32)
+    rounded = train_masks(updates_RP.bfloat16(), loss.initial_params, loss, solver="fused")
+    floor = 5e-4 if case in ("boosted", "noise") else 1e-4
+    allowed = max(2 * differing_share(rounded, exact), floor)
+    return differing_share(solve(updates_RP, loss, "collapsed", torch.float32), exact), allowed
+
+
+@pytest.mark.parametrize("case", COLLAPSED_CASES)
+def test_collapsed_is_as_close_as_bfloat16(case: str, mnist_updates: tuple[Tensor, FlatModel]) -> None:
+    updates_RP, loss = attacked(mnist_updates[0], case), mnist_updates[1]
+    share, allowed = collapsed_error(updates_RP, loss, case)
+    assert share <= allowed
+    labels = [
+        cluster_masks(solve(updates_RP, loss, solver, torch.float32).bits, loss.num_params).benign
+        for solver in ("fused", "collapsed")
+    ]
+    assert torch.equal(*labels)
+
+
+@pytest.mark.parametrize("mistake", ["a step dropped", "history off by one", "direction", "cut"])
+def test_a_mistake_in_replay_or_cuts_is_caught(
+    mistake: str, mnist_updates: tuple[Tensor, FlatModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest_replay, honest_cuts = collapsed.replay, collapsed._find_cuts
+
+    def wrong_replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, **settings: Any) -> Tensor:
+        if mistake == "a step dropped":
+            return honest_replay(values_VP, slopes_TP[:-1], means_TP[:-1], **settings)
+        return honest_replay(values_VP, slopes_TP, means_TP.roll(1, 0), **settings)
+
+    def wrong_cuts(*arguments: Any) -> Any:
+        cuts = honest_cuts(*arguments)
+        if mistake == "direction":
+            return dataclasses.replace(cuts, left=~cuts.left)
+        return dataclasses.replace(cuts, position=cuts.position + 1e-4)
+
+    if mistake in ("direction", "cut"):
+        monkeypatch.setattr(collapsed, "_find_cuts", wrong_cuts)
+    else:
+        monkeypatch.setattr(collapsed, "replay", wrong_replay)
+    share, allowed = collapsed_error(attacked(mnist_updates[0], "min-max"), mnist_updates[1], "min-max")
+    assert share > allowed
+
+
+def test_cuts_say_what_the_bits_are(mnist_updates: tuple[Tensor, FlatModel]) -> None:
+    updates_RP, loss = attacked(mnist_updates[0], "boosted"), mnist_updates[1]
+    masks = solve(updates_RP, loss, "collapsed", torch.float32)
+    assert masks.cuts is not None
+    cuts, flags_RP = masks.cuts, unpack_bits(masks.bits, loss.num_params)
+    once_P = ~cuts.several
+    assert torch.equal(((updates_RP < cuts.position) == cuts.left)[:, once_P], flags_RP[:, once_P])
+    assert (flags_RP[:, cuts.constant] == flags_RP[0, cuts.constant]).all()
+    assert 0.3 < cuts.constant.float().mean() < 0.8
+    assert 0 < cuts.several.float().mean() < 0.1
+    # columns that cross more than once are replayed row by row, as kept logits are
+    logits_RP = train_masks(updates_RP, loss.initial_params, loss, solver="collapsed", keep_logits=True).logits
+    assert logits_RP is not None
+    assert torch.equal((logits_RP > 0)[:, cuts.several], flags_RP[:, cuts.several])
+
+
+def test_collapsed_needs_no_memory_for_logits() -> None:
+    """N = 500: at most 4 B P floats and R P bits beyond the updates, plus a constant for the model's own passes."""
+    rows_RP, loss = make_case(500, torch.device("cpu"))
+    config = MaskTraining()
+
+    def train() -> TrainedMasks:
+        return train_masks(rows_RP, loss.initial_params, loss, config=config, solver="collapsed")
+
+    train()
+    _, passes = measure(model_passes(loss), 1, torch.device("cpu"))
+    masks, measured = measure(train, 1, torch.device("cpu"))
+    if measured.peak_bytes is None or passes.peak_bytes is None:
+        pytest.skip("this system does not tell the peak of resident memory")
+    allowed = 4 * config.bins * loss.num_params * 4 + masks.bits.numel()
+    assert measured.peak_bytes - passes.peak_bytes <= allowed + 16 * 2**20
+    assert measured.peak_bytes < rows_RP.numel() * 4
+
+
+def test_collapsed_refuses_float64() -> None:
+    updates_RP, global_P, loss = small_problem()
+    with pytest.raises(ValueError, match="solver 'collapsed' cannot run here: it computes in float32"):
+        train_masks(updates_RP, global_P, loss, solver="collapsed")
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 40])
+def test_collapsed_works_for_any_number_of_rows(num_rows: int) -> None:
+    updates_RP, global_P, loss = small_problem(num_rows, dtype=torch.float32)
+    config = MaskTraining(lr=1e5)
+    want = train_masks(updates_RP, global_P, loss, config=config, solver="fused")
+    got = train_masks(updates_RP, global_P, loss, config=config, solver="collapsed")
+    assert got.steps == want.steps
+    assert differing_share(got, want) <= 0.01

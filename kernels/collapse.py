@@ -1,0 +1,151 @@
+"""Mask training on bins of a column's updates instead of on all rows, and the cuts that give every row its bits back.
+
+Within a column, rows differ only by their update, and the logit after training is a smooth function of it. So rows are put into
+B bins a column, masks are trained on the bins' means (weighted by their counts), and the history (slope, mean) of each step is
+kept: replaying it on any value gives that value's final logit. Read off in the order of the updates, a column's bits change
+at most once almost everywhere, so a cut and a direction a column replace the replay of every row:
+``bit = (update < cut) == left``.
+
+Shapes: R rows, S sampled rows, P parameters, B bins, T steps. The plain twins stand beside the public functions; the compiled
+ones are in ``_cpu/collapse.py``. There is no Triton version yet.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "bin_edges",
+    "bin_edges_reference",
+    "bin_rows",
+    "bin_rows_reference",
+    "bin_step",
+    "bin_step_reference",
+    "cut_bits",
+    "cut_bits_reference",
+    "replay",
+    "replay_reference",
+]
+
+# A gap between two sampled values counts as at most this share of the interquartile range: where a column has outliers, bins
+# are not spent on the emptiness before them.
+WIDEST_GAP = 0.5
+# Beyond the sampled range by this many interquartile ranges lie the two bins for outliers.
+GUARD = 1.0
+
+
+# --- plain twins --------------------------------------------------------------------------------------------------------
+
+
+def bin_edges_reference(sample_SP: Tensor, num_bins: int) -> Tensor:
+    """Plain twin of :func:`bin_edges`."""
+    sorted_SP = sample_SP.float().sort(0).values
+    num_sampled = len(sorted_SP)
+    lowest_P, highest_P = sorted_SP[0], sorted_SP[-1]
+    spread_P = sorted_SP[3 * (num_sampled - 1) // 4] - sorted_SP[(num_sampled - 1) // 4]
+    spread_P = torch.where(spread_P > 0, spread_P, highest_P - lowest_P)
+    weight_SP = torch.zeros_like(sorted_SP)
+    weight_SP[1:] = torch.minimum(sorted_SP.diff(dim=0), WIDEST_GAP * spread_P).sqrt()
+    reached_SP = weight_SP.cumsum(0)
+    edges = [lowest_P - GUARD * spread_P]
+    for inner in range(1, num_bins - 2):
+        target_P = reached_SP[-1] * (inner / (num_bins - 2))
+        after_P = (reached_SP < target_P).sum(0).clamp(1 if num_sampled > 1 else 0, num_sampled - 1)
+        upper_P, lower_P = (sorted_SP.gather(0, at[None])[0] for at in (after_P, (after_P - 1).clamp_min(0)))
+        missing_P = reached_SP.gather(0, after_P[None])[0] - target_P
+        step_P = weight_SP.gather(0, after_P[None])[0]
+        share_P = torch.where(step_P > 0, missing_P / step_P, 0.0)
+        edges.append(upper_P - (upper_P - lower_P) * share_P)
+    edges.append(highest_P + GUARD * spread_P)
+    return torch.stack(edges)
+
+
+def bin_rows_reference(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
+    """Plain twin of :func:`bin_rows`."""
+    rows_RP = rows_RP.to(sums_BP.dtype)
+    bin_RP = sum((rows_RP >= edge_P).long() for edge_P in edges_EP)
+    counts = counts_BP.long().scatter_add_(0, bin_RP, torch.ones_like(bin_RP))
+    counts_BP.copy_(counts)
+    sums_BP.scatter_add_(0, bin_RP, rows_RP)
+    ends_2P[0] = torch.minimum(ends_2P[0], rows_RP.min(0).values)
+    ends_2P[1] = torch.maximum(ends_2P[1], rows_RP.max(0).values)
+
+
+def bin_step_reference(
+    logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
+) -> tuple[Tensor, Tensor]:
+    """Plain twin of :func:`bin_step`."""
+    gates_BP = torch.sigmoid(logits_BP)
+    gradient_BP = slope_P * (gates_BP * (1 - gates_BP)) * (centres_BP - mean_P)
+    logits_BP -= gradient_BP.clamp(-1, 1) * full_step
+    weighted_BP = torch.sigmoid(logits_BP) * counts_BP.to(logits_BP.dtype)
+    return weighted_BP.sum(0), (weighted_BP * centres_BP).sum(0)
+
+
+def replay_reference(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: float, full_step: float) -> Tensor:
+    """Plain twin of :func:`replay`."""
+    values_VP = values_VP.to(slopes_TP.dtype)
+    logits_VP = torch.full_like(values_VP, init)
+    for slope_P, mean_P in zip(slopes_TP, means_TP, strict=True):
+        gates_VP = torch.sigmoid(logits_VP)
+        logits_VP -= (slope_P * (gates_VP * (1 - gates_VP)) * (values_VP - mean_P)).clamp(-1, 1) * full_step
+    return logits_VP
+
+
+def cut_bits_reference(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> None:
+    """Plain twin of :func:`cut_bits`."""
+    flags_RP = (rows_RP.float() < cut_P) == left_P
+    bits.zero_()
+    for j in range(8):
+        flags = flags_RP[:, j::8].to(torch.uint8)
+        bits[:, : flags.shape[1]] |= flags << j
+
+
+# --- public -------------------------------------------------------------------------------------------------------------
+
+
+def bin_edges(sample_SP: Tensor, num_bins: int) -> Tensor:
+    """Edges, ``(num_bins - 1, P)`` float32 ascending, between bins that follow the data.
+
+    The inner bins divide the sampled range so that each holds as much of the sum of the roots of the gaps between neighbours:
+    a density between equal counts and equal widths, with gaps clamped to ``WIDEST_GAP``. The two outermost bins lie beyond the
+    sample and hold outliers that it missed, so that one scaled client cannot move a bin that others are in.
+
+    Args:
+        sample_SP: ``(S, P)`` sampled rows, float32 or bfloat16, S >= 1.
+        num_bins: B >= 4.
+    """
+    return _cpu(sample_SP).bin_edges(sample_SP, num_bins)
+
+
+def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
+    """Add rows to bins: ``counts_BP`` (uint16), ``sums_BP`` (float32), and each column's smallest and largest value so far.
+
+    A value that equals an edge is in the bin above it. Rows are added one after the other: blocks of rows in turn give the same
+    sums, to the bit, as all rows at once.
+    """
+    _cpu(rows_RP).bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+
+
+def bin_step(
+    logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
+) -> tuple[Tensor, Tensor]:
+    """The step of :mod:`skymask_gpu.kernels.mask_step` on bins: overwrites the logits, returns the weighted sums ``(P,)``."""
+    return _cpu(logits_BP).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=full_step)
+
+
+def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: float, full_step: float) -> Tensor:
+    """The final logits, ``(V, P)`` float32, of rows with these updates, from the history of T steps."""
+    return _cpu(values_VP).replay(values_VP, slopes_TP, means_TP, init=init, full_step=full_step)
+
+
+def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> None:
+    """Write the packed bits ``(update < cut) == left``, ``(R, ceil(P / 8))`` uint8, one compare an element."""
+    _cpu(rows_RP).cut_bits(rows_RP, cut_P, left_P, bits)
+
+
+def _cpu(tensor: Tensor):  # type: ignore[no-untyped-def]  # a module
+    if tensor.device.type != "cpu":
+        raise ValueError(f"the collapsed kernels run on a CPU only, got a tensor on {tensor.device}; use solver 'fused'")
+    from skymask_gpu.kernels._cpu import collapse
+
+    return collapse
