@@ -167,8 +167,8 @@ def _print(
         table.add_row(name, f"wrong: {reason}")
     console.print(table)
     console.print(
-        "medians; bits (collapsed: to twice bfloat16's rounding), losses and labels of every timed solver agree with reference; "
-        "memory beyond the inputs"
+        "medians; bits, losses and labels of every timed solver agree with reference (collapsed: bits to within twice what "
+        "rounding the updates to bfloat16 changes); memory beyond the inputs"
     )
 
 
