@@ -2,6 +2,7 @@
 
 from skymask_gpu.engine.bits import hamming_shares, pack_bits, unpack_bits
 from skymask_gpu.engine.clustering import ClusteredMasks, Clustering, cluster_distances, cluster_masks
+from skymask_gpu.engine.evidence import Evidence, layer_evidence
 from skymask_gpu.engine.flat_model import FlatModel
 from skymask_gpu.engine.mask_training import SOLVERS, NonFiniteLossError, TrainedMasks, train_masks, why_not_solver
 from skymask_gpu.engine.training_config import MaskTraining
@@ -10,6 +11,7 @@ __all__ = [
     "SOLVERS",
     "ClusteredMasks",
     "Clustering",
+    "Evidence",
     "FlatModel",
     "MaskTraining",
     "NonFiniteLossError",
@@ -17,6 +19,7 @@ __all__ = [
     "cluster_distances",
     "cluster_masks",
     "hamming_shares",
+    "layer_evidence",
     "pack_bits",
     "train_masks",
     "unpack_bits",

@@ -168,9 +168,14 @@ def _play(runs: list[Any], folders: list[Path], folder: Path, *, title: str, ove
         "s/round: aggregation, median",
         style="dim",
     )
-    for name, path in (("plot", report.rounds), ("masks", report.masks), ("report", report.page)):
+    for name, path in (
+        ("plot", report.rounds),
+        ("masks", report.masks),
+        ("evidence", report.evidence),
+        ("report", report.page),
+    ):
         if path is not None:
-            console.print(f"{name + ':':8}{path}", soft_wrap=True)
+            console.print(f"{name + ':':10}{path}", soft_wrap=True)
 
 
 def _status(record: dict[str, Any]) -> str:
@@ -202,10 +207,13 @@ def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:
 def _verdict_json(result: Aggregation, sent: UserUpdates) -> str:
     import json
 
-    clients = {
+    clients: dict[str, dict[str, Any]] = {
         name: {"benign": good, "reason": result.rejected.get(client)}
         for client, (name, good) in enumerate(zip(sent.names, result.benign.tolist(), strict=True))
     }
+    evidence = result.evidence()
+    for client, shares in zip(evidence.clients, evidence.shares.tolist(), strict=True):
+        clients[sent.names[client]]["evidence"] = dict(zip(evidence.layers, shares, strict=True))
     clients.update({name: {"benign": False, "reason": reason} for name, reason in sent.unreadable.items()})
     report = {
         "clients": clients,

@@ -14,11 +14,13 @@ from skymask_gpu.collect import Collected, Updates, collect, drives_loss_out_of_
 from skymask_gpu.engine import (
     ClusteredMasks,
     Clustering,
+    Evidence,
     FlatModel,
     MaskTraining,
     NonFiniteLossError,
     TrainedMasks,
     cluster_masks,
+    layer_evidence,
     train_masks,
 )
 from skymask_gpu.engine.memory import explain_out_of_memory
@@ -43,6 +45,7 @@ class Aggregation:
         clients: ``(K,)`` the numbers of the clients that have a mask.
         buffers: mean over the benign clients of the buffers (batch-norm statistics) they sent, by name.
         seconds: wall time by phase.
+        layers: name -> number of parameters, in the order of ``update``.
         device: where it ran.
     """
 
@@ -54,7 +57,13 @@ class Aggregation:
     clients: Tensor
     buffers: dict[str, Tensor]
     seconds: dict[str, float]
+    layers: dict[str, int]
     device: torch.device
+
+    def evidence(self) -> Evidence:
+        """In which layers each client's mask differs from that of the benign majority; computed when asked for."""
+        benign_K = self.clusters.benign
+        return layer_evidence(self.masks.bits, benign_K, self.clients.tolist(), self.layers)
 
 
 @dataclass
@@ -178,6 +187,7 @@ class SkyMask:
             clients=collected.clients,
             buffers=buffers,
             seconds={**watch.seconds, **masks.seconds},
+            layers=dict(zip(loss.shapes, loss.layer_sizes, strict=True)),
             device=device,
         )
 

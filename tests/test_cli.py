@@ -109,6 +109,7 @@ def test_aggregate_takes_folders_and_stacked_files_alike(files: Files, tmp_path:
     assert "rejected" in printed
     assert "client03" in printed
     assert "12 clients" in printed
+    assert set(report["clients"]["client00"]["evidence"]) == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
     start, stacked = load_file(files["global"]), load_file(files["stacked"])["updates"]
     mean = stacked[4:].mean(0)
     got = torch.cat(
@@ -226,10 +227,10 @@ def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: P
     assert str(out / "report.html") in printed
     for run in ("FedAvg", "SkyMask"):
         assert len((out / run / "metrics.jsonl").read_text().splitlines()) == 3
-    for picture in ("rounds.png", "masks.png"):
+    for picture in ("rounds.png", "masks.png", "evidence.png"):
         assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert "http" not in page
     assert "sign-flip 4/20" in page
 

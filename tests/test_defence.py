@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from skymask_gpu import Clustering, MaskTraining, RootTraining, SkyMask
 from skymask_gpu.engine import bits as engine_bits
+from skymask_gpu.engine import layer_evidence, pack_bits
 from skymask_gpu.engine.solvers import fused
 
 NUM_CLIENTS, NUM_INPUTS, NUM_CLASSES = 20, 8, 3
@@ -135,6 +136,33 @@ def test_global_params_default_to_the_modules() -> None:
 def test_the_published_rule_can_be_asked_for() -> None:
     result = defence(clustering=Clustering(rule="published")).aggregate(poisoned())
     assert result.benign.tolist() == [False] * 5 + [True] * 15
+
+
+def test_evidence_points_at_the_layer_that_was_poisoned() -> None:
+    updates_NP = HONEST_NP.clone()
+    sizes = [p.numel() for p in MODULE.parameters()]
+    names = [name for name, _ in MODULE.named_parameters()]
+    begin = sum(sizes[:2])
+    poisoned_layer = names[2]
+    updates_NP[:5, begin : begin + sizes[2]] *= -1
+    result = defence().aggregate(updates_NP)
+    assert result.benign.tolist() == [False] * 5 + [True] * 15
+    evidence = result.evidence()
+    assert evidence.shares.shape == (NUM_CLIENTS, 4)
+    assert evidence.layers == names
+    attackers, honest = evidence.shares[:5].mean(0), evidence.shares[5:].mean(0)
+    assert names[int(attackers.argmax())] == poisoned_layer
+    assert attackers[2] > 2 * honest[2]
+    assert attackers[2] > 1.5 * attackers[[0, 1]].max()
+
+
+def test_evidence_counts_bits_unlike_the_benign_majority() -> None:
+    flags = torch.tensor([[1, 1, 0, 1, 0], [0, 1, 0, 1, 1], [0, 1, 0, 1, 1], [0, 1, 1, 0, 1]], dtype=torch.bool)  # root last
+    evidence = layer_evidence(pack_bits(flags), torch.tensor([False, True, True]), [4, 7, 9], {"a": 2, "b": 3})
+    # varying: column 0 of a; columns 2, 3 and 4 of b
+    assert evidence.varying == [1, 3]
+    assert evidence.shares.tolist() == [[1.0, 1 / 3], [0.0, 0.0], [0.0, 0.0]]
+    assert evidence.clients == [4, 7, 9]
 
 
 def test_batch_norm_statistics_are_averaged_over_the_benign_clients() -> None:

@@ -1,8 +1,8 @@
 """The rounds of a federated run: train locally, attack, aggregate, evaluate; every round is recorded and can be resumed from.
 
 A run's folder holds ``metrics.jsonl`` (one line a round), ``checkpoint.safetensors`` (the global model after the last recorded
-round) and, for SkyMask, ``masks.safetensors`` (the last round's PCA scores). All randomness is drawn from (seed, round), so a
-run that was stopped and resumed is the same as one that was not.
+round) and, for SkyMask, ``masks.safetensors`` (the last round's PCA scores and evidence). All randomness is drawn from
+(seed, round), so a run that was stopped and resumed is the same as one that was not.
 """
 
 import json
@@ -199,12 +199,15 @@ def _skymask_fields(result: RuleResult) -> dict[str, Any]:
 def _write_masks(path: Path, result: RuleResult, malicious_N: Tensor, number: int) -> None:
     assert result.aggregation is not None
     clients = result.aggregation.clients
+    evidence = result.aggregation.evidence()
     write_tensors(
         path,
         {
+            "evidence": evidence.shares,
+            "clients": clients,
             "scores": result.aggregation.clusters.scores,
             "malicious": malicious_N[clients],
             "benign": result.aggregation.clusters.benign,
         },
-        {"round": str(number)},
+        {"round": str(number), "layers": json.dumps(evidence.layers)},
     )

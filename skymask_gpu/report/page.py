@@ -10,7 +10,7 @@ import jinja2
 import torch
 
 from skymask_gpu.files import write_text
-from skymask_gpu.report.plots import plot_masks, plot_rounds
+from skymask_gpu.report.plots import plot_evidence, plot_masks, plot_rounds
 from skymask_gpu.report.summary import COLUMNS, FinishedRun, percent
 
 __all__ = ["Report", "write_report"]
@@ -18,18 +18,19 @@ __all__ = ["Report", "write_report"]
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Where the report's files are; ``masks`` is None if no run made masks."""
+    """Where the report's files are; ``masks`` and ``evidence`` are None if no run made masks."""
 
     page: Path
     rounds: Path
     masks: Path | None
+    evidence: Path | None
 
 
 def write_report(title: str, runs: list[FinishedRun], folder: Path) -> Report:
-    """Write ``rounds.png``, ``masks.png`` and ``report.html`` into ``folder``; each appears whole or not at all."""
-    rounds, masks = folder / "rounds.png", folder / "masks.png"
+    """Write ``rounds.png``, ``masks.png``, ``evidence.png`` and ``report.html`` into ``folder``; each whole or not at all."""
+    rounds, masks, evidence = (folder / f"{name}.png" for name in ("rounds", "masks", "evidence"))
     plot_rounds(runs, rounds)
-    has_masks = plot_masks(runs, masks)
+    has_masks = plot_masks(runs, masks) and plot_evidence(runs, evidence)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("skymask_gpu", "report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -39,6 +40,7 @@ def write_report(title: str, runs: list[FinishedRun], folder: Path) -> Report:
         rows=[run.row() for run in runs],
         rounds=_data_uri(rounds),
         masks=_data_uri(masks) if has_masks else None,
+        evidence=_data_uri(evidence) if has_masks else None,
         runs=[
             {
                 "name": run.config.name,
@@ -52,7 +54,7 @@ def write_report(title: str, runs: list[FinishedRun], folder: Path) -> Report:
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
     )
     write_text(folder / "report.html", page)
-    return Report(folder / "report.html", rounds, masks if has_masks else None)
+    return Report(folder / "report.html", rounds, masks if has_masks else None, evidence if has_masks else None)
 
 
 def _data_uri(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Plots of runs, written as PNG files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from skymask_gpu.federation.rounds import MASKS
 from skymask_gpu.files import read_tensors, write_whole
 from skymask_gpu.report.summary import FinishedRun
 
-__all__ = ["plot_masks", "plot_rounds"]
+__all__ = ["plot_evidence", "plot_masks", "plot_rounds"]
 
 # Okabe & Ito's palette, distinguishable without red-green vision
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -68,6 +69,36 @@ def plot_masks(runs: list[FinishedRun], path: Path) -> bool:
         )
         for run, axes in zip(with_masks, panels[0], strict=True):
             _scatter_masks(axes, run)
+        _save(figure, path)
+    return True
+
+
+def plot_evidence(runs: list[FinishedRun], path: Path) -> bool:
+    """Clients by layers: where the last round's masks differ from the benign majority's; False if no run has masks."""
+    with_masks = [run for run in runs if (run.folder / MASKS).exists()]
+    if not with_masks:
+        return False
+    with plt.rc_context({**_STYLE, "axes.grid": False}):
+        figure, panels = plt.subplots(
+            1, len(with_masks), figsize=(5.5 * len(with_masks), 5.5), layout="constrained", squeeze=False
+        )
+        for run, axes in zip(with_masks, panels[0], strict=True):
+            tensors, metadata = read_tensors(run.folder / MASKS)
+            # attackers first, rejected first among each
+            order = sorted(
+                range(len(tensors["clients"])), key=lambda i: (not tensors["malicious"][i], bool(tensors["benign"][i]), i)
+            )
+            image = axes.imshow(tensors["evidence"][order], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="none")
+            layers = json.loads(metadata["layers"])
+            axes.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
+            num_malicious = int(tensors["malicious"].sum())
+            if num_malicious:
+                axes.axhline(num_malicious - 0.5, color="white", lw=1.5)
+            axes.set(
+                title=f"{run.config.name}: evidence of round {int(metadata['round']) + 1}",
+                ylabel=f"clients, the {num_malicious} attackers on top" if num_malicious else "clients",
+            )
+            figure.colorbar(image, ax=axes, label="share of bits unlike the benign majority")
         _save(figure, path)
     return True
 
