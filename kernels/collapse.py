@@ -36,9 +36,9 @@ GUARD = 1.0
 # --- plain twins --------------------------------------------------------------------------------------------------------
 
 
-def bin_edges_reference(sample_SP: Tensor, num_bins: int) -> Tensor:
+def bin_edges_reference(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
     """Plain twin of :func:`bin_edges`."""
-    sorted_SP = sample_SP.float().sort(0).values
+    sorted_SP = rows_RP[sampled_S].float().sort(0).values
     num_sampled = len(sorted_SP)
     lowest_P, highest_P = sorted_SP[0], sorted_SP[-1]
     spread_P = sorted_SP[3 * (num_sampled - 1) // 4] - sorted_SP[(num_sampled - 1) // 4]
@@ -103,7 +103,7 @@ def cut_bits_reference(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Ten
 # --- public -------------------------------------------------------------------------------------------------------------
 
 
-def bin_edges(sample_SP: Tensor, num_bins: int) -> Tensor:
+def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
     """Edges, ``(num_bins - 1, P)`` float32 ascending, between bins that follow the data.
 
     The inner bins divide the sampled range so that each holds as much of the sum of the roots of the gaps between neighbours:
@@ -111,10 +111,11 @@ def bin_edges(sample_SP: Tensor, num_bins: int) -> Tensor:
     sample and hold outliers that it missed, so that one scaled client cannot move a bin that others are in.
 
     Args:
-        sample_SP: ``(S, P)`` sampled rows, float32 or bfloat16, S >= 1.
+        rows_RP: ``(R, P)`` float32 or bfloat16.
+        sampled_S: ``(S,)`` int64, the rows to look at, S >= 1.
         num_bins: B >= 4.
     """
-    return _cpu(sample_SP).bin_edges(sample_SP, num_bins)
+    return _cpu(rows_RP).bin_edges(rows_RP, sampled_S, num_bins)
 
 
 def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:

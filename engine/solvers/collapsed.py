@@ -37,7 +37,7 @@ def _bins(updates_RP: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
     """Counts (uint16) and means of each column's bins, both ``(B, P)``, and its smallest and largest value, ``(2, P)``."""
     num_rows, num_params = updates_RP.shape
     sampled = torch.linspace(0, num_rows - 1, min(SAMPLED_ROWS, num_rows)).round().long()
-    edges_EP = bin_edges(updates_RP[sampled], num_bins)
+    edges_EP = bin_edges(updates_RP, sampled, num_bins)
     counts_BP = torch.zeros(num_bins, num_params, dtype=torch.uint16)
     sums_BP = torch.zeros(num_bins, num_params)
     ends_2P = torch.tensor([[torch.inf], [-torch.inf]]).repeat(1, num_params)

@@ -45,8 +45,9 @@ def _order(low_T: Any, high_T: Any) -> None:
 
 
 @njit(**JIT)
-def _edges_pass(num_rows: Any, sample: Any, stride: Any, network: Any, edges_EP: Any, begin: Any, end: Any) -> None:
+def _edges_pass(sampled_S: Any, rows: Any, stride: Any, network: Any, edges_EP: Any, begin: Any, end: Any) -> None:
     num_inner = edges_EP.shape[0] - 1  # inner bins
+    num_rows = sampled_S.size
     sorted_ST = np.empty((num_rows, SORT_TILE), np.float32)
     weight_S = np.empty(num_rows, np.float32)
     reached_S = np.empty(num_rows, np.float32)
@@ -54,7 +55,7 @@ def _edges_pass(num_rows: Any, sample: Any, stride: Any, network: Any, edges_EP:
         width = min(SORT_TILE, end - a)
         for i in range(num_rows):
             for k in range(width):
-                sorted_ST[i, k] = widen(sample[i * stride + a + k])
+                sorted_ST[i, k] = widen(rows[sampled_S[i] * stride + a + k])
         for n in range(network.shape[0]):
             _order(sorted_ST[network[n, 0], :width], sorted_ST[network[n, 1], :width])
         for k in range(width):
@@ -224,10 +225,10 @@ def _cut_pass(num_rows: Any, rows: Any, stride: Any, cut_P: Any, left_P: Any, bi
 # --- called from kernels/collapse.py --------------------------------------------------------------------------------------
 
 
-def bin_edges(sample_SP: Tensor, num_bins: int) -> Tensor:
-    num_params = sample_SP.shape[1]
+def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
+    num_params = rows_RP.shape[1]
     edges_EP = torch.empty(num_bins - 1, num_params)
-    arguments = (len(sample_SP), *flat(sample_SP), _sorting_network(len(sample_SP)), edges_EP.numpy())
+    arguments = (sampled_S.numpy(), *flat(rows_RP), _sorting_network(len(sampled_S)), edges_EP.numpy())
     run_on_column_shares(lambda begin, end: _edges_pass(*arguments, begin, end), num_params, SORT_TILE)
     return edges_EP
 

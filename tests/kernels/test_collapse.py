@@ -25,6 +25,10 @@ def make_rows(size: tuple[int, int], dtype: torch.dtype = torch.float32, pad: in
     return rows.to(dtype)[:, :num_params]
 
 
+def every(rows_RP: Tensor) -> Tensor:
+    return torch.arange(len(rows_RP))
+
+
 def empty_bins(num_params: int) -> tuple[Tensor, Tensor, Tensor]:
     ends_2P = torch.tensor([[torch.inf], [-torch.inf]]).repeat(1, num_params)
     return torch.zeros(NUM_BINS, num_params, dtype=torch.uint16), torch.zeros(NUM_BINS, num_params), ends_2P
@@ -42,19 +46,26 @@ def make_history(num_params: int, steps: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_edges_equal_their_twin_and_ascend(size: tuple[int, int], dtype: torch.dtype, pad: int) -> None:
     rows_RP = make_rows(size, dtype, pad)
-    edges_EP = collapse.bin_edges(rows_RP, NUM_BINS)
-    want_EP = collapse.bin_edges_reference(rows_RP, NUM_BINS)
+    edges_EP = collapse.bin_edges(rows_RP, every(rows_RP), NUM_BINS)
+    want_EP = collapse.bin_edges_reference(rows_RP, every(rows_RP), NUM_BINS)
     assert edges_EP.shape == (NUM_BINS - 1, size[1])
     assert (edges_EP.diff(dim=0) >= 0).all()
     width_P = rows_RP.float().max(0).values - rows_RP.float().min(0).values
     assert ((edges_EP - want_EP).abs() <= 1e-5 * (width_P + want_EP.abs().max(0).values)).all()
 
 
+def test_only_sampled_rows_are_looked_at() -> None:
+    rows_RP = make_rows((64, 513))
+    sampled_S = torch.tensor([3, 9, 60])
+    want = collapse.bin_edges(rows_RP[sampled_S], torch.arange(3), NUM_BINS)
+    assert torch.equal(collapse.bin_edges(rows_RP, sampled_S, NUM_BINS), want)
+
+
 def test_one_outlier_does_not_widen_the_inner_bins() -> None:
     rows_RP = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
-    before = collapse.bin_edges(rows_RP, 32)
+    before = collapse.bin_edges(rows_RP, every(rows_RP), 32)
     rows_RP[7] *= 1000
-    after = collapse.bin_edges(rows_RP, 32)
+    after = collapse.bin_edges(rows_RP, every(rows_RP), 32)
     within = (after.abs() < 3).sum(0)
     assert (within >= (before.abs() < 3).sum(0) - 8).all(), "most bins must stay where most rows are"
 
@@ -64,7 +75,7 @@ def test_one_outlier_does_not_widen_the_inner_bins() -> None:
 @pytest.mark.parametrize("pad", [0, 3])
 def test_bins_equal_their_twin(size: tuple[int, int], dtype: torch.dtype, pad: int) -> None:
     rows_RP = make_rows(size, dtype, pad)
-    edges_EP = collapse.bin_edges_reference(rows_RP, NUM_BINS)
+    edges_EP = collapse.bin_edges_reference(rows_RP, every(rows_RP), NUM_BINS)
     got, want = empty_bins(size[1]), empty_bins(size[1])
     collapse.bin_rows(rows_RP, edges_EP, *got)
     collapse.bin_rows_reference(rows_RP, edges_EP, *want)
@@ -76,7 +87,7 @@ def test_bins_equal_their_twin(size: tuple[int, int], dtype: torch.dtype, pad: i
 
 def test_blocks_of_rows_give_the_same_bins_to_the_bit() -> None:
     rows_RP = make_rows((64, 513))
-    edges_EP = collapse.bin_edges(rows_RP, NUM_BINS)
+    edges_EP = collapse.bin_edges(rows_RP, every(rows_RP), NUM_BINS)
     whole, blocks = empty_bins(513), empty_bins(513)
     collapse.bin_rows(rows_RP, edges_EP, *whole)
     for block in rows_RP.split([1, 30, 7, 26]):
@@ -92,7 +103,7 @@ def test_steps_equal_their_twin_in_float64_and_the_replay(size: tuple[int, int])
     num_params = size[1]
     rows_RP = make_rows(size)
     counts_BP, sums_BP, ends_2P = empty_bins(num_params)
-    collapse.bin_rows(rows_RP, collapse.bin_edges(rows_RP, NUM_BINS), counts_BP, sums_BP, ends_2P)
+    collapse.bin_rows(rows_RP, collapse.bin_edges(rows_RP, every(rows_RP), NUM_BINS), counts_BP, sums_BP, ends_2P)
     centres_BP = sums_BP / counts_BP.float().clamp_min(1)
     logits_BP = torch.full(centres_BP.shape, 1.0)
     twin_BP = logits_BP.double()
@@ -144,4 +155,4 @@ def test_cut_bits_equal_their_twin(size: tuple[int, int], dtype: torch.dtype) ->
 
 def test_other_devices_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="run on a CPU only, got a tensor on meta"):
-        collapse.bin_edges(torch.zeros(3, 4, device="meta"), NUM_BINS)
+        collapse.bin_edges(torch.zeros(3, 4, device="meta"), torch.arange(3), NUM_BINS)
