@@ -163,6 +163,11 @@ def _two_stage(distances_RR: Tensor, scores_R2: Tensor, alignment_N: Tensor | No
     if scattered_N.any():
         kept_N = kept_N & ~scattered_N
         reasons.append(f"{int(scattered_N.sum())} masks lie {ratio:.2f} times further out than honest ones from each other")
+    if not with_root_N.any() and not reasons:
+        reasons.append(
+            "the root's mask lies apart from every client's, so there is no verdict: all kept; "
+            "train the root with the clients' own learning rate and clip, or pass a root update trained like theirs"
+        )
     reason = " and ".join(reasons) or "no group of masks lies further apart than honest clients do: all kept"
     return ClusteredMasks(kept_N, 1 if kept_N.all() else 2, scores_R2, separation, reason)
 

@@ -196,6 +196,7 @@ def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:
     shown = ", ".join(benign[:5]) + (", ..." if len(benign) > 5 else "")
     table.add_row(f"{len(benign)} clients", "[green]benign[/]", escape(shown))
     console.print(table)
+    console.print(escape(result.clusters.reason), soft_wrap=True)
     losses = result.masks.losses
     console.print(
         f"{result.masks.solver} ({result.masks.solver_reason}), {result.masks.steps} mask steps, "
