@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from skymask_gpu.bench.measure import Measured, measure
-from skymask_gpu.engine import FlatModel, TrainedMasks, cluster_masks, train_masks, unpack_bits
+from skymask_gpu.engine import FlatModel, TrainedMasks, cluster_masks, train_masks, unpack_bits, why_not_solver
 from skymask_gpu.federation.attacks import attack
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.files import write_text
@@ -108,8 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     measured: dict[str, Measured] = {}
     wrong: dict[str, str] = {}
+    not_run: dict[str, str] = {}
     want: TrainedMasks | None = None
     for solver in SOLVERS:
+        cannot = why_not_solver(solver, device, rows_RP.dtype)
+        if cannot is not None:
+            not_run[solver] = cannot
+            continue
 
         def train(solver: str = solver) -> TrainedMasks:
             return train_masks(rows_RP, loss.initial_params, loss, solver=solver)
@@ -129,10 +134,10 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             _, measured[solver] = measure(train, options.repeats, device)
 
-    _print(console, rows_RP, floors, measured, wrong, device)
+    _print(console, rows_RP, floors, measured, wrong, not_run, device)
     if options.out is not None:
         figures = {name: {"seconds": m.seconds, "peak_bytes": m.peak_bytes} for name, m in {**floors, **measured}.items()}
-        report = {"conditions": _conditions(rows_RP, device), "figures": figures, "wrong": wrong}
+        report = {"conditions": _conditions(rows_RP, device), "figures": figures, "wrong": wrong, "not_run": not_run}
         write_text(options.out, json.dumps(report, indent=2) + "\n")
     return 1 if wrong else 0
 
@@ -149,6 +154,7 @@ def _print(
     floors: dict[str, Measured],
     measured: dict[str, Measured],
     wrong: dict[str, str],
+    not_run: dict[str, str],
     device: torch.device,
 ) -> None:
     columns = ("what", "seconds", "x ref.", "x passes", "x mean", "peak MiB", "x ref.")
@@ -165,6 +171,8 @@ def _print(
         table.add_row(name, f"{item.median:.3f}", *ratios, *memory(item))
     for name, reason in wrong.items():
         table.add_row(name, f"wrong: {reason}")
+    for name, reason in not_run.items():
+        table.add_row(name, f"not run: {reason}")
     console.print(table)
     console.print(
         "medians; bits, losses and labels of every timed solver agree with reference (collapsed: bits to within twice what "

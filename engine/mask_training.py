@@ -105,11 +105,13 @@ def train_masks(
     _check(updates, global_params)
     name, reason = _choose(solver, updates)
     num_rows, num_params = updates.shape
-    logit_bytes = num_rows * num_params * (8 if updates.dtype == torch.float64 else 4)
+    # logits of all rows; or of all bins, with their counts and means
+    real_bytes = 8 if updates.dtype == torch.float64 else 4
+    needed = 10 * config.bins * num_params if name == "collapsed" else real_bytes * num_rows * num_params
     start = time.perf_counter()
     with explain_out_of_memory(
         f"solver {name!r} on {num_rows} rows of {num_params} parameters",
-        logit_bytes,
+        needed,
         updates.device,
         "pass the updates in bfloat16, aggregate fewer clients at once, or use a device with more memory",
     ):

@@ -67,7 +67,7 @@ def aggregate(
     root_lr: Annotated[float, typer.Option(help="Learning rate of the root model: the one the clients train with.")] = 0.1,
     root_clip: Annotated[float, typer.Option(help="Clip of each element of its gradient: likewise.")] = 1e-2,
     server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
-    solver: Annotated[str, typer.Option(help="reference, vmap, fused or auto.")] = "auto",
+    solver: Annotated[str, typer.Option(help="reference, vmap, fused, collapsed (CPU, approximate) or auto.")] = "auto",
 ) -> None:
     """Judge the clients of one round, and write the global model with the benign updates added."""
     if not math.isfinite(server_lr):

@@ -36,6 +36,15 @@ def test_a_wrong_solver_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert report["wrong"]["fused"] == "1.0e-03 of the bits differ"
 
 
+def test_a_solver_that_cannot_run_is_a_row_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solvers, "why_not_solver", lambda solver, *_: None if solver == "reference" else "no kernels here")
+    assert solvers.main(["--clients", "10", "--repeats", "1", "--out", str(tmp_path / "figures.json")]) == 0
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert set(report["not_run"]) == {"vmap", "fused", "collapsed"}
+    assert "reference" in report["figures"]
+    assert "fused" not in report["figures"]
+
+
 def test_peak_memory_is_what_a_call_takes_beyond_what_was_held() -> None:
     held = torch.ones(8 * 2**20)
     result, measured = measure(lambda: torch.ones(16 * 2**20).sum() + held.sum(), 2, torch.device("cpu"))

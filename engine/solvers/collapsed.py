@@ -15,11 +15,17 @@ from skymask_gpu.kernels.collapse import bin_edges, bin_rows, bin_step, cut_bits
 SAMPLED_ROWS = 64
 # Halvings of the interval between two bins' means in which a column's bits change.
 BISECTIONS = 10
+# Bins count in uint16.
+MOST_ROWS = 2**16 - 1
 # Elements of a temporary made from a few columns of all rows.
 _CHUNK_ELEMENTS = 2**22
 
 
 def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+    if len(updates_RP) > MOST_ROWS:
+        raise ValueError(
+            f"updates: solver 'collapsed' takes at most {MOST_ROWS:,} rows, got {len(updates_RP):,}; use solver='fused'"
+        )
     counts_BP, centres_BP, ends_2P = _bins(updates_RP, config.bins)
     logits_BP, slopes_TP, means_TP, losses = _train_bins(counts_BP, centres_BP, global_params_P.float(), loss, config)
     cuts = _find_cuts(logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP, config)

@@ -402,6 +402,12 @@ def test_collapsed_refuses_float64() -> None:
         train_masks(updates_RP, global_P, loss, solver="collapsed")
 
 
+def test_collapsed_refuses_more_rows_than_its_bins_can_count() -> None:
+    _, global_P, loss = small_problem(dtype=torch.float32)
+    with pytest.raises(ValueError, match="takes at most 65,535 rows, got 65,536"):
+        train_masks(torch.zeros(1, loss.num_params).expand(65_536, -1), global_P, loss, solver="collapsed")
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 40])
 def test_collapsed_works_for_any_number_of_rows(num_rows: int) -> None:
     updates_RP, global_P, loss = small_problem(num_rows, dtype=torch.float32)
