@@ -22,6 +22,8 @@ __all__ = [
     "bin_step_reference",
     "cut_bits",
     "cut_bits_reference",
+    "find_cuts",
+    "find_cuts_reference",
     "replay",
     "replay_reference",
 ]
@@ -31,6 +33,8 @@ __all__ = [
 WIDEST_GAP = 0.5
 # Beyond the sampled range by this many interquartile ranges lie the two bins for outliers.
 GUARD = 1.0
+# Halvings of the interval between two probes in which a column's bits change.
+BISECTIONS = 10
 
 
 # --- plain twins --------------------------------------------------------------------------------------------------------
@@ -43,18 +47,18 @@ def bin_edges_reference(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Te
     lowest_P, highest_P = sorted_SP[0], sorted_SP[-1]
     spread_P = sorted_SP[3 * (num_sampled - 1) // 4] - sorted_SP[(num_sampled - 1) // 4]
     spread_P = torch.where(spread_P > 0, spread_P, highest_P - lowest_P)
-    weight_SP = torch.zeros_like(sorted_SP)
-    weight_SP[1:] = torch.minimum(sorted_SP.diff(dim=0), WIDEST_GAP * spread_P).sqrt()
-    reached_SP = weight_SP.cumsum(0)
+    reached_SP = torch.zeros_like(sorted_SP)
+    reached_SP[1:] = torch.minimum(sorted_SP.diff(dim=0), WIDEST_GAP * spread_P).sqrt().cumsum(0)
     edges = [lowest_P - GUARD * spread_P]
     for inner in range(1, num_bins - 2):
         target_P = reached_SP[-1] * (inner / (num_bins - 2))
         after_P = (reached_SP < target_P).sum(0).clamp(1 if num_sampled > 1 else 0, num_sampled - 1)
-        upper_P, lower_P = (sorted_SP.gather(0, at[None])[0] for at in (after_P, (after_P - 1).clamp_min(0)))
-        missing_P = reached_SP.gather(0, after_P[None])[0] - target_P
-        step_P = weight_SP.gather(0, after_P[None])[0]
-        share_P = torch.where(step_P > 0, missing_P / step_P, 0.0)
-        edges.append(upper_P - (upper_P - lower_P) * share_P)
+        around_2P = torch.stack([(after_P - 1).clamp_min(0), after_P])
+        lower_P, upper_P = sorted_SP.gather(0, around_2P)
+        before_P, reached_P = reached_SP.gather(0, around_2P)
+        share_P = torch.where(reached_P > before_P, (reached_P - target_P) / (reached_P - before_P), 0.0)
+        edge_P = upper_P - (upper_P - lower_P) * share_P
+        edges.append(torch.where(edge_P > edges[-1], edge_P, edges[-1]))
     edges.append(highest_P + GUARD * spread_P)
     return torch.stack(edges)
 
@@ -89,6 +93,45 @@ def replay_reference(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, 
         gates_VP = torch.sigmoid(logits_VP)
         logits_VP -= (slope_P * (gates_VP * (1 - gates_VP)) * (values_VP - mean_P)).clamp(-1, 1) * full_step
     return logits_VP
+
+
+def find_cuts_reference(
+    logits_BP: Tensor,
+    centres_BP: Tensor,
+    counts_BP: Tensor,
+    ends_2P: Tensor,
+    slopes_TP: Tensor,
+    means_TP: Tensor,
+    *,
+    init: float,
+    full_step: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain twin of :func:`find_cuts`."""
+
+    def bit(values_VP: Tensor) -> Tensor:
+        return replay_reference(values_VP, slopes_TP, means_TP, init=init, full_step=full_step) > threshold
+
+    left_P, right_P = bit(ends_2P)
+    before_P, last_P = left_P.clone(), ends_2P[0].clone()
+    below_P, above_P = torch.zeros_like(last_P), torch.zeros_like(last_P)
+    crossings_P = torch.zeros_like(left_P, dtype=torch.int32)
+    everywhere_P = torch.ones_like(left_P)
+    probes = [(c, logit > threshold, n.int() > 0) for c, logit, n in zip(centres_BP, logits_BP, counts_BP, strict=True)]
+    for probe_P, bit_P, filled_P in [*probes, (ends_2P[1], right_P, everywhere_P)]:
+        changed_P = filled_P & (bit_P != before_P)
+        first_P = changed_P & (crossings_P == 0)
+        below_P = torch.where(first_P, last_P, below_P)
+        above_P = torch.where(first_P, probe_P, above_P)
+        crossings_P += changed_P
+        before_P = torch.where(filled_P, bit_P, before_P)
+        last_P = torch.where(filled_P, probe_P, last_P)
+    for _ in range(BISECTIONS):
+        middle_P = below_P + (above_P - below_P) / 2
+        still_left_P = bit(middle_P[None])[0] == left_P
+        below_P = torch.where(still_left_P, middle_P, below_P)
+        above_P = torch.where(still_left_P, above_P, middle_P)
+    return torch.where(crossings_P == 0, torch.inf, above_P), left_P, crossings_P
 
 
 def cut_bits_reference(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> None:
@@ -137,6 +180,40 @@ def bin_step(
 def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: float, full_step: float) -> Tensor:
     """The final logits, ``(V, P)`` float32, of rows with these updates, from the history of T steps."""
     return _cpu(values_VP).replay(values_VP, slopes_TP, means_TP, init=init, full_step=full_step)
+
+
+def find_cuts(
+    logits_BP: Tensor,
+    centres_BP: Tensor,
+    counts_BP: Tensor,
+    ends_2P: Tensor,
+    slopes_TP: Tensor,
+    means_TP: Tensor,
+    *,
+    init: float,
+    full_step: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each column's bits change: between which two probes, then by bisection, each a replay of one value a column.
+
+    The probes are the smallest value, the means of the bins that hold any row (their final logits are there already) and the
+    largest value, ``ends_2P``.
+
+    Returns:
+        The position of the first change (inf: none), float32, the bit to the left of it, bool, and the number of changes,
+        int32; all ``(P,)``.
+    """
+    return _cpu(logits_BP).find_cuts(
+        logits_BP,
+        centres_BP,
+        counts_BP,
+        ends_2P,
+        slopes_TP,
+        means_TP,
+        init=init,
+        full_step=full_step,
+        threshold=threshold,
+    )
 
 
 def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> None:

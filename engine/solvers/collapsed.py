@@ -9,12 +9,10 @@ from torch import Tensor
 
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, Solution, loss_and_gradient
 from skymask_gpu.engine.training_config import MaskTraining
-from skymask_gpu.kernels.collapse import bin_edges, bin_rows, bin_step, cut_bits, replay
+from skymask_gpu.kernels.collapse import bin_edges, bin_rows, bin_step, cut_bits, find_cuts, replay
 
 # Rows, evenly spaced, from which the bins' edges are found.
 SAMPLED_ROWS = 64
-# Halvings of the interval between two bins' means in which a column's bits change.
-BISECTIONS = 10
 # Bins count in uint16.
 MOST_ROWS = 2**16 - 1
 # Elements of a temporary made from a few columns of all rows.
@@ -28,14 +26,18 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
         )
     counts_BP, centres_BP, ends_2P = _bins(updates_RP, config.bins)
     logits_BP, slopes_TP, means_TP, losses = _train_bins(counts_BP, centres_BP, global_params_P.float(), loss, config)
-    cuts = _find_cuts(logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP, config)
+    training = {"init": config.init, "full_step": config.full_step}
+    position_P, left_P, crossings_P = find_cuts(
+        logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP, **training, threshold=config.logit_threshold
+    )
+    cuts = Cuts(position_P, left_P, constant=crossings_P == 0, several=crossings_P > 1)
     del logits_BP, centres_BP, counts_BP
     bits = torch.empty(len(updates_RP), -(-updates_RP.shape[1] // 8), dtype=torch.uint8, device=updates_RP.device)
     cut_bits(updates_RP, cuts.position, cuts.left, bits)
     _replay_uncut_columns(updates_RP, cuts, slopes_TP, means_TP, config, bits)
     logits_RP = None
     if keep_logits:
-        logits_RP = replay(updates_RP, slopes_TP, means_TP, init=config.init, full_step=config.full_step)
+        logits_RP = replay(updates_RP, slopes_TP, means_TP, **training)
     return Solution(bits, logits_RP, losses, cuts)
 
 
@@ -48,9 +50,8 @@ def _bins(updates_RP: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
     sums_BP = torch.zeros(num_bins, num_params)
     ends_2P = torch.tensor([[torch.inf], [-torch.inf]]).repeat(1, num_params)
     bin_rows(updates_RP, edges_EP, counts_BP, sums_BP, ends_2P)
-    for sum_P, count_P in zip(sums_BP, counts_BP, strict=True):
-        sum_P /= count_P.float().clamp_min_(1)
-    return counts_BP, sums_BP, ends_2P
+    del edges_EP
+    return counts_BP, sums_BP.div_(counts_BP.float().clamp_min_(1)), ends_2P
 
 
 def _train_bins(
@@ -82,50 +83,6 @@ def _train_bins(
             break
     steps = len(values)
     return logits_BP, slopes_TP[:steps], means_TP[:steps], torch.stack(values).tolist()
-
-
-def _find_cuts(
-    logits_BP: Tensor,
-    centres_BP: Tensor,
-    counts_BP: Tensor,
-    ends_2P: Tensor,
-    slopes_TP: Tensor,
-    means_TP: Tensor,
-    config: MaskTraining,
-) -> Cuts:
-    """Where each column's bits change: between which two bins' means, then by bisection.
-
-    The probes are the smallest value, the bins' means (whose final logits are there already) and the largest value.
-    """
-
-    def bit(values_VP: Tensor) -> Tensor:
-        return replay(values_VP, slopes_TP, means_TP, init=config.init, full_step=config.full_step) > config.logit_threshold
-
-    end_bits_2P = bit(ends_2P)
-    left_P = end_bits_2P[0].clone()
-    before_P, last_P = left_P.clone(), ends_2P[0].clone()
-    below_P, above_P = ends_2P[0].clone(), ends_2P[1].clone()
-    crossings_P = torch.zeros_like(left_P, dtype=torch.int16)
-    num_bins = len(centres_BP)
-    for b in range(num_bins + 1):
-        is_end = b == num_bins
-        probe_P = ends_2P[1] if is_end else centres_BP[b]
-        bit_P = end_bits_2P[1] if is_end else logits_BP[b] > config.logit_threshold
-        filled_P = torch.ones_like(left_P) if is_end else counts_BP[b].int() > 0
-        changed_P = filled_P & (bit_P != before_P)
-        first_P = changed_P & (crossings_P == 0)
-        below_P = torch.where(first_P, last_P, below_P)
-        above_P = torch.where(first_P, probe_P, above_P)
-        crossings_P += changed_P
-        before_P = torch.where(filled_P, bit_P, before_P)
-        last_P = torch.where(filled_P, probe_P, last_P)
-    for _ in range(BISECTIONS):
-        middle_P = below_P + (above_P - below_P) / 2
-        still_left_P = bit(middle_P[None])[0] == left_P
-        below_P = torch.where(still_left_P, middle_P, below_P)
-        above_P = torch.where(still_left_P, above_P, middle_P)
-    constant_P = crossings_P == 0
-    return Cuts(torch.where(constant_P, torch.inf, above_P), left_P, constant_P, crossings_P > 1)
 
 
 def _replay_uncut_columns(

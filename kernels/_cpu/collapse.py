@@ -9,12 +9,17 @@ from numba import njit
 from torch import Tensor
 
 from skymask_gpu.kernels._cpu.common import JIT, clamp, flat, run_on_column_shares, sigmoid, widen
-from skymask_gpu.kernels.collapse import GUARD, WIDEST_GAP
+from skymask_gpu.kernels._cpu.lanes import GROUP, LANES, MOST_ROWS_AT_ONCE, add_to_bins, below, inner_edges, take_updates
+from skymask_gpu.kernels.collapse import BISECTIONS, GUARD, WIDEST_GAP
 
-# Columns a tile: edges, counts and sums of 32 bins and the sample fit in L2.
+# Columns a tile: edges, counts and sums of 32 bins and the rows at hand fit in L2.
 TILE = 512
+ROWS_AT_ONCE = 128
 # Of the sample's sort: 64 sampled rows fit in L1.
 SORT_TILE = 128
+# Of the cuts, whose positions stay in L1 while rows stream by.
+CUT_TILE = 4096
+assert ROWS_AT_ONCE <= MOST_ROWS_AT_ONCE
 _WIDEST_GAP, _GUARD = np.float32(WIDEST_GAP), np.float32(GUARD)
 
 
@@ -37,7 +42,7 @@ def _sorting_network(size: int) -> np.ndarray:
 
 @njit(**JIT)
 def _order(low_T: Any, high_T: Any) -> None:
-    for k in range(low_T.size):
+    for k in range(SORT_TILE):
         a, b = low_T[k], high_T[k]
         swap = a > b
         low_T[k] = b if swap else a
@@ -45,93 +50,114 @@ def _order(low_T: Any, high_T: Any) -> None:
 
 
 @njit(**JIT)
-def _edges_pass(sampled_S: Any, rows: Any, stride: Any, network: Any, edges_EP: Any, begin: Any, end: Any) -> None:
-    num_inner = edges_EP.shape[0] - 1  # inner bins
-    num_rows = sampled_S.size
-    sorted_ST = np.empty((num_rows, SORT_TILE), np.float32)
-    weight_S = np.empty(num_rows, np.float32)
-    reached_S = np.empty(num_rows, np.float32)
-    for a in range(begin, end, SORT_TILE):
-        width = min(SORT_TILE, end - a)
-        for i in range(num_rows):
-            for k in range(width):
-                sorted_ST[i, k] = widen(rows[sampled_S[i] * stride + a + k])
-        for n in range(network.shape[0]):
-            _order(sorted_ST[network[n, 0], :width], sorted_ST[network[n, 1], :width])
-        for k in range(width):
-            lowest, highest = sorted_ST[0, k], sorted_ST[num_rows - 1, k]
-            spread = sorted_ST[3 * (num_rows - 1) // 4, k] - sorted_ST[(num_rows - 1) // 4, k]
-            if not spread > 0:
-                spread = highest - lowest
-            reached = np.float32(0)
-            weight_S[0] = reached
-            reached_S[0] = reached
-            for i in range(1, num_rows):
-                weight_S[i] = np.sqrt(min(sorted_ST[i, k] - sorted_ST[i - 1, k], _WIDEST_GAP * spread))
-                reached += weight_S[i]
-                reached_S[i] = reached
-            edges_EP[0, a + k] = lowest - _GUARD * spread
-            after = 1 if num_rows > 1 else 0
-            for inner in range(1, num_inner):
-                target = reached * np.float32(inner / num_inner)
-                while after < num_rows - 1 and reached_S[after] < target:
-                    after += 1
-                upper, lower = sorted_ST[after, k], sorted_ST[max(after - 1, 0), k]
-                share = (reached_S[after] - target) / weight_S[after] if weight_S[after] > 0 else np.float32(0)
-                edges_EP[inner, a + k] = upper - (upper - lower) * share
-            edges_EP[num_inner, a + k] = highest + _GUARD * spread
+def _add_roots_of_gaps(lower_T: Any, upper_T: Any, widest_T: Any, before_T: Any, reached_T: Any) -> None:
+    for k in range(SORT_TILE):
+        gap = upper_T[k] - lower_T[k]
+        gap = gap if gap < widest_T[k] else widest_T[k]
+        reached_T[k] = before_T[k] + np.sqrt(gap)
 
 
 @njit(**JIT)
-def _find_bins(update_T: Any, edges_ET: Any, bin_T: Any) -> None:
-    """The number of edges that an update reaches; four edges a pass, and a multiple of four edges."""
+def _edges_pass(sampled_S: Any, rows: Any, stride: Any, network: Any, edges_EP: Any, begin: Any, end: Any) -> None:
+    num_inner = edges_EP.shape[0] - 1  # inner bins
+    num_rows = sampled_S.size
+    sorted_ST = np.zeros((num_rows, SORT_TILE), np.float32)
+    reached_ST = np.zeros((num_rows, SORT_TILE), np.float32)
+    spread_T, widest_T = np.empty(SORT_TILE, np.float32), np.empty(SORT_TILE, np.float32)
+    edge_T = np.empty(SORT_TILE, np.float32)
+    for a in range(begin, end, SORT_TILE):
+        width = min(SORT_TILE, end - a)
+        for i in range(num_rows):
+            _widen_row(rows[sampled_S[i] * stride + a : sampled_S[i] * stride + a + width], sorted_ST[i])
+        for n in range(network.shape[0]):
+            _order(sorted_ST[network[n, 0]], sorted_ST[network[n, 1]])
+        lowest_T, highest_T = sorted_ST[0], sorted_ST[num_rows - 1]
+        lower_T, upper_T = sorted_ST[(num_rows - 1) // 4], sorted_ST[3 * (num_rows - 1) // 4]
+        for k in range(SORT_TILE):
+            spread = upper_T[k] - lower_T[k]
+            spread_T[k] = spread if spread > 0 else highest_T[k] - lowest_T[k]
+            widest_T[k] = _WIDEST_GAP * spread_T[k]
+            edge_T[k] = lowest_T[k] - _GUARD * spread_T[k]
+        _copy(edges_EP[0, a : a + width], edge_T)
+        for i in range(1, num_rows):
+            _add_roots_of_gaps(sorted_ST[i - 1], sorted_ST[i], widest_T, reached_ST[i - 1], reached_ST[i])
+        ordered, reached = sorted_ST.reshape(-1), reached_ST.reshape(-1)
+        for inner in range(1, num_inner):
+            for k in range(0, width, LANES):
+                inner_edges(ordered, reached, SORT_TILE, num_rows, k, np.float32(inner / num_inner), edge_T, k)
+            _copy(edges_EP[inner, a : a + width], edge_T)
+        for k in range(width):
+            edge_T[k] = highest_T[k] + _GUARD * spread_T[k]
+        _copy(edges_EP[num_inner, a : a + width], edge_T)
+
+
+@njit(**JIT)
+def _widen_row(update_T: Any, value_T: Any) -> None:
     for k in range(update_T.size):
-        bin_T[k] = 0
-    for e in range(0, edges_ET.shape[0], 4):
-        for k in range(update_T.size):
-            update = widen(update_T[k])
-            bin_T[k] += (
-                np.int32(update >= edges_ET[e, k])
-                + np.int32(update >= edges_ET[e + 1, k])
-                + np.int32(update >= edges_ET[e + 2, k])
-                + np.int32(update >= edges_ET[e + 3, k])
-            )
+        value_T[k] = widen(update_T[k])
+
+
+@njit(**JIT)
+def _copy(to_T: Any, from_T: Any) -> None:
+    for k in range(to_T.size):
+        to_T[k] = from_T[k]
 
 
 @njit(**JIT)
 def _bins_pass(
-    num_rows: Any, rows: Any, stride: Any, edges_EP: Any, counts_BP: Any, sums_BP: Any, ends_2P: Any, begin: Any, end: Any
+    num_rows: Any,
+    rows: Any,
+    stride: Any,
+    num_params: Any,
+    edges: Any,
+    counts: Any,
+    sums: Any,
+    lowest: Any,
+    highest: Any,
+    begin: Any,
+    end: Any,
 ) -> None:
-    num_edges, num_bins = edges_EP.shape[0], counts_BP.shape[0]
-    edges_ET = np.full(((num_edges + 3) // 4 * 4, TILE), np.float32(np.inf), np.float32)
-    counts = np.empty(num_bins * TILE, np.int32)
-    sums = np.empty(num_bins * TILE, np.float32)
-    bin_T = np.empty(TILE, np.int32)
+    """``edges``, ``counts`` and ``sums`` are the flat memory of an (E, P) and two (B, P) arrays."""
+    num_edges, num_bins = edges.size // num_params, counts.size // num_params
+    groups = -(-num_bins // GROUP)
+    # edges between -inf and inf, sixteen columns' rows side by side
+    edge_T = np.full((groups * GROUP + 1) * TILE, np.float32(np.inf), np.float32)
+    edge_T[:TILE] = -np.float32(np.inf)
+    count_T = np.zeros(groups * GROUP * TILE, np.uint16)
+    sum_T = np.zeros(groups * GROUP * TILE, np.float32)
+    value_T = np.zeros(ROWS_AT_ONCE * TILE, np.float32)
+    lowest_T, highest_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     for a in range(begin, end, TILE):
         width = min(TILE, end - a)
-        edges_ET[:num_edges, :width] = edges_EP[:, a : a + width]
+        whole = width // LANES * LANES
+        _copy(lowest_T[:width], lowest[a : a + width])
+        _copy(highest_T[:width], highest[a : a + width])
+        for e in range(num_edges):
+            _copy(edge_T[(e + 1) * TILE : (e + 1) * TILE + width], edges[e * num_params + a : e * num_params + a + width])
         for b in range(num_bins):
-            counts[b * TILE : b * TILE + width] = counts_BP[b, a : a + width]
-            sums[b * TILE : b * TILE + width] = sums_BP[b, a : a + width]
-        for i in range(num_rows):
-            update_T = rows[i * stride + a : i * stride + a + width]
-            _find_bins(update_T, edges_ET, bin_T)
-            _extend(update_T, ends_2P[0, a : a + width], ends_2P[1, a : a + width])
-            for k in range(width):
-                at = bin_T[k] * TILE + k
-                counts[at] += 1
-                sums[at] += widen(update_T[k])
+            columns = slice(b * num_params + a, b * num_params + a + width)
+            _copy(count_T[b * TILE : b * TILE + width], counts[columns])
+            _copy(sum_T[b * TILE : b * TILE + width], sums[columns])
+        for first in range(0, num_rows, ROWS_AT_ONCE):
+            some_rows = min(ROWS_AT_ONCE, num_rows - first)
+            for i in range(some_rows):
+                row = (first + i) * stride + a
+                for k in range(0, whole, LANES):
+                    take_updates(rows, row + k, value_T, k * ROWS_AT_ONCE + i * LANES, lowest_T, highest_T, k)
+                for k in range(whole, width):
+                    update = widen(rows[row + k])
+                    value_T[whole * ROWS_AT_ONCE + i * LANES + k - whole] = update
+                    lowest_T[k] = update if update < lowest_T[k] else lowest_T[k]
+                    highest_T[k] = update if update > highest_T[k] else highest_T[k]
+            for k in range(0, width, LANES):
+                for b in range(0, groups * GROUP, GROUP):
+                    add_to_bins(value_T, k * ROWS_AT_ONCE, some_rows, edge_T, count_T, sum_T, b * TILE + k, TILE)
+        _copy(lowest[a : a + width], lowest_T[:width])
+        _copy(highest[a : a + width], highest_T[:width])
         for b in range(num_bins):
-            counts_BP[b, a : a + width] = counts[b * TILE : b * TILE + width]
-            sums_BP[b, a : a + width] = sums[b * TILE : b * TILE + width]
-
-
-@njit(**JIT)
-def _extend(update_T: Any, lowest_T: Any, highest_T: Any) -> None:
-    for k in range(update_T.size):
-        update = widen(update_T[k])
-        lowest_T[k] = update if update < lowest_T[k] else lowest_T[k]
-        highest_T[k] = update if update > highest_T[k] else highest_T[k]
+            columns = slice(b * num_params + a, b * num_params + a + width)
+            _copy(counts[columns], count_T[b * TILE : b * TILE + width])
+            _copy(sums[columns], sum_T[b * TILE : b * TILE + width])
 
 
 @njit(**JIT)
@@ -202,24 +228,124 @@ def _replay_pass(
 
 
 @njit(**JIT)
-def _compare(update_T: Any, cut_T: Any, left_T: Any, flag_T: Any) -> None:
-    for k in range(update_T.size):
-        flag_T[k] = np.uint8(widen(update_T[k]) < cut_T[k]) ^ left_T[k] ^ np.uint8(1)
+def _follow(
+    value_T: Any, bit_T: Any, filled_T: Any, last_T: Any, before_T: Any, below_T: Any, above_T: Any, crossings_T: Any
+) -> None:
+    """Go on to the next probe of each column: note where the bit changes for the first time, and how often."""
+    for k in range(value_T.size):
+        changed = (filled_T[k] != 0) & (bit_T[k] != before_T[k])
+        first = changed & (crossings_T[k] == 0)
+        below_T[k] = last_T[k] if first else below_T[k]
+        above_T[k] = value_T[k] if first else above_T[k]
+        crossings_T[k] += np.int32(changed)
+        before_T[k] = bit_T[k] if filled_T[k] != 0 else before_T[k]
+        last_T[k] = value_T[k] if filled_T[k] != 0 else last_T[k]
 
 
 @njit(**JIT)
-def _cut_pass(num_rows: Any, rows: Any, stride: Any, cut_P: Any, left_P: Any, bits: Any, begin: Any, end: Any) -> None:
-    flag_T = np.zeros(TILE, np.uint8)
+def _above_threshold(logit_T: Any, threshold: Any, bit_T: Any) -> None:
+    for k in range(logit_T.size):
+        bit_T[k] = np.int32(logit_T[k] > threshold)
+
+
+@njit(**JIT)
+def _bits_of(value_T: Any, slopes_TT: Any, means_TT: Any, training: Any, logit_T: Any, vectors_2T: Any, bit_T: Any) -> None:
+    """Replay one value a column; ``training`` holds the initial logit, the full step and the threshold as a logit."""
+    width = value_T.size
+    logit_T[:width] = training[0]
+    for t in range(slopes_TT.shape[0]):
+        _copy(vectors_2T[0, :width], slopes_TT[t, :width])
+        _copy(vectors_2T[1, :width], means_TT[t, :width])
+        _move(value_T, logit_T, vectors_2T, training[1], np.float32(1))
+    _above_threshold(logit_T[:width], training[2], bit_T)
+
+
+@njit(**JIT)
+def _find_pass(
+    logits_BP: Any,
+    centres_BP: Any,
+    counts_BP: Any,
+    ends_2P: Any,
+    slopes_TP: Any,
+    means_TP: Any,
+    training: Any,
+    position_P: Any,
+    left_P: Any,
+    crossings_P: Any,
+    begin: Any,
+    end: Any,
+) -> None:
+    num_steps = slopes_TP.shape[0]
+    slopes_TT, means_TT = np.empty((num_steps, TILE), np.float32), np.empty((num_steps, TILE), np.float32)
+    # arrays of their own: of rows of one array LLVM does not see that they are apart, and then it does not vectorise
+    last_T, below_T, above_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    middle_T, logit_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    vectors_2T = np.empty((2, TILE), np.float32)
+    left_T, right_T, bit_T = np.empty(TILE, np.int32), np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    before_T, crossings_T, filled_T = np.empty(TILE, np.int32), np.empty(TILE, np.int32), np.empty(TILE, np.int32)
+    columns_T = np.empty(TILE, np.int32)
     for a in range(begin, end, TILE):
         width = min(TILE, end - a)
-        flag_T[width:] = 0
+        for t in range(num_steps):
+            _copy(slopes_TT[t, :width], slopes_TP[t, a : a + width])
+            _copy(means_TT[t, :width], means_TP[t, a : a + width])
+        lowest_T, highest_T = ends_2P[0, a : a + width], ends_2P[1, a : a + width]
+        _bits_of(lowest_T, slopes_TT, means_TT, training, logit_T, vectors_2T, left_T)
+        _bits_of(highest_T, slopes_TT, means_TT, training, logit_T, vectors_2T, right_T)
+        before_T[:] = left_T
+        crossings_T[:] = 0
+        _copy(last_T[:width], lowest_T)
+        for b in range(logits_BP.shape[0]):
+            _above_threshold(logits_BP[b, a : a + width], training[2], bit_T)
+            _copy(filled_T[:width], counts_BP[b, a : a + width])
+            _follow(centres_BP[b, a : a + width], bit_T, filled_T, last_T, before_T, below_T, above_T, crossings_T)
+        filled_T[:] = 1
+        _follow(highest_T, right_T, filled_T, last_T, before_T, below_T, above_T, crossings_T)
+
+        # only where the bit changes is there a cut to find: those columns side by side
+        num_cuts = 0
+        for k in range(width):
+            position_P[a + k] = np.float32(np.inf)
+            left_P[a + k] = left_T[k] != 0
+            crossings_P[a + k] = crossings_T[k]
+            if crossings_T[k] > 0:
+                columns_T[num_cuts] = k
+                num_cuts += 1
+        for n in range(num_cuts):
+            k = columns_T[n]
+            below_T[n], above_T[n], left_T[n] = below_T[k], above_T[k], left_T[k]
+        for t in range(num_steps):
+            for n in range(num_cuts):
+                slopes_TT[t, n], means_TT[t, n] = slopes_TT[t, columns_T[n]], means_TT[t, columns_T[n]]
+        for _ in range(BISECTIONS):
+            for n in range(num_cuts):
+                middle_T[n] = below_T[n] + (above_T[n] - below_T[n]) / np.float32(2)
+            _bits_of(middle_T[:num_cuts], slopes_TT, means_TT, training, logit_T, vectors_2T, bit_T)
+            for n in range(num_cuts):
+                if bit_T[n] == left_T[n]:
+                    below_T[n] = middle_T[n]
+                else:
+                    above_T[n] = middle_T[n]
+        for n in range(num_cuts):
+            position_P[a + columns_T[n]] = above_T[n]
+
+
+@njit(**JIT)
+def _cut_pass(num_rows: Any, rows: Any, stride: Any, cut_P: Any, flips: Any, bits: Any, begin: Any, end: Any) -> None:
+    """``flips``: for each byte of a row of bits, the columns whose bit is 0 below the cut."""
+    for a in range(begin, end, CUT_TILE):
+        stop = min(a + CUT_TILE, end)
+        whole = a + (stop - a) // LANES * LANES
         for i in range(num_rows):
-            _compare(rows[i * stride + a : i * stride + a + width], cut_P[a : a + width], left_P[a : a + width], flag_T)
-            for byte in range((width + 7) // 8):
+            for k in range(a, whole, LANES):
+                flags = below(rows, i * stride + k, cut_P, k)
+                bits[i, k // 8] = np.uint8(flags) ^ flips[k // 8]
+                bits[i, k // 8 + 1] = np.uint8(flags >> np.uint16(8)) ^ flips[k // 8 + 1]
+            for byte in range(whole // 8, -(-stop // 8)):
                 packed = np.uint8(0)
-                for j in range(8):
-                    packed |= flag_T[8 * byte + j] << np.uint8(j)
-                bits[i, a // 8 + byte] = packed
+                for j in range(min(8, stop - 8 * byte)):
+                    packed |= np.uint8(widen(rows[i * stride + 8 * byte + j]) < cut_P[8 * byte + j]) << np.uint8(j)
+                bits[i, byte] = packed ^ flips[byte]
 
 
 # --- called from kernels/collapse.py --------------------------------------------------------------------------------------
@@ -234,8 +360,10 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
 
 
 def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
-    arguments = (len(rows_RP), *flat(rows_RP), *(x.numpy() for x in (edges_EP, counts_BP, sums_BP, ends_2P)))
-    run_on_column_shares(lambda begin, end: _bins_pass(*arguments, begin, end), rows_RP.shape[1], TILE)
+    num_params = rows_RP.shape[1]
+    state = (x.numpy().reshape(-1) for x in (edges_EP, counts_BP, sums_BP, *ends_2P))
+    arguments = (len(rows_RP), *flat(rows_RP), num_params, *state)
+    run_on_column_shares(lambda begin, end: _bins_pass(*arguments, begin, end), num_params, TILE)
 
 
 def bin_step(
@@ -256,6 +384,29 @@ def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: floa
     return logits_VP
 
 
+def find_cuts(
+    logits_BP: Tensor,
+    centres_BP: Tensor,
+    counts_BP: Tensor,
+    ends_2P: Tensor,
+    slopes_TP: Tensor,
+    means_TP: Tensor,
+    *,
+    init: float,
+    full_step: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_params = logits_BP.shape[1]
+    position_P, left_P = torch.empty(num_params), torch.empty(num_params, dtype=torch.bool)
+    crossings_P = torch.empty(num_params, dtype=torch.int32)
+    bins = (x.numpy() for x in (logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP))
+    training = np.array([init, full_step, threshold], np.float32)
+    arguments = (*bins, training, *(x.numpy() for x in (position_P, left_P, crossings_P)))
+    run_on_column_shares(lambda begin, end: _find_pass(*arguments, begin, end), num_params, TILE)
+    return position_P, left_P, crossings_P
+
+
 def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> None:
-    arguments = (len(rows_RP), *flat(rows_RP), cut_P.numpy(), left_P.to(torch.uint8).numpy(), bits.numpy())
-    run_on_column_shares(lambda begin, end: _cut_pass(*arguments, begin, end), rows_RP.shape[1], TILE)
+    flips = np.packbits(~left_P.numpy(), bitorder="little")
+    arguments = (len(rows_RP), *flat(rows_RP), cut_P.numpy(), flips, bits.numpy())
+    run_on_column_shares(lambda begin, end: _cut_pass(*arguments, begin, end), rows_RP.shape[1], CUT_TILE)

@@ -3,11 +3,13 @@
 Numba's cache on disk notices a change of the file a kernel stands in, not of this one: after changing it, `make clean`.
 """
 
+import ctypes
 import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llvmlite.ir as llvm
@@ -28,6 +30,10 @@ _C6, _C5, _C4, _C3, _C2, _C1 = (
     for c in (1.545316295e-04, 1.339086336e-03, 9.618082557e-03, 5.550357114e-02, 2.402265076e-01, 6.931471880e-01)
 )
 _ONE = np.float32(1.0)
+
+# Shares of the columns a thread: a thread that is late, because something else runs on its core, takes fewer.
+SHARES_PER_THREAD = 4
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 # --- scalar building blocks (inlined, vectorised by LLVM) --------------------------------------------------------------
@@ -99,20 +105,45 @@ def _sigmoid_of_type(x: Any) -> Any:
 
 
 @cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch itself runs on, if it is GNU's; None elsewhere."""
+    libraries = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return ctypes.CDLL(str(libraries[0])) if libraries else None
+
+
+@cache
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="skymask-kernel")
 
 
 def run_on_column_shares(run: Callable[[int, int], object], num_params: int, tile: int) -> None:
-    """Call ``run(begin, end)`` on whole tiles, one share a torch thread; columns never meet, so the shares change nothing."""
+    """Call ``run(begin, end)`` on whole tiles, shared among torch's threads; columns never meet, so shares change nothing."""
     num_threads = torch.get_num_threads()
     tiles = -(-num_params // tile)
-    edges = sorted({min(tiles * i // num_threads * tile, num_params) for i in range(num_threads + 1)})
+    num_shares = min(tiles, num_threads * SHARES_PER_THREAD) if num_threads > 1 else 1
+    edges = [min(tiles * i // num_shares * tile, num_params) for i in range(num_shares + 1)]
     shares = list(itertools.pairwise(edges))
     if len(shares) == 1:
         run(*shares[0])
-    else:
+        return
+    openmp = _openmp()
+    if openmp is None:
         list(_pool(num_threads).map(lambda share: run(*share), shares))
+        return
+    # After each operation torch's threads wait by spinning for milliseconds, on the cores that threads of our own would need
+    left, errors = iter(shares), []
+
+    @_CALLBACK
+    def work(_: Any) -> None:
+        try:
+            for share in left:
+                run(*share)
+        except BaseException as error:  # would be lost: it cannot cross the C stack
+            errors.append(error)
+
+    openmp.GOMP_parallel(work, None, num_threads, 0)
+    if errors:
+        raise errors[0]
 
 
 def flat(rows_RP: Tensor) -> tuple[np.ndarray, int]:

@@ -1,6 +1,5 @@
 """Every solver gives the reference's masks: on small problems of every kind, and on real updates of a CNN."""
 
-import dataclasses
 import json
 import math
 import os
@@ -325,23 +324,23 @@ def test_collapsed_is_as_close_as_bfloat16(case: str, mnist_updates: tuple[Tenso
 def test_a_mistake_in_replay_or_cuts_is_caught(
     mistake: str, mnist_updates: tuple[Tensor, FlatModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest_replay, honest_cuts = collapsed.replay, collapsed._find_cuts
+    honest = collapsed.find_cuts
 
-    def wrong_replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, **settings: Any) -> Tensor:
+    def wrong(
+        logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, ends_2P: Tensor, slopes_TP: Tensor, means_TP: Tensor, **s: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if mistake == "a step dropped":
-            return honest_replay(values_VP, slopes_TP[:-1], means_TP[:-1], **settings)
-        return honest_replay(values_VP, slopes_TP, means_TP.roll(1, 0), **settings)
-
-    def wrong_cuts(*arguments: Any) -> Any:
-        cuts = honest_cuts(*arguments)
+            slopes_TP, means_TP = slopes_TP[:-1], means_TP[:-1]
+        elif mistake == "history off by one":
+            means_TP = means_TP.roll(1, 0)
+        position_P, left_P, crossings_P = honest(logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP, **s)
         if mistake == "direction":
-            return dataclasses.replace(cuts, left=~cuts.left)
-        return dataclasses.replace(cuts, position=cuts.position + 1e-4)
+            left_P = ~left_P
+        elif mistake == "cut":
+            position_P = position_P + 1e-4
+        return position_P, left_P, crossings_P
 
-    if mistake in ("direction", "cut"):
-        monkeypatch.setattr(collapsed, "_find_cuts", wrong_cuts)
-    else:
-        monkeypatch.setattr(collapsed, "replay", wrong_replay)
+    monkeypatch.setattr(collapsed, "find_cuts", wrong)
     share, allowed = collapsed_error(attacked(mnist_updates[0], "min-max"), mnist_updates[1], "min-max")
     assert share > allowed
 

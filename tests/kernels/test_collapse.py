@@ -138,6 +138,55 @@ def test_a_replayed_full_step_from_one_is_exactly_zero() -> None:
 
 
 @sizes
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_cuts_equal_their_twin(size: tuple[int, int], threshold: float) -> None:
+    num_params = size[1]
+    rows_RP = make_rows(size)
+    counts_BP, sums_BP, ends_2P = empty_bins(num_params)
+    collapse.bin_rows(rows_RP, collapse.bin_edges(rows_RP, every(rows_RP), NUM_BINS), counts_BP, sums_BP, ends_2P)
+    centres_BP = sums_BP / counts_BP.float().clamp_min(1)
+    history = make_history(num_params, 7)
+    training = {"init": 1.0, "full_step": 1.0}
+    logits_BP = collapse.replay(centres_BP, *history, **training)
+    arguments = (logits_BP, centres_BP, counts_BP, ends_2P, *history)
+    position_P, left_P, crossings_P = collapse.find_cuts(*arguments, **training, threshold=threshold)
+    want_P, want_left_P, want_crossings_P = collapse.find_cuts_reference(*arguments, **training, threshold=threshold)
+    # a logit within rounding of the threshold may fall on either side
+    assert (left_P == want_left_P).float().mean() > 0.99
+    assert (crossings_P == want_crossings_P).float().mean() > 0.99
+    same_P = (left_P == want_left_P) & (crossings_P == want_crossings_P)
+    width_P = (ends_2P[1] - ends_2P[0])[same_P]
+    got_P, want_P = position_P[same_P], want_P[same_P]
+    assert torch.equal(got_P.isinf(), crossings_P[same_P] == 0)
+    assert torch.equal(got_P.isinf(), want_P.isinf())
+    off_P = torch.where(got_P == want_P, 0, got_P - want_P).abs()
+    assert (off_P <= 2e-3 * width_P).float().mean() > 0.99
+    if num_params > 500 and size[0] > 30:
+        assert 0.1 < (crossings_P == 1).float().mean() < 0.9
+        assert (crossings_P > 1).any()
+
+
+def test_a_cut_lies_where_the_replayed_bit_changes() -> None:
+    rows_RP = make_rows((64, 513))
+    counts_BP, sums_BP, ends_2P = empty_bins(513)
+    collapse.bin_rows(rows_RP, collapse.bin_edges(rows_RP, every(rows_RP), NUM_BINS), counts_BP, sums_BP, ends_2P)
+    centres_BP = sums_BP / counts_BP.float().clamp_min(1)
+    history, training = make_history(513, 7), {"init": 1.0, "full_step": 1.0}
+    logits_BP = collapse.replay(centres_BP, *history, **training)
+    cuts = collapse.find_cuts(logits_BP, centres_BP, counts_BP, ends_2P, *history, **training, threshold=0.0)
+    position_P, left_P, crossings_P = cuts
+    once_P = crossings_P == 1
+    assert once_P.sum() > 100
+    at_P = torch.where(once_P, position_P, 0.0)
+    step_P = (ends_2P[1] - ends_2P[0]) / 2**9  # a bisected interval is shorter than that
+    around_2P = torch.stack([at_P - step_P, at_P])
+    bits_2P = collapse.replay(around_2P, *history, **training) > 0
+    assert torch.equal(bits_2P[0][once_P], left_P[once_P])
+    assert torch.equal(bits_2P[1][once_P], ~left_P[once_P])
+
+
+@sizes
 @dtypes
 @pytest.mark.usefixtures("poisoned_memory")
 def test_cut_bits_equal_their_twin(size: tuple[int, int], dtype: torch.dtype) -> None:
