@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.memory import in_column_tiles
+from skymask_gpu.kernels.hamming import hamming_counts
 
 __all__ = ["hamming_shares", "pack_bits", "unpack_bits"]
-
-# Columns unpacked at a time: below 2**24, so that float32 counts are exact.
-_TILE = 32_768
 
 
 def pack_bits(flags_RP: Tensor) -> Tensor:
@@ -30,18 +27,6 @@ def unpack_bits(bits: Tensor, num_params: int) -> Tensor:
 def hamming_shares(bits: Tensor, num_params: int) -> Tensor:
     """``(R, R)`` float64: the share of the ``num_params`` bits in which two rows differ.
 
-    From the Gram matrix G of the 0/1 matrix: rows i and j differ in G[i,i] + G[j,j] - 2 G[i,j] bits. Columns in which all rows
-    agree differ nowhere and are left out. Padding bits are 0 in every row and count for nothing.
+    Padding bits are 0 in every row and count for nothing.
     """
-    num_rows = bits.shape[0]
-    gram_RR = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=bits.device)
-
-    def add(begin: int, end: int) -> None:
-        columns_RT = unpack_bits(bits[:, begin // 8 : -(-end // 8)], end - begin)
-        ones_T = columns_RT.sum(0)
-        varying_RV = columns_RT[:, (ones_T > 0) & (ones_T < num_rows)].float()
-        gram_RR.add_(varying_RV @ varying_RV.T)
-
-    in_column_tiles(add, num_params, tile=_TILE)
-    ones_R = gram_RR.diagonal()
-    return (ones_R[:, None] + ones_R[None, :] - 2 * gram_RR) / num_params
+    return hamming_counts(bits).to(torch.float64) / num_params

@@ -12,13 +12,14 @@ Shapes: N clients, R = N + 1 rows, the root model's row last.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.bits import hamming_shares
+from skymask_gpu.engine.distances import Distances, mask_distances
 
 __all__ = ["ClusteredMasks", "Clustering", "cluster_distances", "cluster_masks"]
 
@@ -28,6 +29,13 @@ GAP = 1.35  # ratio of one edge to the next where outliers begin; honest label g
 SMALLEST_SHARE = 0.2  # of the clients: the honest share that the attack model still allows
 EM_STEPS = 100
 VARIANCE_FLOOR = 1e-3  # of the variance of all scores
+
+# Principal scores of up to so many rows by a full eigendecomposition; of more by iteration, to this residual relative to the
+# first eigenvalue or, where the leading eigenvalues lie too close together to tell apart, until so many products are done.
+_DENSE_ROWS = 1024
+_RESIDUAL = 1e-7
+_MOST_PRODUCTS = 40
+_BLOCK = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +86,7 @@ def cluster_masks(
         raise ValueError(
             f"bits must be (R, {-(-num_params // 8)}) uint8 for {num_params} parameters, got {tuple(bits.shape)} {bits.dtype}"
         )
-    return cluster_distances(hamming_shares(bits, num_params), alignment=alignment, config=config)
+    return _cluster(mask_distances(bits, num_params), alignment, config)
 
 
 def cluster_distances(
@@ -98,54 +106,83 @@ def cluster_distances(
     Raises:
         ValueError: the shapes do not fit, or a value is not finite.
     """
-    distances = _checked_distances(distances)
-    num_clients = distances.shape[0] - 1
+    if distances.dim() != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] < 2:
+        raise ValueError(f"distances must be (R, R) with R >= 2 and the root row last, got {tuple(distances.shape)}")
+    if not torch.isfinite(distances).all():
+        raise ValueError("distances must be finite, got NaN or Inf")
+    return _cluster(Distances(distances), alignment, config)
+
+
+def _cluster(distances: Distances, alignment: Tensor | None, config: Clustering) -> ClusteredMasks:
+    num_clients = len(distances) - 1
     if alignment is not None:
         if tuple(alignment.shape) != (num_clients,) or not torch.isfinite(alignment).all():
             raise ValueError(
                 f"alignment must be ({num_clients},) finite numbers, one a client, got shape {tuple(alignment.shape)}"
                 f"{'' if torch.isfinite(alignment).all() else ' with NaN or Inf'}"
             )
-        alignment = alignment.to(distances)
+        alignment = alignment.to(distances.device, torch.float64)
     scores_R2 = _principal_scores(distances)
     everyone = torch.ones(num_clients, dtype=torch.bool, device=distances.device)
     if num_clients < 3:
         return ClusteredMasks(everyone, 1, scores_R2, 0.0, f"{num_clients} clients are too few to compare: all kept")
-    if not distances.any():
+    if not any(block.any() for _, block in distances.blocks()):
         return ClusteredMasks(everyone, 1, scores_R2, 0.0, "all masks are equal: all kept")
     if config.rule == "published":
         return _published(distances, scores_R2, config.seed)
     return _two_stage(distances, scores_R2, alignment)
 
 
-def _checked_distances(distances: Tensor) -> Tensor:
-    if distances.dim() != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] < 2:
-        raise ValueError(f"distances must be (R, R) with R >= 2 and the root row last, got {tuple(distances.shape)}")
-    distances = distances.to(torch.float64)
-    if not torch.isfinite(distances).all():
-        raise ValueError("distances must be finite, got NaN or Inf")
-    return distances
-
-
-def _principal_scores(distances_RR: Tensor) -> Tensor:
+def _principal_scores(distances: Distances) -> Tensor:
     """PCA scores in two dimensions, ``(R, 2)``, from squared distances; a component's largest entry is positive."""
-    centred_RR = distances_RR - distances_RR.mean(0) - distances_RR.mean(1, keepdim=True) + distances_RR.mean()
-    values, vectors = torch.linalg.eigh(-0.5 * centred_RR)
-    values_2 = values[-2:].flip(0).clamp_min(0)
-    vectors_R2 = vectors[:, -2:].flip(1)
+
+    def centred_times(vectors_RK: Tensor) -> Tensor:
+        product_RK = distances.times(vectors_RK - vectors_RK.mean(0))
+        return -0.5 * (product_RK - product_RK.mean(0))
+
+    if len(distances) <= _DENSE_ROWS:
+        all_RR = distances.stored.to(torch.float64) * distances.unit
+        centred_RR = all_RR - all_RR.mean(0) - all_RR.mean(1, keepdim=True) + all_RR.mean()
+        values, vectors = torch.linalg.eigh(-0.5 * centred_RR)
+        values_2, vectors_R2 = values[-2:].flip(0), vectors[:, -2:].flip(1)
+    else:
+        values_2, vectors_R2 = _leading_eigenpairs(centred_times, len(distances), distances.device)
     largest_2 = vectors_R2.gather(0, vectors_R2.abs().argmax(0, keepdim=True))
-    return vectors_R2 * torch.where(largest_2 < 0, -1.0, 1.0) * values_2.sqrt()
+    return vectors_R2 * torch.where(largest_2 < 0, -1.0, 1.0) * values_2.clamp_min(0).sqrt()
+
+
+def _leading_eigenpairs(times: Callable[[Tensor], Tensor], num_rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two largest eigenvalues, ``(2,)``, of a symmetric matrix given by its products, and their vectors, ``(R, 2)``.
+
+    Block Krylov iteration with the Rayleigh-Ritz procedure (Golub & Van Loan, Matrix Computations, 10.3).
+    """
+    start = torch.randn(num_rows, _BLOCK, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    basis_RM = products_RM = start.new_empty(num_rows, 0)
+    for _ in range(_MOST_PRODUCTS):
+        for _ in range(2):  # the second time takes away what rounding left of the basis
+            start = torch.linalg.qr(start - basis_RM @ (basis_RM.T @ start)).Q
+        product = times(start)
+        basis_RM, products_RM = torch.cat([basis_RM, start], 1), torch.cat([products_RM, product], 1)
+        ritz_MM = basis_RM.T @ products_RM
+        values, vectors = torch.linalg.eigh((ritz_MM + ritz_MM.T) / 2)
+        values_2, weights_M2 = values[-2:].flip(0), vectors[:, -2:].flip(1)
+        vectors_R2 = basis_RM @ weights_M2
+        residual_2 = torch.linalg.vector_norm(products_RM @ weights_M2 - vectors_R2 * values_2, dim=0)
+        if (residual_2 <= _RESIDUAL * values_2[0]).all():
+            break
+        start = product
+    return values_2, vectors_R2
 
 
 # --- the two-stage rule -----------------------------------------------------------------------------------------------
 
 
-def _two_stage(distances_RR: Tensor, scores_R2: Tensor, alignment_N: Tensor | None) -> ClusteredMasks:
-    num_clients = distances_RR.shape[0] - 1
+def _two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | None) -> ClusteredMasks:
+    num_clients = len(distances) - 1
     smallest = SMALLEST_SHARE * num_clients
     side_R = _two_normals(scores_R2[:, 0])
     with_root_N = side_R[:-1] == side_R[-1]
-    separation = _separation(distances_RR[:-1, :-1], with_root_N)
+    separation = _separation(distances, with_root_N)
 
     note = ""
     if alignment_N is not None and _root_is_on_the_wrong_side(alignment_N, with_root_N):
@@ -159,7 +196,7 @@ def _two_stage(distances_RR: Tensor, scores_R2: Tensor, alignment_N: Tensor | No
             f"{int((~kept_N).sum())} masks lie apart as one group, {separation:.2f} times the spread of a group away{note}"
         )
 
-    scattered_N, ratio = _scattered(distances_RR, kept_N, smallest)
+    scattered_N, ratio = _scattered(distances, kept_N, smallest)
     if scattered_N.any():
         kept_N = kept_N & ~scattered_N
         reasons.append(f"{int(scattered_N.sum())} masks lie {ratio:.2f} times further out than honest ones from each other")
@@ -197,18 +234,20 @@ def _two_normals(x_R: Tensor) -> Tensor:
     return member_R2.argmax(1)
 
 
-def _separation(distances_NN: Tensor, a_N: Tensor) -> float:
+def _separation(distances: Distances, a_N: Tensor) -> float:
     """Squared distance of the centroids of two sides over their pooled variance; 0 if a side is empty."""
     num_a, num_b = int(a_N.sum()), int((~a_N).sum())
     if num_a == 0 or num_b == 0:
         return 0.0
-    variance_a = distances_NN[a_N][:, a_N].mean() / 2
-    variance_b = distances_NN[~a_N][:, ~a_N].mean() / 2
-    between = distances_NN[a_N][:, ~a_N].mean() - variance_a - variance_b
+    root_2 = a_N.new_zeros(1, 2)
+    member_R2 = torch.cat([torch.stack([a_N, ~a_N], 1), root_2]).to(torch.float64)
+    (a_a, a_b), (_, b_b) = (member_R2.T @ distances.times(member_R2)).tolist()
+    variance_a, variance_b = a_a / num_a**2 / 2, b_b / num_b**2 / 2
+    between = a_b / (num_a * num_b) - variance_a - variance_b
     pooled = (num_a * variance_a + num_b * variance_b) / (num_a + num_b)
     if pooled == 0:
         return math.inf if between > 0 else 0.0
-    return (between / pooled).item()
+    return between / pooled
 
 
 def _root_is_on_the_wrong_side(alignment_N: Tensor, with_root_N: Tensor) -> bool:
@@ -217,48 +256,50 @@ def _root_is_on_the_wrong_side(alignment_N: Tensor, with_root_N: Tensor) -> bool
     return bool(alignment_N[with_root_N].mean() < 0) and bool(alignment_N[~with_root_N].mean() > 0)
 
 
-def _scattered(distances_RR: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor, float]:
+def _scattered(distances: Distances, kept_N: Tensor, smallest: float) -> tuple[Tensor, float]:
     """Kept clients beyond the first gap in the ways to the root, ``(N,)`` bool, and how wide the gap is.
 
     A client's way is the path to the root in the minimum spanning tree; its height is the longest edge on it.
     """
-    nodes = torch.cat([kept_N, kept_N.new_ones(1)]).nonzero().flatten()
-    heights_K = _path_maxima(distances_RR[nodes][:, nodes])
-    ordered_K = heights_K.sort().values
-    scattered_N = torch.zeros_like(kept_N)
+    heights_N = _path_maxima(distances, kept_N)
+    ordered_K = heights_N[kept_N].sort().values.tolist()
     for k in range(max(1, math.ceil(smallest)), len(ordered_K)):
-        inner, outer = ordered_K[k - 1].item(), ordered_K[k].item()
+        inner, outer = ordered_K[k - 1], ordered_K[k]
         if outer > GAP * inner:
-            scattered_N[nodes[:-1]] = heights_K > inner
-            return scattered_N, outer / inner if inner > 0 else math.inf
-    return scattered_N, 0.0
+            return kept_N & (heights_N > inner), outer / inner if inner > 0 else math.inf
+    return torch.zeros_like(kept_N), 0.0
 
 
-def _path_maxima(distances_RR: Tensor) -> Tensor:
-    """``(R - 1,)``: the longest edge on each row's way to the last row in the minimum spanning tree (Prim's algorithm)."""
-    num_rows = distances_RR.shape[0]
-    root = num_rows - 1
-    height_R = distances_RR.new_zeros(num_rows)
-    edge_R = distances_RR[root].clone()  # the shortest edge into the tree, and the tree's node it leads to
-    parent_R = torch.full((num_rows,), root, device=distances_RR.device)
-    edge_R[root] = math.inf
-    for _ in range(num_rows - 1):
+def _path_maxima(distances: Distances, kept_N: Tensor) -> Tensor:
+    """``(N,)``: the longest edge on each kept client's way to the root in the minimum spanning tree (Prim's algorithm).
+
+    The tree spans the kept clients and the root, which is the last row; the others' heights are 0.
+    """
+    root = len(distances) - 1
+    height_R = torch.zeros(root + 1, dtype=torch.float64, device=distances.device)
+    # the shortest edge into the tree (inf: in it, or not to come into it), and the tree's node it leads to
+    outside_R = torch.cat([kept_N, kept_N.new_zeros(1)])
+    edge_R = torch.where(outside_R, distances.row(root), torch.inf)
+    parent_R = torch.full((root + 1,), root, device=distances.device)
+    for _ in range(int(kept_N.sum())):
         node = int(edge_R.argmin())
         height_R[node] = torch.maximum(height_R[parent_R[node]], edge_R[node])
-        closer_R = (distances_RR[node] < edge_R) & edge_R.isfinite()
-        edge_R = torch.where(closer_R, distances_RR[node], edge_R)
-        parent_R[closer_R] = node
+        outside_R[node] = False
         edge_R[node] = math.inf
+        row_R = distances.row(node)
+        closer_R = outside_R & (row_R < edge_R)
+        edge_R = torch.where(closer_R, row_R, edge_R)
+        parent_R[closer_R] = node
     return height_R[:-1]
 
 
 # --- the published rule -----------------------------------------------------------------------------------------------
 
 
-def _published(distances_RR: Tensor, scores_R2: Tensor, seed: int) -> ClusteredMasks:
+def _published(distances: Distances, scores_R2: Tensor, seed: int) -> ClusteredMasks:
     labels_R = _gaussian_mixture(scores_R2, _two_means(scores_R2, seed))
     benign_N = labels_R[:-1] == labels_R[-1]
-    separation = _separation(distances_RR[:-1, :-1], benign_N)
+    separation = _separation(distances, benign_N)
     if not benign_N.any():
         reason = "the mixture puts the root in a component of its own: all kept"
         return ClusteredMasks(~benign_N, 1, scores_R2, separation, reason)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine.bits import unpack_bits
-from skymask_gpu.engine.memory import in_column_tiles
+from skymask_gpu.engine.memory import SMALLEST_TILE, in_column_tiles
 
 __all__ = ["Evidence", "layer_evidence"]
 
-# Columns unpacked at a time.
-_TILE = 32_768
+# Bits unpacked at a time.
+_TILE_BITS = 2**24
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,6 @@ def layer_evidence(bits: Tensor, benign: Tensor, clients: list[int], layers: dic
             differing_KL[:, layer] += (flags_RV[:-1] != majority_V).sum(1)
             varying_L[layer] += flags_RV.shape[1]
 
-        in_column_tiles(add, size, tile=_TILE)
+        in_column_tiles(add, size, tile=max(SMALLEST_TILE, _TILE_BITS // len(bits)))
         offset += size
     return Evidence(differing_KL / varying_L.clamp_min(1), clients, list(layers), varying_L.long().tolist())

@@ -9,8 +9,9 @@ from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from skymask_gpu.engine import Clustering, cluster_distances, cluster_masks, hamming_shares
+from skymask_gpu.engine import Clustering, cluster_distances, cluster_masks
 from skymask_gpu.engine.clustering import _gaussian_mixture, _path_maxima, _principal_scores, _two_means, _two_normals
+from skymask_gpu.engine.distances import Distances, mask_distances
 
 Matrices = Iterator[tuple[str, dict, np.ndarray, np.ndarray]]
 NUM_STORED_PARAMS = 139_960
@@ -31,7 +32,7 @@ def packed(masks: np.ndarray) -> Tensor:
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_are_scikit_learns_pca(seed: int) -> None:
     masks = random_masks(30, 501, seed, groups=2)
-    scores = _principal_scores(hamming_shares(packed(masks), 501)).numpy() * np.sqrt(501)
+    scores = _principal_scores(mask_distances(packed(masks), 501)).numpy() * np.sqrt(501)
     want = PCA(2, svd_solver="full").fit_transform(masks.astype(np.float64))
     want *= np.sign((want * scores).sum(0))
     np.testing.assert_allclose(scores, want, atol=1e-9)
@@ -84,7 +85,40 @@ def test_path_maxima_are_minimax_paths() -> None:
     minimax = distances.copy()
     for k in range(12):  # Floyd and Warshall, with max for the sum
         minimax = np.minimum(minimax, np.maximum(minimax[:, [k]], minimax[[k], :]))
-    np.testing.assert_array_equal(_path_maxima(torch.from_numpy(distances)).numpy(), minimax[-1, :-1])
+    everyone = torch.ones(11, dtype=torch.bool)
+    np.testing.assert_array_equal(_path_maxima(Distances(torch.from_numpy(distances)), everyone).numpy(), minimax[-1, :-1])
+
+
+def test_path_maxima_leave_out_who_is_not_kept() -> None:
+    rng = np.random.default_rng(1)
+    distances = rng.random((20, 20))
+    distances = torch.from_numpy(np.triu(distances, 1) + np.triu(distances, 1).T)
+    kept = torch.arange(19) % 3 > 0
+    nodes = torch.cat([kept, torch.ones(1, dtype=torch.bool)]).nonzero().flatten()
+    alone = Distances(distances[nodes][:, nodes])
+    want = _path_maxima(alone, torch.ones(len(nodes) - 1, dtype=torch.bool))
+    got = _path_maxima(Distances(distances), kept)
+    assert torch.equal(got[kept], want)
+    assert not got[~kept].any()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_many_rows_get_the_same_scores_and_verdict_as_few(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = packed(random_masks(151, 2000, groups, groups=groups))
+    exact_scores = _principal_scores(mask_distances(masks, 2000))
+    exact = cluster_masks(masks, 2000)
+    assert (exact.num_clusters == 1) == (groups == 1)
+    monkeypatch.setattr("skymask_gpu.engine.clustering._DENSE_ROWS", 10)
+    scores = _principal_scores(mask_distances(masks, 2000))
+    leading = scores[:, : min(2, groups - 1)]  # of noise alone, eigenvalues lie side by side: only groups have a direction
+    torch.testing.assert_close(leading, exact_scores[:, : leading.shape[1]], rtol=0, atol=1e-6)
+    monkeypatch.setattr("skymask_gpu.engine.distances._EXACT_ROWS", 10)
+    rounded = mask_distances(masks, 100_000)
+    assert rounded.stored.dtype == torch.uint16
+    assert rounded.unit == 2 / 100_000
+    many = cluster_masks(masks, 2000)
+    assert torch.equal(many.benign, exact.benign)
+    assert many.reason == exact.reason
 
 
 # --- the measure: 87 stored matrices of real masks ----------------------------------------------------------------------

@@ -1,0 +1,65 @@
+"""``Distances``: the (R, R) matrix of Hamming shares as clustering reads it, small enough to hold for 20,000 rows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.kernels.hamming import hamming_counts
+
+__all__ = ["Distances", "mask_distances"]
+
+# Up to so many rows counts are held exactly, in int32; beyond, in uint16: 800 MB for 20,000 rows.
+_EXACT_ROWS = 4096
+# Elements of a temporary made from rows of the matrix.
+_CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Symmetric distances of R rows, as float64 a few rows at a time.
+
+    Attributes:
+        stored: ``(R, R)`` of any real dtype.
+        unit: what one of ``stored`` is worth.
+    """
+
+    stored: Tensor
+    unit: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def row(self, number: int) -> Tensor:
+        """``(R,)`` float64."""
+        return self.stored[number].to(torch.float64) * self.unit
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """All rows in turn, ``(n, R)`` float64, each with its first row's number; the next overwrites the one before."""
+        num_rows = len(self.stored)
+        step = max(1, min(num_rows, _CHUNK_ELEMENTS // num_rows))
+        # one buffer: the C library would not give back what many large temporaries and small results between them took
+        buffer_TR = torch.empty(step, num_rows, dtype=torch.float64, device=self.device)
+        for first in range(0, num_rows, step):
+            part_TR = self.stored[first : first + step]
+            yield first, buffer_TR[: len(part_TR)].copy_(part_TR).mul_(self.unit)
+
+    def times(self, vectors_RK: Tensor) -> Tensor:
+        """The product of the matrix with ``(R, K)`` float64 vectors."""
+        product_RK = torch.empty_like(vectors_RK)
+        for first, block_TR in self.blocks():
+            product_RK[first : first + len(block_TR)] = block_TR @ vectors_RK
+        return product_RK
+
+
+def mask_distances(bits: Tensor, num_params: int) -> Distances:
+    """The share of bits in which two rows of packed bits differ; of many rows rounded to 1/65,535 of the largest possible."""
+    if len(bits) <= _EXACT_ROWS:
+        return Distances(hamming_counts(bits), 1 / num_params)
+    unit = -(-num_params // (2**16 - 1))
+    return Distances(hamming_counts(bits, unit, torch.uint16), unit / num_params)
