@@ -6,12 +6,15 @@ kept: replaying it on any value gives that value's final logit. Read off in the 
 at most once almost everywhere, so a cut and a direction a column replace the replay of every row:
 ``bit = (update < cut) == left``.
 
-Shapes: R rows, S sampled rows, P parameters, B bins, T steps. The plain twins stand beside the public functions; the compiled
-ones are in ``_cpu/collapse.py``. There is no Triton version yet.
+Shapes: R rows, S sampled rows, P parameters, B bins, T steps. Devices: CUDA through Triton, CPU through Numba; the plain twins
+stand beside the public functions. Rows: float32 or bfloat16, any row stride, unit column stride. All else: contiguous float32,
+counts uint16.
 """
 
 import torch
 from torch import Tensor
+
+from skymask_gpu.kernels.mask_step import why_not
 
 __all__ = [
     "bin_edges",
@@ -158,7 +161,7 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
         sampled_S: ``(S,)`` int64, the rows to look at, S >= 1.
         num_bins: B >= 4.
     """
-    return _cpu(rows_RP).bin_edges(rows_RP, sampled_S, num_bins)
+    return _backend(rows_RP).bin_edges(rows_RP, sampled_S, num_bins)
 
 
 def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
@@ -167,19 +170,19 @@ def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tens
     A value that equals an edge is in the bin above it. Rows are added one after the other: blocks of rows in turn give the same
     sums, to the bit, as all rows at once.
     """
-    _cpu(rows_RP).bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+    _backend(rows_RP).bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
 
 
 def bin_step(
     logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
     """The step of :mod:`skymask_gpu.kernels.mask_step` on bins: overwrites the logits, returns the weighted sums ``(P,)``."""
-    return _cpu(logits_BP).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=full_step)
+    return _backend(logits_BP).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=full_step)
 
 
 def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: float, full_step: float) -> Tensor:
     """The final logits, ``(V, P)`` float32, of rows with these updates, from the history of T steps."""
-    return _cpu(values_VP).replay(values_VP, slopes_TP, means_TP, init=init, full_step=full_step)
+    return _backend(values_VP).replay(values_VP, slopes_TP, means_TP, init=init, full_step=full_step)
 
 
 def find_cuts(
@@ -203,7 +206,7 @@ def find_cuts(
         The position of the first change (inf: none), float32, the bit to the left of it, bool, and the number of changes,
         int32; all ``(P,)``.
     """
-    return _cpu(logits_BP).find_cuts(
+    return _backend(logits_BP).find_cuts(
         logits_BP,
         centres_BP,
         counts_BP,
@@ -218,12 +221,17 @@ def find_cuts(
 
 def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> None:
     """Write the packed bits ``(update < cut) == left``, ``(R, ceil(P / 8))`` uint8, one compare an element."""
-    _cpu(rows_RP).cut_bits(rows_RP, cut_P, left_P, bits)
+    _backend(rows_RP).cut_bits(rows_RP, cut_P, left_P, bits)
 
 
-def _cpu(tensor: Tensor):  # type: ignore[no-untyped-def]  # a module
-    if tensor.device.type != "cpu":
-        raise ValueError(f"the collapsed kernels run on a CPU only, got a tensor on {tensor.device}; use solver 'fused'")
-    from skymask_gpu.kernels._cpu import collapse
+def _backend(tensor: Tensor):  # type: ignore[no-untyped-def]  # a module: either implementation
+    reason = why_not(tensor.device, tensor.dtype)
+    if reason is not None:
+        raise ValueError(f"the collapsed kernels cannot run: {reason}")
+    if tensor.is_cuda:
+        from skymask_gpu.kernels._triton import collapse
 
-    return collapse
+        return collapse
+    from skymask_gpu.kernels._cpu import collapse as cpu_collapse
+
+    return cpu_collapse

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skymask_gpu.kernels._triton.common import moved, on_device_of, vector_elements
+
 BLOCK_R = 8
 BLOCK_P = 256
 NUM_WARPS = 8
@@ -74,9 +76,7 @@ def mask_step_kernel(
             )  # [BLOCK_R, BLOCK_P]
         else:
             logit = tl.zeros([BLOCK_R, BLOCK_P], dtype=tl.float32) + init
-        gate = tl.sigmoid(logit)
-        gradient = slope[None, :] * (gate * (1.0 - gate)) * (update - mean[None, :])
-        logit -= tl.minimum(tl.maximum(gradient, -1.0), 1.0) * full_step
+        logit = moved(logit, update, slope[None, :], mean[None, :], full_step)
         if WRITE_LOGITS:
             tl.store(logits_out_ptr + rows_64 * logits_out_stride_units * VEC + offs_p[None, :], logit, mask=mask)
         if EMIT_BITS:
@@ -183,16 +183,6 @@ def _num_splits(num_rows: int, num_params: int) -> int:
     return max(1, min(wanted, triton.cdiv(num_rows, 8 * BLOCK_R)))
 
 
-def _vector_elements(num_params: int, *tensors: Tensor | None) -> int:
-    """The most elements (8, 4, 2, 1) by which P, every row stride and every pointer can be divided."""
-    for vec in (8, 4, 2):
-        if num_params % vec == 0 and all(
-            x is None or (x.stride(0) % vec == 0 and x.data_ptr() % (vec * x.element_size()) == 0) for x in tensors
-        ):
-            return vec
-    return 1
-
-
 def _launch(
     updates_RP: Tensor,
     logits_in_RP: Tensor | None,
@@ -209,15 +199,14 @@ def _launch(
     threshold: float,
 ) -> None:
     num_rows, num_params = updates_RP.shape
-    vec = _vector_elements(num_params, updates_RP, logits_in_RP, logits_out_RP)
+    vec = vector_elements(num_params, updates_RP, logits_in_RP, logits_out_RP)
     rows_per_split = triton.cdiv(triton.cdiv(num_rows, num_splits), BLOCK_R) * BLOCK_R
     grid = (triton.cdiv(num_params, BLOCK_P), triton.cdiv(num_rows, rows_per_split))
     if gate_sum_SP is not None and weighted_sum_SP is not None and grid[1] < num_splits:
         gate_sum_SP[grid[1] :].zero_()
         weighted_sum_SP[grid[1] :].zero_()
     unused = slope_P  # a pointer that the compiled variant never touches
-    device = updates_RP.device
-    with torch.cuda.device(device.index) if device.type == "cuda" else torch.no_grad():
+    with on_device_of(updates_RP):
         mask_step_kernel[grid](
             updates_RP,
             unused if logits_in_RP is None else logits_in_RP,

@@ -16,7 +16,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skymask_gpu.kernels._triton import mask_step
+from skymask_gpu.kernels._triton import collapse, mask_step
+
+# Of the collapsed kernels: the defaults of training.
+NUM_BINS = 32
+SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,98 @@ def mask_step_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
             yield f"{name}[{dtype}]", source, {"num_warps": mask_step.NUM_WARPS, "enable_fp_fusion": True}
 
 
+def collapse_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
+    """(name, source, options) of each collapsed kernel, as the JIT would specialise it."""
+    block_b, block_p, bin_warps = collapse.bin_tile(NUM_BINS)
+    columns = "num_col_units"
+    training = dict.fromkeys(("init", "full_step", "threshold"), "fp32")
+    for dtype in ("fp32", "bf16"):
+        rows = {"rows_ptr": f"*{dtype}"}
+        yield _collapse_source(
+            f"bin_edges[{dtype}]",
+            collapse.bin_edges_kernel,
+            {**rows, "sampled_ptr": "*i64", "edges_ptr": "*fp32"},
+            ("num_sampled", "num_edges", columns, "rows_stride_units"),
+            {},
+            {
+                "WIDEST_GAP": collapse.WIDEST_GAP,
+                "GUARD": collapse.GUARD,
+                "BLOCK_S": SAMPLED_ROWS,
+                "BLOCK_P": collapse.EDGES_BLOCK_P,
+            },
+            collapse.EDGES_WARPS,
+        )
+        yield _collapse_source(
+            f"bin_rows[{dtype}]",
+            collapse.bin_rows_kernel,
+            {**rows, "edges_ptr": "*fp32", "counts_ptr": "*u16", "sums_ptr": "*fp32", "ends_ptr": "*fp32"},
+            ("num_rows", "num_bins", columns, "rows_stride_units"),
+            {},
+            {"ROWS_AT_ONCE": collapse.ROWS_AT_ONCE, "BLOCK_B": block_b, "BLOCK_P": block_p},
+            bin_warps,
+        )
+        yield _collapse_source(
+            f"replay[{dtype}]",
+            collapse.replay_kernel,
+            {"values_ptr": f"*{dtype}", **dict.fromkeys(("slopes_ptr", "means_ptr", "logits_ptr"), "*fp32")},
+            ("num_values", "num_steps", columns, "values_stride_units"),
+            {"init": "fp32", "full_step": "fp32"},
+            {"BLOCK_V": collapse.REPLAY_BLOCK_V, "BLOCK_P": collapse.REPLAY_BLOCK_P},
+            collapse.REPLAY_WARPS,
+        )
+        yield _collapse_source(
+            f"cut_bits[{dtype}]",
+            collapse.cut_bits_kernel,
+            {**rows, "cut_ptr": "*fp32", "left_ptr": "*i1", "bits_ptr": "*u8"},
+            ("num_rows", columns, "rows_stride_units", "num_bytes"),
+            {},
+            {"ROWS": collapse.BITS_ROWS, "BLOCK_R": collapse.BITS_BLOCK_R, "BLOCK_P": collapse.BITS_BLOCK_P},
+            collapse.BITS_WARPS,
+        )
+    bins = {"logits_ptr": "*fp32", "centres_ptr": "*fp32", "counts_ptr": "*u16"}
+    yield _collapse_source(
+        "bin_step",
+        collapse.bin_step_kernel,
+        {**bins, **dict.fromkeys(("slope_ptr", "mean_ptr", "gate_sum_ptr", "weighted_sum_ptr"), "*fp32")},
+        ("num_bins", columns),
+        {"full_step": "fp32"},
+        {"BLOCK_B": collapse.STEP_BLOCK_B, "BLOCK_P": collapse.STEP_BLOCK_P},
+        collapse.STEP_WARPS,
+    )
+    yield _collapse_source(
+        "find_cuts",
+        collapse.find_cuts_kernel,
+        {
+            **bins,
+            **dict.fromkeys(("ends_ptr", "slopes_ptr", "means_ptr", "position_ptr"), "*fp32"),
+            "left_ptr": "*i1",
+            "crossings_ptr": "*i32",
+        },
+        ("num_bins", "num_steps", columns),
+        training,
+        {"BISECTIONS": collapse.BISECTIONS, "BLOCK_P": collapse.CUTS_BLOCK_P},
+        collapse.CUTS_WARPS,
+    )
+
+
+def _collapse_source(
+    name: str,
+    kernel: object,
+    pointers: dict[str, str],
+    integers: tuple[str, ...],
+    scalars: dict[str, str],
+    constants: dict[str, object],
+    num_warps: int,
+) -> tuple[str, ASTSource, dict[str, object]]:
+    """Arguments in the kernel's order but for the constants; strides stay plain i32, as above."""
+    constants = {"VEC": 8, **constants}
+    signature = {**pointers, **dict.fromkeys(integers, "i32"), **scalars, **dict.fromkeys(constants, "constexpr")}
+    ordered = {argument: signature[argument] for argument in kernel.arg_names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
+    source = ASTSource(kernel, signature=ordered, constexprs=constants, attrs=attrs)
+    return name, source, {"num_warps": num_warps, "enable_fp_fusion": True}
+
+
 def compile_variant(name: str, source: ASTSource, options: dict[str, object], sm: int) -> CompiledVariant:
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -97,7 +193,7 @@ def compile_variant(name: str, source: ASTSource, options: dict[str, object], sm
 
 def main(sms: list[int]) -> None:
     for sm in sms:
-        for name, source, options in mask_step_sources():
+        for name, source, options in (*mask_step_sources(), *collapse_sources()):
             print(json.dumps(asdict(compile_variant(name, source, options, sm))), flush=True)
 
 

@@ -1,0 +1,526 @@
+"""The collapsed kernels in Triton and their launchers: see ``kernels/collapse.py``.
+
+A program owns a block of columns and goes over rows, bins or steps inside, so there are no atomics and the results are the
+same in every run. Tensors of bins, edges and the history are contiguous; rows may lie any stride apart.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skymask_gpu.kernels._triton.common import moved, on_device_of, vector_elements
+from skymask_gpu.kernels.collapse import BISECTIONS, GUARD, WIDEST_GAP
+
+# Columns whose sample a program sorts: 16 values a thread.
+EDGES_BLOCK_P = 32
+EDGES_WARPS = 4
+# Bins times columns a thread while rows stream by: two edges, count and sum of 16 of them stay in registers.
+BINNED_A_THREAD = 16
+ROWS_AT_ONCE = 4
+STEP_BLOCK_B = 8
+STEP_BLOCK_P = 256
+STEP_WARPS = 8
+# Of the replay: rows that share one reading of the history.
+REPLAY_BLOCK_V = 2
+REPLAY_BLOCK_P = 1024
+REPLAY_WARPS = 4
+CUTS_BLOCK_P = 256
+CUTS_WARPS = 1
+BITS_BLOCK_R = 8
+BITS_BLOCK_P = 256
+BITS_WARPS = 8
+# Rows of a program of the bits, which reads the cuts of its columns once.
+BITS_ROWS = 64
+
+
+@triton.jit
+def bin_edges_kernel(
+    # pointers
+    rows_ptr,  # (R, P) float32 or bfloat16
+    sampled_ptr,  # (S,) int64
+    edges_ptr,  # (E, P) float32, written
+    # sizes; columns and strides in units of VEC elements, so that the compiler knows their alignment
+    num_sampled,
+    num_edges,
+    num_col_units,
+    rows_stride_units,
+    # meta-parameters
+    WIDEST_GAP: tl.constexpr,
+    GUARD: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    num_cols = num_col_units * VEC
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < num_cols
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_s = offs_s < num_sampled
+    last = num_sampled - 1
+    row = tl.load(sampled_ptr + offs_s, mask=mask_s, other=0)  # [BLOCK_S]
+    value = tl.load(
+        rows_ptr + row[None, :] * rows_stride_units * VEC + offs_p[:, None],
+        mask=mask_p[:, None] & mask_s[None, :],
+        other=float("inf"),
+    ).to(tl.float32)  # [BLOCK_P, BLOCK_S]
+    value = tl.sort(value, dim=1)
+
+    place = offs_s[None, :]
+    lowest = tl.min(value, axis=1)
+    highest = tl.sum(tl.where(place == last, value, 0.0), axis=1)
+    lower_quartile = tl.sum(tl.where(place == last // 4, value, 0.0), axis=1)
+    upper_quartile = tl.sum(tl.where(place == 3 * last // 4, value, 0.0), axis=1)
+    spread = upper_quartile - lower_quartile
+    spread = tl.where(spread > 0, spread, highest - lowest)
+    place_before = tl.broadcast_to(tl.maximum(offs_s - 1, 0)[None, :], [BLOCK_P, BLOCK_S])
+    gap = tl.where((place > 0) & mask_s[None, :], value - tl.gather(value, place_before, axis=1), 0.0)
+    reached = tl.cumsum(tl.sqrt(tl.minimum(gap, WIDEST_GAP * spread[:, None])), axis=1)  # [BLOCK_P, BLOCK_S]
+    whole = tl.sum(tl.where(place == last, reached, 0.0), axis=1)
+
+    edge = lowest - GUARD * spread
+    tl.store(edges_ptr + offs_p, edge, mask=mask_p)
+    for inner in range(1, num_edges - 1):
+        target = whole * (inner / (num_edges - 1))
+        after = tl.sum(((reached < target[:, None]) & mask_s[None, :]).to(tl.int32), axis=1)
+        after = tl.minimum(tl.maximum(after, 1), last)[:, None]
+        before = tl.maximum(after - 1, 0)
+        lower = tl.sum(tl.where(place == before, value, 0.0), axis=1)
+        upper = tl.sum(tl.where(place == after, value, 0.0), axis=1)
+        start = tl.sum(tl.where(place == before, reached, 0.0), axis=1)
+        end = tl.sum(tl.where(place == after, reached, 0.0), axis=1)
+        back = tl.where(end > start, (end - target) / (end - start), 0.0)
+        edge = tl.maximum(edge, upper - (upper - lower) * back)
+        tl.store(edges_ptr + tl.cast(inner, tl.int64) * num_cols + offs_p, edge, mask=mask_p)
+    tl.store(edges_ptr + tl.cast(num_edges - 1, tl.int64) * num_cols + offs_p, highest + GUARD * spread, mask=mask_p)
+
+
+@triton.jit
+def bin_rows_kernel(
+    # pointers
+    rows_ptr,  # (R, P) float32 or bfloat16
+    edges_ptr,  # (B - 1, P) float32
+    counts_ptr,  # (B, P) uint16, added to
+    sums_ptr,  # (B, P) float32, added to
+    ends_ptr,  # (2, P) float32, widened
+    # sizes; columns and strides in units of VEC elements
+    num_rows,
+    num_bins,
+    num_col_units,
+    rows_stride_units,
+    # meta-parameters
+    VEC: tl.constexpr,
+    ROWS_AT_ONCE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    num_cols = num_col_units * VEC
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < num_cols
+    offs_b = tl.arange(0, BLOCK_B)
+    mask = (offs_b < num_bins)[:, None] & mask_p[None, :]
+    at = offs_b.to(tl.int64)[:, None] * num_cols + offs_p[None, :]
+    # a bin holds lower <= value < upper; the outermost are open, and bins beyond B hold nothing
+    lower = tl.load(edges_ptr + at - num_cols, mask=mask & (offs_b > 0)[:, None], other=float("-inf"))  # [BLOCK_B, BLOCK_P]
+    upper = tl.load(edges_ptr + at, mask=mask & (offs_b < num_bins - 1)[:, None], other=float("inf"))  # [BLOCK_B, BLOCK_P]
+    count = tl.load(counts_ptr + at, mask=mask, other=0).to(tl.int32)  # [BLOCK_B, BLOCK_P]
+    total = tl.load(sums_ptr + at, mask=mask, other=0.0)  # [BLOCK_B, BLOCK_P]
+    lowest = tl.load(ends_ptr + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
+    highest = tl.load(ends_ptr + num_cols + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
+    for first in range(0, num_rows, ROWS_AT_ONCE):
+        for i in tl.static_range(ROWS_AT_ONCE):
+            row = first + i
+            # a row beyond the last is NaN, which is in no bin and at no end
+            row_width = tl.where(row < num_rows, num_cols, 0)
+            value = tl.load(
+                rows_ptr + tl.cast(row, tl.int64) * rows_stride_units * VEC + offs_p,
+                mask=offs_p < row_width,
+                other=float("nan"),
+            ).to(tl.float32)  # [BLOCK_P]
+            lowest = tl.where(value < lowest, value, lowest)
+            highest = tl.where(value > highest, value, highest)
+            inside = (value[None, :] >= lower) & (value[None, :] < upper)
+            total = tl.where(inside, total + value[None, :], total)
+            count = tl.where(inside, count + 1, count)
+    tl.store(counts_ptr + at, count.to(tl.uint16), mask=mask)
+    tl.store(sums_ptr + at, total, mask=mask)
+    tl.store(ends_ptr + offs_p, lowest, mask=mask_p)
+    tl.store(ends_ptr + num_cols + offs_p, highest, mask=mask_p)
+
+
+@triton.jit
+def bin_step_kernel(
+    # pointers
+    logits_ptr,  # (B, P) float32, overwritten
+    centres_ptr,  # (B, P) float32
+    counts_ptr,  # (B, P) uint16
+    slope_ptr,  # (P,) float32
+    mean_ptr,  # (P,) float32
+    gate_sum_ptr,  # (P,) float32, written
+    weighted_sum_ptr,  # (P,) float32, written
+    # sizes; columns in units of VEC elements
+    num_bins,
+    num_col_units,
+    # scalars
+    full_step,
+    # meta-parameters
+    VEC: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    num_cols = num_col_units * VEC
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < num_cols
+    slope = tl.load(slope_ptr + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
+    mean = tl.load(mean_ptr + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
+    gate_sum = tl.zeros([BLOCK_B, BLOCK_P], dtype=tl.float32)
+    weighted_sum = tl.zeros([BLOCK_B, BLOCK_P], dtype=tl.float32)
+    for first in range(0, num_bins, BLOCK_B):
+        offs_b = first + tl.arange(0, BLOCK_B)
+        mask = (offs_b < num_bins)[:, None] & mask_p[None, :]
+        at = offs_b.to(tl.int64)[:, None] * num_cols + offs_p[None, :]
+        logit = tl.load(logits_ptr + at, mask=mask, other=0.0)  # [BLOCK_B, BLOCK_P]
+        centre = tl.load(centres_ptr + at, mask=mask, other=0.0)  # [BLOCK_B, BLOCK_P]
+        count = tl.load(counts_ptr + at, mask=mask, other=0).to(tl.float32)  # [BLOCK_B, BLOCK_P]
+        logit = moved(logit, centre, slope[None, :], mean[None, :], full_step)
+        tl.store(logits_ptr + at, logit, mask=mask)
+        weight = tl.sigmoid(logit) * count
+        gate_sum += weight
+        weighted_sum += weight * centre
+    tl.store(gate_sum_ptr + offs_p, tl.sum(gate_sum, axis=0), mask=mask_p)
+    tl.store(weighted_sum_ptr + offs_p, tl.sum(weighted_sum, axis=0), mask=mask_p)
+
+
+@triton.jit
+def replay_kernel(
+    # pointers
+    values_ptr,  # (V, P) float32 or bfloat16
+    slopes_ptr,  # (T, P) float32
+    means_ptr,  # (T, P) float32
+    logits_ptr,  # (V, P) float32, written
+    # sizes; columns and strides in units of VEC elements
+    num_values,
+    num_steps,
+    num_col_units,
+    values_stride_units,
+    # scalars
+    init,
+    full_step,
+    # meta-parameters
+    VEC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    num_cols = num_col_units * VEC
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < num_cols
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    mask = (offs_v < num_values)[:, None] & mask_p[None, :]
+    values_64 = offs_v.to(tl.int64)[:, None]
+    value = tl.load(values_ptr + values_64 * values_stride_units * VEC + offs_p[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )  # [BLOCK_V, BLOCK_P]
+    logit = tl.zeros([BLOCK_V, BLOCK_P], dtype=tl.float32) + init
+    for step in range(num_steps):
+        at = tl.cast(step, tl.int64) * num_cols + offs_p
+        slope = tl.load(slopes_ptr + at, mask=mask_p, other=0.0)  # [BLOCK_P]
+        mean = tl.load(means_ptr + at, mask=mask_p, other=0.0)  # [BLOCK_P]
+        logit = moved(logit, value, slope[None, :], mean[None, :], full_step)
+    tl.store(logits_ptr + values_64 * num_cols + offs_p[None, :], logit, mask=mask)
+
+
+@triton.jit
+def _bit_after(value, slopes_ptr, means_ptr, offs_p, mask_p, num_cols, num_steps, init, full_step, threshold):
+    """The bit of one value a column after the history; all ``[BLOCK_P]``."""
+    logit = tl.zeros_like(value) + init
+    for step in range(num_steps):
+        at = tl.cast(step, tl.int64) * num_cols + offs_p
+        slope = tl.load(slopes_ptr + at, mask=mask_p, other=0.0)
+        mean = tl.load(means_ptr + at, mask=mask_p, other=0.0)
+        logit = moved(logit, value, slope, mean, full_step)
+    return logit > threshold
+
+
+@triton.jit
+def _note_crossing(changed, last, probe, below, above, crossings):
+    """Where the bit changes between two probes: between which, if it is the first change, and one change more."""
+    first = changed & (crossings == 0)
+    return tl.where(first, last, below), tl.where(first, probe, above), crossings + changed.to(tl.int32)
+
+
+@triton.jit
+def find_cuts_kernel(
+    # pointers
+    logits_ptr,  # (B, P) float32
+    centres_ptr,  # (B, P) float32
+    counts_ptr,  # (B, P) uint16
+    ends_ptr,  # (2, P) float32
+    slopes_ptr,  # (T, P) float32
+    means_ptr,  # (T, P) float32
+    position_ptr,  # (P,) float32, written
+    left_ptr,  # (P,) bool, written
+    crossings_ptr,  # (P,) int32, written
+    # sizes; columns in units of VEC elements
+    num_bins,
+    num_steps,
+    num_col_units,
+    # scalars
+    init,
+    full_step,
+    threshold,
+    # meta-parameters
+    BISECTIONS: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    num_cols = num_col_units * VEC
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < num_cols
+    lowest = tl.load(ends_ptr + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P], like all that follow
+    highest = tl.load(ends_ptr + num_cols + offs_p, mask=mask_p, other=0.0)
+    left = _bit_after(lowest, slopes_ptr, means_ptr, offs_p, mask_p, num_cols, num_steps, init, full_step, threshold)
+    right = _bit_after(highest, slopes_ptr, means_ptr, offs_p, mask_p, num_cols, num_steps, init, full_step, threshold)
+
+    before, last = left, lowest
+    below, above = tl.zeros_like(lowest), tl.zeros_like(lowest)
+    crossings = tl.zeros([BLOCK_P], dtype=tl.int32)
+    for b in range(num_bins):
+        at = tl.cast(b, tl.int64) * num_cols + offs_p
+        bit = tl.load(logits_ptr + at, mask=mask_p, other=0.0) > threshold
+        centre = tl.load(centres_ptr + at, mask=mask_p, other=0.0)
+        filled = tl.load(counts_ptr + at, mask=mask_p, other=0) > 0
+        below, above, crossings = _note_crossing(filled & (bit != before), last, centre, below, above, crossings)
+        before = tl.where(filled, bit, before)
+        last = tl.where(filled, centre, last)
+    below, above, crossings = _note_crossing(right != before, last, highest, below, above, crossings)
+    for _ in range(BISECTIONS):
+        middle = below + (above - below) * 0.5
+        bit = _bit_after(middle, slopes_ptr, means_ptr, offs_p, mask_p, num_cols, num_steps, init, full_step, threshold)
+        below = tl.where(bit == left, middle, below)
+        above = tl.where(bit == left, above, middle)
+    tl.store(position_ptr + offs_p, tl.where(crossings == 0, float("inf"), above), mask=mask_p)
+    tl.store(left_ptr + offs_p, left, mask=mask_p)
+    tl.store(crossings_ptr + offs_p, crossings, mask=mask_p)
+
+
+@triton.jit
+def cut_bits_kernel(
+    # pointers
+    rows_ptr,  # (R, P) float32 or bfloat16
+    cut_ptr,  # (P,) float32
+    left_ptr,  # (P,) bool
+    bits_ptr,  # (R, bytes) uint8, written
+    # sizes; columns and strides in units of VEC elements
+    num_rows,
+    num_col_units,
+    rows_stride_units,
+    num_bytes,
+    # meta-parameters
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    num_cols = num_col_units * VEC
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < num_cols
+    offs_b = tl.program_id(0) * (BLOCK_P // 8) + tl.arange(0, BLOCK_P // 8)
+    cut = tl.load(cut_ptr + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
+    left = tl.load(left_ptr + offs_p, mask=mask_p, other=0) != 0  # [BLOCK_P]
+    weights = 1 << tl.arange(0, 8)
+    row_begin = tl.program_id(1) * ROWS
+    for row in range(row_begin, tl.minimum(row_begin + ROWS, num_rows), BLOCK_R):
+        offs_r = row + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < num_rows
+        mask = mask_r[:, None] & mask_p[None, :]
+        rows_64 = offs_r.to(tl.int64)[:, None]
+        update = tl.load(rows_ptr + rows_64 * rows_stride_units * VEC + offs_p[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )  # [BLOCK_R, BLOCK_P]
+        bit = (((update < cut[None, :]) == left[None, :]) & mask).to(tl.int32)
+        octets = tl.reshape(bit, [BLOCK_R, BLOCK_P // 8, 8])
+        packed = tl.sum(octets * weights[None, None, :], axis=2)  # [BLOCK_R, BLOCK_P // 8]
+        tl.store(
+            bits_ptr + rows_64 * num_bytes + offs_b[None, :],
+            packed.to(tl.uint8),
+            mask=mask_r[:, None] & (offs_b < num_bytes)[None, :],
+        )
+
+
+# --- launchers; called from kernels/collapse.py -------------------------------------------------------------------------
+
+
+def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
+    num_params = rows_RP.shape[1]
+    edges_EP = torch.empty(num_bins - 1, num_params, device=rows_RP.device)
+    vec = vector_elements(num_params, rows_RP, edges_EP)
+    with on_device_of(rows_RP):
+        bin_edges_kernel[(triton.cdiv(num_params, EDGES_BLOCK_P),)](
+            rows_RP,
+            sampled_S.to(rows_RP.device),
+            edges_EP,
+            len(sampled_S),
+            num_bins - 1,
+            num_params // vec,
+            rows_RP.stride(0) // vec,
+            WIDEST_GAP=WIDEST_GAP,
+            GUARD=GUARD,
+            VEC=vec,
+            BLOCK_S=max(2, triton.next_power_of_2(len(sampled_S))),
+            BLOCK_P=EDGES_BLOCK_P,
+            num_warps=EDGES_WARPS,
+            enable_fp_fusion=True,
+        )
+    return edges_EP
+
+
+def bin_tile(num_bins: int) -> tuple[int, int, int]:
+    """Bins, columns and warps of a program that adds rows to bins: all bins, and columns for 16 bytes a load."""
+    block_b = triton.next_power_of_2(num_bins)
+    block_p = max(16, 2048 // block_b)
+    return block_b, block_p, min(32, block_b * block_p // (32 * BINNED_A_THREAD))
+
+
+def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
+    num_bins, num_params = sums_BP.shape
+    vec = vector_elements(num_params, rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+    block_b, block_p, num_warps = bin_tile(num_bins)
+    with on_device_of(rows_RP):
+        bin_rows_kernel[(triton.cdiv(num_params, block_p),)](
+            rows_RP,
+            edges_EP,
+            counts_BP,
+            sums_BP,
+            ends_2P,
+            len(rows_RP),
+            num_bins,
+            num_params // vec,
+            rows_RP.stride(0) // vec,
+            VEC=vec,
+            ROWS_AT_ONCE=ROWS_AT_ONCE,
+            BLOCK_B=block_b,
+            BLOCK_P=block_p,
+            num_warps=num_warps,
+            enable_fp_fusion=True,
+        )
+
+
+def bin_step(
+    logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
+) -> tuple[Tensor, Tensor]:
+    num_bins, num_params = logits_BP.shape
+    gate_sum_P, weighted_sum_P = torch.empty_like(slope_P), torch.empty_like(slope_P)
+    vec = vector_elements(num_params, logits_BP, centres_BP, counts_BP)
+    with on_device_of(logits_BP):
+        bin_step_kernel[(triton.cdiv(num_params, STEP_BLOCK_P),)](
+            logits_BP,
+            centres_BP,
+            counts_BP,
+            slope_P,
+            mean_P,
+            gate_sum_P,
+            weighted_sum_P,
+            num_bins,
+            num_params // vec,
+            float(full_step),
+            VEC=vec,
+            BLOCK_B=STEP_BLOCK_B,
+            BLOCK_P=STEP_BLOCK_P,
+            num_warps=STEP_WARPS,
+            enable_fp_fusion=True,
+        )
+    return gate_sum_P, weighted_sum_P
+
+
+def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: float, full_step: float) -> Tensor:
+    num_values, num_params = values_VP.shape
+    # chosen columns of a tensor need not come out with unit column stride
+    values_VP = values_VP if values_VP.stride(1) == 1 else values_VP.contiguous()
+    slopes_TP, means_TP = slopes_TP.contiguous(), means_TP.contiguous()
+    logits_VP = torch.empty(num_values, num_params, device=values_VP.device)
+    vec = vector_elements(num_params, values_VP, slopes_TP, means_TP, logits_VP)
+    with on_device_of(values_VP):
+        replay_kernel[(triton.cdiv(num_params, REPLAY_BLOCK_P), triton.cdiv(num_values, REPLAY_BLOCK_V))](
+            values_VP,
+            slopes_TP,
+            means_TP,
+            logits_VP,
+            num_values,
+            len(slopes_TP),
+            num_params // vec,
+            values_VP.stride(0) // vec,
+            float(init),
+            float(full_step),
+            VEC=vec,
+            BLOCK_V=REPLAY_BLOCK_V,
+            BLOCK_P=REPLAY_BLOCK_P,
+            num_warps=REPLAY_WARPS,
+            enable_fp_fusion=True,
+        )
+    return logits_VP
+
+
+def find_cuts(
+    logits_BP: Tensor,
+    centres_BP: Tensor,
+    counts_BP: Tensor,
+    ends_2P: Tensor,
+    slopes_TP: Tensor,
+    means_TP: Tensor,
+    *,
+    init: float,
+    full_step: float,
+    threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_bins, num_params = logits_BP.shape
+    device = logits_BP.device
+    position_P = torch.empty(num_params, device=device)
+    left_P = torch.empty(num_params, dtype=torch.bool, device=device)
+    crossings_P = torch.empty(num_params, dtype=torch.int32, device=device)
+    vec = vector_elements(num_params, logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP)
+    with on_device_of(logits_BP):
+        find_cuts_kernel[(triton.cdiv(num_params, CUTS_BLOCK_P),)](
+            logits_BP,
+            centres_BP,
+            counts_BP,
+            ends_2P,
+            slopes_TP,
+            means_TP,
+            position_P,
+            left_P,
+            crossings_P,
+            num_bins,
+            len(slopes_TP),
+            num_params // vec,
+            float(init),
+            float(full_step),
+            float(threshold),
+            BISECTIONS=BISECTIONS,
+            VEC=vec,
+            BLOCK_P=CUTS_BLOCK_P,
+            num_warps=CUTS_WARPS,
+            enable_fp_fusion=True,
+        )
+    return position_P, left_P, crossings_P
+
+
+def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> None:
+    num_rows, num_params = rows_RP.shape
+    vec = vector_elements(num_params, rows_RP)
+    with on_device_of(rows_RP):
+        cut_bits_kernel[(triton.cdiv(num_params, BITS_BLOCK_P), triton.cdiv(num_rows, BITS_ROWS))](
+            rows_RP,
+            cut_P,
+            left_P,
+            bits,
+            num_rows,
+            num_params // vec,
+            rows_RP.stride(0) // vec,
+            bits.shape[1],
+            VEC=vec,
+            ROWS=BITS_ROWS,
+            BLOCK_R=BITS_BLOCK_R,
+            BLOCK_P=BITS_BLOCK_P,
+            num_warps=BITS_WARPS,
+            enable_fp_fusion=True,
+        )
