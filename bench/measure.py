@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Measured", "measure"]
+__all__ = ["Measured", "measure", "resident"]
 
 T = TypeVar("T")
 
@@ -62,14 +62,14 @@ def _reset_peak(device: torch.device) -> int | None:
         _CLEAR_REFS.write_text("5")  # Linux: the peak of resident memory starts from the present
     except (OSError, AttributeError):
         return None
-    return _resident("VmRSS")
+    return resident("VmRSS")
 
 
 def _peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
 
 
-def _resident(field: str) -> int | None:
+def resident(field: str) -> int | None:
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

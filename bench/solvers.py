@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from skymask_gpu.bench.measure import Measured, measure
 from skymask_gpu.engine import FlatModel, TrainedMasks, cluster_masks, train_masks, unpack_bits, why_not_solver
@@ -31,24 +31,31 @@ MOST_DIFFERING, MOST_LOSS_ERROR = 1e-5, 1e-5
 LEAST_COLLAPSED_DIFFERING, MOST_COLLAPSED_LOSS_ERROR = 1e-4, 1e-3
 
 
-def make_case(num_clients: int, device: torch.device) -> tuple[Tensor, FlatModel]:
-    """Rows ``(N + 1, P)`` and the loss of the CNN on 100 samples: a fifth Min-Max attackers, the rest noisy steps downhill.
-
-    Synthetic images with the class in them, so that the benchmark needs no files; the work does not depend on the values.
-    """
+def make_model() -> tuple[nn.Module, Tensor, Tensor]:
+    """The CNN, and 100 root samples: synthetic images with the class in them, so that the benchmark needs no files."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(100) % 10
     patterns = torch.randn(10, 1, 28, 28, generator=generator)
     images = patterns[labels] + 0.5 * torch.randn(100, 1, 28, 28, generator=generator)
-    loss = FlatModel(build_model("cnn", (1, 28, 28), 10, seed=0), images, labels)
+    return build_model("cnn", (1, 28, 28), 10, seed=0), images, labels
+
+
+def honest_rows(loss: FlatModel, num_rows: int, seed: int) -> Tensor:
+    """``(num_rows, P)``: noisy steps downhill, as real clients' would be; the work does not depend on the values."""
     params_P = loss.initial_params.clone()
     for _ in range(10):
         params_P.requires_grad_()
         (grad_P,) = torch.autograd.grad(loss(params_P), params_P)
         params_P = (params_P - 0.1 * grad_P.clamp(-0.01, 0.01)).detach()
     downhill_P = params_P - loss.initial_params
-    rows_RP = torch.randn(num_clients + 1, loss.num_params, generator=generator)
-    rows_RP.mul_(downhill_P.std() / 2).add_(downhill_P)
+    rows_RP = torch.randn(num_rows, loss.num_params, generator=torch.Generator().manual_seed(seed))
+    return rows_RP.mul_(downhill_P.std() / 2).add_(downhill_P)
+
+
+def make_case(num_clients: int, device: torch.device) -> tuple[Tensor, FlatModel]:
+    """Rows ``(N + 1, P)`` and the loss: the first fifth are Min-Max attackers, the root is the last."""
+    loss = FlatModel(*make_model())
+    rows_RP = honest_rows(loss, num_clients + 1, seed=0)
     malicious_N = torch.arange(num_clients) < num_clients // 5
     rows_RP[:-1] = attack("min-max", rows_RP[:-1], malicious_N)
     return rows_RP.to(device), loss.to(device)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.solvers import collapsed, fused, reference, vmap
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, Solution
@@ -20,15 +21,53 @@ __all__ = ["SOLVERS", "NonFiniteLossError", "TrainedMasks", "train_masks", "why_
 
 class _Train(Protocol):
     def __call__(
-        self, updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool
+        self, updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool
     ) -> Solution: ...
 
 
+def _stacked(
+    train: Callable[[Tensor, Tensor, Loss, MaskTraining, bool], Solution],
+) -> _Train:
+    """A solver that wants all rows in one ``(R, P)`` tensor."""
+
+    def run(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+        return train(updates.stack(), global_params_P, loss, config, keep_logits)
+
+    return run
+
+
 SOLVERS: dict[str, _Train] = {
-    "reference": reference.train,
-    "vmap": vmap.train,
-    "fused": fused.train,
+    "reference": _stacked(reference.train),
+    "vmap": _stacked(vmap.train),
+    "fused": _stacked(fused.train),
     "collapsed": collapsed.train,
+}
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What mask training costs beside the model's passes, a column, in units that are the same for both solvers."""
+
+    fused_row_step: float
+    collapsed_row: float
+    collapsed_bin_step: float
+    collapsed_column: float
+    source: str
+
+    def of(self, num_rows: int, config: MaskTraining) -> tuple[float, float]:
+        """Of fused and of collapsed."""
+        bins = self.collapsed_bin_step * config.bins * config.steps
+        return (
+            self.fused_row_step * num_rows * config.steps,
+            self.collapsed_row * num_rows + bins + self.collapsed_column,
+        )
+
+
+_COSTS = {
+    # nanoseconds, as python -m skymask_gpu.bench.costs prints them
+    "cpu": _Costs(0.72, 1.6, 0.83, 300.0, "by costs measured on a 2-core CPU"),
+    # bytes moved: float32 logits are read and written and updates read; bins have logits, means and counts; samples and cuts
+    "cuda": _Costs(12.0, 8.0, 14.0, 1000.0, "by the bytes they move (not measured on a GPU)"),
 }
 
 
@@ -65,16 +104,13 @@ class TrainedMasks:
 
 def why_not_solver(solver: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``solver`` cannot run on ``device`` with updates of ``dtype``; None if it can."""
-    if solver == "collapsed":
-        if device.type != "cpu":
-            return f"no {device.type} kernels yet (cpu has them)"
-        if dtype == torch.float64:
-            return "it computes in float32; pass float32 or bfloat16 updates"
+    if solver == "collapsed" and dtype == torch.float64:
+        return "it computes in float32; pass float32 or bfloat16 updates"
     return why_not(device, dtype) if solver in ("fused", "collapsed") else None
 
 
 def train_masks(
-    updates: Tensor,
+    updates: Tensor | ClientBlocks,
     global_params: Tensor,
     loss: Callable[[Tensor], Tensor],
     *,
@@ -88,10 +124,12 @@ def train_masks(
 
     Args:
         updates: ``(R, P)``, local minus global parameters, root model's row last; float32, bfloat16 or float64. Not modified.
+            Or such rows in blocks, float32 or bfloat16: rows that stay on disk go with the collapsed solver only.
         global_params: ``(P,)`` on the same device.
         loss: ``loss(params (P,)) -> ()``, differentiable; :class:`FlatModel` makes one.
         config: steps, learning rate, clip and threshold.
-        solver: ``"reference"``, ``"vmap"``, ``"fused"``, ``"collapsed"`` (approximate, see its file) or ``"auto"`` (exact).
+        solver: ``"reference"``, ``"vmap"``, ``"fused"``, ``"collapsed"`` (approximate, see ``docs/collapsed.md``), or
+            ``"auto"``: the faster of the last two; the result says which and why.
         keep_logits: return the final logits too, at 4 R P bytes.
 
     Returns:
@@ -103,19 +141,21 @@ def train_masks(
         torch.OutOfMemoryError: the device has too little memory; the message says how much is needed.
     """
     _check(updates, global_params)
-    name, reason = _choose(solver, updates)
-    num_rows, num_params = updates.shape
+    blocks = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates.detach()])
+    name, reason = _choose(solver, blocks, config)
+    num_rows, num_params = len(blocks), blocks.num_params
+    config = config.for_clients(num_rows - 1)
     # logits of all rows; or of all bins, with their counts and means
-    real_bytes = 8 if updates.dtype == torch.float64 else 4
+    real_bytes = 8 if blocks.dtype == torch.float64 else 4
     needed = 10 * config.bins * num_params if name == "collapsed" else real_bytes * num_rows * num_params
     start = time.perf_counter()
     with explain_out_of_memory(
         f"solver {name!r} on {num_rows} rows of {num_params} parameters",
         needed,
-        updates.device,
+        blocks.device,
         "pass the updates in bfloat16, aggregate fewer clients at once, or use a device with more memory",
     ):
-        solution = SOLVERS[name](updates.detach(), global_params.detach(), loss, config, keep_logits)
+        solution = SOLVERS[name](blocks, global_params.detach(), loss, config, keep_logits)
     for step, value in enumerate(solution.losses):
         if not math.isfinite(value):
             raise NonFiniteLossError(
@@ -135,30 +175,56 @@ def train_masks(
     )
 
 
-def _choose(solver: str, updates: Tensor) -> tuple[str, str]:
+def _choose(solver: str, blocks: ClientBlocks, config: MaskTraining) -> tuple[str, str]:
     """The solver to run and why."""
     if solver == "auto":
-        reason = why_not_solver("fused", updates.device, updates.dtype)
-        if reason is None:
-            return "fused", f"auto: exact and one pass a step on {updates.device.type}"
-        return "vmap", f"auto: fused cannot run here: {reason}"
+        return _fastest(blocks, config)
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)} or auto, got {solver!r}")
-    reason = why_not_solver(solver, updates.device, updates.dtype)
+    reason = why_not_solver(solver, blocks.device, blocks.dtype)
     if reason is not None:
         raise ValueError(f"solver {solver!r} cannot run here: {reason}; solver='auto' picks one that can")
+    if solver != "collapsed" and not blocks.in_memory:
+        raise ValueError(
+            f"solver {solver!r} wants the updates in one tensor, these are on disk; use 'collapsed', or pass updates.stack()"
+        )
     return solver, "asked for"
 
 
-def _check(updates: Tensor, global_params: Tensor) -> None:
-    if not isinstance(updates, Tensor) or updates.dim() != 2 or 0 in updates.shape:
-        got = tuple(updates.shape) if isinstance(updates, Tensor) else type(updates).__name__
-        raise ValueError(f"updates must be a non-empty (R, P) tensor with the root row last, got {got}")
+def _fastest(blocks: ClientBlocks, config: MaskTraining) -> tuple[str, str]:
+    fused_cannot = why_not_solver("fused", blocks.device, blocks.dtype)
+    collapsed_cannot = why_not_solver("collapsed", blocks.device, blocks.dtype)
+    if not blocks.in_memory:
+        if collapsed_cannot is not None:
+            raise ValueError(f"updates on disk need solver 'collapsed', which cannot run here: {collapsed_cannot}")
+        return "collapsed", "auto: the updates are on disk"
+    if fused_cannot is not None:
+        return "vmap", f"auto: fused cannot run here: {fused_cannot}"
+    num_rows = len(blocks)
+    if collapsed_cannot is not None:
+        return "fused", f"auto: collapsed cannot run here: {collapsed_cannot}"
+    if num_rows > collapsed.MOST_ROWS:
+        return "fused", f"auto: {num_rows:,} rows are more than collapsed can count"
+    fused_cost, collapsed_cost = _COSTS[blocks.device.type].of(num_rows, config)
+    faster, slower = ("collapsed", "fused") if collapsed_cost < fused_cost else ("fused", "collapsed")
+    ratio = max(fused_cost, collapsed_cost) / min(fused_cost, collapsed_cost)
+    costs = _COSTS[blocks.device.type]
+    return faster, f"auto: about {ratio:.2g} times faster than {slower} for {num_rows} rows, {costs.source}"
+
+
+def _check(updates: Tensor | ClientBlocks, global_params: Tensor) -> None:
+    if isinstance(updates, Tensor) and (updates.dim() != 2 or 0 in updates.shape):
+        raise ValueError(f"updates must be a non-empty (R, P) tensor with the root row last, got {tuple(updates.shape)}")
+    if not isinstance(updates, Tensor | ClientBlocks):
+        raise ValueError(
+            f"updates must be an (R, P) tensor with the root row last, or ClientBlocks, got {type(updates).__name__}"
+        )
+    num_params = updates.shape[1] if isinstance(updates, Tensor) else updates.num_params
     if updates.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"updates must be float32, bfloat16 or float64, got {updates.dtype}; cast with updates.float()")
-    if not isinstance(global_params, Tensor) or tuple(global_params.shape) != (updates.shape[1],):
+    if not isinstance(global_params, Tensor) or tuple(global_params.shape) != (num_params,):
         got = tuple(global_params.shape) if isinstance(global_params, Tensor) else type(global_params).__name__
-        raise ValueError(f"global_params must have shape ({updates.shape[1]},), one a column of updates, got {got}")
+        raise ValueError(f"global_params must have shape ({num_params},), one a column of updates, got {got}")
     if global_params.device != updates.device:
         raise ValueError(
             f"global_params must be on {updates.device} like updates, got {global_params.device}; move it with .to()"

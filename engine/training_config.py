@@ -1,7 +1,7 @@
 """The settings of mask training, and what every solver derives from them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["MaskTraining"]
 
@@ -19,6 +19,8 @@ class MaskTraining:
         check_every: after steps 0, check_every, 2 * check_every, ... the loss is compared with the last check.
         bins: of the collapsed solver, a column; from 4 on.
         min_improvement: training stops where the loss fell by less than this since the last check.
+        lr_clients: the number of clients up to which ``lr`` holds as it is. The gradient of a mask carries 1 / N, so that masks
+            of many clients hardly move; each time their number doubles beyond this, ``lr`` doubles and ``grad_clip`` halves.
     """
 
     steps: int = 20
@@ -29,9 +31,10 @@ class MaskTraining:
     check_every: int = 10
     min_improvement: float = 1e-2
     bins: int = 32
+    lr_clients: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "check_every", "bins"):
+        for name in ("steps", "check_every", "bins", "lr_clients"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"MaskTraining.{name} must be an integer of at least 1, got {value!r}")
@@ -47,6 +50,11 @@ class MaskTraining:
                 raise ValueError(f"MaskTraining.{name} must be a finite number, got {value!r}")
         if not 0 < self.threshold < 1:
             raise ValueError(f"MaskTraining.threshold must lie between 0 and 1, got {self.threshold!r}")
+
+    def for_clients(self, num_clients: int) -> "MaskTraining":
+        """These settings with the learning rate and the clip that they mean for so many clients."""
+        factor = 2 ** max(0, int(math.log2(max(1, num_clients) / self.lr_clients)))  # keeps lr * grad_clip exact
+        return replace(self, lr=self.lr * factor, grad_clip=self.grad_clip / factor)
 
     @property
     def full_step(self) -> float:

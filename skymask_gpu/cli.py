@@ -3,6 +3,7 @@
 import math
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,7 +68,7 @@ def aggregate(
     root_lr: Annotated[float, typer.Option(help="Learning rate of the root model: the one the clients train with.")] = 0.1,
     root_clip: Annotated[float, typer.Option(help="Clip of each element of its gradient: likewise.")] = 1e-2,
     server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
-    solver: Annotated[str, typer.Option(help="reference, vmap, fused, collapsed (CPU, approximate) or auto.")] = "auto",
+    solver: Annotated[str, typer.Option(help="reference, vmap, fused, collapsed (approximate, fastest) or auto.")] = "auto",
 ) -> None:
     """Judge the clients of one round, and write the global model with the benign updates added."""
     if not math.isfinite(server_lr):
@@ -83,6 +84,8 @@ def aggregate(
     defence = SkyMask(module, root_inputs, root_labels, root_training=root_training, solver=solver, device=device)
     flat = FlatModel(module, root_inputs, root_labels)
     sent = load_updates(updates, flat, global_state, local_models=local_models)
+    if solver not in ("auto", "collapsed") and not isinstance(sent.updates, torch.Tensor):
+        sent = replace(sent, updates=list(sent.updates))  # these solvers want all updates in memory
     with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
         result = defence.aggregate(sent.updates)
 
@@ -107,8 +110,6 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where there are results already.")] = False,
 ) -> None:
     """Simulate a federated run round by round, and report it with plots and one HTML page."""
-    from dataclasses import replace
-
     from skymask_gpu.federation.config import read_config
     from skymask_gpu.federation.rounds import has_results
 

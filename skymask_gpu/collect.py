@@ -2,16 +2,17 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine import ClientBlocks, FlatModel
 
-__all__ = ["Collected", "collect", "drives_loss_out_of_range", "far_out"]
+__all__ = ["Collected", "check_form", "collect", "drives_loss_out_of_range", "far_out"]
 
-Updates = Tensor | Sequence[Mapping[str, Tensor]]
+Updates = Tensor | ClientBlocks | Sequence[Mapping[str, Tensor]]
 
 # An honest update is far shorter than the model it changes; a longer one is looked at more closely.
 _FAR_OUT = 1.0
@@ -19,61 +20,104 @@ _FAR_OUT = 1.0
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Elements of a temporary made from rows of the updates.
-_CHUNK_ELEMENTS = 2**24
+_CHUNK_ELEMENTS = 2**22
+# Clients of a block whose state dicts are read when they are needed.
+_CLIENTS_A_BLOCK = 64
 
 
 @dataclass
 class Collected:
-    """Usable clients: ``rows`` ``(K, P)``, their ``norms`` ``(K,)``, and ``clients`` ``(K,)``, who sent each row."""
+    """Usable clients: their ``rows`` (K of P values), and who sent each, ``clients`` ``(K,)``.
 
-    rows: Tensor
+    ``norms`` ``(K,)`` float32 are the rows' Euclidean norms, ``alignments`` ``(K,)`` float64 their inner products with the root
+    direction.
+    """
+
+    rows: ClientBlocks
     norms: Tensor
+    alignments: Tensor
     clients: Tensor
     num_clients: int
     buffers: list[dict[str, Tensor]]  # one a row; empty dicts if the clients sent none
-    rejected: dict[int, str] = field(default_factory=dict)
+    rejected: dict[int, str]
+
+    def row(self, number: int) -> Tensor:
+        """``(P,)``."""
+        return self.rows.rows(torch.tensor([number]))[0]
 
     def reject(self, reasons: dict[int, str]) -> None:
-        """Drop rows (by position) with the reason for each."""
+        """Drop rows (by position), not all of them, with the reason for each."""
         if not reasons:
             return
         keep_K = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.device)
         keep_K[list(reasons)] = False
         self.rejected.update({int(self.clients[row]): reason for row, reason in reasons.items()})
-        self.rows = self.rows[keep_K]
-        self.norms = self.norms[keep_K]
+        self.rows = self.rows.select(keep_K)
+        self.norms, self.alignments = self.norms[keep_K], self.alignments[keep_K]
         self.buffers = [buffers for row, buffers in enumerate(self.buffers) if row not in reasons]
         self.clients = self.clients[keep_K]
 
 
-def collect(updates: Updates, model: FlatModel, module: nn.Module) -> Collected:
-    """Rows from a stacked tensor or a list of state dicts; whatever is malformed or not finite is rejected by name.
+def check_form(updates: Updates, num_params: int) -> None:
+    """What can be said of the updates as a whole before any work.
 
     Raises:
-        ValueError: the stacked tensor does not fit the model, there is no client, or no usable one is left.
+        ValueError: a stacked tensor or blocks do not fit the model, or there is no client.
     """
-    if isinstance(updates, Tensor):
-        _check_stacked(updates, model.num_params)
-        rows, clients = updates.detach(), torch.arange(len(updates), device=updates.device)
-        collected = Collected(rows, _row_norms(rows), clients, len(updates), [{}] * len(updates))
+    if isinstance(updates, Tensor | ClientBlocks):
+        _check_stacked(updates, num_params)
+    elif not isinstance(updates, Sequence) or isinstance(updates, str | bytes):
+        raise ValueError(
+            f"updates must be an (N, P) tensor, a list of state dicts or ClientBlocks, got {type(updates).__name__}"
+        )
+    elif len(updates) == 0:
+        raise ValueError("updates must hold at least one client's state dict, got an empty list")
+
+
+def collect(updates: Updates, model: FlatModel, module: nn.Module, direction_P: Tensor) -> Collected:
+    """Rows from a stacked tensor, blocks or state dicts; whatever is malformed or not finite is rejected by name.
+
+    Raises:
+        ValueError: no usable client is left.
+    """
+    rejected: dict[int, str] = {}
+    if isinstance(updates, Tensor | ClientBlocks):
+        rows: ClientBlocks | None = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates.detach()])
+        clients = list(range(len(updates)))
+        buffers: list[dict[str, Tensor]] = [{} for _ in clients]
     else:
-        collected = _from_state_dicts(updates, model, module)
+        rows, clients, buffers = _from_state_dicts(updates, model, module, rejected)
+    if rows is None:
+        _raise_none_left(rejected)
+    norms_K, alignments_K = _measure(rows, direction_P)
+    numbers_K = torch.tensor(clients, dtype=torch.long, device=rows.device)
+    collected = Collected(rows, norms_K, alignments_K, numbers_K, len(updates), buffers, rejected)
     _reject_non_finite(collected)
-    num_bad = len(collected.rejected)
-    if num_bad == collected.num_clients:
-        first = next(iter(collected.rejected.values()))
-        raise ValueError(f"updates: none of {num_bad} clients sent a usable update; the first one: {first}")
-    if 2 * num_bad > collected.num_clients:
-        warnings.warn(f"{num_bad} of {collected.num_clients} clients sent an unusable update and were rejected", stacklevel=4)
+    if 2 * len(rejected) > len(updates):
+        warnings.warn(f"{len(rejected)} of {len(updates)} clients sent an unusable update and were rejected", stacklevel=4)
     return collected
 
 
-def _row_norms(rows_KP: Tensor) -> Tensor:
-    """Euclidean norms in float32, ``(K,)``; NaN or Inf where a row has one, Inf also where the square overflows."""
-    chunk = max(1, _CHUNK_ELEMENTS // rows_KP.shape[1])
-    if len(rows_KP) == 0:
-        return rows_KP.new_empty(0, dtype=torch.float32)
-    return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in rows_KP.split(chunk)])
+def _raise_none_left(rejected: dict[int, str]) -> NoReturn:
+    first = next(iter(rejected.values()))
+    raise ValueError(f"updates: none of {len(rejected)} clients sent a usable update; the first one: {first}")
+
+
+def _measure(rows: ClientBlocks, direction_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms, ``(K,)`` float32, and inner products with the direction, ``(K,)`` float64.
+
+    A norm is NaN or Inf where a row has one, Inf also where its square overflows.
+    """
+    length = torch.linalg.vector_norm(direction_P.double())
+    unit_P = (direction_P / length).float() if length > 0 else direction_P.float()
+    chunk = max(1, _CHUNK_ELEMENTS // rows.num_params)
+    norms, products = [], []
+    for block in rows:
+        for part in block.split(chunk):
+            part = part.float()
+            norms.append(torch.linalg.vector_norm(part, dim=1))
+            products.append(part @ unit_P)
+    return torch.cat(norms), torch.cat(products).double() * length
 
 
 def far_out(collected: Collected, global_params_P: Tensor, direction_P: Tensor) -> list[int]:
@@ -88,7 +132,7 @@ def drives_loss_out_of_range(
     """Those of the candidate rows that alone make the root loss or its gradient Inf or NaN, with the reason."""
     reasons = {}
     for row in candidates:
-        params_P = (global_params_P + collected.rows[row].to(global_params_P.dtype)).requires_grad_()
+        params_P = (global_params_P + collected.row(row).to(global_params_P.dtype)).requires_grad_()
         value = loss(params_P)
         (grad_P,) = torch.autograd.grad(value, params_P)
         if not torch.isfinite(value):
@@ -100,37 +144,52 @@ def drives_loss_out_of_range(
     return reasons
 
 
-def _check_stacked(updates: Tensor, num_params: int) -> None:
-    if updates.dim() != 2 or len(updates) == 0 or updates.shape[1] != num_params:
+def _check_stacked(updates: Tensor | ClientBlocks, num_params: int) -> None:
+    shape = (len(updates), updates.num_params) if isinstance(updates, ClientBlocks) else tuple(updates.shape)
+    if len(shape) != 2 or shape[0] == 0 or shape[1] != num_params:
         raise ValueError(
             f"updates must have shape (N, {num_params}) with N >= 1 clients, one column for each trainable parameter of the "
-            f"module, got {tuple(updates.shape)}; stack the flattened updates (local minus global), or pass state dicts"
+            f"module, got {shape}; stack the flattened updates (local minus global), or pass state dicts"
         )
     if updates.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"updates must be float32 or bfloat16, got {updates.dtype}; cast with updates.float()")
 
 
-def _from_state_dicts(updates: Sequence[Mapping[str, Tensor]], model: FlatModel, module: nn.Module) -> Collected:
-    if not isinstance(updates, Sequence) or isinstance(updates, str | bytes):
-        raise ValueError(f"updates must be an (N, P) tensor or a list of state dicts, got {type(updates).__name__}")
-    if len(updates) == 0:
-        raise ValueError("updates must hold at least one client's state dict, got an empty list")
+def _from_state_dicts(
+    updates: Sequence[Mapping[str, Tensor]], model: FlatModel, module: nn.Module, rejected: dict[int, str]
+) -> tuple[ClientBlocks | None, list[int], list[dict[str, Tensor]]]:
+    """Rows (None: there is none), who sent each, and the buffers sent; faults go to ``rejected``.
+
+    Dicts in a list are stacked; of any other sequence they are read again each time a block is needed.
+    """
     known = module.state_dict()
     device = model.initial_params.device
-    rows, clients, buffers, rejected = [], [], [], {}
+    clients: list[int] = []
+    buffers: list[dict[str, Tensor]] = []
+    names = {name for name, _ in module.named_buffers()}
     for client, state in enumerate(updates):
         reason = _state_dict_fault(state, model, known)
         if reason is not None:
             rejected[client] = reason
             continue
-        rows.append(model.flatten({name: state[name].to(device, torch.float32) for name in model.shapes}))
         clients.append(client)
-        names = {name for name, _ in module.named_buffers()}
         buffers.append({name: state[name].detach().to(device, known[name].dtype) for name in names if name in state})
-    stacked = torch.stack(rows) if rows else torch.empty(0, model.num_params, device=device)
-    return Collected(
-        stacked, _row_norms(stacked), torch.tensor(clients, dtype=torch.long, device=device), len(updates), buffers, rejected
-    )
+    if not clients:
+        return None, clients, buffers
+
+    def flat(client: int) -> Tensor:
+        state = updates[client]
+        return model.flatten({name: state[name].to(device, torch.float32) for name in model.shapes})
+
+    if isinstance(updates, list | tuple):
+        return ClientBlocks([torch.stack([flat(client) for client in clients])]), clients, buffers
+    groups = [clients[first : first + _CLIENTS_A_BLOCK] for first in range(0, len(clients), _CLIENTS_A_BLOCK)]
+
+    def read(number: int) -> Tensor:
+        return torch.stack([flat(client) for client in groups[number]])
+
+    sizes = [len(group) for group in groups]
+    return ClientBlocks.from_reader(sizes, model.num_params, torch.float32, read, device), clients, buffers
 
 
 def _state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: Mapping[str, Tensor]) -> str | None:
@@ -162,7 +221,9 @@ def _reject_non_finite(collected: Collected) -> None:
     doubtful = (~torch.isfinite(collected.norms)).nonzero().flatten().tolist()
     reasons = {}
     for row in doubtful:
-        num_bad = int((~torch.isfinite(collected.rows[row])).sum())
+        num_bad = int((~torch.isfinite(collected.row(row))).sum())
         if num_bad:
-            reasons[row] = f"its update contains NaN or Inf ({num_bad} of {collected.rows.shape[1]} values)"
+            reasons[row] = f"its update contains NaN or Inf ({num_bad} of {collected.rows.num_params} values)"
+    if len(reasons) == len(collected.rows):
+        _raise_none_left({**collected.rejected, **reasons})
     collected.reject(reasons)

@@ -1,7 +1,7 @@
 """``SkyMask``: clients' updates in, the mean of the benign ones and a verdict on each client out."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skymask_gpu.collect import Collected, Updates, collect, drives_loss_out_of_range, far_out
+from skymask_gpu.collect import Collected, Updates, check_form, collect, drives_loss_out_of_range, far_out
 from skymask_gpu.engine import (
+    ClientBlocks,
     ClusteredMasks,
     Clustering,
     Evidence,
@@ -139,8 +140,9 @@ class SkyMask:
         """Judge the clients and average the benign ones.
 
         Args:
-            updates: what N clients sent, local minus global parameters: an ``(N, P)`` float32 or bfloat16 tensor, or a list
-                of N state dicts of updates (buffers, where they are sent, as they are). Not modified.
+            updates: what N clients sent, local minus global parameters: an ``(N, P)`` float32 or bfloat16 tensor, a list of N
+                state dicts of updates (buffers, where they are sent, as they are), or :class:`ClientBlocks`, whose rows may
+                stay on disk. Not modified.
             global_params: ``(P,)`` the model before the round; None: the module's parameters when this object was made.
             root_update: ``(P,)`` the root row, an update trained on the root data like a client's; None: the root direction,
                 scaled to the clients' median norm.
@@ -154,29 +156,31 @@ class SkyMask:
             torch.OutOfMemoryError: with the bytes that were needed.
         """
         watch = _Stopwatch()
-        device = self._device or (updates.device if isinstance(updates, Tensor) else self._flat.initial_params.device)
+        check_form(updates, self._flat.num_params)
+        where = updates.device if isinstance(updates, Tensor | ClientBlocks) else self._flat.initial_params.device
+        device = self._device or where
+        if isinstance(updates, Tensor | ClientBlocks):
+            updates = updates.to(device)
         # a copy of the rows with the root's, and the distances of all pairs
-        num_clients = len(updates) if isinstance(updates, Sequence) or (isinstance(updates, Tensor) and updates.dim()) else 0
+        num_clients = len(updates)
         num_bytes = 4 * num_clients * self._flat.num_params + 8 * num_clients**2
-        remedy = "pass the updates in bfloat16, or aggregate fewer clients at once"
+        remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
         with watch.phase("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
             loss = self._flat.to(device)
             global_params_P = self._global_params(global_params, loss)
-            if isinstance(updates, Tensor) and self._device is not None:
-                updates = updates.to(device)
-            with watch.phase("collect"):
-                collected = collect(updates, loss, self._module)
             with watch.phase("root"):
                 direction_P = root_direction(loss, global_params_P, self._root_training)
+            with watch.phase("collect"):
+                collected = collect(updates, loss, self._module, direction_P)
                 suspects = far_out(collected, global_params_P, direction_P)
                 _reject_or_raise(collected, drives_loss_out_of_range(collected, suspects, global_params_P, loss))
                 root_row_P = self._root_row(root_update, direction_P, collected)
-            masks, rows_RP = self._train(collected, root_row_P, global_params_P, direction_P, loss)
+            masks = self._train(collected, root_row_P, global_params_P, direction_P, loss)
             with watch.phase("clustering"):
-                alignment_K = _inner_products(rows_RP[:-1], direction_P)
+                alignment_K = collected.alignments
                 clusters = cluster_masks(masks.bits, masks.num_params, alignment=alignment_K, config=self._clustering)
             with watch.phase("average"):
-                update_P = _mean_of_rows(rows_RP[:-1], clusters.benign)
+                update_P = _mean_of_rows(collected.rows, clusters.benign)
                 buffers = _mean_buffers(collected.buffers, clusters.benign)
         return Aggregation(
             update=update_P,
@@ -193,11 +197,15 @@ class SkyMask:
 
     def _train(
         self, collected: Collected, root_row_P: Tensor, global_params_P: Tensor, direction_P: Tensor, loss: FlatModel
-    ) -> tuple[TrainedMasks, Tensor]:
-        """Masks of the collected clients and the root, and the ``(R, P)`` rows they were trained on."""
-        rows_RP = _with_root(collected.rows, root_row_P)
+    ) -> TrainedMasks:
+        """Masks of the collected clients and the root."""
+
+        def train() -> TrainedMasks:
+            rows = collected.rows.with_last(root_row_P)
+            return train_masks(rows, global_params_P, loss, config=self._training, solver=self._solver)
+
         try:
-            return train_masks(rows_RP, global_params_P, loss, config=self._training, solver=self._solver), rows_RP
+            return train()
         except NonFiniteLossError:
             # some that are not far out do it alone; or each is harmless alone and the large ones are not together
             reasons = drives_loss_out_of_range(collected, list(range(len(collected.rows))), global_params_P, loss)
@@ -207,8 +215,7 @@ class SkyMask:
             if not reasons:
                 raise
         _reject_or_raise(collected, reasons)
-        rows_RP = _with_root(collected.rows, root_row_P)
-        return train_masks(rows_RP, global_params_P, loss, config=self._training, solver=self._solver), rows_RP
+        return train()
 
     def _global_params(self, global_params: Tensor | None, loss: FlatModel) -> Tensor:
         if global_params is None:
@@ -250,26 +257,14 @@ def _reject_or_raise(collected: Collected, reasons: dict[int, str]) -> None:
     collected.reject(reasons)
 
 
-def _with_root(rows_KP: Tensor, root_row_P: Tensor) -> Tensor:
-    """Rows and root in one ``(R, P)`` matrix whose row stride lets kernels load 16 bytes at a time."""
-    num_rows, num_params = len(rows_KP) + 1, rows_KP.shape[1]
-    storage = rows_KP.new_empty(num_rows, -(-num_params // 8) * 8)
-    rows_RP = storage[:, :num_params]
-    rows_RP[:-1] = rows_KP
-    rows_RP[-1] = root_row_P
-    return rows_RP
-
-
-def _inner_products(rows_KP: Tensor, direction_P: Tensor) -> Tensor:
-    """``(K,)`` inner products of the rows with a direction, in float64."""
-    chunk = max(1, _CHUNK_ELEMENTS // rows_KP.shape[1])
-    return torch.cat([part.double() @ direction_P.double() for part in rows_KP.split(chunk)])
-
-
-def _mean_of_rows(rows_KP: Tensor, chosen_K: Tensor) -> Tensor:
-    """``(P,)`` float32 mean of the chosen rows, a few columns at a time."""
-    chunk = max(1, _CHUNK_ELEMENTS // len(rows_KP))
-    return torch.cat([part[chosen_K].mean(0, dtype=torch.float32) for part in rows_KP.split(chunk, dim=1)])
+def _mean_of_rows(rows: ClientBlocks, chosen_K: Tensor) -> Tensor:
+    """``(P,)`` float32 mean of the chosen rows: sums of a block in float32, over blocks in float64."""
+    total_P = torch.zeros(rows.num_params, dtype=torch.float64, device=rows.device)
+    for block, chosen in zip(rows, chosen_K.split(rows.sizes), strict=True):
+        chunk = max(1, _CHUNK_ELEMENTS // len(block))
+        parts = block.split(chunk, dim=1)
+        total_P += torch.cat([(p if chosen.all() else p[chosen]).sum(0, dtype=torch.float32) for p in parts])
+    return (total_P / chosen_K.sum()).float()
 
 
 def _mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["append_line", "read_lines", "read_tensors", "write_tensors", "write_text", "write_whole"]
+__all__ = ["append_line", "check_tensors", "read_lines", "read_tensors", "write_tensors", "write_text", "write_whole"]
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -45,9 +46,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: the file is missing or no safetensors file.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # no mapping
+
+
+def check_tensors(path: Path) -> None:
+    """Whether :func:`read_tensors` can read the file, from its header alone; errors as there."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # no mapping
+            yield file
     except FileNotFoundError as error:
         raise ValueError(f"no file {path}") from error
     except (SafetensorError, OSError) as error:

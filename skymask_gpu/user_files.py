@@ -3,16 +3,17 @@
 import importlib.util
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.files import read_tensors
+from skymask_gpu.files import check_tensors, read_tensors
 
 __all__ = ["UserUpdates", "load_module", "load_root", "load_updates"]
 
@@ -21,7 +22,7 @@ __all__ = ["UserUpdates", "load_module", "load_root", "load_updates"]
 class UserUpdates:
     """Updates as :meth:`skymask_gpu.SkyMask.aggregate` takes them, and what to call each client."""
 
-    updates: Tensor | list[Mapping[str, Tensor]]
+    updates: Tensor | Sequence[Mapping[str, Tensor]]
     names: list[str]
     unreadable: dict[str, str]  # file -> reason
 
@@ -102,30 +103,44 @@ def load_updates(path: Path, model: FlatModel, global_state: Mapping[str, Tensor
     return UserUpdates(stacked_NP, [str(row) for row in range(len(stacked_NP))], {})
 
 
+class _StateDictFiles(Sequence[Mapping[str, Tensor]]):
+    """Clients' state dicts, each read from its file when it is asked for, so that they need not fit in memory together."""
+
+    def __init__(self, files: list[Path], model: FlatModel, global_state: Mapping[str, Tensor], local_models: bool) -> None:
+        self._files, self._model = files, model
+        self._global_state, self._local_models = global_state, local_models
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, client: Any) -> Any:
+        state, _ = _read("--updates", self._files[client])
+        if not self._local_models:
+            return state
+        shapes = self._model.shapes
+        return {
+            name: value.double() - self._global_state[name].double()
+            if name in shapes and value.shape == shapes[name] and value.is_floating_point()
+            else value
+            for name, value in state.items()
+        }
+
+
 def _from_folder(folder: Path, model: FlatModel, global_state: Mapping[str, Tensor], local_models: bool) -> UserUpdates:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"--updates: no *.safetensors file in {folder}")
-    states: list[Mapping[str, Tensor]] = []
-    names, unreadable = [], {}
+    readable, unreadable = [], {}
     for file in files:
         try:
-            state, _ = read_tensors(file)
+            check_tensors(file)
+            readable.append(file)
         except ValueError as error:
             unreadable[file.stem] = str(error)
-            continue
-        if local_models:
-            state = {
-                name: value.double() - global_state[name].double()
-                if name in model.shapes and value.shape == model.shapes[name] and value.is_floating_point()
-                else value
-                for name, value in state.items()
-            }
-        states.append(state)
-        names.append(file.stem)
-    if not states:
+    if not readable:
         raise ValueError(f"--updates: none of {len(files)} files in {folder} can be read; {next(iter(unreadable.values()))}")
-    return UserUpdates(states, names, unreadable)
+    states = _StateDictFiles(readable, model, global_state, local_models)
+    return UserUpdates(states, [file.stem for file in readable], unreadable)
 
 
 def _read(option: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

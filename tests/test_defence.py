@@ -1,19 +1,20 @@
 """SkyMask.aggregate: verdicts on a toy federation, and every row of the table of bad input."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skymask_gpu import Clustering, MaskTraining, RootTraining, SkyMask
-from skymask_gpu.engine import bits as engine_bits
-from skymask_gpu.engine import layer_evidence, pack_bits
+from skymask_gpu.engine import ClientBlocks, evidence, layer_evidence, pack_bits
 from skymask_gpu.engine.solvers import fused
 
 NUM_CLIENTS, NUM_INPUTS, NUM_CLASSES = 20, 8, 3
@@ -104,7 +105,46 @@ def test_state_dicts_and_stacked_updates_are_the_same() -> None:
     assert torch.equal(listed.benign, stacked.benign)
 
 
-@pytest.mark.parametrize("solver", ["reference", "vmap", "fused"])
+def test_blocks_in_memory_and_on_disk_are_judged_like_one_tensor(tmp_path: Path) -> None:
+    updates_NP = poisoned()
+    updates_NP[7, 3] = math.nan
+    for number, block in enumerate(updates_NP.split(6)):
+        save_file({"updates": block.contiguous()}, tmp_path / f"{number}.safetensors")
+    want = defence(solver="collapsed").aggregate(updates_NP)
+    assert want.benign.tolist() == [False] * 5 + [True] * 2 + [False] + [True] * 12
+    for blocks in (ClientBlocks(updates_NP.split(6)), ClientBlocks.from_folder(tmp_path)):
+        result = defence(solver="collapsed").aggregate(blocks)
+        assert torch.equal(result.benign, want.benign)
+        assert result.rejected == want.rejected
+        assert torch.equal(result.masks.bits, want.masks.bits)
+        torch.testing.assert_close(result.update, want.update, rtol=1e-6, atol=0)
+    assert defence().aggregate(ClientBlocks.from_folder(tmp_path)).masks.solver == "collapsed"
+
+
+def test_state_dicts_that_are_read_when_needed_are_judged_like_a_list() -> None:
+    states = [state_dict(row) for row in poisoned()]
+    del states[9]["0.bias"]
+
+    class Files(Sequence):
+        reads = 0
+
+        def __len__(self) -> int:
+            return len(states)
+
+        def __getitem__(self, client: Any) -> Any:
+            Files.reads += 1
+            return states[client]
+
+    want = defence(solver="collapsed").aggregate(states)
+    result = defence().aggregate(Files())
+    assert result.masks.solver == "collapsed"
+    assert Files.reads > 3 * len(states), "read for each pass, not kept"
+    assert result.rejected == want.rejected
+    assert result.rejected[9] == "its state dict lacks 0.bias"
+    torch.testing.assert_close(result.update, want.update, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("solver", ["reference", "vmap", "fused", "collapsed"])
 def test_solvers_give_the_same_verdict(solver: str) -> None:
     result = defence(solver=solver).aggregate(poisoned())
     assert result.masks.solver == solver
@@ -258,7 +298,7 @@ def test_a_malformed_state_dict_is_rejected_and_the_round_goes_on(spoil: Callabl
         ),
         (torch.zeros(4, NUM_PARAMS, dtype=torch.int32), r"updates must be float32 or bfloat16, got torch\.int32"),
         ([], "updates must hold at least one client's state dict"),
-        ("updates.pt", r"updates must be an \(N, P\) tensor or a list of state dicts, got str"),
+        ("updates.pt", r"updates must be an \(N, P\) tensor, a list of state dicts or ClientBlocks, got str"),
         (None, "got NoneType"),
     ],
     ids=["wrong-P", "one-dimensional", "empty", "float64", "integer", "no-dicts", "string", "none"],
@@ -384,22 +424,21 @@ def test_without_a_trusted_root_there_is_no_verdict() -> None:
         RootTraining(lr=0)
 
 
-def test_out_of_memory_in_clustering_shrinks_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unpacking more than 256 columns at a time fails; the verdict is the same."""
+def test_out_of_memory_in_the_evidence_shrinks_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacking more than 256 columns at a time fails; the evidence is the same."""
     module = nn.Sequential(nn.Linear(NUM_INPUTS, 64), nn.ReLU(), nn.Linear(64, NUM_CLASSES))
     updates_NP = torch.stack([local_update(module, i) * (-1 if i < 3 else 1) for i in range(12)])
-    skymask = SkyMask(module, *toy_data(60, 1))
-    want = skymask.aggregate(updates_NP)
-    unpack = engine_bits.unpack_bits
+    result = SkyMask(module, *toy_data(60, 1)).aggregate(updates_NP)
+    want = result.evidence()
+    unpack = evidence.unpack_bits
 
     def small_memory(bits: Tensor, num_params: int) -> Tensor:
         if num_params > 256:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return unpack(bits, num_params)
 
-    monkeypatch.setattr(engine_bits, "unpack_bits", small_memory)
-    got = skymask.aggregate(updates_NP)
-    assert torch.equal(got.clusters.scores, want.clusters.scores)
+    monkeypatch.setattr(evidence, "unpack_bits", small_memory)
+    assert torch.equal(result.evidence().shares, want.shares)
 
 
 def test_out_of_memory_in_training_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ the bins' means, all for the bits. No (R, P) logits exist.
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, Solution, loss_and_gradient
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels.collapse import bin_edges, bin_rows, bin_step, cut_bits, find_cuts, replay
@@ -19,52 +20,66 @@ MOST_ROWS = 2**16 - 1
 _CHUNK_ELEMENTS = 2**22
 
 
-def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
-    if len(updates_RP) > MOST_ROWS:
-        raise ValueError(
-            f"updates: solver 'collapsed' takes at most {MOST_ROWS:,} rows, got {len(updates_RP):,}; use solver='fused'"
-        )
-    counts_BP, centres_BP, ends_2P = _bins(updates_RP, config.bins)
-    logits_BP, slopes_TP, means_TP, losses = _train_bins(counts_BP, centres_BP, global_params_P.float(), loss, config)
+def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+    num_rows, num_params = len(updates), updates.num_params
+    if num_rows > MOST_ROWS:
+        raise ValueError(f"updates: solver 'collapsed' takes at most {MOST_ROWS:,} rows, got {num_rows:,}; use solver='fused'")
+    counts_BP, centres_BP, ends_2P, mean_P = _bins(updates, config.bins)
+    logits_BP, slopes_TP, means_TP, losses = _train_bins(
+        counts_BP, centres_BP, mean_P, num_rows, global_params_P.float(), loss, config
+    )
     training = {"init": config.init, "full_step": config.full_step}
     position_P, left_P, crossings_P = find_cuts(
         logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP, **training, threshold=config.logit_threshold
     )
     cuts = Cuts(position_P, left_P, constant=crossings_P == 0, several=crossings_P > 1)
     del logits_BP, centres_BP, counts_BP
-    bits = torch.empty(len(updates_RP), -(-updates_RP.shape[1] // 8), dtype=torch.uint8, device=updates_RP.device)
-    cut_bits(updates_RP, cuts.position, cuts.left, bits)
-    _replay_uncut_columns(updates_RP, cuts, slopes_TP, means_TP, config, bits)
-    logits_RP = None
-    if keep_logits:
-        logits_RP = replay(updates_RP, slopes_TP, means_TP, **training)
+
+    bits = torch.empty(num_rows, -(-num_params // 8), dtype=torch.uint8, device=updates.device)
+    logits_RP = torch.empty(num_rows, num_params, device=updates.device) if keep_logits else None
+    first = 0
+    for block_RP in updates:
+        rows = slice(first, first + len(block_RP))
+        cut_bits(block_RP, cuts.position, cuts.left, bits[rows])
+        _replay_uncut_columns(block_RP, cuts, slopes_TP, means_TP, config, bits[rows])
+        if logits_RP is not None:
+            logits_RP[rows] = replay(block_RP, slopes_TP, means_TP, **training)
+        first = rows.stop
     return Solution(bits, logits_RP, losses, cuts)
 
 
-def _bins(updates_RP: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts (uint16) and means of each column's bins, both ``(B, P)``, and its smallest and largest value, ``(2, P)``."""
-    num_rows, num_params = updates_RP.shape
-    sampled = torch.linspace(0, num_rows - 1, min(SAMPLED_ROWS, num_rows)).round().long()
-    edges_EP = bin_edges(updates_RP, sampled, num_bins)
-    counts_BP = torch.zeros(num_bins, num_params, dtype=torch.uint16)
-    sums_BP = torch.zeros(num_bins, num_params)
-    ends_2P = torch.tensor([[torch.inf], [-torch.inf]]).repeat(1, num_params)
-    bin_rows(updates_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts (uint16) and means of each column's bins, ``(B, P)``, its smallest and largest value, ``(2, P)``, and its mean."""
+    num_rows, num_params, device = len(updates), updates.num_params, updates.device
+    # made on the CPU: the same rows whatever the device
+    sampled = torch.linspace(0, num_rows - 1, min(SAMPLED_ROWS, num_rows), device="cpu").round().long()
+    if updates.in_memory and len(updates.sizes) == 1:
+        edges_EP = bin_edges(next(iter(updates)), sampled.to(device), num_bins)
+    else:
+        edges_EP = bin_edges(updates.rows(sampled), torch.arange(len(sampled), device=device), num_bins)
+    # of uint16 torch has little more than zeros and casts on a GPU, which are all that is used here
+    counts_BP = torch.zeros(num_bins, num_params, dtype=torch.uint16, device=device)
+    sums_BP = torch.zeros(num_bins, num_params, device=device)
+    ends_2P = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, num_params)
+    for block_RP in updates:
+        bin_rows(block_RP, edges_EP, counts_BP, sums_BP, ends_2P)
     del edges_EP
-    return counts_BP, sums_BP.div_(counts_BP.float().clamp_min_(1)), ends_2P
+    mean_P = sums_BP.sum(0) / num_rows
+    return counts_BP, sums_BP.div_(counts_BP.float().clamp_min_(1)), ends_2P, mean_P
 
 
 def _train_bins(
-    counts_BP: Tensor, centres_BP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining
+    counts_BP: Tensor,
+    centres_BP: Tensor,
+    mean_P: Tensor,
+    num_rows: int,
+    global_params_P: Tensor,
+    loss: Loss,
+    config: MaskTraining,
 ) -> tuple[Tensor, Tensor, Tensor, list[float]]:
     """Final logits ``(B, P)``, the history of slopes and means, each ``(T, P)``, and the losses."""
     largest = torch.finfo(torch.float32).max
     gate = torch.sigmoid(torch.tensor(config.init)).item()
-    num_rows = int(counts_BP[:, 0].long().sum())
-    mean_P = torch.zeros_like(global_params_P)
-    for centre_P, count_P in zip(centres_BP, counts_BP, strict=True):
-        mean_P += centre_P * count_P.float()
-    mean_P /= num_rows
     gate_sum_P = torch.full_like(mean_P, num_rows * gate)
     logits_BP = torch.full_like(centres_BP, config.init)
     slopes_TP = mean_P.new_empty(config.steps, mean_P.numel())

@@ -1,5 +1,6 @@
 """Every solver gives the reference's masks: on small problems of every kind, and on real updates of a CNN."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,13 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from skymask_gpu.bench.real_updates import CASES as COLLAPSED_CASES
+from skymask_gpu.bench.real_updates import attacked
+from skymask_gpu.bench.real_updates import mnist_updates as real_updates
 from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks, unpack_bits
 from skymask_gpu.engine.solvers import collapsed, fused
-from skymask_gpu.federation.attacks import attack
-from skymask_gpu.federation.data import load_dataset, split_root
-from skymask_gpu.federation.local_training import LocalTraining, draw_batches, train_clients
-from skymask_gpu.federation.models import build_model
-from skymask_gpu.federation.partition import partition
 
 FAST_SOLVERS = ["vmap", "fused"]
 
@@ -92,6 +91,29 @@ def test_bfloat16_updates_are_the_float32_of_their_values(solver: str) -> None:
     torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("num_clients", "factor"), [(1, 1), (500, 1), (999, 1), (1000, 2), (3999, 4), (20_000, 32)])
+def test_the_learning_rate_grows_with_very_many_clients(num_clients: int, factor: int) -> None:
+    config = MaskTraining().for_clients(num_clients)
+    assert (config.lr, config.grad_clip) == (1e7 * factor, 1e-7 / factor)
+    assert config.full_step == 1.0
+
+
+def test_masks_of_many_clients_move_as_those_of_few() -> None:
+    """The same clients eight times: with the learning rate that goes with their number the masks are about the same."""
+    updates_RP, global_P, loss = small_problem(9, dtype=torch.float32)
+    config = MaskTraining(lr=1e4, grad_clip=1e-4, lr_clients=8, steps=5)
+    few = train_masks(updates_RP, global_P, loss, config=config)
+    many = train_masks(updates_RP.repeat(8, 1), global_P, loss, config=config)
+    still = train_masks(updates_RP.repeat(8, 1), global_P, loss, config=dataclasses.replace(config, lr_clients=1000))
+
+    def moved(masks: TrainedMasks) -> float:
+        return (~unpack_bits(masks.bits[:9], masks.num_params)).float().mean().item()
+
+    assert moved(few) > 0.05
+    assert moved(many) > 0.7 * moved(few)
+    assert moved(still) < 0.5 * moved(few)
+
+
 @pytest.mark.parametrize("solver", ["reference", *FAST_SOLVERS])
 def test_training_stops_on_a_plateau_after_the_check(solver: str) -> None:
     updates_RP, global_P, loss = small_problem()
@@ -122,10 +144,18 @@ def test_equal_updates_give_equal_masks() -> None:
 
 
 def test_auto_says_what_it_picked_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    updates_RP, global_P, loss = small_problem()
+    updates_RP, global_P, loss = small_problem(dtype=torch.float32)
     masks = train_masks(updates_RP, global_P, loss)
     assert masks.solver == "fused"
-    assert "one pass a step" in masks.solver_reason
+    assert "times faster than collapsed for 9 rows" in masks.solver_reason
+    many_RP = updates_RP.repeat(100, 1)
+    masks = train_masks(many_RP, global_P, loss)
+    assert masks.solver == "collapsed"
+    assert "times faster than fused for 900 rows" in masks.solver_reason
+    assert train_masks(many_RP, global_P, loss, config=MaskTraining(steps=1)).solver == "fused"
+    exact = train_masks(many_RP.double(), global_P.double(), loss.to(torch.float64))
+    assert exact.solver == "fused"
+    assert "collapsed cannot run here: it computes in float32" in exact.solver_reason
     monkeypatch.setattr("skymask_gpu.engine.mask_training.why_not", lambda device, dtype: "no compiler")
     masks = train_masks(updates_RP, global_P, loss)
     assert masks.solver == "vmap"
@@ -166,7 +196,7 @@ def test_a_loss_out_of_range_is_an_error(solver: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 0), ("steps", 2.5), ("lr", -1.0), ("lr", math.nan), ("grad_clip", 0.0), ("init", math.inf), ("threshold", 1.0),
-     ("check_every", 0), ("min_improvement", math.nan)],
+     ("check_every", 0), ("min_improvement", math.nan), ("lr_clients", 0)],
 )  # fmt: skip
 def test_bad_settings_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"MaskTraining\.{field} must"):
@@ -196,50 +226,7 @@ STABLE_STEPS = {"noise": 6, "scaled": 6}
 @pytest.fixture(scope="module")
 def mnist_updates(mnist_dir: Path) -> tuple[Tensor, FlatModel]:
     """Updates (101, P), root row last, and the loss of the CNN on 100 root samples."""
-    generator = torch.Generator().manual_seed(0)
-    dataset = load_dataset("mnist", mnist_dir)
-    root, rest = split_root(dataset.train_labels, 100, generator)
-    parts = [rest[part] for part in partition(dataset.train_labels[rest], 100, 0.5, generator)]
-    module = build_model("cnn", (1, 28, 28), 10, seed=0)
-    loss = FlatModel(module, dataset.train_inputs[root], dataset.train_labels[root])
-    recipe = LocalTraining()
-    batches = draw_batches([*parts, root], recipe, generator)
-    updates_RP = train_clients(module, loss.initial_params, dataset.train_inputs, dataset.train_labels, batches, recipe)
-    return updates_RP, loss
-
-
-def attacked(updates_RP: Tensor, case: str) -> Tensor:
-    malicious_N = torch.arange(len(updates_RP) - 1) < 20
-    updates_RP = updates_RP.clone()
-    if case in ("min-max", "sign-flip"):
-        updates_RP[:-1] = attack(case, updates_RP[:-1], malicious_N)
-    elif case == "noise":
-        updates_RP[:20] += 0.05 * torch.randn(20, updates_RP.shape[1], generator=torch.Generator().manual_seed(0))
-    elif case == "scaled":
-        updates_RP[0] *= 1000
-    elif case == "boosted":
-        updates_RP[:20] *= 5  # N / f
-    elif case in ("min-sum", "lie", "trim"):
-        updates_RP[:20] = crafted(updates_RP[20:-1], case)
-    return updates_RP
-
-
-def crafted(honest_HP: Tensor, case: str) -> Tensor:
-    """What 20 attackers send: stand-ins for Min-Sum, A Little Is Enough and Fang-Trim."""
-    mean_P, std_P = honest_HP.mean(0), honest_HP.std(0)
-    if case == "lie":
-        return (mean_P - 1.5 * std_P).expand(20, -1)
-    if case == "trim":  # beyond the honest extremes, against the mean's direction
-        lowest_P, highest_P = honest_HP.min(0).values, honest_HP.max(0).values
-        stretch = torch.rand(20, len(mean_P), generator=torch.Generator().manual_seed(0))
-        return torch.where(mean_P > 0, lowest_P - stretch * std_P, highest_P + stretch * std_P)
-    # as far along the negative mean as the sum of squared distances allows
-    offset_HP = mean_P - honest_HP
-    widest = torch.cdist(offset_HP, offset_HP).double().square().sum(1).max()
-    direction_P = -mean_P / mean_P.norm()
-    b, c = 2 * (offset_HP @ direction_P).double().sum(), offset_HP.double().square().sum() - widest
-    reach = (-b + (b * b - 4 * len(honest_HP) * c).sqrt()) / (2 * len(honest_HP))
-    return (mean_P + reach.float() * direction_P).expand(20, -1)
+    return real_updates(100, mnist_dir)
 
 
 def solve(updates_RP: Tensor, loss: FlatModel, solver: str, dtype: torch.dtype, steps: int = 20) -> TrainedMasks:
@@ -295,8 +282,6 @@ def test_the_comparison_can_fail(mnist_updates: tuple[Tensor, FlatModel], monkey
 
 
 # --- the collapsed solver: approximate, measured by what rounding the updates to bfloat16 does ---------------------------
-
-COLLAPSED_CASES = ["none", "min-max", "min-sum", "sign-flip", "lie", "boosted", "trim", "noise"]
 
 
 def collapsed_error(updates_RP: Tensor, loss: FlatModel, case: str) -> tuple[float, float]:

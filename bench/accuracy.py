@@ -1,0 +1,159 @@
+"""How far the collapsed solver is from the exact one: the tables and the plot of ``docs/collapsed.md``.
+
+``python -m skymask_gpu.bench.accuracy --data-dir DIR --out bench/results/accuracy`` trains real updates of the paper's CNN on
+MNIST (files in DIR) for each number of clients, and for each attack compares, with the exact masks in float32:
+
+* the share of bits that differ for several numbers of bins, for updates rounded to bfloat16 (the yardstick), and for updates
+  rounded to 8 bits in blocks;
+* the relative error of the masked mean that the last step sees;
+* the client labels.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from skymask_gpu.bench.real_updates import CASES, attacked, mnist_updates
+from skymask_gpu.bench.solvers import differing_share
+from skymask_gpu.engine import ClientBlocks, FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks
+from skymask_gpu.engine.solvers import collapsed
+from skymask_gpu.files import write_text
+from skymask_gpu.root import RootTraining, root_direction
+
+BINS = (8, 16, 32, 64)
+# Values that share a scale in the 8-bit form.
+_BLOCK = 128
+# What the default number of bins may cost: so many times the yardstick, or this share of the bits if that is larger.
+MOST_YARDSTICKS = 2.0
+FLOOR = 1e-4
+FLOOR_WIDE = 5e-4  # of scaled clients and of noise
+
+
+def allowed(case: str, yardstick: float) -> float:
+    """The share of bits in which the collapsed solver may differ."""
+    return max(MOST_YARDSTICKS * yardstick, FLOOR_WIDE if case in ("boosted", "noise") else FLOOR)
+
+
+def in_8_bits(updates_RP: Tensor) -> Tensor:
+    """The updates rounded to 255 levels between minus and plus the largest of each row's blocks of neighbours, as float32."""
+    rounded_RP = updates_RP.clone()
+    for part in rounded_RP.split(_BLOCK, dim=1):
+        scale = (part.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        part.copy_((part / scale).round_().mul_(scale))
+    return rounded_RP
+
+
+def mean_error(updates_RP: Tensor, loss: FlatModel, config: MaskTraining) -> float:
+    """Relative error of the masked mean that the last step sees, bins against all rows."""
+    before = MaskTraining(steps=config.steps - 1, min_improvement=-1e9)
+    logits_RP = train_masks(updates_RP, loss.initial_params, loss, config=before, solver="fused", keep_logits=True).logits
+    assert logits_RP is not None
+    gates_RP = torch.sigmoid(logits_RP)
+    want_P = (gates_RP * updates_RP).sum(0, dtype=torch.float64) / gates_RP.sum(0, dtype=torch.float64)
+    counts_BP, centres_BP, _, mean_P = collapsed._bins(ClientBlocks([updates_RP]), config.bins)
+    _, _, means_TP, _ = collapsed._train_bins(counts_BP, centres_BP, mean_P, len(updates_RP), loss.initial_params, loss, config)
+    return float(torch.linalg.vector_norm(means_TP[-1] - want_P) / torch.linalg.vector_norm(want_P))
+
+
+def measure_case(updates_RP: Tensor, loss: FlatModel, case: str, direction_P: Tensor) -> dict[str, Any]:
+    """One row of the tables."""
+    updates_RP = attacked(updates_RP, case)
+    alignment_N = (updates_RP[:-1] @ direction_P).double()
+
+    def train(rows_RP: Tensor, solver: str, bins: int = 32) -> TrainedMasks:
+        config = MaskTraining(bins=bins, min_improvement=-1e9)
+        return train_masks(rows_RP, loss.initial_params, loss, config=config, solver=solver)
+
+    def labels(masks: TrainedMasks) -> Tensor:
+        return cluster_masks(masks.bits, masks.num_params, alignment=alignment_N).benign
+
+    exact = train(updates_RP, "fused")
+    yardstick = differing_share(train(updates_RP.bfloat16(), "fused"), exact)
+    by_bins = {bins: train(updates_RP, "collapsed", bins) for bins in BINS}
+    shares = {bins: differing_share(masks, exact) for bins, masks in by_bins.items()}
+    honest_N = torch.arange(len(updates_RP) - 1) >= (0 if case == "none" else (len(updates_RP) - 1) // 5)
+    exact_labels = labels(exact)
+    default = by_bins[MaskTraining().bins]
+    return {
+        "case": case,
+        "clients": len(updates_RP) - 1,
+        "bfloat16": yardstick,
+        "8_bit": differing_share(train(in_8_bits(updates_RP), "fused"), exact),
+        "bins": shares,
+        "allowed": allowed(case, yardstick),
+        "within": shares[MaskTraining().bins] <= allowed(case, yardstick),
+        "mean_error": {bins: mean_error(updates_RP, loss, MaskTraining(bins=bins, min_improvement=-1e9)) for bins in BINS},
+        "same_labels": torch.equal(labels(default), exact_labels),
+        "wrong_labels": int((exact_labels != honest_N).sum()),
+        "one_cut": 1 - default.cuts.several.float().mean().item() if default.cuts else None,
+        "constant": default.cuts.constant.float().mean().item() if default.cuts else None,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data-dir", type=Path, help="folder with MNIST's IDX files")
+    parser.add_argument("--clients", type=int, nargs="+", default=[100, 500])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/accuracy"), help="without suffix: .json and .png")
+    options = parser.parse_args(arguments)
+    console = Console()
+    rows = []
+    for num_clients in options.clients:
+        with console.status(f"training {num_clients} clients on MNIST ..."):
+            updates_RP, loss = mnist_updates(num_clients, options.data_dir)
+            direction_P = root_direction(loss, loss.initial_params, RootTraining())
+        for case in track(CASES, description=f"{num_clients} clients", console=console):
+            rows.append(measure_case(updates_RP, loss, case, direction_P))
+    console.print(_table(rows))
+    write_text(options.out.with_suffix(".json"), json.dumps(rows, indent=1) + "\n")
+    _plot(rows, options.out.with_suffix(".png"))
+    return 0 if all(row["within"] and row["same_labels"] for row in rows) else 1
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "clients", "attack", *(f"B = {bins}" for bins in BINS), "bfloat16", "allowed", "8 bit", "labels", "error of A"
+    )
+    for row in rows:
+        shares = (f"{row['bins'][bins]:.1e}" for bins in BINS)
+        same = "same" if row["same_labels"] else "[red]differ[/]"
+        verdict = "" if row["within"] else " [red]exceeded[/]"
+        error = f"{row['mean_error'][MaskTraining().bins]:.1e}"
+        cells = [f"{row['bfloat16']:.1e}", f"{row['allowed']:.1e}{verdict}", f"{row['8_bit']:.1e}", same, error]
+        table.add_row(str(row["clients"]), row["case"], *shares, *cells)
+    return table
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Share of differing bits and error of A against the number of bins, one line an attack."""
+    from matplotlib.figure import Figure
+
+    from skymask_gpu.files import write_whole
+
+    largest = max(row["clients"] for row in rows)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, row in enumerate(r for r in rows if r["clients"] == largest):
+        colour = f"C{number}"
+        left.loglog(BINS, [row["bins"][bins] for bins in BINS], "o-", color=colour, label=row["case"])
+        left.axhline(row["bfloat16"], color=colour, linestyle=":", linewidth=0.8)
+        right.loglog(BINS, [row["mean_error"][bins] for bins in BINS], "o-", color=colour)
+    left.set(ylabel="share of bits that differ from exact (dotted: bfloat16)")
+    right.set(ylabel="relative error of the masked mean A at the last step")
+    for axes in (left, right):
+        axes.set(xlabel="bins B", title=f"N = {largest}", xticks=BINS, xticklabels=map(str, BINS))
+        axes.minorticks_off()
+    figure.legend(loc="outside right center", fontsize=8)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=110))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
