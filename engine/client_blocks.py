@@ -1,5 +1,7 @@
 """``ClientBlocks``: rows of updates that come in blocks and are read as often as needed, so that disk limits N, not memory."""
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,15 +110,13 @@ class ClientBlocks:
         for number in range(len(self.sizes)):
             yield self._read(number)
 
-    def rows(self, wanted_S: Tensor) -> Tensor:
-        """The rows, ``(S, P)``, with these ascending numbers, ``(S,)`` int64."""
-        parts, first = [], 0
-        for number, size in enumerate(self.sizes):
-            here_S = wanted_S[(wanted_S >= first) & (wanted_S < first + size)] - first
-            if len(here_S):
-                parts.append(self._read(number)[here_S.to(self.device)])
-            first += size
-        return torch.cat(parts)
+    def each(self, wanted: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """The rows with these ascending numbers, ``(P,)`` each, with their numbers; a block is read once."""
+        ends = list(itertools.accumulate(self.sizes))
+        for number, group in itertools.groupby(wanted, key=lambda row: bisect.bisect_right(ends, row)):
+            block = self._read(number)
+            for row in group:
+                yield row, block[row - (ends[number] - self.sizes[number])]
 
     def select(self, keep_N: Tensor) -> "ClientBlocks":
         """Only the rows where ``keep_N``, ``(N,)`` bool, of which at least one is set."""

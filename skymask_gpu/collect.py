@@ -41,10 +41,6 @@ class Collected:
     buffers: list[dict[str, Tensor]]  # one a row; empty dicts if the clients sent none
     rejected: dict[int, str]
 
-    def row(self, number: int) -> Tensor:
-        """``(P,)``."""
-        return self.rows.rows(torch.tensor([number]))[0]
-
     def reject(self, reasons: dict[int, str]) -> None:
         """Drop rows (by position), not all of them, with the reason for each."""
         if not reasons:
@@ -131,8 +127,8 @@ def drives_loss_out_of_range(
 ) -> dict[int, str]:
     """Those of the candidate rows that alone make the root loss or its gradient Inf or NaN, with the reason."""
     reasons = {}
-    for row in candidates:
-        params_P = (global_params_P + collected.row(row).to(global_params_P.dtype)).requires_grad_()
+    for row, update_P in collected.rows.each(candidates):
+        params_P = (global_params_P + update_P.to(global_params_P.dtype)).requires_grad_()
         value = loss(params_P)
         (grad_P,) = torch.autograd.grad(value, params_P)
         if not torch.isfinite(value):
@@ -220,8 +216,8 @@ def _reject_non_finite(collected: Collected) -> None:
     # the norm is finite for almost every row; only the others are read a second time
     doubtful = (~torch.isfinite(collected.norms)).nonzero().flatten().tolist()
     reasons = {}
-    for row in doubtful:
-        num_bad = int((~torch.isfinite(collected.row(row))).sum())
+    for row, update_P in collected.rows.each(doubtful):
+        num_bad = int((~torch.isfinite(update_P)).sum())
         if num_bad:
             reasons[row] = f"its update contains NaN or Inf ({num_bad} of {collected.rows.num_params} values)"
     if len(reasons) == len(collected.rows):

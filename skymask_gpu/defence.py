@@ -141,8 +141,8 @@ class SkyMask:
 
         Args:
             updates: what N clients sent, local minus global parameters: an ``(N, P)`` float32 or bfloat16 tensor, a list of N
-                state dicts of updates (buffers, where they are sent, as they are), or :class:`ClientBlocks`, whose rows may
-                stay on disk. Not modified.
+                state dicts of updates (buffers, where they are sent, as they are; of another sequence each is read anew
+                whenever it is needed), or :class:`ClientBlocks`, whose rows may stay on disk. Not modified.
             global_params: ``(P,)`` the model before the round; None: the module's parameters when this object was made.
             root_update: ``(P,)`` the root row, an update trained on the root data like a client's; None: the root direction,
                 scaled to the clients' median norm.
@@ -159,15 +159,15 @@ class SkyMask:
         check_form(updates, self._flat.num_params)
         where = updates.device if isinstance(updates, Tensor | ClientBlocks) else self._flat.initial_params.device
         device = self._device or where
-        if isinstance(updates, Tensor | ClientBlocks):
-            updates = updates.to(device)
-        # a copy of the rows with the root's, and the distances of all pairs
+        # the masks' bits, and the distances of all pairs
         num_clients = len(updates)
-        num_bytes = 4 * num_clients * self._flat.num_params + 8 * num_clients**2
+        num_bytes = num_clients * self._flat.num_params // 8 + 4 * num_clients**2
         remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
         with watch.phase("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
             loss = self._flat.to(device)
             global_params_P = self._global_params(global_params, loss)
+            if isinstance(updates, Tensor | ClientBlocks):
+                updates = updates.to(device)
             with watch.phase("root"):
                 direction_P = root_direction(loss, global_params_P, self._root_training)
             with watch.phase("collect"):

@@ -56,7 +56,9 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
     if updates.in_memory and len(updates.sizes) == 1:
         edges_EP = bin_edges(next(iter(updates)), sampled.to(device), num_bins)
     else:
-        edges_EP = bin_edges(updates.rows(sampled), torch.arange(len(sampled), device=device), num_bins)
+        sample_SP = torch.stack([row_P.clone() for _, row_P in updates.each(sampled.tolist())])
+        edges_EP = bin_edges(sample_SP, torch.arange(len(sampled), device=device), num_bins)
+        del sample_SP
     # of uint16 torch has little more than zeros and casts on a GPU, which are all that is used here
     counts_BP = torch.zeros(num_bins, num_params, dtype=torch.uint16, device=device)
     sums_BP = torch.zeros(num_bins, num_params, device=device)

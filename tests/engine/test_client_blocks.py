@@ -68,13 +68,15 @@ def test_blocks_select_append_stack_and_pick_rows(problem: tuple[Tensor, FlatMod
     keep[:10] = False
     last = torch.full((rows_RP.shape[1],), 7.0)
     want = torch.cat([rows_RP[keep], last[None]])
-    wanted = torch.tensor([0, 3, len(want) - 1])
+    wanted = [0, 3, len(want) - 1]
     for blocks in (ClientBlocks(rows_RP.split([10, 30])), on_disk(tmp_path, rows_RP, [10, 30])):
         changed = blocks.select(keep).with_last(last)
         assert len(changed) == len(want)
         assert torch.equal(torch.cat(list(changed)), want)
         assert torch.equal(torch.cat(list(changed)), want), "blocks are read more than once"
-        assert torch.equal(changed.rows(wanted), want[wanted])
+        picked = list(changed.each(wanted))
+        assert [number for number, _ in picked] == wanted
+        assert torch.equal(torch.stack([row for _, row in picked]), want[wanted])
         assert torch.equal(changed.stack(), want)
         assert changed.stack().stride(0) % 8 == 0
         assert len(blocks) == NUM_ROWS, "the original is as it was"
