@@ -95,8 +95,51 @@ def test_min_max_on_equal_updates_sends_their_mean(malicious: torch.Tensor) -> N
     assert torch.equal(attack("min-max", updates, malicious), updates)
 
 
+def test_min_sum_is_as_far_out_in_sum_as_honest_updates_are(updates: torch.Tensor, malicious: torch.Tensor) -> None:
+    """The defining property: the sum of squared distances to honest updates equals the largest among honest updates."""
+    honest = updates[~malicious].double()
+    sent = attack("min-sum", updates, malicious)[malicious].double()
+    assert (sent == sent[0]).all()
+    sums = torch.cdist(honest, honest).square().sum(1)
+    assert (sent[0] - honest).square().sum().item() == pytest.approx(sums.max().item(), rel=1e-5)
+    direction = (sent[0] - honest.mean(0)) / -honest.std(0)
+    assert direction.min() > 0
+    assert direction.std() / direction.mean() < 1e-4
+
+
+@pytest.mark.parametrize(("num_clients", "num_malicious", "z"), [(50, 12, 0.3360), (100, 20, 0.2858), (10, 6, 3.0)])
+def test_a_little_is_enough_goes_z_standard_deviations(num_clients: int, num_malicious: int, z: float) -> None:
+    """By hand: of 50 clients, 12 malicious, s = 14 supporters are needed of 38: Phi(z) = 24 / 38 gives z = 0.336."""
+    updates = torch.randn(num_clients, 200, generator=torch.Generator().manual_seed(0))
+    malicious = torch.arange(num_clients) < num_malicious
+    honest = updates[~malicious].double()
+    sent = attack("lie", updates, malicious)[malicious].double()
+    steps = (honest.mean(0) - sent) / honest.std(0)
+    torch.testing.assert_close(steps, torch.full_like(steps, z), atol=2e-4, rtol=0)
+
+
+def test_trim_lies_beyond_the_honest_extreme_against_the_mean(updates: torch.Tensor, malicious: torch.Tensor) -> None:
+    updates = updates + 0.2 * updates[0].sign()  # some parameters have one sign in all clients
+    honest, sent = updates[~malicious], attack("trim", updates, malicious)[malicious]
+    lowest, highest, rises = honest.min(0).values, honest.max(0).values, honest.mean(0) > 0
+    assert (sent <= lowest)[:, rises].all()
+    assert (sent >= highest)[:, ~rises].all()
+    extreme = torch.where(rises, lowest, highest)
+    ratio = sent / extreme
+    assert (ratio >= 0.5).all()
+    assert (ratio <= 2).all()
+    assert ratio.std() > 0.1, "drawn, not all alike"
+    assert torch.equal(sent, attack("trim", updates, malicious)[malicious])
+
+
+def test_scaled_updates_replace_the_mean(updates: torch.Tensor, malicious: torch.Tensor) -> None:
+    """The defining property: with honest updates of zero the mean of all is that of the malicious clients."""
+    updates = updates * malicious[:, None]
+    torch.testing.assert_close(attack("scaling", updates, malicious).mean(0), updates[malicious].mean(0))
+
+
 def test_unknown_attacks_are_named(updates: torch.Tensor, malicious: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"attack\.name must be one of none, min-max, sign-flip, got 'mimic'"):
+    with pytest.raises(ValueError, match=r"attack\.name must be one of none, lie, min-max, .*, trim, got 'mimic'"):
         attack("mimic", updates, malicious)
 
 
