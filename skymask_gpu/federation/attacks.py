@@ -86,9 +86,9 @@ def _min_sum(updates_NP: Tensor, malicious_N: Tensor) -> Tensor:
 def _lie(updates_NP: Tensor, malicious_N: Tensor) -> Tensor:
     """A Little Is Enough (Baruch et al., NeurIPS 2019, algorithm 3), the form that prevents convergence.
 
-    All send mean - z * std of the honest updates. z is such that, for each parameter, as many honest clients are expected beyond
-    it as the attackers need to be a majority together: Phi(z) = (N - f - s) / (N - f), s = floor(N / 2 + 1) - f of N clients, f
-    of them malicious. From a majority of attackers on z has no bound; it is 3 then.
+    All send mean - z * std of the honest updates. z is such that, for each parameter, as many honest clients are expected
+    beyond it as the attackers need to be a majority together: Phi(z) = (N - f - s) / (N - f) with s = floor(N / 2 + 1) - f,
+    of N clients, f of them malicious. From a majority of attackers on z has no bound; it is 3 then.
     """
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) < 2:
