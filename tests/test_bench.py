@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from skymask_gpu.bench import accuracy, costs, large, solvers
+from skymask_gpu.bench import accuracy, costs, large, many_clients, solvers
 from skymask_gpu.bench.measure import measure
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.root import RootTraining, root_direction
@@ -103,3 +103,14 @@ def test_costs_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(costs, "NUM_PARAMS", 2000)
     assert costs.main() == 0
     assert capsys.readouterr().out.count("ns a column") == 4
+
+
+def test_rates_of_many_clients_are_printed(
+    mnist_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(many_clients, "CASES", ("none", "lie"))
+    monkeypatch.setattr(many_clients, "DIVISORS", (1, 1000))
+    assert many_clients.main(["--data-dir", str(mnist_dir), "--clients", "30"]) == 0
+    printed = capsys.readouterr().out
+    assert "none" in printed
+    assert "0.00 / 1.00" in printed, "a thousandth of the learning rate finds nobody"

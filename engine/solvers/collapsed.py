@@ -110,9 +110,9 @@ def _replay_uncut_columns(
     if len(columns) == 0:
         return
     for part in columns.split(max(1, _CHUNK_ELEMENTS // len(updates_RP))):
-        logits_RC = replay(
-            updates_RP[:, part], slopes_TP[:, part], means_TP[:, part], init=config.init, full_step=config.full_step
-        )
+        # chosen columns of a tensor need not come out side by side
+        updates_RC, slopes_TC, means_TC = (x[:, part].contiguous() for x in (updates_RP, slopes_TP, means_TP))
+        logits_RC = replay(updates_RC, slopes_TC, means_TC, init=config.init, full_step=config.full_step)
         flags_RC = (logits_RC > config.logit_threshold).to(torch.uint8)
         for j in range(8):
             chosen = part % 8 == j  # one column a byte at most

@@ -434,9 +434,6 @@ def bin_step(
 
 def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: float, full_step: float) -> Tensor:
     num_values, num_params = values_VP.shape
-    # chosen columns of a tensor need not come out with unit column stride
-    values_VP = values_VP if values_VP.stride(1) == 1 else values_VP.contiguous()
-    slopes_TP, means_TP = slopes_TP.contiguous(), means_TP.contiguous()
     logits_VP = torch.empty(num_values, num_params, device=values_VP.device)
     vec = vector_elements(num_params, values_VP, slopes_TP, means_TP, logits_VP)
     with on_device_of(values_VP):
