@@ -20,7 +20,7 @@ class RootTraining:
     Attributes:
         steps: of SGD, at least 1.
         lr: learning rate, > 0.
-        grad_clip: bound on each element of the gradient, > 0.
+        grad_clip: bound on each element of the gradient, > 0; ``inf`` for none.
     """
 
     steps: int = 40
@@ -30,10 +30,10 @@ class RootTraining:
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"RootTraining.steps must be an integer of at least 1, got {self.steps!r}")
-        for name in ("lr", "grad_clip"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"RootTraining.{name} must be a finite number above 0, got {value!r}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"RootTraining.lr must be a finite number above 0, got {self.lr!r}")
+        if not self.grad_clip > 0:
+            raise ValueError(f"RootTraining.grad_clip must be above 0 (inf: no clipping), got {self.grad_clip!r}")
 
 
 def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining) -> Tensor:
