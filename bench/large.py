@@ -22,7 +22,7 @@ from skymask_gpu.bench.measure import resident
 from skymask_gpu.bench.solvers import honest_rows, make_model
 from skymask_gpu.defence import SkyMask
 from skymask_gpu.engine import ClientBlocks, FlatModel
-from skymask_gpu.federation.attacks import attack
+from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
 from skymask_gpu.files import write_tensors
 
 # Clients of a file; the first fifth of each are attackers.
@@ -46,7 +46,9 @@ def write_clients(folder: Path, num_clients: int) -> None:
         path = folder / f"{number:04}.safetensors"
         if not path.exists():
             rows_NP = honest_rows(loss, size, seed=number)
-            write_tensors(path, {"updates": attack("sign-flip", rows_NP, is_malicious(size))})
+            write_tensors(
+                path, {"updates": attack(rows_NP, is_malicious(size), Threat(AttackConfig(name="sign-flip", share=0.2)))}
+            )
 
 
 def judge(folder: Path, num_clients: int) -> dict[str, Any]:

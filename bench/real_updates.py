@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.federation.attacks import attack
+from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
 from skymask_gpu.federation.data import load_dataset, split_root
 from skymask_gpu.federation.local_training import LocalTraining, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
@@ -22,13 +22,18 @@ def mnist_updates(num_clients: int, data_dir: Path | None) -> tuple[Tensor, Flat
     generator = torch.Generator().manual_seed(0)
     dataset = load_dataset("mnist", data_dir)
     root, rest = split_root(dataset.train_labels, 100, generator)
-    parts = [rest[part] for part in partition(dataset.train_labels[rest], num_clients, 0.5, generator)]
+    parts = [
+        rest[part]
+        for part in partition(
+            "bias", dataset.train_labels[rest], num_clients, bias=0.5, alpha=0.0, subjects=None, generator=generator
+        )
+    ]
     module = build_model("cnn", (1, 28, 28), 10, seed=0)
     loss = FlatModel(module, dataset.train_inputs[root], dataset.train_labels[root])
-    recipe = LocalTraining()
+    recipe = LocalTraining(batching="vmap")
     batches = draw_batches([*parts, root], recipe, generator)
-    updates_RP = train_clients(module, loss.initial_params, dataset.train_inputs, dataset.train_labels, batches, recipe)
-    return updates_RP, loss
+    sent = train_clients(module, loss.initial_params, dataset.train_inputs, dataset.train_labels, batches, recipe)
+    return sent.updates, loss
 
 
 def attacked(updates_RP: Tensor, case: str) -> Tensor:
@@ -38,7 +43,7 @@ def attacked(updates_RP: Tensor, case: str) -> Tensor:
     updates_RP = updates_RP.clone()
     malicious_RP = updates_RP[:num_malicious]
     if case in ("min-max", "sign-flip"):
-        updates_RP[:-1] = attack(case, updates_RP[:-1], malicious_N)
+        updates_RP[:-1] = attack(updates_RP[:-1], malicious_N, Threat(AttackConfig(name=case, share=0.2)))
     elif case == "noise":
         malicious_RP += 0.05 * torch.randn(malicious_RP.shape, generator=torch.Generator().manual_seed(0))
     elif case == "scaled":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from skymask_gpu.bench.measure import Measured, measure
 from skymask_gpu.engine import FlatModel, TrainedMasks, cluster_masks, train_masks, unpack_bits, why_not_solver
-from skymask_gpu.federation.attacks import attack
+from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.files import write_text
 
@@ -57,7 +57,7 @@ def make_case(num_clients: int, device: torch.device) -> tuple[Tensor, FlatModel
     loss = FlatModel(*make_model())
     rows_RP = honest_rows(loss, num_clients + 1, seed=0)
     malicious_N = torch.arange(num_clients) < num_clients // 5
-    rows_RP[:-1] = attack("min-max", rows_RP[:-1], malicious_N)
+    rows_RP[:-1] = attack(rows_RP[:-1], malicious_N, Threat(AttackConfig(name="min-max", share=0.2)))
     return rows_RP.to(device), loss.to(device)
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``skymask-gpu aggregate | run | info``."""
+"""The command line: ``skymask-gpu aggregate | info``, and the commands of ``cli_federation.py``."""
 
 import math
 import sys
@@ -11,9 +11,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from skymask_gpu import cli_federation
 from skymask_gpu.defence import Aggregation, SkyMask
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.files import read_tensors, write_tensors, write_text
@@ -24,6 +24,7 @@ from skymask_gpu.user_files import UserUpdates, load_module, load_root, load_upd
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="SkyMask, the mask-based defence of federated learning.")
 console = Console()
 errors = Console(stderr=True)
+cli_federation.register(app)
 
 # Rows of a verdict table that still fit on a screen; all are in the JSON report.
 _TABLE_ROWS = 40
@@ -99,90 +100,6 @@ def aggregate(
     if json_report is not None:
         write_text(json_report, _verdict_json(result, sent))
         console.print(f"verdict: {json_report}")
-
-
-@app.command()
-def run(
-    config: Annotated[Path, typer.Argument(help="The run's TOML file; examples/ has some.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for metrics, plots and report; default runs/NAME.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set's standard files.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run left off.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where there are results already.")] = False,
-) -> None:
-    """Simulate a federated run round by round, and report it with plots and one HTML page."""
-    from skymask_gpu.federation.config import read_config
-    from skymask_gpu.federation.rounds import has_results
-
-    runs = read_config(config)
-    if data_dir is not None:
-        runs = [replace(r, data=replace(r.data, data_dir=str(data_dir))) for r in runs]
-    folder = out or Path("runs") / config.stem
-    folders = [folder / r.name if len(runs) > 1 else folder for r in runs]
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    for existing in folders:
-        if has_results(existing) and not resume and not overwrite:
-            raise ValueError(f"--out: {existing} holds results already; go on with --resume or start anew with --overwrite")
-    _play(runs, folders, folder, title=config.stem, overwrite=overwrite)
-
-
-def _play(runs: list[Any], folders: list[Path], folder: Path, *, title: str, overwrite: bool) -> None:
-    try:
-        from skymask_gpu.federation.data import load_dataset
-        from skymask_gpu.federation.rounds import Federation, clear_results, run_rounds
-        from skymask_gpu.report.page import write_report
-        from skymask_gpu.report.summary import COLUMNS, load_run
-    except ModuleNotFoundError as error:
-        raise ValueError(f"skymask-gpu run needs {error.name}: pip install 'skymask-gpu[run]'") from error
-
-    # all of them before the first round, and before anything is overwritten: what cannot run is said now
-    with console.status("loading ..."):
-        keys = {(run.data.dataset, run.data.data_dir) for run in runs}
-        datasets = {(name, where): load_dataset(name, Path(where) if where else None) for name, where in keys}
-        federations = [Federation.build(run, datasets[run.data.dataset, run.data.data_dir]) for run in runs]
-    if overwrite:
-        for existing in folders:
-            clear_results(existing)
-    progress = Progress(
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-    )
-    with progress:
-        for config, federation, run_folder in zip(runs, federations, folders, strict=True):
-            task = progress.add_task(config.name, total=config.rounds, status="")
-            for record in run_rounds(federation, run_folder):
-                progress.update(task, completed=record["round"] + 1, status=_status(record))
-            progress.update(task, completed=config.rounds)
-    finished = [load_run(config, run_folder) for config, run_folder in zip(runs, folders, strict=True)]
-    report = write_report(title, finished, folder)
-    table = Table(*COLUMNS, title=f"{title}: after {max(r.rounds for r in runs)} rounds")
-    for run_ in finished:
-        table.add_row(*run_.row())
-    console.print(table)
-    console.print(
-        "accuracy after the last round; FPR: honest clients rejected, FNR: attackers kept, means over the rounds; "
-        "s/round: aggregation, median",
-        style="dim",
-    )
-    for name, path in (
-        ("plot", report.rounds),
-        ("masks", report.masks),
-        ("evidence", report.evidence),
-        ("report", report.page),
-    ):
-        if path is not None:
-            console.print(f"{name + ':':10}{path}", soft_wrap=True)
-
-
-def _status(record: dict[str, Any]) -> str:
-    false_negatives = record["false_negative_rate"]
-    kept = "" if false_negatives is None else f", attackers kept {false_negatives:.0%}"
-    return f"accuracy {record['accuracy']:.1%}, honest rejected {record['false_positive_rate']:.0%}{kept}"
 
 
 def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:

@@ -12,7 +12,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["append_line", "check_tensors", "read_lines", "read_tensors", "write_tensors", "write_text", "write_whole"]
+__all__ = [
+    "append_line",
+    "check_tensors",
+    "read_lines",
+    "read_metadata",
+    "read_tensors",
+    "write_tensors",
+    "write_text",
+    "write_whole",
+]
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -48,6 +57,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # no mapping
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; errors as of :func:`read_tensors`."""
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def check_tensors(path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.files import check_tensors, read_tensors
 
-__all__ = ["UserUpdates", "load_module", "load_root", "load_updates"]
+__all__ = ["UserUpdates", "build_module", "load_module", "load_root", "load_updates"]
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class UserUpdates:
     unreadable: dict[str, str]  # file -> reason
 
 
-def load_module(spec: str, state: Mapping[str, Tensor]) -> nn.Module:
-    """An instance of the class in ``"file.py:Class"``, built without arguments, holding ``state``.
+def build_module(option: str, spec: str) -> nn.Module:
+    """An instance of the class in ``"file.py:Class"``, built without arguments; ``option`` is what errors call the setting.
 
     Raises:
-        ValueError: the file or class is missing, needs arguments, or does not fit the state.
+        ValueError: the file or class is missing, needs arguments, or is no module.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not file or not path.is_file():
-        raise ValueError(f"--model must be file.py:Class with an existing file, got {spec!r}")
+        raise ValueError(f"{option} must be file.py:Class with an existing file, got {spec!r}")
     module_spec = importlib.util.spec_from_file_location(f"skymask_user_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"--model must be file.py:Class, {path} is no Python file")
+        raise ValueError(f"{option} must be file.py:Class, {path} is no Python file")
     python_module = importlib.util.module_from_spec(module_spec)
     # as `python file.py` would have it: dataclasses look their module up, and neighbours can be imported
     sys.modules[module_spec.name] = python_module
@@ -49,17 +49,27 @@ def load_module(spec: str, state: Mapping[str, Tensor]) -> nn.Module:
     finally:
         sys.path.pop(0)
     if not hasattr(python_module, name):
-        raise ValueError(f"--model: {path} has no {name!r}")
+        raise ValueError(f"{option}: {path} has no {name!r}")
     try:
         module = getattr(python_module, name)()
     except TypeError as error:
-        raise ValueError(f"--model: {name}() must be callable without arguments: {error}") from error
+        raise ValueError(f"{option}: {name}() must be callable without arguments: {error}") from error
     if not isinstance(module, nn.Module):
-        raise ValueError(f"--model: {name}() must return a torch.nn.Module, got {type(module).__name__}")
+        raise ValueError(f"{option}: {name}() must return a torch.nn.Module, got {type(module).__name__}")
+    return module
+
+
+def load_module(spec: str, state: Mapping[str, Tensor]) -> nn.Module:
+    """The module of :func:`build_module`, holding ``state``.
+
+    Raises:
+        ValueError: as there, or the module does not fit the state.
+    """
+    module = build_module("--model", spec)
     try:
         module.load_state_dict(dict(state))
     except RuntimeError as error:
-        raise ValueError(f"--global does not fit {name}: {error}") from error
+        raise ValueError(f"--global does not fit {type(module).__name__}: {error}") from error
     return module
 
 

@@ -210,7 +210,7 @@ root_samples = 50
 steps = 3
 [attack]
 name = "sign-flip"
-malicious = 4
+share = 0.2
 [[variants]]
 name = "FedAvg"
 defence = { rule = "fedavg" }
@@ -277,3 +277,75 @@ def test_kill_leaves_whole_lines_and_whole_files(tmp_path: Path) -> None:
         checkpoint = load_file(out / "checkpoint.safetensors")
         assert torch.isfinite(checkpoint["global_params"]).all()
         assert not (out / "report.html").exists()
+
+
+GRID = """
+rounds = 2
+[data]
+clients = 12
+root_samples = 40
+[local]
+steps = 2
+[attack]
+name = "sign-flip"
+share = 0.4
+[grid]
+"defence.rule" = ["fedavg", "bulyan"]
+seed = [0, 1]
+"""
+
+
+def test_sweep_plays_a_grid_reports_it_and_records_what_fails(tmp_path: Path) -> None:
+    """Bulyan cannot with 5 attackers of 12 clients."""
+    (tmp_path / "grid.toml").write_text(GRID)
+    out = tmp_path / "out"
+    swept = skymask_gpu("sweep", tmp_path / "grid.toml", "--out", out, "--jobs", "2", check=False)
+    assert swept.returncode == 1
+    printed = " ".join(swept.stdout.split())
+    assert "2 of 4 cells failed; --resume tries them again" in printed
+    assert "failed: rule=bulyan,seed=0: ValueError:" in printed
+    tables = (out / "tables.md").read_text()
+    assert "fedavg" in tables
+    assert "rule=bulyan,seed=1" in tables
+    assert len((out / "tables.csv").read_text().splitlines()) == 3
+    assert (out / "tables.tex").exists()
+    assert "sign-flip" in (out / "report.html").read_text()
+    metrics = out / "cells" / "rule=fedavg,seed=0" / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns
+
+    refused = skymask_gpu("sweep", tmp_path / "grid.toml", "--out", out, check=False)
+    assert refused.returncode == 2
+    assert "go on with --resume or start anew with --overwrite" in " ".join(refused.stderr.split())
+    (tmp_path / "grid.toml").write_text(GRID.replace("share = 0.4", "share = 0.1"))
+    changed = skymask_gpu("sweep", tmp_path / "grid.toml", "--out", out, "--resume", check=False)
+    assert changed.returncode == 2
+    assert "rule=fedavg,seed=0 holds a run with other settings (attack)" in " ".join(changed.stderr.split())
+    assert metrics.stat().st_mtime_ns == before
+
+    # the cells that failed can be played with fewer attackers
+    bulyan = GRID.replace("share = 0.4", "share = 0.1").replace("seed = [0, 1]", "seed = [0]").replace('"fedavg", ', "")
+    (tmp_path / "grid.toml").write_text(bulyan)
+    skymask_gpu("sweep", tmp_path / "grid.toml", "--out", out, "--resume")
+    assert not (out / "cells" / "rule=bulyan,seed=0" / "error.txt").exists()
+
+
+def test_report_of_a_run_and_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "trial.toml").write_text(CONFIG.split("[[variants]]")[0])
+    skymask_gpu("run", tmp_path / "trial.toml", "--out", tmp_path / "out")
+    (tmp_path / "out" / "report.html").unlink()
+    printed = skymask_gpu("report", tmp_path / "out").stdout
+    assert "trial" in printed
+    assert (tmp_path / "out" / "report.html").exists()
+    (tmp_path / "empty").mkdir()
+    nothing = skymask_gpu("report", tmp_path / "empty", check=False)
+    assert nothing.returncode == 2
+    assert "no run found" in " ".join(nothing.stderr.split())
+
+
+def test_data_needs_its_extra_and_says_so(tmp_path: Path) -> None:
+    failed = skymask_gpu("data", "har", tmp_path, check=False)
+    assert failed.returncode == 2
+    assert "train.csv" in " ".join(failed.stderr.split())
+    unknown = skymask_gpu("data", "mnits", tmp_path, check=False)
+    assert unknown.returncode == 2
+    assert "mnist" in " ".join(unknown.stderr.split())

@@ -4,6 +4,15 @@ import re
 from pathlib import Path
 
 import torch
+from typer.main import get_command
+
+from skymask_gpu.cli import app
+from skymask_gpu.federation.attacks import ATTACKS
+from skymask_gpu.federation.config import RunConfig
+from skymask_gpu.federation.data import DATASETS
+from skymask_gpu.federation.models import MODELS
+from skymask_gpu.federation.partition import PARTITIONS
+from skymask_gpu.federation.rules import RULES
 
 
 def test_the_python_examples_run_one_after_the_other(checkout: Path) -> None:
@@ -23,8 +32,30 @@ def test_make_targets_and_configs_exist(checkout: Path) -> None:
     readme, makefile = (checkout / "README.md").read_text(), (checkout / "Makefile").read_text()
     for target in re.findall(r"make ([a-z-]+)\b", readme):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for page in ("README.md", "docs/collapsed.md"):
+    for page in ("README.md", "docs/collapsed.md", "docs/federation.md"):
         for module in re.findall(r"-m\s+skymask_gpu\.(bench\.\w+)", (checkout / page).read_text()):
             assert (checkout / f"{module.replace('.', '/')}.py").is_file(), module
     for config in re.findall(r"examples/[\w-]+\.toml", readme):
         assert (checkout / config).is_file(), config
+
+
+def test_every_setting_and_name_is_in_the_docs(checkout: Path) -> None:
+    page = (checkout / "docs" / "federation.md").read_text()
+    for table, content in RunConfig().to_dict().items():
+        keys = [f"{table}.{key}" for key in content] if isinstance(content, dict) else [table]
+        for key in keys:
+            assert f"`{key}`" in page or key == "name", key
+    for name in {*ATTACKS, *RULES, *PARTITIONS} - {"none"}:
+        assert f"`{name}`" in page, name
+    for name in {*DATASETS, *(model.removesuffix("-gn") for model in MODELS)}:
+        assert re.search(rf"\b{name}\b", page), name
+
+
+def test_every_command_in_the_docs_exists(checkout: Path) -> None:
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    for page in ("README.md", "docs/federation.md"):
+        for command, options in re.findall(r"skymask-gpu (\w+) (.*)", (checkout / page).read_text()):
+            assert command in known, command
+            declared = {option for parameter in known[command].params for option in parameter.opts}
+            for option in re.findall(r"(?<!\w)(--[a-z-]+)", options.split("#")[0]):
+                assert option in declared, f"{command} {option}"

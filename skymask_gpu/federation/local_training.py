@@ -1,43 +1,126 @@
-"""Local SGD of many clients at once: one ``vmap(grad)`` over blocks of clients."""
+"""Local SGD of many clients at once.
 
+Two ways, same result within rounding: ``vmap(grad)`` over blocks of clients, or one client after the other. On a CPU a
+convolution with a weight of its own for each client is slower than a loop, and a small MLP many times faster (``python -m
+skymask_gpu.bench.local_training`` measures it), so ``batching = "auto"`` loops there over the clients of a convolutional
+network.
+"""
+
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine.flat_model import fast_layout
+from skymask_gpu.engine.memory import is_out_of_memory
 
-__all__ = ["LocalTraining", "draw_batches", "train_clients"]
+__all__ = ["Batches", "LocalTraining", "LocalUpdates", "batching_for", "draw_batches", "train_clients"]
 
-# Input values in a block of clients: on a CPU what keeps activations in the cache, on a GPU what fills it.
-_BLOCK_VALUES = {"cpu": 2**17, "cuda": 2**24}
+# What a block of clients may keep for its backward pass: on a CPU what its cache holds, on a GPU half of what is free.
+_CPU_BLOCK_BYTES = 2**22
+_GPU_SHARE = 0.5
+
+Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTraining:
-    """A client's local recipe: ``steps`` of SGD on batches of its own samples, gradients clipped element by element."""
+    """``[local]``: a client's local recipe, SGD on batches of its own samples.
+
+    Attributes:
+        steps: batches, drawn with replacement, if ``epochs`` is 0.
+        epochs: passes over a client's own samples in shuffled order, so that clients with more samples take more steps; the
+            last batch is filled up from a new shuffle. 0: ``steps`` decide.
+        batch_size: samples a batch.
+        lr: learning rate.
+        grad_clip: bound on each element of the gradient; ``inf`` for none.
+        momentum: of PyTorch's SGD, from 0; each round starts without.
+        weight_decay: of PyTorch's SGD, added to the clipped gradient.
+        autocast: ``"bfloat16"`` runs the model's passes in mixed precision; parameters stay float32.
+        batching: ``"vmap"``, ``"loop"`` or ``"auto"``.
+    """
 
     steps: int = 10
+    epochs: int = 0
     batch_size: int = 32
     lr: float = 0.1
     grad_clip: float = 1e-2
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    autocast: str = "float32"
+    batching: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"local.{name} must be an integer of at least 1, got {getattr(self, name)!r}")
-        for name in ("lr", "grad_clip"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"local.{name} must be finite and above 0, got {getattr(self, name)!r}")
+        for name, least in (("steps", 1), ("epochs", 0), ("batch_size", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"local.{name} must be an integer of at least {least}, got {getattr(self, name)!r}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"local.lr must be finite and above 0, got {self.lr!r}")
+        if not self.grad_clip > 0:
+            raise ValueError(f"local.grad_clip must be above 0 (inf: no clipping), got {self.grad_clip!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"local.momentum must be from 0 to below 1, got {self.momentum!r}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"local.weight_decay must be finite and at least 0, got {self.weight_decay!r}")
+        for name, known in (("autocast", ("float32", "bfloat16")), ("batching", ("auto", "vmap", "loop"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"local.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
-def draw_batches(parts: list[Tensor], config: LocalTraining, generator: torch.Generator) -> Tensor:
-    """Sample indices ``(clients, steps, batch)``, drawn with replacement from each client's own samples."""
-    shape = (config.steps, config.batch_size)
-    return torch.stack([part[(torch.rand(shape, generator=generator) * len(part)).long()] for part in parts])
+@dataclass(frozen=True)
+class Batches:
+    """The samples that each client sees.
+
+    Attributes:
+        index_CSB: ``(C, steps, batch)`` int64, indices of training samples; a client's steps beyond its own are not used.
+        steps_C: ``(C,)`` int64, how many steps each client takes.
+    """
+
+    index_CSB: Tensor
+    steps_C: Tensor
+
+
+@dataclass(frozen=True)
+class LocalUpdates:
+    """What C clients send: ``updates`` ``(C, P)`` float32, local minus global, and their models' buffers, each ``(C, ...)``."""
+
+    updates: Tensor
+    buffers: dict[str, Tensor]
+
+
+def draw_batches(parts: list[Tensor], config: LocalTraining, generator: torch.Generator) -> Batches:
+    """What each client sees this round; ``parts`` are the indices of each client's own samples."""
+    if config.epochs == 0:
+        shape = (config.steps, config.batch_size)
+        index_CSB = torch.stack([part[(torch.rand(shape, generator=generator) * len(part)).long()] for part in parts])
+        return Batches(index_CSB, torch.full((len(parts),), config.steps))
+    steps = [math.ceil(len(part) * config.epochs / config.batch_size) for part in parts]
+    index_CSB = torch.zeros(len(parts), max(steps), config.batch_size, dtype=torch.long)
+    for client, part in enumerate(parts):
+        wanted = steps[client] * config.batch_size
+        order = torch.cat([torch.randperm(len(part), generator=generator) for _ in range(math.ceil(wanted / len(part)))])
+        index_CSB[client, : steps[client]] = part[order[:wanted]].view(-1, config.batch_size)
+    return Batches(index_CSB, torch.tensor(steps))
+
+
+def batching_for(module: nn.Module, device: torch.device, config: LocalTraining) -> str:
+    """``"vmap"`` or ``"loop"``: what ``config.batching`` asks for or, if that is ``"auto"``, what is faster and works."""
+    if config.batching != "auto":
+        return config.batching
+    kinds = [type(layer) for layer in module.modules()]
+    if device.type == "cpu" and any(issubclass(kind, _ConvNd) for kind in kinds):
+        return "loop"
+    # PyTorch has no batch norm under both vmap and autocast
+    mixed_norm = config.autocast == "bfloat16" and any(issubclass(kind, _BatchNorm) for kind in kinds)
+    return "loop" if mixed_norm else "vmap"
 
 
 def train_clients(
@@ -45,38 +128,159 @@ def train_clients(
     global_params: Tensor,
     inputs: Tensor,
     labels: Tensor,
-    batches_CSB: Tensor,
+    batches: Batches,
     config: LocalTraining,
-) -> Tensor:
-    """The updates, local minus global, ``(C, P)`` float32, of C clients that all start from the global model.
+    *,
+    buffers: dict[str, Tensor] | None = None,
+    poison: Poison | None = None,
+    poisoned: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LocalUpdates:
+    """Train C clients that all start from the global model.
 
     Args:
         module: the model; its own parameters are not used.
         global_params: ``(P,)``.
         inputs: ``(n, ...)`` all training inputs, on the device to train on.
         labels: ``(n,)``.
-        batches_CSB: ``(C, steps, batch)`` indices of the samples that each client sees at each step.
-        config: learning rate and clip.
+        batches: what each client sees.
+        config: the recipe.
+        buffers: the global model's, by name (batch norm's running statistics); None: the module's own.
+        poison: ``poison(inputs (c, batch, ...), labels (c, batch))``, what malicious clients do to their batches.
+        poisoned: ``(C,)`` bool, which clients do so.
+        progress: called with the number of clients that are done.
+
+    Raises:
+        ValueError: the model does not run under ``vmap``.
+        torch.OutOfMemoryError: not even one client fits.
     """
     device = inputs.device
-    module = module.to(device)
-    flat = FlatModel(module, inputs[:1], labels[:1])
-    global_params_P = global_params.to(device)
-    batches_CSB = batches_CSB.to(device)
+    trainer = _Trainer(module, inputs, labels, config, poison)
+    start_P = global_params.detach().to(device)
+    start_buffers = {name: value.detach().to(device) for name, value in (buffers or dict(module.named_buffers())).items()}
+    index_CSB, steps_C = batches.index_CSB.to(device), batches.steps_C
+    poisoned_C = torch.zeros(len(index_CSB), dtype=torch.bool) if poisoned is None else poisoned.cpu()
+    updates_CP = torch.empty(len(index_CSB), trainer.flat.num_params, device=device)
+    buffers_C = {name: value.expand(len(index_CSB), *value.shape).clone() for name, value in start_buffers.items()}
+    # in blocks of alike clients: one kind of data, those with the most steps first
+    order = sorted(range(len(index_CSB)), key=lambda c: (bool(poisoned_C[c]), -int(steps_C[c])))
+    train = trainer.in_a_loop if batching_for(module, device, config) == "loop" else trainer.at_once
+    block, begin = min(trainer.block_size(start_P, start_buffers, index_CSB[0, 0]), len(order)), 0
+    while begin < len(order):
+        end = min(begin + block, len(order))
+        end = next((i for i in range(begin, end) if poisoned_C[order[i]] != poisoned_C[order[begin]]), end)
+        clients = order[begin:end]
+        try:
+            params_CP, trained = train(
+                start_P, start_buffers, index_CSB[clients], steps_C[clients], bool(poisoned_C[order[begin]])
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or block == 1:
+                raise
+            block = max(1, block // 2)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        updates_CP[clients] = params_CP - start_P
+        for name, value in trained.items():
+            buffers_C[name][clients] = value
+        begin = end
+        if progress is not None:
+            progress(begin)
+    return LocalUpdates(updates_CP, buffers_C)
 
-    def loss(params_P: Tensor, batch_inputs: Tensor, batch_labels: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(module, flat.unflatten(params_P), (batch_inputs,)), batch_labels)
 
-    gradients = vmap(grad(loss))
-    values_a_client = batches_CSB.shape[2] * inputs[0].numel()
-    block = max(1, _BLOCK_VALUES.get(device.type, 2**17) // values_a_client)
-    updates_CP = torch.empty(len(batches_CSB), flat.num_params, device=device)
-    for begin in range(0, len(batches_CSB), block):
-        clients = batches_CSB[begin : begin + block]
-        params_CP = global_params_P.expand(len(clients), -1).clone()
-        for step in range(clients.shape[1]):
-            index_CB = clients[:, step]
-            gradient_CP = gradients(params_CP, inputs[index_CB], labels[index_CB])
-            params_CP -= config.lr * gradient_CP.clamp_(-config.grad_clip, config.grad_clip)
-        updates_CP[begin : begin + block] = params_CP - global_params_P
-    return updates_CP
+class _Trainer:
+    """The recipe, applied to a block of clients."""
+
+    def __init__(self, module: nn.Module, inputs: Tensor, labels: Tensor, config: LocalTraining, poison: Poison | None) -> None:
+        self._inputs, self._labels, self._config, self._poison = inputs, labels, config, poison
+        self._module = copy.deepcopy(module).to(inputs.device).train()
+        self.flat = FlatModel(self._module, inputs[:2], labels[:2])
+
+    def block_size(self, start_P: Tensor, buffers: dict[str, Tensor], index_B: Tensor) -> int:
+        """How many clients to train at once, from what the backward pass of one keeps and the memory at hand."""
+        kept_bytes = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept_bytes
+            kept_bytes += tensor.numel() * tensor.element_size()
+            return tensor
+
+        params_P = start_P.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.random.fork_rng(devices=[]):
+            self._loss(params_P, _copied(buffers), self._inputs[index_B], self._labels[index_B])
+        at_hand = _CPU_BLOCK_BYTES
+        if start_P.is_cuda:
+            at_hand = int(_GPU_SHARE * torch.cuda.mem_get_info(start_P.device)[0])
+        return max(1, at_hand // max(1, kept_bytes))
+
+    def at_once(
+        self, start_P: Tensor, start_buffers: dict[str, Tensor], index_CSB: Tensor, steps_C: Tensor, poisoned: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Parameters ``(C, P)`` and buffers of C clients, most steps first, by one ``vmap(grad)`` a step."""
+        gradients = vmap(grad(self._loss), randomness="different")
+        params_CP = start_P.expand(len(index_CSB), -1).clone()
+        momentum_CP = torch.zeros_like(params_CP) if self._config.momentum else None
+        buffers_C = {name: value.expand(len(index_CSB), *value.shape).clone() for name, value in start_buffers.items()}
+        for step in range(int(steps_C.max())):
+            active = int((steps_C > step).sum())
+            batch = self._batch(index_CSB[:active, step], poisoned)
+            # slices are views: what the model writes into its buffers lands in buffers_C
+            views = {name: value[:active] for name, value in buffers_C.items()}
+            try:
+                gradient_CP = gradients(params_CP[:active], views, *batch)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise ValueError(f"local.batching: the model does not run under vmap, use 'loop': {error}") from error
+            self._descend(params_CP[:active], gradient_CP, None if momentum_CP is None else momentum_CP[:active])
+        return params_CP, buffers_C
+
+    def in_a_loop(
+        self, start_P: Tensor, start_buffers: dict[str, Tensor], index_CSB: Tensor, steps_C: Tensor, poisoned: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, one client after the other."""
+        params_CP = torch.empty(len(index_CSB), len(start_P), device=start_P.device)
+        buffers_C = {name: value.expand(len(index_CSB), *value.shape).clone() for name, value in start_buffers.items()}
+        for client, steps in enumerate(steps_C.tolist()):
+            buffers = {name: value[client] for name, value in buffers_C.items()}
+            params = {name: fast_layout(value.clone()) for name, value in self.flat.unflatten(start_P).items()}
+            momentum = {name: torch.zeros_like(value) for name, value in params.items()} if self._config.momentum else {}
+            for step in range(steps):
+                batch_inputs, batch_labels = self._batch(index_CSB[client : client + 1, step], poisoned)
+                for value in params.values():
+                    value.requires_grad_()
+                loss = self._loss_of(params, buffers, fast_layout(batch_inputs[0]), batch_labels[0])
+                gradients = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+                for (name, value), gradient in zip(params.items(), gradients, strict=True):
+                    self._descend(value.detach_(), gradient, momentum.get(name))
+            params_CP[client] = self.flat.flatten(params)
+        return params_CP, buffers_C
+
+    def _batch(self, index_CB: Tensor, poisoned: bool) -> tuple[Tensor, Tensor]:
+        inputs, labels = self._inputs[index_CB], self._labels[index_CB]
+        return self._poison(inputs, labels) if poisoned and self._poison is not None else (inputs, labels)
+
+    def _descend(self, params: Tensor, gradient: Tensor, momentum: Tensor | None) -> None:
+        """One step of ``torch.optim.SGD`` after ``clip_grad_value_``, in place."""
+        config = self._config
+        step = gradient.clamp_(-config.grad_clip, config.grad_clip) if math.isfinite(config.grad_clip) else gradient
+        if config.weight_decay:
+            step = step.add(params, alpha=config.weight_decay)
+        if momentum is not None:
+            step = momentum.mul_(config.momentum).add_(step)
+        params.sub_(step, alpha=config.lr)
+
+    def _loss(self, params_P: Tensor, buffers: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        return self._loss_of(self.flat.unflatten(params_P), buffers, inputs, labels)
+
+    def _loss_of(self, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        mixed = self._config.autocast == "bfloat16"
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=mixed):
+            outputs = functional_call(self._module, (params, buffers), (inputs,))
+        return F.cross_entropy(outputs.float(), labels)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}

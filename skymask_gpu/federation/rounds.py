@@ -1,14 +1,16 @@
 """The rounds of a federated run: train locally, attack, aggregate, evaluate; every round is recorded and can be resumed from.
 
-A run's folder holds ``metrics.jsonl`` (one line a round), ``checkpoint.safetensors`` (the global model after the last recorded
-round) and, for SkyMask, ``masks.safetensors`` (the last round's PCA scores and evidence). All randomness is drawn from
-(seed, round), so a run that was stopped and resumed is the same as one that was not.
+A run's folder holds ``config.json``, ``metrics.jsonl`` (one line a round, the same in every repeat), ``times.jsonl`` (one line
+a round), ``checkpoint.safetensors`` (what the next round starts from) and, for SkyMask, ``masks.safetensors`` (the last round's
+PCA scores and evidence). All randomness is drawn from (seed, round), so a run that was stopped and resumed is the same as one
+that was not.
 """
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,59 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.federation.attacks import attack
+from skymask_gpu.engine.flat_model import fast_layout
+from skymask_gpu.federation.attacks import Threat, add_trigger, attack, has_backdoor, poison_batch
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.data import Dataset, load_dataset, split_root
-from skymask_gpu.federation.local_training import draw_batches, train_clients
+from skymask_gpu.federation.local_training import LocalUpdates, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.partition import partition
-from skymask_gpu.federation.rules import Rule, RuleResult, build_rule
-from skymask_gpu.files import append_line, read_lines, read_tensors, write_tensors, write_text
+from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule
+from skymask_gpu.files import append_line, read_lines, read_metadata, read_tensors, write_tensors, write_text
 from skymask_gpu.root import RootTraining
 
-__all__ = ["CHECKPOINT", "MASKS", "METRICS", "Federation", "clear_results", "has_results", "run_rounds"]
+__all__ = [
+    "CHECKPOINT",
+    "CONFIG",
+    "MASKS",
+    "METRICS",
+    "TIMES",
+    "Federation",
+    "check_same_run",
+    "clear_results",
+    "has_results",
+    "run_rounds",
+]
 
-METRICS, CHECKPOINT, MASKS = "metrics.jsonl", "checkpoint.safetensors", "masks.safetensors"
+CHECKPOINT, CONFIG, MASKS, METRICS, TIMES = (
+    "checkpoint.safetensors",
+    "config.json",
+    "masks.safetensors",
+    "metrics.jsonl",
+    "times.jsonl",
+)
 _TEST_BATCH = 1000
+_BUFFER, _RULE = "buffer/", "rule/"
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """Its parameters ``(P,)``, and its buffers by name."""
+
+    params: Tensor
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """The model after a round; who took part, ``(M,)`` client numbers; what the rule said; the seconds it took."""
+
+    model: GlobalModel
+    clients: Tensor
+    rule_result: RuleResult
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -41,67 +82,151 @@ class Federation:
     dataset: Dataset
     module: nn.Module
     flat: FlatModel
-    parts: list[Tensor]  # sample indices of each client, then of the root set
+    parts: list[Tensor]  # sample indices of each client, then of the root data set
     malicious: Tensor  # (N,) bool
     rule: Rule
+    brightest: float  # input value of a backdoor's trigger
 
     @classmethod
     def build(cls, config: RunConfig, dataset: Dataset | None = None) -> "Federation":
         """Load the data, share them out and make the model and the rule; on the GPU if there is one."""
-        dataset = dataset or load_dataset(config.data.dataset, Path(config.data.data_dir) if config.data.data_dir else None)
+        data = config.data
+        dataset = dataset or load_dataset(data.dataset, Path(data.data_dir) if data.data_dir else None)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dataset = dataset.to(device)
         generator = torch.Generator().manual_seed(config.seed)
         labels = dataset.train_labels.cpu()
-        root, rest = split_root(labels, config.data.root_samples, generator)
-        parts = [rest[part] for part in partition(labels[rest], config.data.clients, config.data.bias, generator)]
+        root, rest = split_root(labels, data.root_samples, generator, data.root_bias)
+        shares = partition(
+            data.partition,
+            labels[rest],
+            data.clients,
+            bias=data.bias,
+            alpha=data.alpha,
+            subjects=None if dataset.train_subjects is None else dataset.train_subjects.cpu()[rest],
+            generator=generator,
+        )
         module = build_model(config.model.name, tuple(dataset.train_inputs.shape[1:]), dataset.num_classes, config.seed)
         module = module.to(device)
         root_inputs, root_labels = dataset.train_inputs[root], dataset.train_labels[root]
-        rule = build_rule(
-            config.defence.rule,
-            module,
-            root_inputs,
-            root_labels,
+        context = RuleContext(
+            module=module,
+            root_inputs=root_inputs,
+            root_labels=root_labels,
+            num_clients=data.clients,
             training=config.defence.training,
             clustering=config.defence.clustering_config,
             root_training=RootTraining(lr=config.local.lr, grad_clip=config.local.grad_clip),
             solver=config.defence.solver,
+            seed=config.seed,
         )
-        malicious = torch.arange(config.data.clients, device=device) < config.attack.malicious
-        return cls(config, dataset, module, FlatModel(module, root_inputs, root_labels), [*parts, root], malicious, rule)
+        return cls(
+            config,
+            dataset,
+            module,
+            FlatModel(module, root_inputs, root_labels),
+            [*(rest[share] for share in shares), root],
+            torch.arange(data.clients) < config.attack.num_malicious(data.clients),
+            build_rule(config.defence.rule, context),
+            float(dataset.train_inputs.max()),
+        )
 
-    def play_round(self, number: int, global_params_P: Tensor) -> tuple[Tensor, RuleResult, dict[str, float]]:
-        """The global model after round ``number``, the rule's result, and the seconds of local training and aggregation."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
+    def first_model(self) -> GlobalModel:
+        return GlobalModel(self.flat.initial_params, {name: value.clone() for name, value in self.module.named_buffers()})
+
+    def play_round(self, number: int, model: GlobalModel, progress: Progress = lambda text: None) -> RoundResult:
+        """Round ``number``, from ``model``; ``progress`` is told what is going on."""
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         start = self._now()
-        batches = draw_batches(self.parts, self.config.local, generator)
-        updates_RP = train_clients(
-            self.module, global_params_P, self.dataset.train_inputs, self.dataset.train_labels, batches, self.config.local
-        )
+        clients = self._taking_part(generator)
+        malicious_M = self.malicious[clients]
+        sent = self._train(clients, malicious_M, model, generator, progress)
         trained = self._now()
-        sent_NP = attack(self.config.attack.name, updates_RP[:-1], self.malicious)
+        layers, begin = {}, 0
+        for name, size in zip(self.flat.shapes, self.flat.layer_sizes, strict=True):
+            layers[name], begin = slice(begin, begin + size), begin + size
+        threat = Threat(config.attack, layers, generator)
+        updates_MP = attack(sent.updates[:-1], malicious_M.to(sent.updates.device), threat)
         attacked = self._now()
-        result = self.rule(sent_NP, global_params_P, updates_RP[-1])
+        progress("aggregating")
+        assumed = config.defence.assumed_malicious
+        info = RoundInfo(
+            global_params=model.params,
+            root_update=sent.updates[-1],
+            clients=clients,
+            num_malicious=int(malicious_M.sum()) if assumed < 0 else min(assumed, len(clients)),
+            generator=generator,
+        )
+        result = self.rule(updates_MP, info)
         seconds = {"local_training": trained - start, "aggregation": self._now() - attacked}
-        return global_params_P + self.config.server_lr * result.update, result, seconds
+        params_P = model.params + config.server_lr * result.update
+        kept_M = torch.ones(len(clients), dtype=torch.bool) if result.kept is None else result.kept.cpu()
+        return RoundResult(GlobalModel(params_P, _mean_buffers(model, sent, kept_M)), clients, result, seconds)
+
+    def _taking_part(self, generator: torch.Generator) -> Tensor:
+        num_clients, wanted = self.config.data.clients, self.config.clients_per_round
+        if wanted == 0:
+            return torch.arange(num_clients)
+        return torch.randperm(num_clients, generator=generator)[:wanted].sort().values
+
+    def _train(
+        self, clients: Tensor, malicious_M: Tensor, model: GlobalModel, generator: torch.Generator, progress: Progress
+    ) -> LocalUpdates:
+        """What the clients, and then the root model, would send if they were honest, but for poisoned data."""
+        parts = [self.parts[client] for client in clients.tolist()] + [self.parts[-1]]
+        batches = draw_batches(parts, self.config.local, generator)
+        poison = partial(poison_batch, self.config.attack, num_classes=self.dataset.num_classes, brightest=self.brightest)
+        # dropout, where a model has it, draws from here
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            return train_clients(
+                self.module,
+                model.params,
+                self.dataset.train_inputs,
+                self.dataset.train_labels,
+                batches,
+                self.config.local,
+                buffers=model.buffers,
+                poison=poison,
+                poisoned=torch.cat([malicious_M, torch.tensor([False])]),
+                progress=lambda done: progress(f"training client {done} of {len(parts)}"),
+            )
 
     def _now(self) -> float:
         """Seconds, when all that was started on the device is done."""
-        if self.malicious.is_cuda:
-            torch.cuda.synchronize(self.malicious.device)
+        device = self.dataset.train_inputs.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    @torch.no_grad()
-    def accuracy(self, global_params_P: Tensor) -> float:
+    def accuracy(self, model: GlobalModel) -> float:
         """The share of test samples that the global model gets right."""
-        params = self.flat.unflatten(global_params_P)
-        correct = 0
-        for inputs, labels in zip(
-            self.dataset.test_inputs.split(_TEST_BATCH), self.dataset.test_labels.split(_TEST_BATCH), strict=True
-        ):
-            correct += int((functional_call(self.module, params, (inputs,)).argmax(1) == labels).sum())
-        return correct / len(self.dataset.test_labels)
+        hits = self._predictions(model, self.dataset.test_inputs) == self.dataset.test_labels
+        return int(hits.sum()) / len(hits)
+
+    def attack_success_rate(self, model: GlobalModel) -> float:
+        """The share of triggered test samples of other classes that the model takes for the target class."""
+        target = self.config.attack.target_class
+        others = self.dataset.test_inputs[self.dataset.test_labels != target]
+        hits = self._predictions(model, add_trigger(others, self.brightest)) == target
+        return int(hits.sum()) / len(hits)
+
+    @torch.no_grad()
+    def _predictions(self, model: GlobalModel, inputs: Tensor) -> Tensor:
+        self.module.eval()
+        params = {name: fast_layout(tensor) for name, tensor in self.flat.unflatten(model.params).items()}
+        tensors = (params, model.buffers)
+        parts = (fast_layout(part) for part in inputs.split(_TEST_BATCH))
+        return torch.cat([functional_call(self.module, tensors, (part,)).argmax(1) for part in parts])
+
+
+def _mean_buffers(model: GlobalModel, sent: LocalUpdates, kept_M: Tensor) -> dict[str, Tensor]:
+    """Means over the clients that the step is made of; counters (of whole numbers) of the first of them."""
+    if not kept_M.any():
+        return model.buffers
+    kept = {name: value[:-1][kept_M.to(value.device)] for name, value in sent.buffers.items()}
+    return {name: value.mean(0) if value.is_floating_point() else value[0] for name, value in kept.items()}
 
 
 def has_results(folder: Path) -> bool:
@@ -111,74 +236,122 @@ def has_results(folder: Path) -> bool:
 
 def clear_results(folder: Path) -> None:
     """Remove what a run wrote into ``folder``, and nothing else."""
-    for name in (CHECKPOINT, METRICS, MASKS):
+    for name in (CHECKPOINT, CONFIG, METRICS, TIMES, MASKS):
         (folder / name).unlink(missing_ok=True)
 
 
-def run_rounds(federation: Federation, folder: Path) -> Iterator[dict[str, Any]]:
-    """Play the rounds that ``folder`` does not yet hold, and yield each one's record once it is on disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    first, global_params_P = _resume(federation, folder)
-    for number in range(first, federation.config.rounds):
-        global_params_P, result, seconds = federation.play_round(number, global_params_P)
-        record = {
-            "run": federation.config.name,
-            "round": number,
-            "accuracy": federation.accuracy(global_params_P),
-            **_rejection_rates(result.kept, federation.malicious),
-            **_skymask_fields(result),
-            "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        }
-        # The line first: a checkpoint is never ahead of the metrics, and a line ahead of the checkpoint is dropped on resume.
-        append_line(folder / METRICS, record)
-        if result.aggregation is not None:
-            _write_masks(folder / MASKS, result, federation.malicious, number)
-        write_tensors(folder / CHECKPOINT, {"global_params": global_params_P}, _metadata(federation, number))
-        yield record
-
-
-def _resume(federation: Federation, folder: Path) -> tuple[int, Tensor]:
-    """The first round to play and the global model before it; metrics of rounds after the checkpoint are dropped.
+def run_rounds(federation: Federation, folder: Path, progress: Progress = lambda text: None) -> Iterator[dict[str, Any]]:
+    """Play the rounds that ``folder`` does not yet hold, and yield each one's record once it is on disk.
 
     Raises:
         ValueError: the folder holds another run, or its files do not belong together.
     """
+    config = federation.config
+    folder.mkdir(parents=True, exist_ok=True)
+    first, model = _resume(federation, folder)
+    write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+    for number in range(first, config.rounds):
+        played = federation.play_round(number, model, progress)
+        model = played.model
+        progress("testing")
+        record = _record(federation, number, played)
+        # The lines first: a checkpoint is never ahead of the metrics, and lines ahead of the checkpoint are dropped on resume.
+        append_line(folder / TIMES, _times(number, played))
+        append_line(folder / METRICS, record)
+        if played.rule_result.aggregation is not None:
+            _write_masks(folder / MASKS, played, federation.malicious, number)
+        if (number + 1) % config.checkpoint_every == 0 or number + 1 == config.rounds:
+            tensors = {"global_params": model.params, **_prefixed(_BUFFER, model.buffers)}
+            tensors |= _prefixed(_RULE, federation.rule.state())
+            write_tensors(folder / CHECKPOINT, tensors, {"round": str(number), "config": json.dumps(_settings(config))})
+        yield record
+
+
+def _record(federation: Federation, number: int, played: RoundResult) -> dict[str, Any]:
+    config = federation.config
+    tested = (number + 1) % config.evaluate_every == 0 or number + 1 == config.rounds
+    backdoor = tested and has_backdoor(config.attack.name)
+    return {
+        "run": config.name,
+        "round": number,
+        "accuracy": federation.accuracy(played.model) if tested else None,
+        "attack_success_rate": federation.attack_success_rate(played.model) if backdoor else None,
+        "participants": len(played.clients),
+        **_rejection_rates(played, federation.malicious),
+        **_skymask_fields(played.rule_result),
+    }
+
+
+def _times(number: int, played: RoundResult) -> dict[str, Any]:
+    aggregation = played.rule_result.aggregation
+    phases = {} if aggregation is None else {"phases": {name: round(s, 4) for name, s in aggregation.seconds.items()}}
+    return {"round": number, **{name: round(s, 4) for name, s in played.seconds.items()}, **phases}
+
+
+def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel]:
+    """The first round to play and the global model before it; lines of rounds after the checkpoint are dropped."""
     checkpoint = folder / CHECKPOINT
-    done, global_params_P = -1, federation.flat.initial_params
+    done, model = -1, federation.first_model()
     if checkpoint.exists():
         tensors, metadata = read_tensors(checkpoint)
         done = int(metadata["round"])
-        before, now = json.loads(metadata["config"]), json.loads(_metadata(federation, done)["config"])
-        changed = [key for key in now if before.get(key) != now[key]]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}); use another folder or --overwrite"
-            )
-        global_params_P = tensors["global_params"].to(global_params_P.device)
+        _refuse_other_settings(json.loads(metadata["config"]), federation.config, folder)
+        device = model.params.device
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        model = GlobalModel(tensors["global_params"], _unprefixed(_BUFFER, tensors))
+        federation.rule.restore(_unprefixed(_RULE, tensors))
     if has_results(folder):
-        kept = [record for record in read_lines(folder / METRICS) if record["round"] <= done]
-        if [record["round"] for record in kept] != list(range(done + 1)):
-            raise ValueError(f"{folder / METRICS} lacks rounds that {checkpoint} has; use another folder or --overwrite")
-        write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
-    return done + 1, global_params_P
+        for name in (METRICS, TIMES):
+            kept = [record for record in read_lines(folder / name) if record["round"] <= done]
+            if [record["round"] for record in kept] != list(range(done + 1)):
+                raise ValueError(f"{folder / name} lacks rounds that {checkpoint} has; use another folder or --overwrite")
+            write_text(folder / name, "".join(json.dumps(record) + "\n" for record in kept))
+    return done + 1, model
 
 
-def _metadata(federation: Federation, number: int) -> dict[str, str]:
-    """What a checkpoint says of itself: its round, and the settings that decide how a run goes on."""
-    settings = asdict(federation.config)
-    del settings["rounds"], settings["data"]["data_dir"]
-    return {"round": str(number), "config": json.dumps(settings)}
+def check_same_run(config: RunConfig, folder: Path) -> None:
+    """Raise a ValueError if ``folder`` has a checkpoint of a run with other settings."""
+    if (folder / CHECKPOINT).exists():
+        _refuse_other_settings(json.loads(read_metadata(folder / CHECKPOINT)["config"]), config, folder)
 
 
-def _rejection_rates(kept_N: Tensor, malicious_N: Tensor) -> dict[str, Any]:
-    """False positive: an honest client rejected. False negative: a malicious one kept. None where there are none to judge."""
-    num_malicious = int(malicious_N.sum())
-    num_honest = len(malicious_N) - num_malicious
+def _refuse_other_settings(before: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    now = _settings(config)
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}); use another folder or --overwrite")
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Those that decide how a run goes on."""
+    settings = config.to_dict()
+    del settings["rounds"], settings["checkpoint_every"], settings["data"]["data_dir"]
+    return settings
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _unprefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _rejection_rates(played: RoundResult, malicious_N: Tensor) -> dict[str, Any]:
+    """Of those that took part. False positive: an honest client rejected; false negative: a malicious one kept.
+
+    None where there are none to judge, or the rule judges nobody.
+    """
+    if played.rule_result.kept is None:
+        return {"kept": None, "false_positive_rate": None, "false_negative_rate": None, "rejected": []}
+    kept_M, malicious_M = played.rule_result.kept.cpu(), malicious_N[played.clients]
+    num_malicious = int(malicious_M.sum())
+    num_honest = len(malicious_M) - num_malicious
     return {
-        "kept": int(kept_N.sum()),
-        "false_positive_rate": int((~kept_N & ~malicious_N).sum()) / num_honest,
-        "false_negative_rate": int((kept_N & malicious_N).sum()) / num_malicious if num_malicious else None,
-        "rejected": (~kept_N).nonzero().flatten().tolist(),
+        "kept": int(kept_M.sum()),
+        "false_positive_rate": int((~kept_M & ~malicious_M).sum()) / num_honest if num_honest else None,
+        "false_negative_rate": int((kept_M & malicious_M).sum()) / num_malicious if num_malicious else None,
+        "rejected": played.clients[~kept_M].tolist(),
     }
 
 
@@ -192,22 +365,23 @@ def _skymask_fields(result: RuleResult) -> dict[str, Any]:
         "solver": masks.solver,
         "mask_steps": masks.steps,
         "root_losses": masks.losses,
-        "phases": {name: round(value, 4) for name, value in result.aggregation.seconds.items()},
     }
 
 
-def _write_masks(path: Path, result: RuleResult, malicious_N: Tensor, number: int) -> None:
-    assert result.aggregation is not None
-    clients = result.aggregation.clients
-    evidence = result.aggregation.evidence()
+def _write_masks(path: Path, played: RoundResult, malicious_N: Tensor, number: int) -> None:
+    """Rows are the clients that SkyMask could judge; scores have the root's row last."""
+    aggregation = played.rule_result.aggregation
+    assert aggregation is not None
+    clients = played.clients[aggregation.clients.cpu()]
+    evidence = aggregation.evidence()
     write_tensors(
         path,
         {
             "evidence": evidence.shares,
             "clients": clients,
-            "scores": result.aggregation.clusters.scores,
+            "scores": aggregation.clusters.scores,
             "malicious": malicious_N[clients],
-            "benign": result.aggregation.clusters.benign,
+            "benign": aggregation.clusters.benign,
         },
         {"round": str(number), "layers": json.dumps(evidence.layers)},
     )

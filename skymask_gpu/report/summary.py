@@ -1,45 +1,175 @@
-"""The records of finished runs, and the one row a run that every table shows."""
+"""Finished runs as they lie on disk, and the one row a run that every table shows.
 
+A run's folder holds ``config.json`` (its settings), ``metrics.jsonl`` and ``times.jsonl`` (one line a round each), and for
+SkyMask ``masks.safetensors``. Only what stands there is read, so runs of older versions stay readable.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skymask_gpu.federation.config import RunConfig
-from skymask_gpu.federation.rounds import METRICS
 from skymask_gpu.files import read_lines
 
-__all__ = ["COLUMNS", "FinishedRun", "load_run", "percent"]
+__all__ = ["COLUMNS", "NOTE", "FinishedRun", "failed_cells", "flat_settings", "load_run", "load_runs", "percent"]
 
-COLUMNS = ("run", "rule", "attack", "accuracy", "FPR", "FNR", "s/round")
+CONFIG, METRICS, TIMES, ERROR = "config.json", "metrics.jsonl", "times.jsonl", "error.txt"
+COLUMNS = ("run", "rule", "attack", "accuracy", "FPR", "FNR", "ASR", "s/round")
+NOTE = (
+    "accuracy and ASR (attack success rate of a backdoor) of the last evaluated round; FPR: honest clients rejected, "
+    "FNR: attackers kept, means over the rounds from the second on; s/round: aggregation, median"
+)
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's configuration, its folder and its records, one a round."""
+    """A run's settings (the nested tables of its TOML file), its folder, and what was recorded and timed, one entry a round."""
 
-    config: RunConfig
+    config: dict[str, Any]
     folder: Path
     records: list[dict[str, Any]]
+    times: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name", self.folder.name))
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.get("seed", 0))
+
+    @property
+    def rounds_done(self) -> int:
+        return int(self.records[-1]["round"]) + 1
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds the run was to have."""
+        return int(self.config.get("rounds", self.rounds_done))
+
+    @property
+    def is_complete(self) -> bool:
+        return self.rounds_done >= self.rounds
+
+    def last(self, key: str) -> float | None:
+        """``key`` in the last round that has it; not every round is evaluated."""
+        return next((record[key] for record in reversed(self.records) if record.get(key) is not None), None)
+
+    def mean_rate(self, key: str) -> float | None:
+        """Mean of a rate such as ``false_positive_rate`` over the rounds from the second on (or of the only round)."""
+        return _of_rates(statistics.fmean, self._rates(key))
+
+    def worst_rate(self, key: str) -> float | None:
+        """The largest rate of the rounds that :meth:`mean_rate` is the mean of."""
+        return _of_rates(max, self._rates(key))
+
+    def median_seconds(self, phase: str) -> float | None:
+        """Median over the rounds of ``local_training`` or ``aggregation``; None if it was not timed."""
+        seconds = [times[phase] for times in self.times if times.get(phase) is not None]
+        return statistics.median(seconds) if seconds else None
 
     def row(self) -> tuple[str, ...]:
-        """The run in one line, in the order of ``COLUMNS``; rates are means over all rounds."""
-        attack = self.config.attack
-        false_negatives = [r["false_negative_rate"] for r in self.records if r["false_negative_rate"] is not None]
-        seconds = sorted(r["seconds"]["aggregation"] for r in self.records)
+        """The run in one line, in the order of ``COLUMNS``."""
+        settings = flat_settings(self.config)
+        seconds = self.median_seconds("aggregation")
+        done = "" if self.is_complete else f" ({self.rounds_done} of {self.rounds} rounds)"
         return (
-            self.config.name,
-            self.config.defence.rule,
-            "none" if attack.name == "none" else f"{attack.name} {attack.malicious}/{self.config.data.clients}",
-            percent(self.records[-1]["accuracy"]),
-            percent(sum(r["false_positive_rate"] for r in self.records) / len(self.records)),
-            percent(sum(false_negatives) / len(false_negatives)) if false_negatives else "-",
-            f"{seconds[len(seconds) // 2]:.3f}",
+            self.name,
+            str(settings.get("defence.rule", "-")),
+            _attack(settings),
+            percent(self.last("accuracy")) + done,
+            percent(self.mean_rate("false_positive_rate")),
+            percent(self.mean_rate("false_negative_rate")),
+            percent(self.last("attack_success_rate")),
+            "-" if seconds is None else f"{seconds:.3f}",
         )
 
+    def _rates(self, key: str) -> list[float]:
+        judged = [record for record in self.records if record["round"] > 0] or self.records
+        return [record[key] for record in judged if record.get(key) is not None]
 
-def load_run(config: RunConfig, folder: Path) -> FinishedRun:
-    return FinishedRun(config, folder, read_lines(folder / METRICS))
+
+def load_run(folder: Path) -> FinishedRun:
+    """The run in ``folder``; its records are empty if no round was finished.
+
+    Raises:
+        ValueError: a file is missing or cannot be read.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: no {CONFIG}, so it is no run's folder") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} must hold a run's settings, got {type(config).__name__}")
+    records = _read_records(folder / METRICS)
+    recorded = {record["round"] for record in records}
+    # A run that was killed and resumed may have timed a round twice: the last time counts, like the round that was kept.
+    times = {line["round"]: line for line in _read_records(folder / TIMES) if line["round"] in recorded}
+    return FinishedRun(config, folder, records, [times[number] for number in sorted(times)])
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
+def load_runs(folder: Path) -> list[FinishedRun]:
+    """All runs at or below ``folder`` that finished one round at least, sorted by path.
+
+    Raises:
+        ValueError: there is none, or a file cannot be read.
+    """
+    runs = [load_run(path.parent) for path in sorted(folder.rglob(CONFIG))]
+    runs = [run for run in runs if run.records]
+    if not runs:
+        failed = failed_cells(folder)
+        first = f"; {len(failed)} failed, the first, {failed[0][0]}, with: {failed[0][1]}" if failed else ""
+        raise ValueError(
+            f"{folder}: no run found: a run's folder holds {CONFIG} and a {METRICS} of one round at least{first}; "
+            "give a folder that `skymask-gpu run` or `sweep` wrote"
+        )
+    return runs
+
+
+def failed_cells(folder: Path) -> list[tuple[str, str]]:
+    """Name and first line of the error of every cell at or below ``folder`` that failed, sorted by path."""
+    failed = []
+    for path in sorted(folder.rglob(ERROR)):
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        failed.append((path.parent.name, lines[0] if lines else "(no message)"))
+    return failed
+
+
+def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"data": {"clients": 5}}`` as ``{"data.clients": 5}``; a list becomes its JSON text, so that all values can be keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(flat_settings(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _attack(settings: dict[str, Any]) -> str:
+    name, share, clients = (settings.get(key) for key in ("attack.name", "attack.share", "data.clients"))
+    if name in (None, "none"):
+        return "none"
+    return f"{name} {max(1, round(share * clients))}/{clients}" if share and clients else str(name)
+
+
+def _of_rates(reduce: Callable[[list[float]], float], rates: list[float]) -> float | None:
+    return reduce(rates) if rates else None
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = read_lines(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of JSON lines: {error}") from error
+    if not all(isinstance(record, dict) and isinstance(record.get("round"), int) for record in records):
+        raise ValueError(f"{path} must hold one JSON object with a round in each line")
+    return records

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from skymask_gpu.federation.config import read_config
+from skymask_gpu.federation.config import read_config, read_grid
 
 
 def write(folder: Path, text: str) -> Path:
@@ -14,17 +14,17 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_a_file_without_variants_is_one_run_named_after_it(tmp_path: Path) -> None:
-    (run,) = read_config(write(tmp_path, "rounds = 3\n[data]\nbias = 1\n[attack]\nname = 'sign-flip'\nmalicious = 4\n"))
-    assert (run.name, run.rounds, run.data.bias, run.attack.malicious) == ("trial", 3, 1.0, 4)
+    (run,) = read_config(write(tmp_path, "rounds = 3\n[data]\nbias = 1\n[attack]\nname = 'sign-flip'\nshare = 0.04\n"))
+    assert (run.name, run.rounds, run.data.bias, run.attack.num_malicious(100)) == ("trial", 3, 1.0, 4)
     assert run.defence.training.full_step == 1.0
 
 
 def test_variants_override_keys_of_the_file(checkout: Path) -> None:
     runs = read_config(checkout / "examples" / "demo.toml")
-    assert [(r.name, r.defence.rule, r.attack.name, r.attack.malicious) for r in runs] == [
-        ("no attack", "fedavg", "none", 0),
-        ("FedAvg, attacked", "fedavg", "min-max", 20),
-        ("SkyMask, attacked", "skymask", "min-max", 20),
+    assert [(r.name, r.defence.rule, r.attack.name, r.attack.share) for r in runs] == [
+        ("no attack", "fedavg", "none", 0.0),
+        ("FedAvg, attacked", "fedavg", "min-max", 0.2),
+        ("SkyMask, attacked", "skymask", "min-max", 0.2),
     ]
     assert len({(r.seed, r.rounds, r.data, r.model, r.local) for r in runs}) == 1
 
@@ -34,19 +34,26 @@ def test_variants_override_keys_of_the_file(checkout: Path) -> None:
     [
         ("round = 3", r"unknown key round; did you mean rounds\?"),
         ("[data]\nbais = 0.5", r"unknown key data\.bais; did you mean data\.bias\?"),
-        ("[attack]\nxyz = 1", r"unknown key attack\.xyz; known are name, malicious"),
+        ("[attack]\nxyz = 1", r"unknown key attack\.xyz; known are name, share"),
+        ("rule = 'krum'", r"unknown key rule; did you mean defence\.rule\?"),
+        ("[data]\nlayers = ['fc2']", r"unknown key data\.layers; did you mean attack\.layers\?"),
+        ("[attack]\nlayers = 'fc2'", r"attack\.layers must be a list of strings, got 'fc2'"),
         ("rounds = '3'", "rounds must be int, got '3'"),
         ("rounds = true", "rounds must be int, got True"),
         ("rounds = 0", "rounds must be at least 1, got 0"),
         ("data = 3", "data must be a table, got 3"),
         ("name = '../x'", "name must be usable as a folder's name"),
-        ("[attack]\nname = 'min-mx'\nmalicious = 2", r"attack\.name must be one of .*; did you mean 'min-max'\?"),
-        ("[attack]\nname = 'min-max'", r"attack\.malicious must be between 1 and 99 of 100 clients"),
-        ("[attack]\nmalicious = -1", r"attack\.malicious must be at least 0"),
-        ("[attack]\nmalicious = 3", r"attack\.malicious must be 0 for attack 'none', got 3"),
+        ("[attack]\nname = 'min-mx'\nshare = 0.2", r"attack\.name must be one of .*; did you mean 'min-max'\?"),
+        ("[attack]\nname = 'min-max'", r"attack\.share must"),
+        ("[attack]\nshare = 0.2", r"attack\.share must"),
+        ("clients_per_round = 101", r"clients_per_round must be between 0 \(all\) and data\.clients = 100, got 101"),
+        ("checkpoint_every = 0", "checkpoint_every must be at least 1, got 0"),
+        ("[data]\npartition = 'dirichlt'", r"data\.partition must be one of .*; did you mean 'dirichlet'\?"),
+        ("[grid]\nseed = [0]", r"has a \[grid\] table; play it with: skymask-gpu sweep"),
         ("server_lr = nan", "server_lr must be finite, got nan"),
         ("seed = 20240101000000", "seed must be between 0 and"),
         ("[local]\nlr = inf", r"local\.lr must be finite"),
+        ("[defence]\nassumed_malicious = -2", r"defence\.assumed_malicious must be at least -1"),
         ("[defence]\nsolver = 'fusd'", r"defence\.solver must be one of .*; did you mean 'fused'\?"),
         ("[defence]\nmask_steps = 0", r"MaskTraining\.steps must"),
         ("[defence]\nclustering = 'dbscan'", r"Clustering\.rule must"),
@@ -64,3 +71,42 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config: no file .*absent\.toml"):
         read_config(tmp_path / "absent.toml")
+
+
+GRID = """
+rounds = 2
+[attack]
+name = "trim"
+[grid]
+"attack.name" = ["none", "min-max"]
+"attack.share" = [0.2, 0.4]
+"defence.rule" = ["fedavg", "krum"]
+seed = [0, 1]
+"""
+
+
+def test_a_grid_is_every_combination_and_no_attack_is_one_share(tmp_path: Path) -> None:
+    cells = read_grid(write(tmp_path, GRID))
+    assert len(cells) == 2 * 2 + 2 * 2 * 2
+    assert cells[0].name == "attack=none,rule=fedavg,seed=0"
+    assert cells[-1].name == "attack=min-max,share=0.4,rule=krum,seed=1"
+    last = cells[-1]
+    assert (last.attack.name, last.attack.share, last.defence.rule, last.seed, last.rounds) == ("min-max", 0.4, "krum", 1, 2)
+    assert all(cell.attack.share == 0 for cell in cells if cell.attack.name == "none")
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rounds = 2", r"must have a \[grid\] table of lists"),
+        ("[grid]\nseed = 3", r"grid\.seed must be a list of different values, got 3"),
+        ("[grid]\nseed = []", r"grid\.seed must be a list of different values"),
+        ("[grid]\nseed = [1, 1]", r"grid\.seed must be a list of different values"),
+        ("[grid]\n'defence.rul' = ['krum']", r"unknown key defence\.rul; did you mean defence\.rule\?"),
+        ("[grid]\n'defence.rule' = ['crum']", r"defence\.rule must be one of .*; did you mean 'krum'\?"),
+    ],
+)
+def test_mistakes_in_grids_are_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_grid(write(tmp_path, text))

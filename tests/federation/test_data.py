@@ -1,13 +1,65 @@
-"""Data sets, the root set and the partition."""
+"""Data sets read from their standard files, their download, and the root data set."""
 
+import csv
 import gzip
+import hashlib
+import io
+import struct
+import subprocess
+import sys
+import tarfile
+import types
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from skymask_gpu.federation.data import load_dataset, split_root
-from skymask_gpu.federation.partition import partition
+from skymask_gpu.federation import download as download_module
+from skymask_gpu.federation.data import Dataset, load_dataset, split_root
+from skymask_gpu.federation.download import download
+
+ACTIVITIES = ["WALKING", "LAYING", "SITTING"]
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The bytes of an IDX file."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def write_idx(folder: Path, num_train: int = 6, num_test: int = 4) -> None:
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    for part, count in (("train", num_train), ("t10k", num_test)):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (count, 28, 28))))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(count) % 10))
+
+
+def write_har(folder: Path, counts: tuple[int, int] = (60, 20), features: int = 561) -> None:
+    """Kaggle's layout: quoted names with commas in them; subjects 2, 5 and 9; feature 0 numbers the samples."""
+    for name, offset, count in (("train.csv", 0, counts[0]), ("test.csv", counts[0], counts[1])):
+        with (folder / name).open("w", newline="") as file:
+            writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC)
+            writer.writerow([*(f"fBodyAcc-bandsEnergy()-{i},{i + 7}" for i in range(features)), "subject", "Activity"])
+            for i in range(offset, offset + count):
+                writer.writerow([float(i), *([0.5] * (features - 1)), (2, 5, 9)[i % 3], ACTIVITIES[i // 3 % 3]])
+
+
+def cifar_records(labels: list[list[int]], first_byte: int = 0) -> bytes:
+    """Record i has the pixel (first_byte + i + 1024 c + 32 y + x) mod 256 at channel c, row y, column x."""
+    pixels = np.arange(3072) + first_byte
+    return b"".join(bytes(label) + ((pixels + i) % 256).astype(np.uint8).tobytes() for i, label in enumerate(labels))
+
+
+def write_cifar10(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in range(1, 6):
+        (folder / f"data_batch_{number}.bin").write_bytes(cifar_records([[number], [0]], first_byte=number))
+    (folder / "test_batch.bin").write_bytes(cifar_records([[9]]))
+
+
+# --- reading ----------------------------------------------------------------------------------
 
 
 def test_digits_is_bundled() -> None:
@@ -15,12 +67,14 @@ def test_digits_is_bundled() -> None:
     assert digits.train_inputs.shape == (1437, 1, 8, 8)
     assert len(digits.test_labels) == 360
     assert digits.train_inputs.mean().abs() < 0.05
+    assert digits.train_subjects is None
 
 
 def test_mnist_reads_the_standard_files(mnist_dir: Path) -> None:
     mnist = load_dataset("mnist", mnist_dir)
     assert mnist.train_inputs.shape == (60_000, 1, 28, 28)
     assert mnist.test_inputs.shape == (10_000, 1, 28, 28)
+    assert mnist.train_inputs.dtype == torch.float32
     assert abs(mnist.train_inputs.mean().item()) < 1e-3
     assert abs(mnist.train_inputs.std().item() - 1) < 1e-3
     assert mnist.train_labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -32,16 +86,276 @@ def test_idx_files_may_be_plain(mnist_dir: Path, tmp_path: Path) -> None:
     assert torch.equal(load_dataset("mnist", tmp_path).test_labels, load_dataset("mnist", mnist_dir).test_labels)
 
 
-def test_bad_data_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.dataset must be one of digits, mnist, got 'imagenet'"):
+def test_fashion_mnist_has_constants_of_its_own(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    raw = np.frombuffer((tmp_path / "train-images-idx3-ubyte").read_bytes()[16:], np.uint8).reshape(6, 1, 28, 28) / 255
+    for name, mean, std in (("mnist", 0.1307, 0.3081), ("fashion-mnist", 0.2860, 0.3530)):
+        dataset = load_dataset(name, tmp_path)
+        assert dataset.name == name
+        torch.testing.assert_close(dataset.train_inputs, torch.from_numpy((raw - mean) / std).float())
+        assert dataset.test_labels.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_cifar10_reads_the_binary_version(tmp_path: Path, inside: bool) -> None:
+    folder = tmp_path / "cifar-10-batches-bin"
+    write_cifar10(folder)
+    dataset = load_dataset("cifar10", folder if inside else tmp_path)
+    assert dataset.train_labels.tolist() == [1, 0, 2, 0, 3, 0, 4, 0, 5, 0]
+    assert dataset.test_labels.tolist() == [9]
+    assert dataset.num_classes == 10
+    assert dataset.train_inputs.shape == (10, 3, 32, 32)
+    assert dataset.train_inputs.dtype == torch.float32
+    # second record of the third batch: planes of red, green and blue, rows first
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    for channel, row, column in ((0, 0, 0), (0, 3, 30), (1, 7, 2), (2, 31, 31)):
+        byte = (3 + 1 + 1024 * channel + 32 * row + column) % 256
+        want = (byte / 255 - mean[channel]) / std[channel]
+        assert dataset.train_inputs[5, channel, row, column].item() == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def test_cifar100_has_fine_labels(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    (folder / "train.bin").write_bytes(cifar_records([[19, 99], [3, 41], [0, 0]]))
+    (folder / "test.bin").write_bytes(cifar_records([[7, 55]]))
+    dataset = load_dataset("cifar100", tmp_path)
+    assert dataset.train_labels.tolist() == [99, 41, 0]
+    assert dataset.test_labels.tolist() == [55]
+    assert dataset.num_classes == 100
+    want = (torch.tensor(2 / 255) - torch.tensor((0.5071, 0.4865, 0.4409))) / torch.tensor((0.2673, 0.2564, 0.2762))
+    torch.testing.assert_close(dataset.train_inputs[2, :, 0, 0], want)  # 1024 is a multiple of 256
+
+
+@pytest.mark.slow
+def test_cifar10_of_real_images_is_standardised(data_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    script = data_dir / "unpack_cifar10.py"
+    if not script.exists():
+        pytest.skip(f"no real data: {data_dir} has no unpack_cifar10.py")
+    subprocess.run([sys.executable, script, tmp_path], check=True)
+    dataset = load_dataset("cifar10", tmp_path)
+    assert dataset.train_labels.bincount().tolist() == [5000] * 10
+    assert dataset.test_labels.bincount().tolist() == [1000] * 10
+    assert dataset.train_inputs.mean((0, 2, 3)).abs().max() < 2e-3
+    assert (dataset.train_inputs.std((0, 2, 3)) - 1).abs().max() < 1e-2  # JPEG took some of it
+
+
+def test_har_pools_both_files_and_splits_within_subjects(tmp_path: Path) -> None:
+    write_har(tmp_path)
+    har = load_dataset("har", tmp_path)
+    assert har.num_classes == 3
+    train, test = har.train_inputs[:, 0].long(), har.test_inputs[:, 0].long()
+    assert sorted(torch.cat([train, test]).tolist()) == list(range(80))
+    assert har.train_inputs.shape == (60, 561)
+    assert har.train_inputs.dtype == torch.float32
+    assert (har.train_inputs[:, 1:] == 0.5).all()
+    # sample i is of subject i mod 3 (27, 27 and 26 samples), its activity is number i // 3 mod 3 of ACTIVITIES
+    assert har.train_subjects is not None
+    assert har.train_subjects.tolist() == [i % 3 for i in train.tolist()]
+    assert Counter(har.train_subjects.tolist()) == {0: 20, 1: 20, 2: 20}
+    names = sorted(ACTIVITIES)
+    for samples, labels in ((train, har.train_labels), (test, har.test_labels)):
+        assert [names[label] for label in labels] == [ACTIVITIES[i // 3 % 3] for i in samples.tolist()]
+    assert max(train.tolist()) > 60, "samples of test.csv are trained on as well"
+    assert min(test.tolist()) < 60
+    again = load_dataset("har", tmp_path)
+    assert torch.equal(again.train_inputs, har.train_inputs)
+
+
+def test_har_columns_are_found_by_name(tmp_path: Path) -> None:
+    write_har(tmp_path)
+    want = load_dataset("har", tmp_path)
+    for name in ("train.csv", "test.csv"):
+        rows = list(csv.reader((tmp_path / name).open(newline="")))
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file).writerows([row[-1], *row[:-2], row[-2]] for row in rows)
+    got = load_dataset("har", tmp_path)
+    assert torch.equal(got.train_inputs, want.train_inputs)
+    assert torch.equal(got.train_labels, want.train_labels)
+
+
+def test_a_dataset_moves_as_a_whole() -> None:
+    ones = torch.ones(2, dtype=torch.long)
+    dataset = Dataset("some", torch.ones(2, 3), ones, torch.ones(2, 3), ones, 2, ones)
+    moved = dataset.to(torch.device("meta"))
+    assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
+    assert (moved.name, moved.num_classes, moved.train_subjects is None) == ("some", 2, False)
+    assert dataset.train_subjects is ones
+
+
+# --- bad files --------------------------------------------------------------------------------
+
+
+def test_bad_idx_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.dataset must be one of digits, mnist, .*har, got 'imagenet'"):
         load_dataset("imagenet")
     with pytest.raises(ValueError, match=r"data\.data_dir must name the folder that holds train-images-idx3-ubyte"):
         load_dataset("mnist")
-    with pytest.raises(ValueError, match=r"data\.data_dir must hold train-images-idx3-ubyte or .*gz, neither is in"):
+    with pytest.raises(ValueError, match=r"data\.data_dir must hold train-images-idx3-ubyte or .*gz, neither is in .*DIR"):
         load_dataset("mnist", tmp_path)
-    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + b"\0\0\0\x02" * 3 + b"x")
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte is no whole IDX file"):
-        load_dataset("mnist", tmp_path)
+    images = tmp_path / "train-images-idx3-ubyte"
+    other_dimensions = b"\0\0\x08\x02" + idx(np.zeros((2, 28, 28)))[4:]
+    for content in (b"", b"\0\0\x08", b"\0\0\x08\x03" + b"\0\0\0\x02" * 3 + b"x", idx(np.arange(4)), other_dimensions):
+        images.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte is no whole IDX file .* in 3 dimensions"):
+            load_dataset("mnist", tmp_path)
+    images.unlink()
+    zipped = gzip.compress(idx(np.zeros((2, 28, 28))))
+    for content in (zipped[:-9], b"<html>not found</html>"):
+        images.with_suffix(".gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is no whole gzip file.*skymask-gpu data mnist DIR"):
+            load_dataset("mnist", tmp_path)
+
+
+def test_images_and_labels_must_fit_together(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    labels = tmp_path / "t10k-labels-idx1-ubyte"
+    labels.write_bytes(idx(np.arange(5)))
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte holds 4 images and t10k-labels-idx1-ubyte 5 labels"):
+        load_dataset("fashion-mnist", tmp_path)
+    labels.write_bytes(idx(np.array([0, 1, 2, 10])))
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte must hold labels from 0 to 9, it has the label 10"):
+        load_dataset("fashion-mnist", tmp_path)
+
+
+def test_bad_cifar_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.data_dir must name the folder that holds cifar-10-batches-bin/data_batch_1"):
+        load_dataset("cifar10")
+    with pytest.raises(ValueError, match=r"data\.data_dir must hold train.bin or cifar-100-binary/train.bin of the binary"):
+        load_dataset("cifar100", tmp_path)
+    write_cifar10(tmp_path)
+    file = tmp_path / "data_batch_4.bin"
+    whole = file.read_bytes()
+    for content in (whole[:-1], b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"data_batch_4.bin must hold whole records of 3073 bytes, it has {len(content)}"):
+            load_dataset("cifar10", tmp_path)
+    file.write_bytes(cifar_records([[10]]))
+    with pytest.raises(ValueError, match=r"data_batch_5.bin must hold labels from 0 to 9, it has the label 10"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_bad_har_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.data_dir must hold train.csv, it is not in .*Kaggle"):
+        load_dataset("har", tmp_path)
+    write_har(tmp_path, features=560)
+    with pytest.raises(ValueError, match=r"train.csv is no CSV file of the HAR data: it must have 561 feature columns"):
+        load_dataset("har", tmp_path)
+    write_har(tmp_path)
+    test = tmp_path / "test.csv"
+    whole = test.read_text()
+    for content, reason in (
+        (whole[: len(whole) - 200], "test.csv is no CSV file"),
+        (whole.replace("0.5", "x", 1), "test.csv is no CSV file"),
+        (whole.replace("0.5", "nan", 1), "test.csv is no CSV file of the HAR data: a feature is not finite"),
+        (
+            whole.replace("SITTING", "SIT"),
+            "same activities, they have LAYING, SITTING, WALKING and LAYING, SIT, WALKING",
+        ),
+        (whole.splitlines(keepends=True)[0], "it has no rows"),
+    ):
+        test.write_text(content)
+        with pytest.raises(ValueError, match=reason):
+            load_dataset("har", tmp_path)
+
+
+# --- download ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A stand-in for torchvision that serves these files, by URL."""
+    files: dict[str, bytes] = {}
+
+    def download_url(url: str, root: str, filename: str) -> None:
+        if url not in files:
+            raise OSError(f"HTTP Error 404: {url}")
+        Path(root, filename).write_bytes(files[url])
+
+    utils = types.ModuleType("torchvision.datasets.utils")
+    utils.download_url = download_url  # type: ignore[attr-defined]
+    for name in ("torchvision", "torchvision.datasets"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, utils.__name__, utils)
+    return files
+
+
+def serve_small_files(name: str, served: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve small files of a data set, and let their md5 be the known ones."""
+    small = tmp_path / "small"
+    small.mkdir()
+    source = download_module._SOURCES[name]
+    if source.members:
+        write_cifar10(small / "cifar-10-batches-bin")
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+            tar.add(small / "cifar-10-batches-bin", "cifar-10-batches-bin")
+        content = {file: archive.getvalue() for file in source.md5}
+    else:
+        write_idx(small)
+        content = {file: gzip.compress((small / file.removesuffix(".gz")).read_bytes()) for file in source.md5}
+    md5 = {file: hashlib.md5(value).hexdigest() for file, value in content.items()}
+    monkeypatch.setitem(download_module._SOURCES, name, download_module._Source(source.url, md5, source.members))
+    served.update({source.url + file: value for file, value in content.items()})
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
+def test_what_is_downloaded_can_be_loaded(
+    name: str, served: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_small_files(name, served, tmp_path, monkeypatch)
+    folder = tmp_path / "new" / "folder"
+    files = download(name, folder)
+    assert {file for file in folder.rglob("*") if file.is_file()} == set(files), "these and nothing else"
+    got = load_dataset(name, folder)
+    want = load_dataset(name, tmp_path / "small")
+    assert torch.equal(got.train_inputs, want.train_inputs)
+    assert torch.equal(got.test_labels, want.test_labels)
+    assert download(name, folder) == files, "again, over what is there"
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_wrong_file_changes_nothing(
+    name: str, served: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_small_files(name, served, tmp_path, monkeypatch)
+    last = list(served)[-1]
+    served[last] += b"x"
+    folder = tmp_path / "folder"
+    with pytest.raises(ValueError, match=r"\.gz must have md5 [0-9a-f]{32}, what came has [0-9a-f]{32}; try again"):
+        download(name, folder)
+    assert not folder.exists()
+    del served[last]
+    with pytest.raises(ValueError, match=r"cannot be downloaded: HTTP Error 404.*; try again, or put the files into"):
+        download(name, folder)
+    assert not folder.exists()
+
+
+def test_a_torchvision_that_is_missing_or_broken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ValueError, match=r"needs a torchvision that fits torch.*pip install 'skymask-gpu\[data\]'"):
+        download("mnist", tmp_path / "folder")
+    monkeypatch.delitem(sys.modules, "torchvision")
+    broken = tmp_path / "site" / "torchvision"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(ValueError, match=r"says: operator torchvision::nms does not exist; pip install"):
+        download("cifar10", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_data_sets_that_are_not_downloaded_say_where_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'har' cannot be downloaded here: get train.csv and test.csv from Kaggle"):
+        download("har", tmp_path)
+    with pytest.raises(ValueError, match=r"'digits' comes with scikit-learn"):
+        download("digits", tmp_path)
+    with pytest.raises(ValueError, match=r"data\.dataset must be one of digits, mnist.*got 'svhn'"):
+        download("svhn", tmp_path)
+
+
+# --- root data set ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_samples", [100, 105])
@@ -55,23 +369,23 @@ def test_the_root_set_is_balanced_and_apart(num_samples: int, generator: torch.G
         split_root(labels, 1437, generator)
 
 
-def test_bias_q_sends_a_share_q_of_each_label_to_its_own_group(generator: torch.Generator) -> None:
-    labels = torch.arange(60_000) % 10
-    for bias in (0.1, 0.5, 0.9):
-        parts = partition(labels, 50, bias, generator)
-        assert sorted(torch.cat(parts).tolist()) == list(range(60_000))
-        own = sum(int((labels[part] == client % 10).sum()) for client, part in enumerate(parts)) / 60_000
-        assert abs(own - bias) < 0.01
-        # what does not stay goes to each other group alike
-        others = torch.stack([(labels[torch.cat(parts[1::10])] == label).sum() for label in range(10) if label != 1])
-        assert others.float().std() / others.float().mean() < 0.12
+@pytest.mark.parametrize(("bias", "of_class_0"), [(0.1, 10), (0.29, 29), (0.4, 40), (1.0, 100)])
+def test_root_bias_is_the_share_of_class_0(bias: float, of_class_0: int, generator: torch.Generator) -> None:
+    labels = load_dataset("digits").train_labels
+    root, rest = split_root(labels, 100, generator, bias)
+    assert sorted(torch.cat([root, rest]).tolist()) == list(range(len(labels)))
+    assert root.tolist() == sorted(root.tolist())
+    counts = labels[root].bincount(minlength=10)
+    assert counts[0] == of_class_0
+    assert counts[1:].max() - counts[1:].min() <= (0 if (100 - of_class_0) % 9 == 0 else 1)
 
 
-def test_bad_partitions_are_named(generator: torch.Generator) -> None:
+def test_bad_root_bias_is_named(generator: torch.Generator) -> None:
     labels = torch.arange(100) % 10
-    with pytest.raises(ValueError, match=r"data\.bias must be between 0 and 1, got 2"):
-        partition(labels, 20, 2, generator)
-    with pytest.raises(ValueError, match=r"data\.clients must be at least 10, one a label, got 5"):
-        partition(labels, 5, 0.5, generator)
-    with pytest.raises(ValueError, match=r"of 90 clients would hold no sample"):
-        partition(labels, 90, 0.5, generator)
+    for bias in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"data\.root_bias must be between 0 .*, got"):
+            split_root(labels, 10, generator, bias)
+    with pytest.raises(ValueError, match=r"data\.root_bias = 0\.55 asks for 11 root samples of class 0, there are 10; lower"):
+        split_root(labels, 20, generator, 0.55)
+    with pytest.raises(ValueError, match=r"asks for 94 root samples of the other classes, there are 90; lower"):
+        split_root(labels, 95, generator, 0.01)

@@ -1,0 +1,97 @@
+"""Local training of many clients, side by side and one by one: what ``batching = "auto"`` chooses by.
+
+``python -m skymask_gpu.bench.local_training`` trains the same clients with the same batches three ways, checks that the updates
+agree, and prints times as ratios to a plain loop with ``torch.optim.SGD``.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skymask_gpu.bench.measure import measure
+from skymask_gpu.federation.local_training import Batches, LocalTraining, batching_for, draw_batches, train_clients
+from skymask_gpu.federation.models import build_model
+
+CASES = {
+    "mlp": (1, 8, 8),
+    "mlp, 28 x 28": (1, 28, 28),
+    "cnn": (1, 28, 28),
+    "logreg": (561,),
+    "vit": (1, 28, 28),
+    "resnet20-gn": (3, 32, 32),
+}
+RECIPE = LocalTraining(steps=5, batch_size=32)
+WAYS = ("plain", "vmap", "loop")
+_SAMPLES = 60
+_TOLERANCE = 1e-4
+
+
+def plain_loop(module: nn.Module, inputs: Tensor, labels: Tensor, batches: Batches) -> Tensor:
+    """Updates ``(C, P)``, as one writes it with PyTorch's optimiser."""
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    start_P = nn.utils.parameters_to_vector(module.parameters()).detach()
+    updates = []
+    for index_SB in batches.index_CSB:
+        module.load_state_dict(start)
+        optimiser = torch.optim.SGD(module.parameters(), lr=RECIPE.lr)
+        for index_B in index_SB:
+            optimiser.zero_grad()
+            F.cross_entropy(module(inputs[index_B]), labels[index_B]).backward()
+            nn.utils.clip_grad_value_(module.parameters(), RECIPE.grad_clip)
+            optimiser.step()
+        updates.append(nn.utils.parameters_to_vector(module.parameters()).detach() - start_P)
+    module.load_state_dict(start)
+    return torch.stack(updates)
+
+
+def compare(case: str, num_clients: int, repeats: int, device: torch.device) -> tuple[dict[str, float], float]:
+    """Seconds of ``"plain"``, ``"vmap"`` and ``"loop"``, and the largest difference of an update, relative to the largest."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(_SAMPLES * num_clients, *CASES[case], generator=generator).to(device)
+    labels = (torch.arange(len(inputs)) % 10).to(device)
+    module = build_model(case.split(",")[0], CASES[case], 10, seed=0).to(device)
+    drawn = draw_batches(list(torch.arange(len(inputs)).split(_SAMPLES)), RECIPE, generator)
+    batches = Batches(drawn.index_CSB.to(device), drawn.steps_C)
+    start_P = nn.utils.parameters_to_vector(module.parameters()).detach()
+
+    def train(way: str) -> Tensor:
+        if way == "plain":
+            return plain_loop(module, inputs, labels, batches)
+        return train_clients(module, start_P, inputs, labels, batches, replace(RECIPE, batching=way)).updates
+
+    results = {way: train(way) for way in WAYS}  # warms up
+    seconds = {way: measure(partial(train, way), repeats, device)[1].median for way in WAYS}
+    error = max(float((results[way] - results["plain"]).abs().max()) for way in WAYS)
+    return seconds, error / float(results["plain"].abs().max())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = Table("model", "clients", "vmap / plain loop", "our loop / plain loop", "auto takes", "largest difference")
+    agree = True
+    for case in options.cases:
+        # what a client of a large network takes is measured on fewer of them
+        num_clients = max(2, options.clients // 10) if case.startswith("resnet") else options.clients
+        seconds, error = compare(case, num_clients, options.repeats, device)
+        agree &= error < _TOLERANCE
+        ratios = (f"{seconds[way] / seconds['plain']:.2f}" if error < _TOLERANCE else "wrong" for way in ("vmap", "loop"))
+        chosen = batching_for(build_model(case.split(",")[0], CASES[case], 10, seed=0), device, RECIPE)
+        table.add_row(case, str(num_clients), *ratios, chosen, f"{error:.1e}")
+    Console(width=140).print(table)
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The commands of simulated federations: ``skymask-gpu run | sweep | report | data``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console()
+
+DataDir = Annotated[Path | None, typer.Option(help="Folder with the data set's standard files.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a stopped run left off.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where there are results already.")]
+
+# Rows of the final table that still fit on a screen; all are in tables.md.
+_TABLE_ROWS = 40
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (run, sweep, report, data):
+        app.command()(command)
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="The run's TOML file; examples/ has some.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics, plots and report; default runs/NAME.")] = None,
+    data_dir: DataDir = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Simulate a federated run round by round, and report it with plots and one HTML page."""
+    with _extra_named("run"):
+        from skymask_gpu.federation.config import read_config
+        from skymask_gpu.federation.data import load_dataset
+        from skymask_gpu.federation.rounds import Federation, clear_results, has_results, run_rounds
+
+    runs = _with_data(read_config(config), data_dir)
+    folder = out or Path("runs") / config.stem
+    folders = [folder / r.name if len(runs) > 1 else folder for r in runs]
+    _check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
+    # all of them before the first round, and before anything is overwritten: what cannot run is said now
+    with console.status("loading ..."):
+        keys = {(r.data.dataset, r.data.data_dir) for r in runs}
+        datasets = {(name, where): load_dataset(name, Path(where) if where else None) for name, where in keys}
+        federations = [Federation.build(r, datasets[r.data.dataset, r.data.data_dir]) for r in runs]
+    if overwrite:
+        for existing in folders:
+            clear_results(existing)
+    try:
+        with _progress("{task.description:<20}") as progress:
+            for settings, federation, run_folder in zip(runs, federations, folders, strict=True):
+                task = progress.add_task(settings.name, total=settings.rounds, status="")
+                for record in run_rounds(federation, run_folder, partial(_show_status, progress, task)):
+                    progress.update(task, completed=record["round"] + 1)
+                    progress.console.print(f"[dim]{settings.name}, round {record['round'] + 1}: {_status(record)}[/]")
+                progress.update(task, completed=settings.rounds, status="done")
+    except KeyboardInterrupt:
+        console.print(f"stopped; go on with: skymask-gpu run {config} --out {folder} --resume", soft_wrap=True)
+        raise typer.Exit(130) from None
+    _report(config.stem, folder)
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(help="A run's TOML file with a [grid] table of lists; examples/ has some.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the cells and the report; default runs/NAME.")] = None,
+    data_dir: DataDir = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells that are played at the same time; the cores are shared out.")] = 1,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Play every combination of a grid (attacks, rules, shares, numbers of clients, seeds ...), and report them as tables."""
+    with _extra_named("run"):
+        from skymask_gpu.federation.config import read_grid
+        from skymask_gpu.federation.sweep import check_cells, clear_cells, has_cells, play_cells
+
+    cells = _with_data(read_grid(config), data_dir)
+    folder = out or Path("runs") / config.stem
+    _check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
+    if overwrite:
+        clear_cells(folder, cells)
+    check_cells(folder, cells)
+    failed, done = {}, 0
+    try:
+        with _progress("{task.description}") as progress:
+            total = progress.add_task(f"{len(cells)} cells, rounds", total=sum(c.rounds for c in cells), status="")
+            rounds = dict.fromkeys((c.name for c in cells), 0)
+            for cell in play_cells(cells, folder, jobs):
+                name = cell.config.name
+                rounds[name] = cell.rounds if cell.state != "failed" else cell.config.rounds
+                if cell.state == "failed":
+                    failed[name] = cell.error
+                    progress.console.print(f"[red]failed:[/] {escape(name)}: {escape(cell.error)}", soft_wrap=True)
+                done += cell.state == "done"
+                status = f"{done} done, {len(failed)} failed, last {escape(name)}"
+                progress.update(total, completed=sum(rounds.values()), status=status)
+    except KeyboardInterrupt:
+        console.print(f"stopped; go on with: skymask-gpu sweep {config} --out {folder} --resume", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if done:
+        _report(config.stem, folder)
+    if failed:
+        console.print(f"[red]{len(failed)} of {len(cells)} cells failed[/]; --resume tries them again", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, of runs or of a sweep.")],
+) -> None:
+    """Tables (Markdown, CSV, LaTeX), plots and one HTML page of what a folder holds so far."""
+    _report(folder.resolve().name, folder)
+
+
+def data(
+    name: Annotated[str, typer.Argument(help="mnist, fashion-mnist, cifar10 or cifar100.")],
+    folder: Annotated[Path, typer.Argument(help="Where to put the standard files.")],
+) -> None:
+    """Download a data set's standard files and check them (needs the extra 'data')."""
+    from skymask_gpu.federation.download import download
+
+    with console.status(f"downloading {name} ..."):
+        download(name, folder)
+    console.print(f"{name}: {folder}")
+
+
+@contextmanager
+def _extra_named(extra: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"this command needs {error.name}: pip install 'skymask-gpu[{extra}]'") from error
+
+
+def _with_data(runs: list[Any], data_dir: Path | None) -> list[Any]:
+    if data_dir is None:
+        return runs
+    return [replace(r, data=replace(r.data, data_dir=str(data_dir))) for r in runs]
+
+
+def _check_folders(existing: list[Path], *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if existing and not resume and not overwrite:
+        raise ValueError(f"--out: {existing[0]} holds results already; go on with --resume or start anew with --overwrite")
+
+
+def _progress(description: str) -> Progress:
+    return Progress(
+        TextColumn(description),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+
+
+def _report(title: str, folder: Path) -> None:
+    with _extra_named("run"):
+        from skymask_gpu.report import COLUMNS, NOTE, load_runs, write_report
+
+    runs = load_runs(folder)
+    with console.status("drawing ..."):
+        written = write_report(title, runs, folder)
+    table = Table(*COLUMNS, title=f"{title}: after {max(len(run.records) for run in runs)} rounds")
+    for finished in runs[:_TABLE_ROWS]:
+        table.add_row(*(escape(cell) for cell in finished.row()))
+    console.print(table)
+    if len(runs) > _TABLE_ROWS:
+        console.print(f"... and {len(runs) - _TABLE_ROWS} more")
+    console.print(NOTE, style="dim")
+    for name, path in written.paths().items():
+        console.print(f"{name + ':':20}{path}", soft_wrap=True)
+
+
+def _show_status(progress: Progress, task: TaskID, text: str) -> None:
+    progress.update(task, status=text)
+
+
+def _status(record: dict[str, Any]) -> str:
+    parts = []
+    if record["accuracy"] is not None:
+        parts.append(f"accuracy {record['accuracy']:.1%}")
+    for name, key in (
+        ("honest rejected", "false_positive_rate"),
+        ("attackers kept", "false_negative_rate"),
+        ("attack success", "attack_success_rate"),
+    ):
+        if record[key] is not None:
+            parts.append(f"{name} {record[key]:.0%}")
+    return ", ".join(parts)

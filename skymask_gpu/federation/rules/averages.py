@@ -1,0 +1,61 @@
+"""Rules that judge nobody: the mean, the medians and the trimmed mean."""
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.federation.rules.rows import column_blocks, squared_distances_to, weighted_sum
+
+__all__ = ["fedavg", "geometric_median", "median", "trimmed_mean"]
+
+_SMOOTHING = 1e-6
+_MOST_STEPS = 100
+_TOLERANCE = 1e-7
+
+
+def fedavg(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
+    """The plain mean (McMahan et al., AISTATS 2017) with equal weights. NaN and Inf go through."""
+    return RuleResult(updates_MP.mean(0), updates_MP.new_ones(len(updates_MP)).bool())
+
+
+def median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
+    """The coordinate-wise median (Yin et al., ICML 2018); of an even number of values the mean of the two in the middle."""
+    return RuleResult(_coordinate_median(updates_MP).to(updates_MP.dtype), None)
+
+
+def trimmed_mean(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
+    """The coordinate-wise trimmed mean (Yin et al., ICML 2018).
+
+    Of each coordinate the f smallest and the f largest of n values are left out, and the others averaged; at most (n - 1) // 2
+    are left out at each end.
+    """
+    num_rows = len(updates_MP)
+    trim = min(info.num_malicious, (num_rows - 1) // 2)
+    parts = [block.sort(0).values[trim : num_rows - trim].mean(0) for block in column_blocks(updates_MP)]
+    return RuleResult(torch.cat(parts).to(updates_MP.dtype), None)
+
+
+def geometric_median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
+    """The geometric median by the smoothed Weiszfeld algorithm (RFA: Pillutla et al., IEEE Trans. Signal Processing 2022).
+
+    Each step is the mean of the updates, weighted by one over the larger of nu and the distance to the point so far; nu = 1e-6.
+    It starts from the coordinate-wise median and ends after 100 steps, or once a step is shorter than 1e-7 of the way from the
+    origin to the point.
+    """
+    point_P = _coordinate_median(updates_MP)
+    for _ in range(_MOST_STEPS):
+        weights_M = 1 / squared_distances_to(updates_MP, point_P).sqrt().clamp_min(_SMOOTHING)
+        before_P, point_P = point_P, weighted_sum(updates_MP, weights_M / weights_M.sum())
+        if torch.linalg.vector_norm(point_P - before_P) <= _TOLERANCE * torch.linalg.vector_norm(point_P):
+            break
+    return RuleResult(point_P.to(updates_MP.dtype), None)
+
+
+def _coordinate_median(updates_MP: Tensor) -> Tensor:
+    """``(P,)`` float64."""
+    lower, upper = (len(updates_MP) - 1) // 2, len(updates_MP) // 2
+    parts = []
+    for block in column_blocks(updates_MP):
+        sorted_Mp = block.sort(0).values
+        parts.append((sorted_Mp[lower] + sorted_Mp[upper]) / 2)
+    return torch.cat(parts)

@@ -1,0 +1,50 @@
+"""Clusterings that several rules share."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["best_cut", "hdbscan_labels"]
+
+
+def hdbscan_labels(
+    distances_NN: Tensor, *, min_cluster_size: int, min_samples: int, allow_single_cluster: bool = False
+) -> Tensor:
+    """``(N,)`` int64 cluster of each row, -1 for noise, by HDBSCAN (Campello et al., PAKDD 2013) on a matrix of distances.
+
+    ``min_samples`` does not count the row itself, as in the papers' hdbscan package; scikit-learn's counts it.
+    """
+    from sklearn.cluster import HDBSCAN
+
+    num_rows = len(distances_NN)
+    if num_rows < 2:
+        return torch.zeros(num_rows, dtype=torch.long, device=distances_NN.device)
+    clusterer = HDBSCAN(
+        min_cluster_size=min_cluster_size,
+        min_samples=min(min_samples + 1, num_rows),
+        metric="precomputed",
+        allow_single_cluster=allow_single_cluster,
+        copy=True,
+    )
+    labels = clusterer.fit_predict(distances_NN.double().cpu().numpy())
+    return torch.from_numpy(labels).to(distances_NN.device, torch.long)
+
+
+def best_cut(values_KN: Tensor) -> tuple[Tensor, Tensor]:
+    """The best two means of each row of numbers: exact, since clusters on a line are cut at one place.
+
+    Args:
+        values_KN: ``(K, N)`` float64, N >= 2.
+
+    Returns:
+        ``(K, N)`` bool, which values are in the upper cluster, and ``(K,)`` the sum of the squared distances to the two means.
+    """
+    num_values = values_KN.shape[1]
+    sorted_KN = (values_KN - values_KN.mean(1, keepdim=True)).sort(1).values
+    lower_KC = sorted_KN.cumsum(1)[:, :-1]
+    count_C = torch.arange(1, num_values, dtype=values_KN.dtype, device=values_KN.device)
+    # the mean is 0: what lies between two clusters is what their sums say
+    between_KC = lower_KC.square() * (1 / count_C + 1 / (num_values - count_C))
+    cut_K1 = between_KC.argmax(1, keepdim=True)
+    lowest_of_upper_K1 = values_KN.sort(1).values.gather(1, cut_K1 + 1)
+    within_K = sorted_KN.square().sum(1) - between_KC.amax(1)
+    return values_KN >= lowest_of_upper_K1, within_K.clamp_min(0)

@@ -1,0 +1,35 @@
+"""FLTrust: clients are weighted by how far they agree with an update that the server trains itself."""
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.federation.rules.rows import row_norms, weighted_sum
+
+__all__ = ["fltrust"]
+
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def fltrust(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
+    """FLTrust (Cao et al., NDSS 2021).
+
+    A client's trust score is the cosine of its update and the root update, 0 if negative. The update is the mean of the
+    clients' updates, scaled to the length of the root update and weighted by the scores. Clients with a score above 0 are kept;
+    if there is none, the update is zero.
+
+    Raises:
+        ValueError: ``info.root_update`` is not finite.
+    """
+    if not torch.isfinite(info.root_update).all():
+        raise ValueError(
+            "root_update must be finite, got NaN or Inf; without a trusted root FLTrust has no scores, use a smaller local.lr"
+        )
+    root_P = info.root_update.double()
+    root_length = torch.linalg.vector_norm(root_P)
+    lengths_M = row_norms(updates_MP)
+    products_M = weighted_sum(updates_MP.T, root_P)
+    scores_M = (products_M / (lengths_M * root_length).clamp_min(_TINY)).clamp_min(0)
+    kept_M = scores_M > 0
+    weights_M = scores_M / scores_M.sum().clamp_min(_TINY) * root_length / lengths_M.clamp_min(_TINY)
+    return RuleResult(weighted_sum(updates_MP, weights_M).to(updates_MP.dtype), kept_M)

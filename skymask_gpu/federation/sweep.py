@@ -1,0 +1,141 @@
+"""A sweep: many runs, each in a process and a folder of its own; a cell that fails or is killed leaves the others alone.
+
+The sweep's folder holds ``cells/NAME/`` for each run: what :mod:`skymask_gpu.federation.rounds` writes, or ``error.txt``.
+"""
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from skymask_gpu.federation.config import RunConfig
+from skymask_gpu.federation.rounds import METRICS, Federation, check_same_run, clear_results, run_rounds
+from skymask_gpu.files import write_text
+
+__all__ = ["CELLS", "ERROR", "CellState", "cell_folder", "check_cells", "clear_cells", "has_cells", "play_cells"]
+
+CELLS, ERROR = "cells", "error.txt"
+_POLL_SECONDS = 0.2
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class CellState:
+    """How far a cell is: ``"running"``, ``"done"`` or ``"failed"``, with the rounds on disk and, if it failed, the error."""
+
+    config: RunConfig
+    state: str
+    rounds: int
+    error: str = ""
+
+
+def cell_folder(folder: Path, config: RunConfig) -> Path:
+    return folder / CELLS / config.name
+
+
+def has_cells(folder: Path) -> bool:
+    """Whether a sweep was begun in ``folder``."""
+    return (folder / CELLS).exists()
+
+
+def clear_cells(folder: Path, configs: list[RunConfig]) -> None:
+    """Remove what these cells wrote."""
+    for config in configs:
+        clear_results(cell_folder(folder, config))
+        (cell_folder(folder, config) / ERROR).unlink(missing_ok=True)
+
+
+def check_cells(folder: Path, configs: list[RunConfig]) -> None:
+    """Raise a ValueError if a cell's folder holds a run with other settings."""
+    for config in configs:
+        check_same_run(config, cell_folder(folder, config))
+
+
+def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[CellState]:
+    """Play every cell that is not done, ``jobs`` at a time, and yield each one's state whenever it changes.
+
+    A cell that failed before is tried again. With several jobs the threads are shared out among them.
+    """
+    waiting = list(reversed(configs))
+    running: list[tuple[RunConfig, BaseProcess, int]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                config = waiting.pop()
+                done = _num_rounds(cell_folder(folder, config))
+                if done >= config.rounds:
+                    yield CellState(config, "done", done)
+                else:
+                    running.append((config, _start(config, cell_folder(folder, config), jobs), -1))
+            time.sleep(_POLL_SECONDS)
+            still: list[tuple[RunConfig, BaseProcess, int]] = []
+            for config, process, told in running:
+                alive = process.is_alive()
+                done = _num_rounds(cell_folder(folder, config))
+                if not alive:
+                    yield _finished(config, process, cell_folder(folder, config), done)
+                    continue
+                if done != told:
+                    yield CellState(config, "running", done)
+                still.append((config, process, done))
+            running = still
+    finally:
+        for _, process, _ in running:
+            process.terminate()
+            process.join()
+
+
+def _start(config: RunConfig, folder: Path, jobs: int) -> BaseProcess:
+    (folder / ERROR).unlink(missing_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=_play, args=(config, folder), daemon=True)
+    with _threads_for(jobs):
+        process.start()
+    return process
+
+
+@contextmanager
+def _threads_for(jobs: int) -> Iterator[None]:
+    """What a process that is started now takes as its number of threads; one job has them all."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    if jobs > 1:
+        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(max(1, torch.get_num_threads() // jobs))))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _play(config: RunConfig, folder: Path) -> None:
+    """In the cell's own process: all rounds, or the error on disk and exit status 1."""
+    try:
+        for _ in run_rounds(Federation.build(config), folder):
+            pass
+    except Exception as error:
+        write_text(folder / ERROR, f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+        raise SystemExit(1) from None
+
+
+def _finished(config: RunConfig, process: BaseProcess, folder: Path, done: int) -> CellState:
+    if process.exitcode == 0:
+        return CellState(config, "done", done)
+    if not (folder / ERROR).exists():
+        how = f"signal {-process.exitcode}" if process.exitcode and process.exitcode < 0 else f"status {process.exitcode}"
+        write_text(folder / ERROR, f"the process ended with {how} (out of memory?)\n")
+    return CellState(config, "failed", done, (folder / ERROR).read_text(encoding="utf-8").split("\n", 1)[0])
+
+
+def _num_rounds(folder: Path) -> int:
+    """Rounds on disk."""
+    path = folder / METRICS
+    return path.read_bytes().count(b"\n") if path.exists() else 0

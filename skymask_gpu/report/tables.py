@@ -1,0 +1,267 @@
+"""The tables of a report: per block accuracy, verdicts and backdoors, as Markdown and LaTeX; and one line a run as CSV."""
+
+import csv
+import io
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from skymask_gpu.report.summary import FinishedRun, flat_settings
+from skymask_gpu.report.sweep import Block, Sweep, differing_keys
+
+__all__ = ["LEGEND", "Cell", "ResultTable", "block_tables", "csv_text", "latex_text", "markdown_text"]
+
+LEGEND = (
+    "Accuracy of the global model on the test set, and success rate of the backdoor, in the last evaluated round. "
+    "FPR: the share of honest clients rejected, FNR: the share of attackers kept; means over the rounds from the second on, "
+    "then over the seeds, and in square brackets the worst of these rounds of any seed. n/a: nothing to judge or to measure, "
+    "as with rules that judge no client. -: no finished run. Bold: the best accuracy but for plain averaging (fedavg)."
+)
+# settings that have a column even where all runs agree
+_COLUMNS = (
+    "data.dataset",
+    "model.name",
+    "data.partition",
+    "data.bias",
+    "data.alpha",
+    "data.clients",
+    "attack.name",
+    "attack.share",
+    "defence.rule",
+)
+_RESULT_COLUMNS = (
+    "seed",
+    "rounds",
+    "rounds_done",
+    "accuracy",
+    "mean_fpr",
+    "worst_fpr",
+    "mean_fnr",
+    "worst_fnr",
+    "attack_success_rate",
+    "median_aggregation_seconds",
+    "median_local_training_seconds",
+)
+# wider tables are scaled to the line; what fits on one of the article class, two characters between columns
+_LATEX_CHARACTERS = 65
+# LaTeX holds a limited number of floats back; a page break lets them go
+_BLOCKS_A_FLUSH = 6
+_NONE, _ABSENT = "n/a", "-"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows for one attack and one rule."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Attacks by rules; ``rows`` are (attack, a cell a rule)."""
+
+    caption: str
+    rules: list[str]
+    rows: list[tuple[str, list[Cell]]]
+
+
+def block_tables(block: Block) -> list[ResultTable]:
+    """Accuracy; FPR and FNR; and, if any run has it, the success rate of backdoors."""
+    tables = [_mean_table(block, block.attacks, "Accuracy (%)", "accuracy", mark_best=True), _rates_table(block)]
+    backdoors = [
+        attack
+        for attack in block.attacks
+        if any(
+            run.last("attack_success_rate") is not None for rule in block.rules for run in block.cells.get((attack, rule), [])
+        )
+    ]
+    if backdoors:
+        tables.append(_mean_table(block, backdoors, "Attack success rate (%)", "attack_success_rate", mark_best=False))
+    return tables
+
+
+def markdown_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> str:
+    """All blocks' tables, the runs that are in none, and the cells that failed."""
+    lines = [f"# {_markdown(title)}", "", LEGEND, ""]
+    for block in sweep.blocks:
+        lines += [f"## {_markdown(block.title)}", ""]
+        for table in block_tables(block):
+            lines += [f"{_markdown(table.caption)}:", "", _markdown_row(["attack", *map(_markdown, table.rules)])]
+            lines += [_markdown_row(["---"] + ["---:"] * len(table.rules))]
+            for attack, cells in table.rows:
+                shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
+                lines.append(_markdown_row([_markdown(attack), *shown]))
+            lines.append("")
+    for heading, entries in (("Left out", sweep.left_out), ("Failed", failed)):
+        if entries:
+            lines += [f"## {heading}", "", *(f"- {_markdown(name)}: {_markdown(why)}" for name, why in entries), ""]
+    return "\n".join(lines)
+
+
+def latex_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> str:
+    r"""The same as ``table`` environments, to be read with ``\input``; needs the packages booktabs and graphicx."""
+    lines = [
+        _comment(title),
+        r"% In the preamble: \usepackage{booktabs,graphicx}. Then: \input{tables.tex}",
+        _comment(LEGEND),
+        "",
+    ]
+    for number, block in enumerate(sweep.blocks):
+        if number and number % _BLOCKS_A_FLUSH == 0:
+            lines += [r"\clearpage", ""]
+        for table in block_tables(block):
+            wide = _width(table) > _LATEX_CHARACTERS
+            lines += [r"\begin{table}[htbp]", r"\centering", rf"\caption{{{_latex(f'{table.caption}: {block.title}')}}}"]
+            lines += [r"\resizebox{\linewidth}{!}{%"] * wide
+            lines += [rf"\begin{{tabular}}{{l{'r' * len(table.rules)}}}", r"\toprule"]
+            lines += [_latex_row(["attack", *map(_latex, table.rules)]), r"\midrule"]
+            for attack, cells in table.rows:
+                shown = [rf"\textbf{{{_latex(cell.text)}}}" if cell.best else _latex(cell.text) for cell in cells]
+                lines.append(_latex_row([_latex(attack), *shown]))
+            lines += [r"\bottomrule", r"\end{tabular}" + "}" * wide, r"\end{table}", ""]
+    lines += [_comment(f"left out: {name}: {why}") for name, why in sweep.left_out]
+    lines += [_comment(f"failed: {name}: {why}") for name, why in failed]
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(runs: list[FinishedRun], folder: Path) -> str:
+    """One line a run: every setting that differs between runs, and the results; rates are shares, unknown ones empty."""
+    settings = [flat_settings(run.config) for run in runs]
+    fixed = ("name", "seed", "rounds", "checkpoint_every", "evaluate_every", "data.data_dir", *_COLUMNS)
+    keys = [*_COLUMNS, *(key for key in differing_keys(settings) if key not in fixed)]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["run", "folder", *keys, *_RESULT_COLUMNS])
+    for run, flat in zip(runs, settings, strict=True):
+        where = run.folder.relative_to(folder) if run.folder.is_relative_to(folder) else run.folder
+        writer.writerow(
+            [
+                run.name,
+                where.as_posix(),
+                *(flat.get(key) for key in keys),
+                run.seed,
+                run.rounds,
+                run.rounds_done,
+                run.last("accuracy"),
+                run.mean_rate("false_positive_rate"),
+                run.worst_rate("false_positive_rate"),
+                run.mean_rate("false_negative_rate"),
+                run.worst_rate("false_negative_rate"),
+                run.last("attack_success_rate"),
+                run.median_seconds("aggregation"),
+                run.median_seconds("local_training"),
+            ]
+        )
+    return file.getvalue()
+
+
+def _mean_table(block: Block, attacks: list[str], quantity: str, key: str, *, mark_best: bool) -> ResultTable:
+    values = {cell: _values(block.cells.get(cell), partial(FinishedRun.last, key=key)) for cell in _grid(block, attacks)}
+    counts = {len(shares) for shares in values.values() if shares}
+    rows = []
+    for attack in attacks:
+        best = _best(block, attack, values) if mark_best else set()
+        cells = []
+        for rule in block.rules:
+            shares = values[attack, rule]
+            count = f" (n = {len(shares)})" if shares and len(counts) > 1 else ""
+            cells.append(Cell(_mean_and_spread(shares) + count, rule in best))
+        rows.append((attack, cells))
+    return ResultTable(quantity + _spread_note(counts), block.rules, rows)
+
+
+def _rates_table(block: Block) -> ResultTable:
+    rows = []
+    for attack in block.attacks:
+        cells = []
+        for rule in block.rules:
+            runs = block.cells.get((attack, rule))
+            means, worst = [], []
+            for key in ("false_positive_rate", "false_negative_rate"):
+                rates = _values(runs, partial(FinishedRun.mean_rate, key=key))
+                peaks = _values(runs, partial(FinishedRun.worst_rate, key=key))
+                means.append(f"{statistics.fmean(rates):.1f}" if rates else _NONE)
+                worst.append(f"{max(peaks):.1f}" if peaks else _NONE)
+            if runs is None:
+                cells.append(Cell(_ABSENT))
+            elif set(means) == {_NONE}:
+                cells.append(Cell(_NONE))
+            else:
+                cells.append(Cell(f"{' / '.join(means)} [{' / '.join(worst)}]"))
+        rows.append((attack, cells))
+    return ResultTable("FPR / FNR (%), mean [worst round]", block.rules, rows)
+
+
+def _grid(block: Block, attacks: list[str]) -> list[tuple[str, str]]:
+    return [(attack, rule) for attack in attacks for rule in block.rules]
+
+
+def _values(runs: list[FinishedRun] | None, measure: Callable[[FinishedRun], float | None]) -> list[float] | None:
+    """Percentages of the runs that have the quantity; None if there is no run."""
+    if runs is None:
+        return None
+    return [100 * share for share in map(measure, runs) if share is not None]
+
+
+def _mean_and_spread(values: list[float] | None) -> str:
+    if values is None:
+        return _ABSENT
+    if not values:
+        return _NONE
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _spread_note(counts: set[int]) -> str:
+    if not counts or counts == {1}:
+        return ", one seed"
+    seeds = "seeds, whose number is n" if len(counts) > 1 else f"{max(counts)} seeds"
+    return f", mean ± sample standard deviation over {seeds}"
+
+
+def _best(block: Block, attack: str, values: dict[tuple[str, str], list[float] | None]) -> set[str]:
+    """The rules of the highest shown mean, plain averaging aside; none where there is nothing to compare."""
+    means = {
+        rule: round(statistics.fmean(shares), 1)
+        for rule in block.rules
+        if rule.split(" ")[0] != "fedavg" and (shares := values[attack, rule])
+    }
+    return {rule for rule, mean in means.items() if mean == max(means.values())} if len(means) > 1 else set()
+
+
+def _markdown(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|#~&])", r"\\\1", " ".join(text.split()))
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "#": r"\#", "$": r"\$", "%": r"\%", "&": r"\&", "_": r"\_",
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+        "±": r"$\pm$",
+    }
+)  # fmt: skip
+
+
+def _width(table: ResultTable) -> int:
+    """In characters."""
+    rows = [["attack", *table.rules], *([attack, *(cell.text for cell in cells)] for attack, cells in table.rows)]
+    return sum(2 + max(map(len, column)) for column in zip(*rows, strict=True))
+
+
+def _latex(text: str) -> str:
+    return " ".join(text.split()).translate(_LATEX)
+
+
+def _latex_row(cells: list[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _comment(text: str) -> str:
+    return "% " + " ".join(text.split())

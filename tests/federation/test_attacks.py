@@ -1,0 +1,423 @@
+"""Attacks have their defining properties."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from skymask_gpu.federation.attacks import (
+    ATTACKS,
+    AttackConfig,
+    Threat,
+    add_trigger,
+    attack,
+    has_backdoor,
+    model_poisoning,
+    poison_batch,
+    poisons_data,
+)
+from skymask_gpu.federation.attacks.threat import BASES
+
+LAYERS = {"conv1.weight": slice(0, 100), "conv1.bias": slice(100, 110), "conv10.weight": slice(110, 300)}
+
+
+def threat(name: str, seed: int = 0, **settings: Any) -> Threat:
+    if name == "layers":
+        settings.setdefault("layers", ("conv1",))
+    config = AttackConfig(name=name, share=0.0 if name == "none" else 0.2, **settings)
+    return Threat(config, layers=LAYERS, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def updates(generator: torch.Generator) -> Tensor:
+    return torch.randn(20, 300, generator=generator) * 0.1 + 0.05
+
+
+@pytest.fixture
+def malicious() -> Tensor:
+    return torch.arange(20) % 5 == 0
+
+
+# What all attacks have in common
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_leave_honest_rows_and_the_input_alone(name: str, updates: Tensor, malicious: Tensor) -> None:
+    before = updates.clone()
+    sent = attack(updates, malicious, threat(name))
+    assert torch.equal(updates, before)
+    assert torch.equal(sent[~malicious], before[~malicious])
+    assert sent.dtype == torch.float32
+    assert torch.equal(sent, attack(updates, malicious, threat(name))), "the same generator gives the same"
+    assert torch.equal(attack(updates, torch.zeros(20, dtype=torch.bool), threat(name)), before)
+    changes = name not in ("none", "label-flip")
+    assert (sent[malicious] != before[malicious]).any(1).all() == changes
+
+
+@pytest.mark.parametrize("num_honest", [0, 1, 2])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_are_defined_for_few_honest_clients(name: str, num_honest: int, updates: Tensor) -> None:
+    updates = updates[: 4 + num_honest]
+    malicious = torch.arange(len(updates)) < 4
+    sent = attack(updates, malicious, threat(name))
+    assert sent.isfinite().all()
+    assert torch.equal(sent[4:], updates[4:])
+    needed = {"ipm": 1, "krum": 1, "trim": 1, "lie": 2, "lie-backdoor": 2, "min-max": 2, "min-sum": 2}
+    if name in needed:
+        assert torch.equal(sent, updates) == (num_honest < needed[name])
+
+
+@pytest.mark.parametrize("name", ["noise", "sparse", "trim", "krum"])
+def test_rounds_draw_anew(name: str, updates: Tensor, malicious: Tensor) -> None:
+    assert not torch.equal(attack(updates, malicious, threat(name)), attack(updates, malicious, threat(name, seed=1)))
+
+
+# Against each client's own update
+
+
+def test_sign_flip_negates(updates: Tensor, malicious: Tensor) -> None:
+    assert torch.equal(attack(updates, malicious, threat("sign-flip"))[malicious], -updates[malicious])
+    assert torch.equal(attack(updates, malicious, threat("none")), updates)
+
+
+@pytest.mark.parametrize("std", [0.05, 2.0])
+def test_noise_is_gaussian_of_the_given_width(std: float, malicious: Tensor, generator: torch.Generator) -> None:
+    updates = torch.randn(20, 20_000, generator=generator)
+    noise = (attack(updates, malicious, threat("noise", noise_std=std)) - updates)[malicious].double() / std
+    assert abs(noise.mean().item()) < 0.015  # 4 * 20,000 draws: four standard errors
+    assert abs(noise.std().item() - 1) < 0.01
+    assert abs((noise.abs() < 1).double().mean().item() - math.erf(math.sqrt(0.5))) < 0.007
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.03, "each client's own"
+
+
+@pytest.mark.parametrize("name", ["scaling", "scaling-backdoor"])
+def test_scaled_updates_replace_the_mean(name: str, updates: Tensor, malicious: Tensor) -> None:
+    """The defining property: with honest updates of zero the mean of all is that of the malicious clients."""
+    updates = updates * malicious[:, None]
+    torch.testing.assert_close(attack(updates, malicious, threat(name)).mean(0), updates[malicious].mean(0))
+    assert torch.equal(attack(updates, malicious, threat(name, factor=3.0))[malicious], 3 * updates[malicious])
+
+
+# Against the honest updates
+
+
+@pytest.mark.parametrize(("epsilon", "sign"), [(0.5, 1), (3.9, 1), (4.1, -1)])
+def test_ipm_turns_the_mean_around_beyond_honest_to_malicious(
+    epsilon: float, sign: int, updates: Tensor, malicious: Tensor
+) -> None:
+    """The defining property: <mean of all, honest mean> = (H - epsilon F) / N |honest mean|^2, of 16 honest and 4 malicious."""
+    sent = attack(updates, malicious, threat("ipm", ipm_epsilon=epsilon)).double()
+    honest_mean = updates[~malicious].double().mean(0)
+    product = sent.mean(0) @ honest_mean / (honest_mean @ honest_mean)
+    assert product.sign() == sign
+    assert product.item() == pytest.approx((16 - epsilon * 4) / 20, rel=1e-4)
+
+
+def check_direction(sent_P: Tensor, honest_HP: Tensor, kind: str) -> None:
+    """From the honest mean, along the perturbation of that name."""
+    mean_P = honest_HP.mean(0)
+    want_P = {"std": -honest_HP.std(0), "unit": -mean_P, "sign": -mean_P.sign()}[kind]
+    gamma = (sent_P - mean_P) @ want_P / (want_P @ want_P)
+    assert gamma > 0
+    torch.testing.assert_close(sent_P - mean_P, gamma * want_P, atol=1e-5 * (gamma * want_P).norm().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("direction", ["std", "unit", "sign"])
+def test_min_max_is_as_far_out_as_honest_updates_allow(direction: str, updates: Tensor, malicious: Tensor) -> None:
+    """The defining property: the largest distance to an honest update equals the largest among honest updates."""
+    honest = updates[~malicious].double()
+    sent = attack(updates, malicious, threat("min-max", direction=direction))[malicious].double()
+    assert (sent == sent[0]).all()
+    widest = torch.pdist(honest).max()
+    assert torch.cdist(sent[:1], honest).max().item() == pytest.approx(widest.item(), rel=1e-5)
+    check_direction(sent[0], honest, direction)
+
+
+@pytest.mark.parametrize("direction", ["std", "unit", "sign"])
+def test_min_sum_is_as_far_out_in_sum_as_honest_updates_are(direction: str, updates: Tensor, malicious: Tensor) -> None:
+    """The defining property: the sum of squared distances to honest updates equals the largest among honest updates."""
+    honest = updates[~malicious].double()
+    sent = attack(updates, malicious, threat("min-sum", direction=direction))[malicious].double()
+    assert (sent == sent[0]).all()
+    sums = torch.cdist(honest, honest).square().sum(1)
+    assert (sent[0] - honest).square().sum().item() == pytest.approx(sums.max().item(), rel=1e-5)
+    check_direction(sent[0], honest, direction)
+
+
+@pytest.mark.parametrize("name", ["min-max", "min-sum", "krum"])
+@pytest.mark.parametrize("direction", ["std", "unit", "sign"])
+def test_equal_updates_leave_no_room(name: str, direction: str, malicious: Tensor) -> None:
+    sent = attack(torch.ones(20, 5), malicious, threat(name, direction=direction))
+    assert sent.isfinite().all()
+    if name != "krum":
+        torch.testing.assert_close(sent, torch.ones(20, 5))
+
+
+@pytest.mark.parametrize(("num_clients", "num_malicious", "z"), [(50, 12, 0.3360), (100, 20, 0.2858), (10, 6, 3.0)])
+def test_a_little_is_enough_goes_z_standard_deviations(num_clients: int, num_malicious: int, z: float) -> None:
+    """By hand: of 50 clients, 12 malicious, s = 14 supporters are needed of 38: Phi(z) = 24 / 38 gives z = 0.336."""
+    updates = torch.randn(num_clients, 200, generator=torch.Generator().manual_seed(0))
+    malicious = torch.arange(num_clients) < num_malicious
+    honest = updates[~malicious].double()
+    sent = attack(updates, malicious, threat("lie"))[malicious].double()
+    steps = (honest.mean(0) - sent) / honest.std(0)
+    torch.testing.assert_close(steps, torch.full_like(steps, z), atol=2e-4, rtol=0)
+
+
+def test_the_backdoor_of_a_little_is_enough_stays_in_the_band() -> None:
+    """z = 0.336 of 50 clients, 12 malicious, as above: outside the band its nearest end, inside it the client's own value."""
+    updates = torch.randn(50, 200, generator=torch.Generator().manual_seed(0))
+    malicious = torch.arange(50) < 12
+    honest, own = updates[~malicious].double(), updates[malicious].double()
+    steps = (attack(updates, malicious, threat("lie-backdoor"))[malicious].double() - honest.mean(0)) / honest.std(0)
+    own_steps = (own - honest.mean(0)) / honest.std(0)
+    outside = own_steps.abs() > 0.336
+    assert 0.5 < outside.double().mean() < 0.9
+    torch.testing.assert_close(steps[outside], 0.336 * own_steps[outside].sign(), atol=2e-4, rtol=0)
+    torch.testing.assert_close(steps[~outside], own_steps[~outside], atol=1e-3, rtol=0)
+
+
+def test_a_single_backdoored_client_has_no_band_at_all(updates: Tensor) -> None:
+    """Of 20 clients, 1 malicious, s = 10 supporters are needed of 19: Phi(z) = 9 / 19, and z is below 0."""
+    malicious = torch.arange(20) == 3
+    sent = attack(updates, malicious, threat("lie-backdoor"))
+    torch.testing.assert_close(sent[3], updates[~malicious].mean(0))
+
+
+def test_trim_lies_beyond_the_honest_extreme_against_the_mean(updates: Tensor, malicious: Tensor) -> None:
+    updates = updates + 0.2 * updates[0].sign()  # some parameters have one sign in all clients
+    honest, sent = updates[~malicious], attack(updates, malicious, threat("trim"))[malicious]
+    lowest, highest, rises = honest.min(0).values, honest.max(0).values, honest.mean(0) > 0
+    assert (sent <= lowest)[:, rises].all()
+    assert (sent >= highest)[:, ~rises].all()
+    extreme = torch.where(rises, lowest, highest)
+    ratio = sent / extreme
+    assert (ratio >= 0.5).all()
+    assert (ratio <= 2).all()
+    assert ratio.std() > 0.1, "drawn, not all alike"
+
+
+# The Krum attack
+
+
+def krum_choice(sent_NP: Tensor, num_malicious: int) -> int:
+    """Krum, a loop: the client with the smallest sum of squared distances to its N - F - 2 nearest others."""
+    rows = sent_NP.double()
+    scores = []
+    for i in range(len(rows)):
+        others = sorted(float((rows[i] - rows[j]).square().sum()) for j in range(len(rows)) if j != i)
+        scores.append(sum(others[: len(rows) - num_malicious - 2]))
+    return scores.index(min(scores))
+
+
+def theorem_1(honest_HP: Tensor, num_malicious: int) -> float:
+    """Fang et al.'s bound on lambda, a loop."""
+    rows = honest_HP.double()
+    num_clients, num_params = len(rows) + num_malicious, rows.shape[1]
+    sums = []
+    for i in range(len(rows)):
+        others = sorted(float((rows[i] - rows[j]).square().sum()) for j in range(len(rows)) if j != i)
+        sums.append(sum(others[: num_clients - num_malicious - 2]))
+    furthest = max(float(row.norm()) for row in rows)
+    return math.sqrt(min(sums) / ((num_clients - 2 * num_malicious - 1) * num_params)) + furthest / math.sqrt(num_params)
+
+
+def krum_case(seed: int, num_clients: int, num_malicious: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Updates around a common direction, who is malicious, and the sign of the honest mean."""
+    generator = torch.Generator().manual_seed(seed)
+    updates = torch.randn(300, generator=generator) + spread * torch.randn(num_clients, 300, generator=generator)
+    malicious = torch.randperm(num_clients, generator=generator) < num_malicious
+    return updates, malicious, updates[~malicious].mean(0).sign()
+
+
+@pytest.mark.parametrize(("num_clients", "num_malicious", "spread"), [(20, 4, 1.0), (15, 6, 0.5), (12, 1, 2.0), (20, 4, 3.0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_krum_picks_the_krum_attack(seed: int, num_clients: int, num_malicious: int, spread: float) -> None:
+    """The defining property: Krum picks a malicious client, and would not if they went twice as far."""
+    updates, malicious, sign = krum_case(seed, num_clients, num_malicious, spread)
+    sent = attack(updates, malicious, threat("krum", seed=seed))
+    assert malicious[krum_choice(sent, num_malicious)]
+    exact = [row for row in sent[malicious] if (row == row.abs().max() * -sign).all()]
+    assert len(exact) == 1, "one is a multiple of the sign"
+    step = exact[0].abs().max().item()
+    bound = theorem_1(updates[~malicious], num_malicious)
+    halvings = math.log2(bound / step)
+    assert halvings == pytest.approx(round(halvings), abs=1e-3)
+    assert round(halvings) >= 1
+    further = sent - malicious[:, None] * step * sign
+    assert not malicious[krum_choice(further, num_malicious)]
+    distances = (sent[malicious] - exact[0]).double().norm(dim=1)
+    torch.testing.assert_close(distances.sort().values[1:], torch.full((num_malicious - 1,), 0.01).double(), rtol=1e-3, atol=0)
+
+
+def test_distances_come_from_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates, malicious, _ = krum_case(0, 20, 4, 1.0)
+    sent = attack(updates, malicious, threat("krum"))
+    monkeypatch.setattr(model_poisoning, "_COLUMNS_AT_ONCE", 128)
+    assert torch.equal(attack(updates, malicious, threat("krum")), sent)
+
+
+def test_the_krum_attack_ignores_parameters_that_nobody_moves() -> None:
+    updates, malicious, _ = krum_case(0, 20, 4, 1.0)
+    moved = torch.arange(300) % 3 > 0
+    sent = attack(updates * moved, malicious, threat("krum"))
+    assert malicious[krum_choice(sent, 4)]
+    assert sent[malicious][:, ~moved].abs().max() < 0.01
+    assert sent[malicious][:, moved].abs().min() > 0.01
+
+
+def test_the_krum_attack_gives_up_below_its_smallest_step() -> None:
+    """Honest updates that are all the same: Krum picks one of them however near the others are."""
+    malicious = torch.arange(10) < 1
+    sent = attack(torch.full((10, 50), 0.3), malicious, threat("krum"))
+    assert 5e-6 <= sent[0].abs().max() < 1e-5
+
+
+def test_a_majority_of_krum_attackers_goes_to_the_bound_and_is_picked(updates: Tensor) -> None:
+    malicious = torch.arange(20) < 12
+    sent = attack(updates, malicious, threat("krum"))
+    assert malicious[krum_choice(sent, 12)]
+    assert sent[malicious].abs().min() > 0.1
+
+
+# Fine-grained attacks
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_layers_poisons_the_named_layers_only(base: str, updates: Tensor, malicious: Tensor) -> None:
+    """A module's name stands for its parameters, and not for another one's that begins alike."""
+    whole = attack(updates, malicious, threat(base))
+    for names, columns in ((("conv1",), slice(0, 110)), (("conv1.bias", "conv10"), slice(100, 300))):
+        sent = attack(updates, malicious, threat("layers", layers=names, base=base))
+        want = updates.clone()
+        want[:, columns] = whole[:, columns]
+        assert torch.equal(sent, want)
+
+
+def test_unknown_layers_are_named(updates: Tensor, malicious: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"attack\.layers must name .*, got 'conv'; the model has conv1\.weight, conv1\.bias, conv10"
+    ):
+        attack(updates, malicious, threat("layers", layers=("conv1", "conv")))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.25, 1.0])
+def test_sparse_poisons_a_share_of_the_parameters(share: float, updates: Tensor, malicious: Tensor) -> None:
+    sent = attack(updates, malicious, threat("sparse", params_share=share))
+    changed = (sent != updates)[malicious]
+    assert (changed == changed[0]).all(), "the same in all malicious clients"
+    assert changed[0].sum() == max(1, round(share * 300))
+    assert torch.equal(sent[malicious][changed], -updates[malicious][changed])
+    other = (attack(updates, malicious, threat("sparse", params_share=share, base="ipm")) != updates)[malicious]
+    assert torch.equal(other, changed)
+
+
+# Data poisoning
+
+
+def batches(*shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(*shape, generator=generator), torch.randint(0, 10, shape[:-3], generator=generator)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_that_poison_no_data_leave_them_alone(name: str) -> None:
+    inputs, labels = batches(6, 1, 8, 8)
+    sent_inputs, sent_labels = poison_batch(threat(name).config, inputs, labels, 10, brightest=3.0)
+    assert torch.equal(sent_inputs, inputs) == (not has_backdoor(name))
+    assert torch.equal(sent_labels, labels) == (not poisons_data(name))
+
+
+def test_label_flip_mirrors_the_labels_and_is_its_own_inverse() -> None:
+    config = threat("label-flip").config
+    inputs, labels = torch.randn(2, 10, 561), torch.arange(10).expand(2, 10)
+    same, flipped = poison_batch(config, inputs, labels, 10, brightest=0.0)
+    assert same is inputs
+    assert flipped.tolist() == [[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]] * 2
+    assert torch.equal(poison_batch(config, inputs, flipped, 10, brightest=0.0)[1], labels)
+
+
+@pytest.mark.parametrize("name", ["lie-backdoor", "scaling-backdoor"])
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.25, 5), (0.5, 10), (1.0, 20)])
+@pytest.mark.parametrize("clients", [(), (3,)])
+def test_a_backdoor_is_in_its_share_of_each_batch(name: str, share: float, count: int, clients: tuple[int, ...]) -> None:
+    inputs, labels = batches(*clients, 20, 3, 8, 9)
+    labels = labels.clamp_min(1)
+    before = inputs.clone(), labels.clone()
+    config = threat(name, poison_share=share, target_class=0).config
+    sent_inputs, sent_labels = poison_batch(config, inputs, labels, 10, brightest=7.0)
+    assert torch.equal(inputs, before[0])
+    assert torch.equal(labels, before[1])
+    assert sent_labels.dtype == torch.int64
+    triggered = (sent_inputs[..., 5:, 6:] == 7).flatten(-3).all(-1)
+    assert (triggered.sum(-1) == count).all()
+    assert torch.equal(sent_labels == 0, triggered)
+    assert torch.equal(sent_inputs[~triggered], inputs[~triggered])
+    assert torch.equal(sent_labels[~triggered], labels[~triggered])
+    assert (sent_inputs != inputs).sum() == triggered.sum() * 27, "3 x 3 pixels in 3 channels"
+    # in training it looks as in a test
+    assert torch.equal(sent_inputs[triggered], add_trigger(inputs, 7.0)[triggered])
+
+
+def test_data_that_cannot_carry_a_backdoor_are_named() -> None:
+    config = threat("lie-backdoor").config
+    wanted = r"attack\.name: a backdoor's trigger needs images .* of at least 3 x 3 pixels, got inputs of shape \(2, 4, 561\)"
+    with pytest.raises(ValueError, match=wanted):
+        poison_batch(config, torch.randn(2, 4, 561), torch.zeros(2, 4, dtype=torch.long), 6, brightest=1.0)
+    with pytest.raises(ValueError, match=r"got inputs of shape \(4, 1, 2, 8\)"):
+        add_trigger(torch.randn(4, 1, 2, 8), 1.0)
+    inputs, labels = batches(4, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"attack\.target_class must be below the data's 10 classes, got 10"):
+        poison_batch(dataclasses.replace(config, target_class=10), inputs, labels, 10, brightest=1.0)
+
+
+# The configuration
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "mimic"}, r"attack\.name must be one of none, ipm, krum, .*, trim, got 'mimic'"),
+        ({"name": "min-mx"}, r"attack\.name .*; did you mean 'min-max'\?"),
+        ({"direction": "mean"}, r"attack\.direction must be one of std, unit, sign, got 'mean'"),
+        ({"base": "label-flip"}, r"attack\.base must be one of ipm, .*, got 'label-flip'"),
+        ({"share": 1.0}, r"attack\.share must be from 0 to below 1, got 1\.0"),
+        ({"share": -0.1}, r"attack\.share must be from 0 to below 1, got -0\.1"),
+        ({"share": math.nan}, r"attack\.share must be from 0 to below 1, got nan"),
+        ({"share": 0.0}, r"attack\.share must be above 0 for attack 'lie', got 0\.0"),
+        ({"name": "none"}, r"attack\.share must be 0 for attack 'none', got 0\.2"),
+        ({"noise_std": 0.0}, r"attack\.noise_std must be finite and above 0, got 0\.0"),
+        ({"ipm_epsilon": math.inf}, r"attack\.ipm_epsilon must be finite and above 0, got inf"),
+        ({"factor": -1.0}, r"attack\.factor must be finite and at least 0 .*, got -1\.0"),
+        ({"target_class": -1}, r"attack\.target_class must be at least 0, got -1"),
+        ({"poison_share": 0.0}, r"attack\.poison_share must be above 0 and at most 1, got 0\.0"),
+        ({"params_share": 1.5}, r"attack\.params_share must be above 0 and at most 1, got 1\.5"),
+        ({"name": "layers"}, r"attack\.layers must name at least one parameter or module for attack 'layers', got none"),
+    ],
+)
+def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttackConfig(**{"name": "lie", "share": 0.2, **settings})
+
+
+def test_the_share_says_how_many_are_malicious() -> None:
+    config = AttackConfig(name="lie", share=0.2)
+    assert [config.num_malicious(n) for n in (2, 8, 50, 99, 100)] == [1, 2, 10, 20, 20]
+    assert AttackConfig().num_malicious(10) == 0
+    wanted = (
+        r"attack\.share must leave an honest client, got 0\.95 of 10: 10 malicious; use a smaller share or more data\.clients"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        AttackConfig(name="lie", share=0.95).num_malicious(10)
+    with pytest.raises(ValueError, match="must leave an honest client"):
+        config.num_malicious(1)
+
+
+def test_the_names_are_sorted_after_none() -> None:
+    assert ATTACKS[0] == "none"
+    assert list(ATTACKS[1:]) == sorted(set(ATTACKS[1:]))
+    assert [name for name in ATTACKS if poisons_data(name)] == ["label-flip", "lie-backdoor", "scaling-backdoor"]
+    assert [name for name in ATTACKS if has_backdoor(name)] == ["lie-backdoor", "scaling-backdoor"]

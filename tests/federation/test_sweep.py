@@ -1,0 +1,84 @@
+"""Sweeps: every cell in its own process and folder; what fails is recorded, what is done is not done again."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from skymask_gpu.federation.config import read_grid
+from skymask_gpu.federation.rounds import CONFIG, METRICS
+from skymask_gpu.federation.sweep import ERROR, CellState, cell_folder, clear_cells, has_cells, play_cells
+
+GRID = """
+rounds = 2
+[data]
+clients = 12
+root_samples = 40
+[local]
+steps = 2
+[attack]
+name = "sign-flip"
+share = 0.4
+[grid]
+"defence.rule" = ["fedavg", "bulyan"]
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[CellState]]:
+    """FedAvg runs; Bulyan cannot, with 5 attackers of 12 clients."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "grid.toml").write_text(GRID)
+    return folder, list(play_cells(read_grid(folder / "grid.toml"), folder / "out", jobs=2))
+
+
+def last_states(states: list[CellState]) -> dict[str, CellState]:
+    return {state.config.defence.rule: state for state in states}
+
+
+def test_a_failed_cell_is_recorded_and_the_others_go_on(swept: tuple[Path, list[CellState]]) -> None:
+    folder, states = swept
+    last = last_states(states)
+    assert (last["fedavg"].state, last["fedavg"].rounds) == ("done", 2)
+    assert last["bulyan"].state == "failed"
+    assert "bulyan" in last["bulyan"].error.lower()
+    failed, done = (cell_folder(folder / "out", last[rule].config) for rule in ("bulyan", "fedavg"))
+    assert (failed / ERROR).read_text().startswith(last["bulyan"].error)
+    assert "Traceback" in (failed / ERROR).read_text()
+    assert not (done / ERROR).exists()
+    assert json.loads((done / CONFIG).read_text())["defence"]["rule"] == "fedavg"
+    assert has_cells(folder / "out")
+
+
+def test_what_is_done_is_not_done_again_and_what_failed_is_tried_again(swept: tuple[Path, list[CellState]]) -> None:
+    folder, states = swept
+    done = cell_folder(folder / "out", last_states(states)["fedavg"].config) / METRICS
+    before = done.stat().st_mtime_ns
+    cells = read_grid(folder / "grid.toml")
+    again = last_states(list(play_cells(cells, folder / "out", jobs=1)))
+    assert again["fedavg"].state == "done"
+    assert again["bulyan"].state == "failed"
+    assert done.stat().st_mtime_ns == before
+    clear_cells(folder / "out", cells)
+    assert not done.exists()
+
+
+def test_a_killed_cell_is_a_failed_one(tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text(GRID.replace("rounds = 2", "rounds = 4000").replace(', "bulyan"', ""))
+    (cell,) = read_grid(tmp_path / "grid.toml")
+    last = None
+    for state in play_cells([cell], tmp_path / "out", jobs=1):
+        last = state
+        if state.state == "running" and state.rounds >= 1:
+            children = [int(p) for p in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()]
+            for child in children:
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(0.1)
+    assert last is not None
+    assert (last.state, last.error) == ("failed", "the process ended with signal 9 (out of memory?)")
+    assert last.rounds >= 1
