@@ -4,7 +4,8 @@ All that is needed is D, the (R, R) matrix of the shares of mask bits in which t
 vectors. With J the centring matrix, K = -1/2 J D J is the Gram matrix of the centred masks, and its leading eigenvectors times
 the roots of their eigenvalues are the PCA scores. Two rules:
 
-* ``two-stage`` (default): keeps everyone when nobody attacks; deterministic.
+* ``two-stage`` (default): keeps everyone when nobody attacks; deterministic. It rejects one side of a cut, then outliers, and
+  last what is nearer to another client's mask than two models come that are trained each on its own data: copies.
 * ``published``: PCA to two dimensions and a Gaussian mixture of two components (SkyMask, ECCV 2024, arXiv 2312.12484, section
   4.3). It always makes two clusters, so without an attack it rejects a third of the honest clients.
 
@@ -27,6 +28,8 @@ __all__ = ["ClusteredMasks", "Clustering", "cluster_distances", "cluster_masks"]
 SEPARATION = 1.0  # squared distance of two groups over their variance; results are the same from 0.75 to 1.25
 GAP = 1.35  # ratio of one edge to the next where outliers begin; honest label groups come close to it
 SMALLEST_SHARE = 0.2  # of the clients: the honest share that the attack model still allows
+COPY = 0.1  # of the way to a nearest mask; 0 to 0.06 for attackers that send one update, 0.19 and more for honest clients
+HONEST_QUANTILE = 0.9  # of the ways to a nearest mask: honest even when four in five clients are copies
 EM_STEPS = 100
 VARIANCE_FLOOR = 1e-3  # of the variance of all scores
 
@@ -196,10 +199,15 @@ def _two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | No
             f"{int((~kept_N).sum())} masks lie apart as one group, {separation:.2f} times the spread of a group away{note}"
         )
 
-    scattered_N, ratio = _scattered(distances, kept_N, smallest)
+    height_N, nearest_R = _spanning_tree(distances, kept_N)
+    scattered_N, ratio = _scattered(height_N, kept_N, smallest)
     if scattered_N.any():
         kept_N = kept_N & ~scattered_N
         reasons.append(f"{int(scattered_N.sum())} masks lie {ratio:.2f} times further out than honest ones from each other")
+    copies_N = _copies(nearest_R, kept_N)
+    if copies_N.any() and (kept_N & ~copies_N).sum() >= smallest:
+        kept_N = kept_N & ~copies_N
+        reasons.append(f"{int(copies_N.sum())} masks are copies of another's")
     if not with_root_N.any() and not reasons:
         reasons.append(
             "the root's mask lies apart from every client's, so there is no verdict: all kept; "
@@ -256,41 +264,50 @@ def _root_is_on_the_wrong_side(alignment_N: Tensor, with_root_N: Tensor) -> bool
     return bool(alignment_N[with_root_N].mean() < 0) and bool(alignment_N[~with_root_N].mean() > 0)
 
 
-def _scattered(distances: Distances, kept_N: Tensor, smallest: float) -> tuple[Tensor, float]:
-    """Kept clients beyond the first gap in the ways to the root, ``(N,)`` bool, and how wide the gap is.
-
-    A client's way is the path to the root in the minimum spanning tree; its height is the longest edge on it.
-    """
-    heights_N = _path_maxima(distances, kept_N)
-    ordered_K = heights_N[kept_N].sort().values.tolist()
+def _scattered(height_N: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor, float]:
+    """Kept clients beyond the first gap in the heights of their ways to the root, ``(N,)`` bool, and how wide the gap is."""
+    ordered_K = height_N[kept_N].sort().values.tolist()
     for k in range(max(1, math.ceil(smallest)), len(ordered_K)):
         inner, outer = ordered_K[k - 1], ordered_K[k]
         if outer > GAP * inner:
-            return kept_N & (heights_N > inner), outer / inner if inner > 0 else math.inf
+            return kept_N & (height_N > inner), outer / inner if inner > 0 else math.inf
     return torch.zeros_like(kept_N), 0.0
 
 
-def _path_maxima(distances: Distances, kept_N: Tensor) -> Tensor:
-    """``(N,)``: the longest edge on each kept client's way to the root in the minimum spanning tree (Prim's algorithm).
+def _copies(nearest_R: Tensor, kept_N: Tensor) -> Tensor:
+    """Kept clients whose masks are nearer to another's than two models come that are trained each on its own, ``(N,)`` bool."""
+    nearest_N, root_nearest = nearest_R[:-1], nearest_R[-1]
+    honest = nearest_N[kept_N].quantile(HONEST_QUANTILE)
+    return kept_N & (nearest_N < COPY * torch.minimum(honest, root_nearest))
 
-    The tree spans the kept clients and the root, which is the last row; the others' heights are 0.
+
+def _spanning_tree(distances: Distances, kept_N: Tensor) -> tuple[Tensor, Tensor]:
+    """What the minimum spanning tree of the kept clients and the root, the last row, says (Prim's algorithm).
+
+    Returns:
+        ``(N,)`` heights: the longest edge on each client's way to the root; 0 for those not kept.
+        ``(R,)`` each row's distance to the nearest other one (its shortest edge); inf for those not kept.
     """
     root = len(distances) - 1
     height_R = torch.zeros(root + 1, dtype=torch.float64, device=distances.device)
+    nearest_R = torch.full_like(height_R, torch.inf)
     # the shortest edge into the tree (inf: in it, or not to come into it), and the tree's node it leads to
     outside_R = torch.cat([kept_N, kept_N.new_zeros(1)])
     edge_R = torch.where(outside_R, distances.row(root), torch.inf)
     parent_R = torch.full((root + 1,), root, device=distances.device)
     for _ in range(int(kept_N.sum())):
         node = int(edge_R.argmin())
-        height_R[node] = torch.maximum(height_R[parent_R[node]], edge_R[node])
+        parent = parent_R[node]
+        height_R[node] = torch.maximum(height_R[parent], edge_R[node])
+        nearest_R[node] = edge_R[node]
+        nearest_R[parent] = torch.minimum(nearest_R[parent], edge_R[node])
         outside_R[node] = False
         edge_R[node] = math.inf
         row_R = distances.row(node)
         closer_R = outside_R & (row_R < edge_R)
         edge_R = torch.where(closer_R, row_R, edge_R)
         parent_R[closer_R] = node
-    return height_R[:-1]
+    return height_R[:-1], nearest_R
 
 
 # --- the published rule -----------------------------------------------------------------------------------------------

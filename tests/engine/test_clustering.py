@@ -10,7 +10,14 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from skymask_gpu.engine import Clustering, cluster_distances, cluster_masks
-from skymask_gpu.engine.clustering import _gaussian_mixture, _path_maxima, _principal_scores, _two_means, _two_normals
+from skymask_gpu.engine.clustering import (
+    _copies,
+    _gaussian_mixture,
+    _principal_scores,
+    _spanning_tree,
+    _two_means,
+    _two_normals,
+)
 from skymask_gpu.engine.distances import Distances, mask_distances
 
 Matrices = Iterator[tuple[str, dict, np.ndarray, np.ndarray]]
@@ -78,7 +85,7 @@ def test_two_means_is_deterministic_and_splits_two_heaps(generator: torch.Genera
     assert labels[0] != labels[-1]
 
 
-def test_path_maxima_are_minimax_paths() -> None:
+def test_the_tree_gives_minimax_paths_and_nearest_neighbours() -> None:
     rng = np.random.default_rng(0)
     distances = rng.random((12, 12))
     distances = np.triu(distances, 1) + np.triu(distances, 1).T
@@ -86,20 +93,24 @@ def test_path_maxima_are_minimax_paths() -> None:
     for k in range(12):  # Floyd and Warshall, with max for the sum
         minimax = np.minimum(minimax, np.maximum(minimax[:, [k]], minimax[[k], :]))
     everyone = torch.ones(11, dtype=torch.bool)
-    np.testing.assert_array_equal(_path_maxima(Distances(torch.from_numpy(distances)), everyone).numpy(), minimax[-1, :-1])
+    heights, nearest = _spanning_tree(Distances(torch.from_numpy(distances)), everyone)
+    np.testing.assert_array_equal(heights.numpy(), minimax[-1, :-1])
+    np.testing.assert_array_equal(nearest.numpy(), (distances + np.diag([np.inf] * len(distances))).min(1))
 
 
-def test_path_maxima_leave_out_who_is_not_kept() -> None:
+def test_the_tree_leaves_out_who_is_not_kept() -> None:
     rng = np.random.default_rng(1)
     distances = rng.random((20, 20))
     distances = torch.from_numpy(np.triu(distances, 1) + np.triu(distances, 1).T)
     kept = torch.arange(19) % 3 > 0
     nodes = torch.cat([kept, torch.ones(1, dtype=torch.bool)]).nonzero().flatten()
     alone = Distances(distances[nodes][:, nodes])
-    want = _path_maxima(alone, torch.ones(len(nodes) - 1, dtype=torch.bool))
-    got = _path_maxima(Distances(distances), kept)
+    want, want_nearest = _spanning_tree(alone, torch.ones(len(nodes) - 1, dtype=torch.bool))
+    got, nearest = _spanning_tree(Distances(distances), kept)
     assert torch.equal(got[kept], want)
     assert not got[~kept].any()
+    assert torch.equal(nearest[nodes], want_nearest)
+    assert nearest[:-1][~kept].isinf().all()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
@@ -168,6 +179,48 @@ def test_the_veto_swaps_sides_only_when_the_root_opposes_its_own_direction() -> 
     assert torch.equal(swapped.benign, ~with_root)
     assert "root direction" in swapped.reason
     assert torch.equal(cluster_masks(packed(masks), 900, alignment=torch.full((30,), -1.0)).benign, with_root)
+
+
+@pytest.mark.parametrize("spread", [0, 4], ids=["one-update", "almost-one"])
+def test_copies_in_the_middle_of_honest_masks_are_rejected(spread: int, generator: torch.Generator) -> None:
+    """A Little Is Enough sends one update near the mean: no side of a cut, no outlier, but nobody trains so alike."""
+    masks = torch.from_numpy(random_masks(51, 4000, 0))
+    masks[:10] = masks.float().mean(0) > 0.5
+    for row in range(10):
+        masks[row, torch.randperm(4000, generator=generator)[:spread]] ^= True
+    clusters = cluster_masks(packed(masks.numpy()), 4000)
+    assert clusters.benign.tolist() == [False] * 10 + [True] * 40
+    assert clusters.reason == "10 masks are copies of another's"
+
+
+def test_copies_are_no_evidence_where_the_scale_is_not_honest(generator: torch.Generator) -> None:
+    """Not if nearly everyone is one, if honest clients come in pairs, or if only the root is far away."""
+    masks = torch.rand(51, 4000, generator=generator) < 0.5
+    many = torch.from_numpy(random_masks(51, 4000, 0))
+    many[:43] = many.float().mean(0) > 0.5
+    pairs = masks.clone()
+    pairs[0:50:2] = pairs[1:50:2]
+    assert cluster_masks(packed(many.numpy()), 4000).benign.all()
+    assert cluster_masks(packed(pairs.numpy()), 4000).benign.all()
+    base = torch.rand(4000, generator=generator) < 0.5
+    close = base ^ (torch.rand(51, 4000, generator=generator) < 0.01)
+    close[-1] = masks[-1]
+    assert cluster_masks(packed(close.numpy()), 4000).benign.all()
+
+
+@pytest.mark.parametrize(
+    ("nearest", "root", "copies"),
+    [
+        ([0.0, 0.009, 0.1, 0.1, 0.2], 0.1, [True, True, False, False, False]),
+        ([0.0, 0.009, 0.1, 0.1, 0.2], 0.05, [True, False, False, False, False]),  # the root's own scale is smaller
+        ([0.0, 0.009, 0.05, 0.05, 0.05], 0.1, [True, False, False, False, False]),  # the clients' is
+        ([0.0, 0.0, 0.0, 0.0, 0.0], 0.1, [False] * 5),
+        ([0.0, 0.009, 0.1, 0.1, 0.2], 0.0, [False] * 5),
+    ],
+)
+def test_a_copy_is_near_by_both_scales(nearest: list[float], root: float, copies: list[bool]) -> None:
+    everyone = torch.ones(5, dtype=torch.bool)
+    assert _copies(torch.tensor([*nearest, root], dtype=torch.float64), everyone).tolist() == copies
 
 
 # --- degenerate sets ------------------------------------------------------------------------------------------------------
