@@ -91,8 +91,7 @@ def download(name: str, folder: Path) -> list[Path]:
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
         raise ValueError(
             f"downloading needs a torchvision that fits torch, import torchvision says: {error}; pip install "
-            "'skymask-gpu[data]' (beside a CPU build of torch: from its own index, "
-            "--index-url https://download.pytorch.org/whl/cpu), or put the files into place yourself"
+            "'skymask-gpu[data]' (beside a CPU build of torch: torchvision's CPU build), or put the files into place yourself"
         ) from error
 
     source = _SOURCES[name]
