@@ -210,10 +210,11 @@ class _Trainer:
         params_P = start_P.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.random.fork_rng(devices=[]):
             self._loss(params_P, _copied(buffers), self._inputs[index_B], self._labels[index_B])
-        at_hand = _CPU_BLOCK_BYTES
-        if start_P.is_cuda:
-            at_hand = int(_GPU_SHARE * torch.cuda.mem_get_info(start_P.device)[0])
-        return max(1, at_hand // max(1, kept_bytes))
+        if not start_P.is_cuda:
+            return max(1, _CPU_BLOCK_BYTES // max(1, kept_bytes))
+        # besides: the parameters, their gradient as leaves and as one vector, the momentum
+        kept_bytes += 4 * start_P.numel() * start_P.element_size()
+        return max(1, int(_GPU_SHARE * torch.cuda.mem_get_info(start_P.device)[0]) // kept_bytes)
 
     def at_once(
         self, start_P: Tensor, start_buffers: dict[str, Tensor], index_CSB: Tensor, steps_C: Tensor, poisoned: bool

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
+from skymask_gpu.federation.rounds import MASKS
 from skymask_gpu.files import read_tensors, write_whole
 from skymask_gpu.report.summary import FinishedRun
 from skymask_gpu.report.sweep import Block, Sweep, rule_order
 
 __all__ = ["plot_evidence", "plot_masks", "plot_rates", "plot_rounds"]
 
-MASKS = "masks.safetensors"
 # Okabe & Ito's palette, distinguishable without red-green vision; yellow is left out, it is too pale for lines
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")

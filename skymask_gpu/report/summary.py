@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skymask_gpu.federation.rounds import CONFIG, METRICS, TIMES
+from skymask_gpu.federation.sweep import ERROR
 from skymask_gpu.files import read_lines
 
 __all__ = ["COLUMNS", "NOTE", "FinishedRun", "failed_cells", "flat_settings", "load_run", "load_runs", "percent"]
 
-CONFIG, METRICS, TIMES, ERROR = "config.json", "metrics.jsonl", "times.jsonl", "error.txt"
 COLUMNS = ("run", "rule", "attack", "accuracy", "FPR", "FNR", "ASR", "s/round")
 NOTE = (
     "accuracy and ASR (attack success rate of a backdoor) of the last evaluated round; FPR: honest clients rejected, "
