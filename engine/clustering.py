@@ -4,8 +4,8 @@ All that is needed is D, the (R, R) matrix of the shares of mask bits in which t
 vectors. With J the centring matrix, K = -1/2 J D J is the Gram matrix of the centred masks, and its leading eigenvectors times
 the roots of their eigenvalues are the PCA scores. Two rules:
 
-* ``two-stage`` (default): keeps everyone when nobody attacks; deterministic. It rejects one side of a cut, then outliers, and
-  last what is nearer to another client's mask than two models come that are trained each on its own data: copies.
+* ``two-stage`` (default): keeps everyone when nobody attacks; deterministic. First it rejects copies, masks nearer to another
+  client's than two models come that are trained each on its own data, or, if there are none, one side of a cut; then outliers.
 * ``published``: PCA to two dimensions and a Gaussian mixture of two components (SkyMask, ECCV 2024, arXiv 2312.12484, section
   4.3). It always makes two clusters, so without an attack it rejects a third of the honest clients.
 
@@ -28,6 +28,10 @@ __all__ = ["ClusteredMasks", "Clustering", "cluster_distances", "cluster_masks"]
 SEPARATION = 1.0  # squared distance of two groups over their variance; results are the same from 0.75 to 1.25
 GAP = 1.35  # ratio of one edge to the next where outliers begin; honest label groups come close to it
 SMALLEST_SHARE = 0.2  # of the clients: the honest share that the attack model still allows
+# A cut that is not that wide counts too if it is a clean one and its far side has little to do with the root direction. Without
+# attackers D is at most 5.6 and the ratio at least 0.5; with flipped signs or labels at least 7.1, and at most 0.3.
+CLEAN_CUT = 6.0  # Ashman's D of the two normals on the first principal component
+LESS_ALIGNED = 0.4  # mean alignment with the root direction, over that of the near side
 COPY = 0.1  # of the way to a nearest mask; 0 to 0.06 for attackers that send one update, 0.19 and more for honest clients
 HONEST_QUANTILE = 0.9  # of the ways to a nearest mask: honest even when four in five clients are copies
 EM_STEPS = 100
@@ -180,41 +184,72 @@ def _leading_eigenpairs(times: Callable[[Tensor], Tensor], num_rows: int, device
 # --- the two-stage rule -----------------------------------------------------------------------------------------------
 
 
+def _copies(distances: Distances) -> Tensor:
+    """Clients whose masks are nearer to another's than two models come that are trained each on its own, ``(N,)`` bool."""
+    nearest_R = torch.empty(len(distances), dtype=torch.float64, device=distances.device)
+    for first, block_TR in distances.blocks():
+        block_TR.diagonal(first).fill_(math.inf)
+        nearest_R[first : first + len(block_TR)] = block_TR.amin(1)
+    nearest_N, root_nearest = nearest_R[:-1], nearest_R[-1]
+    return nearest_N < COPY * torch.minimum(nearest_N.quantile(HONEST_QUANTILE), root_nearest)
+
+
 def _two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | None) -> ClusteredMasks:
     num_clients = len(distances) - 1
     smallest = SMALLEST_SHARE * num_clients
-    side_R = _two_normals(scores_R2[:, 0])
+    copies_N = _copies(distances)
+    if copies_N.any() and (~copies_N).sum() >= smallest:
+        # no cut of the others: honest label groups lie further apart than what is left of each spreads
+        kept_N, separation = ~copies_N, _separation(distances, ~copies_N)
+        reasons = [f"{int(copies_N.sum())} masks are copies of another's"]
+    else:
+        kept_N, separation, reasons = _cut(distances, scores_R2[:, 0], alignment_N, smallest)
+
+    scattered_N, ratio = _scattered(distances, kept_N, smallest)
+    if scattered_N.any():
+        reasons = [] if kept_N.all() else reasons  # those of keeping everyone
+        kept_N = kept_N & ~scattered_N
+        reasons.append(f"{int(scattered_N.sum())} masks lie {ratio:.2f} times further out than honest ones from each other")
+    reason = " and ".join(reasons) or "no group of masks lies further apart than honest clients do: all kept"
+    return ClusteredMasks(kept_N, 1 if kept_N.all() else 2, scores_R2, separation, reason)
+
+
+def _cut(distances: Distances, x_R: Tensor, alignment_N: Tensor | None, smallest: float) -> tuple[Tensor, float, list[str]]:
+    """Who is kept, ``(N,)`` bool, if the masks are cut in two on the first principal component; the separation; the reasons."""
+    side_R = _two_normals(x_R)
     with_root_N = side_R[:-1] == side_R[-1]
     separation = _separation(distances, with_root_N)
-
     note = ""
     if alignment_N is not None and _root_is_on_the_wrong_side(alignment_N, with_root_N):
         with_root_N = ~with_root_N
         note = " (the root's mask lies with clients that oppose the root direction: the other side is kept)"
-    kept_N = torch.ones_like(with_root_N)
-    reasons = []
-    if separation > SEPARATION and with_root_N.sum() >= smallest and not with_root_N.all():
-        kept_N = with_root_N
-        reasons.append(
-            f"{int((~kept_N).sum())} masks lie apart as one group, {separation:.2f} times the spread of a group away{note}"
-        )
-
-    height_N, nearest_R = _spanning_tree(distances, kept_N)
-    scattered_N, ratio = _scattered(height_N, kept_N, smallest)
-    if scattered_N.any():
-        kept_N = kept_N & ~scattered_N
-        reasons.append(f"{int(scattered_N.sum())} masks lie {ratio:.2f} times further out than honest ones from each other")
-    copies_N = _copies(nearest_R, kept_N)
-    if copies_N.any() and (kept_N & ~copies_N).sum() >= smallest:
-        kept_N = kept_N & ~copies_N
-        reasons.append(f"{int(copies_N.sum())} masks are copies of another's")
-    if not with_root_N.any() and not reasons:
-        reasons.append(
+    everyone_N = torch.ones_like(with_root_N)
+    if not with_root_N.any():
+        reason = (
             "the root's mask lies apart from every client's, so there is no verdict: all kept; "
             "train the root with the clients' own learning rate and clip, or pass a root update trained like theirs"
         )
-    reason = " and ".join(reasons) or "no group of masks lies further apart than honest clients do: all kept"
-    return ClusteredMasks(kept_N, 1 if kept_N.all() else 2, scores_R2, separation, reason)
+        return everyone_N, separation, [reason]
+    num_far = int((~with_root_N).sum())
+    if num_far > 0 and with_root_N.sum() >= smallest:
+        if separation > SEPARATION:
+            reason = f"{num_far} masks lie apart as one group, {separation:.2f} times the spread of a group away{note}"
+            return with_root_N, separation, [reason]
+        if alignment_N is not None and _is_clean_and_astray(x_R[:-1], alignment_N, with_root_N):
+            reason = f"{num_far} masks are cut off cleanly, and their clients hardly follow the root direction{note}"
+            return with_root_N, separation, [reason]
+    return everyone_N, separation, []
+
+
+def _is_clean_and_astray(x_N: Tensor, alignment_N: Tensor, near_N: Tensor) -> bool:
+    """Whether the far side of a cut on the first principal component is a normal of its own (Ashman et al., AJ 1994: D), and
+    agrees with the root direction much less than the near side.
+    """
+    near, far = x_N[near_N], x_N[~near_N]
+    pooled = (near.var(correction=0) + far.var(correction=0)) / 2
+    clean = (near.mean() - far.mean()).square() > CLEAN_CUT**2 * pooled
+    agreed = alignment_N[near_N].mean()
+    return bool(clean and agreed > 0 and alignment_N[~near_N].mean() < LESS_ALIGNED * agreed)
 
 
 def _two_normals(x_R: Tensor) -> Tensor:
@@ -264,50 +299,41 @@ def _root_is_on_the_wrong_side(alignment_N: Tensor, with_root_N: Tensor) -> bool
     return bool(alignment_N[with_root_N].mean() < 0) and bool(alignment_N[~with_root_N].mean() > 0)
 
 
-def _scattered(height_N: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor, float]:
-    """Kept clients beyond the first gap in the heights of their ways to the root, ``(N,)`` bool, and how wide the gap is."""
-    ordered_K = height_N[kept_N].sort().values.tolist()
+def _scattered(distances: Distances, kept_N: Tensor, smallest: float) -> tuple[Tensor, float]:
+    """Kept clients beyond the first gap in the ways to the root, ``(N,)`` bool, and how wide the gap is.
+
+    A client's way is the path to the root in the minimum spanning tree; its height is the longest edge on it.
+    """
+    heights_N = _path_maxima(distances, kept_N)
+    ordered_K = heights_N[kept_N].sort().values.tolist()
     for k in range(max(1, math.ceil(smallest)), len(ordered_K)):
         inner, outer = ordered_K[k - 1], ordered_K[k]
         if outer > GAP * inner:
-            return kept_N & (height_N > inner), outer / inner if inner > 0 else math.inf
+            return kept_N & (heights_N > inner), outer / inner if inner > 0 else math.inf
     return torch.zeros_like(kept_N), 0.0
 
 
-def _copies(nearest_R: Tensor, kept_N: Tensor) -> Tensor:
-    """Kept clients whose masks are nearer to another's than two models come that are trained each on its own, ``(N,)`` bool."""
-    nearest_N, root_nearest = nearest_R[:-1], nearest_R[-1]
-    honest = nearest_N[kept_N].quantile(HONEST_QUANTILE)
-    return kept_N & (nearest_N < COPY * torch.minimum(honest, root_nearest))
+def _path_maxima(distances: Distances, kept_N: Tensor) -> Tensor:
+    """``(N,)``: the longest edge on each kept client's way to the root in the minimum spanning tree (Prim's algorithm).
 
-
-def _spanning_tree(distances: Distances, kept_N: Tensor) -> tuple[Tensor, Tensor]:
-    """What the minimum spanning tree of the kept clients and the root, the last row, says (Prim's algorithm).
-
-    Returns:
-        ``(N,)`` heights: the longest edge on each client's way to the root; 0 for those not kept.
-        ``(R,)`` each row's distance to the nearest other one (its shortest edge); inf for those not kept.
+    The tree spans the kept clients and the root, which is the last row; the others' heights are 0.
     """
     root = len(distances) - 1
     height_R = torch.zeros(root + 1, dtype=torch.float64, device=distances.device)
-    nearest_R = torch.full_like(height_R, torch.inf)
     # the shortest edge into the tree (inf: in it, or not to come into it), and the tree's node it leads to
     outside_R = torch.cat([kept_N, kept_N.new_zeros(1)])
     edge_R = torch.where(outside_R, distances.row(root), torch.inf)
     parent_R = torch.full((root + 1,), root, device=distances.device)
     for _ in range(int(kept_N.sum())):
         node = int(edge_R.argmin())
-        parent = parent_R[node]
-        height_R[node] = torch.maximum(height_R[parent], edge_R[node])
-        nearest_R[node] = edge_R[node]
-        nearest_R[parent] = torch.minimum(nearest_R[parent], edge_R[node])
+        height_R[node] = torch.maximum(height_R[parent_R[node]], edge_R[node])
         outside_R[node] = False
         edge_R[node] = math.inf
         row_R = distances.row(node)
         closer_R = outside_R & (row_R < edge_R)
         edge_R = torch.where(closer_R, row_R, edge_R)
         parent_R[closer_R] = node
-    return height_R[:-1], nearest_R
+    return height_R[:-1]
 
 
 # --- the published rule -----------------------------------------------------------------------------------------------

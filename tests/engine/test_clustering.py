@@ -13,8 +13,8 @@ from skymask_gpu.engine import Clustering, cluster_distances, cluster_masks
 from skymask_gpu.engine.clustering import (
     _copies,
     _gaussian_mixture,
+    _path_maxima,
     _principal_scores,
-    _spanning_tree,
     _two_means,
     _two_normals,
 )
@@ -85,7 +85,7 @@ def test_two_means_is_deterministic_and_splits_two_heaps(generator: torch.Genera
     assert labels[0] != labels[-1]
 
 
-def test_the_tree_gives_minimax_paths_and_nearest_neighbours() -> None:
+def test_path_maxima_are_minimax_paths() -> None:
     rng = np.random.default_rng(0)
     distances = rng.random((12, 12))
     distances = np.triu(distances, 1) + np.triu(distances, 1).T
@@ -93,24 +93,20 @@ def test_the_tree_gives_minimax_paths_and_nearest_neighbours() -> None:
     for k in range(12):  # Floyd and Warshall, with max for the sum
         minimax = np.minimum(minimax, np.maximum(minimax[:, [k]], minimax[[k], :]))
     everyone = torch.ones(11, dtype=torch.bool)
-    heights, nearest = _spanning_tree(Distances(torch.from_numpy(distances)), everyone)
-    np.testing.assert_array_equal(heights.numpy(), minimax[-1, :-1])
-    np.testing.assert_array_equal(nearest.numpy(), (distances + np.diag([np.inf] * len(distances))).min(1))
+    np.testing.assert_array_equal(_path_maxima(Distances(torch.from_numpy(distances)), everyone).numpy(), minimax[-1, :-1])
 
 
-def test_the_tree_leaves_out_who_is_not_kept() -> None:
+def test_path_maxima_leave_out_who_is_not_kept() -> None:
     rng = np.random.default_rng(1)
     distances = rng.random((20, 20))
     distances = torch.from_numpy(np.triu(distances, 1) + np.triu(distances, 1).T)
     kept = torch.arange(19) % 3 > 0
     nodes = torch.cat([kept, torch.ones(1, dtype=torch.bool)]).nonzero().flatten()
     alone = Distances(distances[nodes][:, nodes])
-    want, want_nearest = _spanning_tree(alone, torch.ones(len(nodes) - 1, dtype=torch.bool))
-    got, nearest = _spanning_tree(Distances(distances), kept)
+    want = _path_maxima(alone, torch.ones(len(nodes) - 1, dtype=torch.bool))
+    got = _path_maxima(Distances(distances), kept)
     assert torch.equal(got[kept], want)
     assert not got[~kept].any()
-    assert torch.equal(nearest[nodes], want_nearest)
-    assert nearest[:-1][~kept].isinf().all()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
@@ -208,19 +204,58 @@ def test_copies_are_no_evidence_where_the_scale_is_not_honest(generator: torch.G
     assert cluster_masks(packed(close.numpy()), 4000).benign.all()
 
 
+def distances_with(nearest: list[float], root: float) -> Distances:
+    """Distances in which clients come in pairs, as far apart as they say, and the last one is the root's nearest."""
+    num_rows = len(nearest) + 1
+    far = torch.full((num_rows, num_rows), 0.5, dtype=torch.float64).fill_diagonal_(0)
+    for client in range(0, len(nearest) - 1, 2):
+        far[client, client + 1] = far[client + 1, client] = nearest[client]
+    far[-1, -2] = far[-2, -1] = root
+    return Distances(far)
+
+
 @pytest.mark.parametrize(
     ("nearest", "root", "copies"),
     [
-        ([0.0, 0.009, 0.1, 0.1, 0.2], 0.1, [True, True, False, False, False]),
-        ([0.0, 0.009, 0.1, 0.1, 0.2], 0.05, [True, False, False, False, False]),  # the root's own scale is smaller
-        ([0.0, 0.009, 0.05, 0.05, 0.05], 0.1, [True, False, False, False, False]),  # the clients' is
-        ([0.0, 0.0, 0.0, 0.0, 0.0], 0.1, [False] * 5),
-        ([0.0, 0.009, 0.1, 0.1, 0.2], 0.0, [False] * 5),
+        ([0.009, 0.009, 0.1, 0.1, 0.2, 0.2, 0.1], 0.1, 2),
+        ([0.009, 0.009, 0.1, 0.1, 0.2, 0.2, 0.1], 0.05, 0),  # the root's own scale is smaller
+        ([0.009, 0.009, 0.02, 0.02, 0.02, 0.02, 0.02], 0.02, 0),  # the clients' is
+        ([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 0.0, 0),
     ],
 )
-def test_a_copy_is_near_by_both_scales(nearest: list[float], root: float, copies: list[bool]) -> None:
-    everyone = torch.ones(5, dtype=torch.bool)
-    assert _copies(torch.tensor([*nearest, root], dtype=torch.float64), everyone).tolist() == copies
+def test_a_copy_is_near_by_both_scales(nearest: list[float], root: float, copies: int) -> None:
+    assert _copies(distances_with(nearest, root)).tolist() == [True] * copies + [False] * (7 - copies)
+
+
+def test_copies_around_the_root_do_not_make_outliers_of_honest_clients(generator: torch.Generator) -> None:
+    """Copies of a mean lie nearer to the root than honest clients do: the way to the root must not lead over them."""
+    masks = torch.from_numpy(random_masks(51, 4000, 0))
+    masks[:12] = masks.float().mean(0) > 0.5
+    masks[-1] = masks[0]
+    masks[-1, torch.randperm(4000, generator=generator)[:60]] ^= True
+    clusters = cluster_masks(packed(masks.numpy()), 4000)
+    assert clusters.benign.tolist() == [False] * 12 + [True] * 38
+
+
+@pytest.mark.parametrize("astray", [-1.0, 0.1, 0.6, None], ids=["against", "hardly", "along", "unknown"])
+def test_a_clean_cut_counts_if_its_far_side_is_astray(astray: float | None, generator: torch.Generator) -> None:
+    """Flipped labels of briefly trained clients: two groups that all see in the picture, less than a group's spread apart."""
+    masks = torch.rand(101, 6000, generator=generator) < 0.5
+    masks[:, :1000] = True
+    masks[:20, :1000] = False
+    masks[:, :1000] ^= torch.rand(101, 1000, generator=generator) < 0.02
+    alignment = None if astray is None else torch.where(torch.arange(100) < 20, astray, 1.0)
+    clusters = cluster_masks(packed(masks.numpy()), 6000, alignment=alignment)
+    assert 0.3 < cluster_masks(packed(masks.numpy()), 6000).separation < 1
+    rejected = astray is not None and astray < 0.4
+    assert clusters.benign.tolist() == [not rejected] * 20 + [True] * 80
+    assert ("cut off cleanly, and their clients hardly follow the root direction" in clusters.reason) == rejected
+
+
+def test_a_cut_that_is_not_clean_does_not_count(generator: torch.Generator) -> None:
+    masks = torch.rand(101, 6000, generator=generator) < 0.5
+    alignment = torch.where(torch.arange(100) < 20, -1.0, 1.0)
+    assert cluster_masks(packed(masks.numpy()), 6000, alignment=alignment).benign.all()
 
 
 # --- degenerate sets ------------------------------------------------------------------------------------------------------
