@@ -1,12 +1,12 @@
-"""Compile every kernel variant for a GPU that need not be here, and read registers, spills and load widths off the result.
+"""Compile every kernel variant for a GPU that need not be here; read registers, spills and instructions off the result.
 
 ``python -m skymask_gpu.kernels._triton.offline 90`` prints one JSON line a variant. Must run without TRITON_INTERPRET.
 """
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,6 +23,20 @@ NUM_BINS = 32
 SAMPLED_ROWS = 64
 
 
+# An instruction of the disassembly, after its address: perhaps a predicate, the name with its suffixes, the operands.
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A stretch of a kernel's machine code: one loop without the loops inside it, or all that is outside of loops."""
+
+    instructions: int  # a thread issues for one passage
+    special: int  # of these, those for the special function units (exponential, reciprocal, root)
+    load_bytes: tuple[int, ...]  # of each load from global memory
+    store_bytes: tuple[int, ...]  # of each store to global memory
+
+
 @dataclass(frozen=True)
 class CompiledVariant:
     """What the compiler made of one kernel variant."""
@@ -35,10 +49,23 @@ class CompiledVariant:
     shared_bytes: int  # a program
     wide_loads: int  # 16-byte global loads in the PTX
     narrow_loads: int  # all other global loads
+    threads: int  # a program
+    constants: dict[str, int | float]  # the meta-parameters: block sizes and the like
+    outside: Code  # of all loops
+    loops: tuple[Code, ...]  # in the order of the program; a loop comes before those inside it
 
 
-def mask_step_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
-    """(name, source, options) of each variant that training launches, as the JIT would specialise it."""
+def sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
+    """(name, source, options) of each variant that training launches, as the JIT would specialise it.
+
+    ``vec`` is the most elements by which the number of columns can be divided: 8, 4, 2 or 1.
+    """
+    yield from mask_step_sources(vec)
+    yield from collapse_sources(vec)
+
+
+def mask_step_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
+    """Those of the fused exact step."""
     variants = {
         "first_step": {"READ_LOGITS": False, "WRITE_LOGITS": True, "EMIT_BITS": False},
         "next_step": {"READ_LOGITS": True, "WRITE_LOGITS": True, "EMIT_BITS": False},
@@ -46,7 +73,7 @@ def mask_step_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
     }
     for dtype in ("fp32", "bf16"):
         for name, flags in variants.items():
-            constants = {"VEC": 8, "BLOCK_R": mask_step.BLOCK_R, "BLOCK_P": mask_step.BLOCK_P, **flags}
+            constants = {"VEC": vec, "BLOCK_R": mask_step.BLOCK_R, "BLOCK_P": mask_step.BLOCK_P, **flags}
             pointers = dict.fromkeys(
                 ("logits_in_ptr", "logits_out_ptr", "slope_ptr", "mean_ptr", "gate_sum_ptr", "weighted_sum_ptr"),
                 "*fp32",
@@ -77,8 +104,8 @@ def mask_step_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
             yield f"{name}[{dtype}]", source, {"num_warps": mask_step.NUM_WARPS, "enable_fp_fusion": True}
 
 
-def collapse_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
-    """(name, source, options) of each collapsed kernel, as the JIT would specialise it."""
+def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
+    """Those of the collapsed kernels."""
     block_b, block_p, bin_warps = collapse.bin_tile(NUM_BINS)
     columns = "num_col_units"
     training = dict.fromkeys(("init", "full_step", "threshold"), "fp32")
@@ -91,6 +118,7 @@ def collapse_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
             ("num_sampled", "num_edges", columns, "rows_stride_units"),
             {},
             {
+                "VEC": vec,
                 "WIDEST_GAP": collapse.WIDEST_GAP,
                 "GUARD": collapse.GUARD,
                 "BLOCK_S": SAMPLED_ROWS,
@@ -104,7 +132,7 @@ def collapse_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
             {**rows, "edges_ptr": "*fp32", "counts_ptr": "*u16", "sums_ptr": "*fp32", "ends_ptr": "*fp32"},
             ("num_rows", "num_bins", columns, "rows_stride_units"),
             {},
-            {"ROWS_AT_ONCE": collapse.ROWS_AT_ONCE, "BLOCK_B": block_b, "BLOCK_P": block_p},
+            {"VEC": vec, "ROWS_AT_ONCE": collapse.ROWS_AT_ONCE, "BLOCK_B": block_b, "BLOCK_P": block_p},
             bin_warps,
         )
         yield _collapse_source(
@@ -113,7 +141,7 @@ def collapse_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
             {"values_ptr": f"*{dtype}", **dict.fromkeys(("slopes_ptr", "means_ptr", "logits_ptr"), "*fp32")},
             ("num_values", "num_steps", columns, "values_stride_units"),
             {"init": "fp32", "full_step": "fp32"},
-            {"BLOCK_V": collapse.REPLAY_BLOCK_V, "BLOCK_P": collapse.REPLAY_BLOCK_P},
+            {"VEC": vec, "BLOCK_V": collapse.REPLAY_BLOCK_V, "BLOCK_P": collapse.REPLAY_BLOCK_P},
             collapse.REPLAY_WARPS,
         )
         yield _collapse_source(
@@ -122,7 +150,7 @@ def collapse_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
             {**rows, "cut_ptr": "*fp32", "left_ptr": "*i1", "bits_ptr": "*u8"},
             ("num_rows", columns, "rows_stride_units", "num_bytes"),
             {},
-            {"ROWS": collapse.BITS_ROWS, "BLOCK_R": collapse.BITS_BLOCK_R, "BLOCK_P": collapse.BITS_BLOCK_P},
+            {"VEC": vec, "ROWS": collapse.BITS_ROWS, "BLOCK_R": collapse.BITS_BLOCK_R, "BLOCK_P": collapse.BITS_BLOCK_P},
             collapse.BITS_WARPS,
         )
     bins = {"logits_ptr": "*fp32", "centres_ptr": "*fp32", "counts_ptr": "*u16"}
@@ -132,7 +160,7 @@ def collapse_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
         {**bins, **dict.fromkeys(("slope_ptr", "mean_ptr", "gate_sum_ptr", "weighted_sum_ptr"), "*fp32")},
         ("num_bins", columns),
         {"full_step": "fp32"},
-        {"BLOCK_B": collapse.STEP_BLOCK_B, "BLOCK_P": collapse.STEP_BLOCK_P},
+        {"VEC": vec, "BLOCK_B": collapse.STEP_BLOCK_B, "BLOCK_P": collapse.STEP_BLOCK_P},
         collapse.STEP_WARPS,
     )
     yield _collapse_source(
@@ -146,7 +174,7 @@ def collapse_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
         },
         ("num_bins", "num_steps", columns),
         training,
-        {"BISECTIONS": collapse.BISECTIONS, "BLOCK_P": collapse.CUTS_BLOCK_P},
+        {"VEC": vec, "BISECTIONS": collapse.BISECTIONS, "BLOCK_P": collapse.CUTS_BLOCK_P},
         collapse.CUTS_WARPS,
     )
 
@@ -161,7 +189,6 @@ def _collapse_source(
     num_warps: int,
 ) -> tuple[str, ASTSource, dict[str, object]]:
     """Arguments in the kernel's order but for the constants; strides stay plain i32, as above."""
-    constants = {"VEC": 8, **constants}
     signature = {**pointers, **dict.fromkeys(integers, "i32"), **scalars, **dict.fromkeys(constants, "constexpr")}
     ordered = {argument: signature[argument] for argument in kernel.arg_names}
     attrs = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
@@ -174,11 +201,11 @@ def compile_variant(name: str, source: ASTSource, options: dict[str, object], sm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, disassembly = (_cuobjdump(option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
     resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     loads = re.findall(r"\bld\.global[\w.:]*", compiled.asm["ptx"])
     wide = sum(1 for load in loads if ".v4.b32" in load or ".v2.b64" in load)
+    outside, *loops = count_code(disassembly)
     return CompiledVariant(
         kernel=name,
         sm=sm,
@@ -188,14 +215,72 @@ def compile_variant(name: str, source: ASTSource, options: dict[str, object], sm
         shared_bytes=compiled.metadata.shared,
         wide_loads=wide,
         narrow_loads=len(loads) - wide,
+        threads=32 * compiled.metadata.num_warps,
+        constants={source.fn.arg_names[at]: value for (at,), value in source.constants.items()},
+        outside=outside,
+        loops=tuple(loops),
     )
 
 
-def main(sms: list[int]) -> None:
-    for sm in sms:
-        for name, source, options in (*mask_step_sources(), *collapse_sources()):
-            print(json.dumps(asdict(compile_variant(name, source, options, sm))), flush=True)
+def count_code(disassembly: str) -> list[Code]:
+    """What is outside of loops, then each loop, of one kernel in machine code as ``cuobjdump --dump-sass`` prints it.
+
+    A loop is what lies between a branch and an earlier address that it jumps to. Both sides of a branch inside count.
+    """
+    code = [(int(address, 16), name, operands) for address, name, operands in _INSTRUCTION.findall(disassembly)]
+    end_of: dict[int, int] = {}
+    kept: list[tuple[int, str]] = []
+    for address, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
+        begin = int(target[1], 16) if target else address + 1
+        # behind the end stand a branch to itself and padding
+        if begin == address or name == "NOP":
+            continue
+        kept.append((address, name))
+        if begin < address:
+            end_of[begin] = max(address, end_of.get(begin, 0))
+    loops = sorted(end_of.items())
+    inside: list[list[str]] = [[] for _ in (None, *loops)]
+    for address, name in kept:
+        # the innermost is the one that begins last
+        around = [number for number, (begin, end) in enumerate(loops, start=1) if begin <= address <= end]
+        inside[around[-1] if around else 0].append(name)
+    return [_count(names) for names in inside]
+
+
+def _count(names: list[str]) -> Code:
+    return Code(
+        instructions=len(names),
+        special=sum(name.startswith("MUFU") for name in names),
+        load_bytes=tuple(_width(name) for name in names if name.startswith("LDG.")),
+        store_bytes=tuple(_width(name) for name in names if name.startswith("STG.")),
+    )
+
+
+def _width(name: str) -> int:
+    """Bytes a thread moves by a global load or store, which names its width in bits if it is not 32."""
+    bits = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
+    return int(bits[1]) // 8 if bits else 4
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([knobs.nvidia.cuobjdump.path, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("sm", type=int, nargs="*", default=[80, 90, 100])
+    parser.add_argument("--vec", type=int, default=8, choices=(8, 4, 2, 1), help="the number of columns is a multiple of this")
+    parser.add_argument("--kernel", help="only this one, as next_step[fp32]")
+    options = parser.parse_args()
+    names = [name for name, _, _ in sources(options.vec)]
+    if options.kernel not in (None, *names):
+        parser.error(f"--kernel must be one of {', '.join(names)}, got {options.kernel!r}")
+    for sm in options.sm:
+        for name, source, settings in sources(options.vec):
+            if options.kernel in (None, name):
+                print(json.dumps(asdict(compile_variant(name, source, settings, sm))), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [80, 90, 100])
+    main()

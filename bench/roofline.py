@@ -1,0 +1,307 @@
+"""What each Triton kernel takes at the least on one GPU, from its machine code and the bytes it has to move; needs no GPU.
+
+``python -m skymask_gpu.bench.roofline`` compiles every kernel for sm_80, 90 and 100 (two minutes) and prints what the compiler
+made of them and the times that follow for an NVIDIA H200. All times are predicted, not measured; ``docs/performance.md`` says
+what they mean and what they leave out.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from skymask_gpu.engine import MaskTraining
+from skymask_gpu.engine.solvers.collapsed import SAMPLED_ROWS
+from skymask_gpu.files import write_text
+
+LABEL = "predicted, not measured"
+SMS = (80, 90, 100)
+NUM_PARAMS = 272_474  # ResNet-20
+NUM_CLIENTS = (500, 10_000)
+STEPS, BINS = MaskTraining().steps, MaskTraining().bins
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The highest rates of a GPU, by its data sheet."""
+
+    name: str
+    sm: int
+    multiprocessors: int
+    hertz: float
+    issued: int  # instructions a clock and multiprocessor, counted a thread: four schedulers, a warp of 32 each
+    special: int  # results of the special function units a clock and multiprocessor
+
+
+# 67 TFLOP/s in float32 on 132 multiprocessors with 128 units each make 1.98 GHz.
+H200 = Gpu("NVIDIA H200", sm=90, multiprocessors=132, hertz=1.98e9, issued=128, special=16)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel has to do, by its formula, and how its code is passed through meanwhile.
+
+    ``passages`` says how often a program passes through the code outside of loops, then through each loop in the order of the
+    program, while it handles ``tile`` elements; both follow from the kernel's meta-parameters.
+    """
+
+    element: str  # what is counted as one: "row and column", "bin and column" or "column"
+    updates_read: int  # of each element
+    other_bytes: float  # read and written for each element
+    column_bytes: int  # read and written once a column
+    tile: Callable[[Mapping[str, int]], int]
+    passages: Callable[[Mapping[str, int]], tuple[float, ...]]
+
+
+def _streaming(updates: int, other_bytes: float, column_bytes: int, rows: str) -> Kernel:
+    """A kernel that walks down the rows of its columns in one loop; what is outside of it is left out."""
+    return Kernel("row and column", updates, other_bytes, column_bytes, lambda c: c[rows] * c["BLOCK_P"], lambda _: (0, 1))
+
+
+# Bytes: logits, sums, edges, slopes and means 4, counts 2, bits 1/8. Every tensor is read or written once; what a kernel asks
+# for again is taken to come from a cache.
+KERNELS = {
+    "first_step": _streaming(1, 4, 8 + 8, "BLOCK_R"),
+    "next_step": _streaming(1, 4 + 4, 8 + 8, "BLOCK_R"),
+    "last_step": _streaming(1, 4 + 1 / 8, 8, "BLOCK_R"),
+    "bin_edges": Kernel(
+        "column",
+        SAMPLED_ROWS,
+        4 * (BINS - 1),
+        0,
+        lambda c: c["BLOCK_P"],
+        lambda _: (1, BINS - 3),  # all but the outermost edges
+    ),
+    "bin_rows": _streaming(1, 0, 4 * (BINS - 1) + 2 * (2 + 4) * BINS + 2 * 8, "ROWS_AT_ONCE"),
+    "bin_step": Kernel(
+        "bin and column", 0, 4 + 4 + 4 + 2, 8 + 8, lambda c: BINS * c["BLOCK_P"], lambda c: (1, BINS / c["BLOCK_B"])
+    ),
+    "replay": Kernel("row and column", 1, 4, 8 * STEPS, lambda c: c["BLOCK_V"] * c["BLOCK_P"], lambda _: (1, STEPS)),
+    # loops: the smallest value's steps, the largest's, the bins, the bisections, and the steps of each
+    "find_cuts": Kernel(
+        "column",
+        0,
+        (4 + 4 + 2) * BINS + 8 + 8 * STEPS + 9,
+        0,
+        lambda c: c["BLOCK_P"],
+        lambda c: (1, STEPS, STEPS, BINS, c["BISECTIONS"], c["BISECTIONS"] * STEPS),
+    ),
+    "cut_bits": _streaming(1, 1 / 8, 4 + 1, "BLOCK_R"),
+}
+
+# How often mask training with that solver launches each kernel.
+SOLVERS = {
+    "fused": {"first_step": 1, "next_step": STEPS - 2, "last_step": 1},
+    "collapsed": {"bin_edges": 1, "bin_rows": 1, "bin_step": STEPS, "find_cuts": 1, "cut_bits": 1},
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The least time of one launch, in seconds: the largest of what memory, issue and special function units need."""
+
+    kernel: str
+    clients: int
+    params: int
+    elements: int
+    bytes: float
+    memory_seconds: float
+    issue_seconds: float
+    special_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.memory_seconds, self.issue_seconds, self.special_seconds)
+
+    @property
+    def bound(self) -> str:
+        """Which of the three it is."""
+        times = {"memory": self.memory_seconds, "issue": self.issue_seconds, "special functions": self.special_seconds}
+        return max(times, key=lambda name: times[name])
+
+
+def kernel_of(variant_name: str) -> Kernel:
+    """By a variant's name, ``next_step[bf16]``.
+
+    Raises:
+        ValueError: the kernel has no entry in ``KERNELS``.
+    """
+    name = variant_name.partition("[")[0]
+    if name not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {name!r}; give its bytes and passages in KERNELS")
+    return KERNELS[name]
+
+
+def an_element(variant: Mapping[str, Any], count: str) -> float:
+    """``instructions`` or ``special`` that all threads together issue for each element, from a compiled variant.
+
+    Raises:
+        ValueError: the code has not the loops that ``KERNELS`` knows.
+    """
+    kernel = kernel_of(variant["kernel"])
+    passages = kernel.passages(variant["constants"])
+    code = (variant["outside"], *variant["loops"])
+    if len(passages) != len(code):
+        raise ValueError(
+            f"{variant['kernel']} on sm_{variant['sm']}: wanted {len(passages) - 1} loops in the machine code, got "
+            f"{len(code) - 1}; correct its passages in KERNELS"
+        )
+    issued = sum(times * part[count] for times, part in zip(passages, code, strict=True))
+    return issued * variant["threads"] / kernel.tile(variant["constants"])
+
+
+def bytes_moved(variant_name: str, num_clients: int, num_params: int) -> tuple[int, float]:
+    """Elements of a launch, and the bytes that it has to move; N clients and the root model are N + 1 rows."""
+    kernel = kernel_of(variant_name)
+    a_column = {"row and column": num_clients + 1, "bin and column": BINS, "column": 1}[kernel.element]
+    update_bytes = 2 if variant_name.endswith("[bf16]") else 4
+    an_element = kernel.updates_read * update_bytes + kernel.other_bytes
+    return a_column * num_params, num_params * (a_column * an_element + kernel.column_bytes)
+
+
+def predict(variant: Mapping[str, Any], num_clients: int, num_params: int, bandwidth: float, gpu: Gpu) -> Prediction:
+    """The least time of a compiled variant for ``num_params`` columns; ``bandwidth`` in bytes a second."""
+    elements, moved = bytes_moved(variant["kernel"], num_clients, num_params)
+    clocks = gpu.multiprocessors * gpu.hertz
+    return Prediction(
+        variant["kernel"],
+        num_clients,
+        num_params,
+        elements,
+        moved,
+        memory_seconds=moved / bandwidth,
+        issue_seconds=elements * an_element(variant, "instructions") / (gpu.issued * clocks),
+        special_seconds=elements * an_element(variant, "special") / (gpu.special * clocks),
+    )
+
+
+def divisor(num_params: int) -> int:
+    """The most elements, of 8, 4, 2 and 1, that divide P: by this the launchers choose the variant."""
+    return math.gcd(num_params, 8)
+
+
+def training_seconds(predictions: list[Prediction], solver: str, dtype: str) -> float:
+    """The kernels of mask training one after the other."""
+    seconds = {prediction.kernel: prediction.seconds for prediction in predictions}
+    launches = ((f"{name}[{dtype}]", name, times) for name, times in SOLVERS[solver].items())
+    return sum(times * seconds[typed if typed in seconds else name] for typed, name, times in launches)
+
+
+def compile_kernels(sms: tuple[int, ...], vec: int) -> list[dict[str, Any]]:
+    """Every variant, in a process of its own: this one may run Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-m", "skymask_gpu.kernels._triton.offline", *map(str, sms), "--vec", str(vec)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def widths(variant: Mapping[str, Any], what: str) -> str:
+    """The widths in bytes of the ``load_bytes`` or ``store_bytes`` that a program passes through, the widest first."""
+    passages = kernel_of(variant["kernel"]).passages(variant["constants"])
+    code = (variant["outside"], *variant["loops"])
+    passed = {width for times, part in zip(passages, code, strict=True) if times for width in part[what]}
+    return ", ".join(map(str, sorted(passed, reverse=True))) or "-"
+
+
+def compiled_table(variants: list[dict[str, Any]]) -> Table:
+    """One row a kernel and divisor of P; where the architectures differ, their values one after the other."""
+    heads = ("registers", "local B", "shared B", "loads B", "stores B", "instructions an element", "special an element")
+    sms = " / ".join(f"sm_{sm}" for sm in SMS)
+    table = Table("kernel", "P divides by", *heads, box=MARKDOWN, title=f"compiled offline: {sms}")
+    for name, vec in dict.fromkeys((variant["kernel"], variant["constants"]["VEC"]) for variant in variants):
+        alike = [v for v in variants if (v["kernel"], v["constants"]["VEC"]) == (name, vec)]
+        columns = [[str(v[key]) for v in alike] for key in ("registers", "local_bytes", "shared_bytes")]
+        columns += [[widths(v, what) for v in alike] for what in ("load_bytes", "store_bytes")]
+        columns += [[_figure(an_element(v, count)) for v in alike] for count in ("instructions", "special")]
+        table.add_row(escape(f"`{name}`"), str(vec), *(" / ".join(c if len(set(c)) > 1 else c[:1]) for c in columns))
+    return table
+
+
+def predicted_table(predictions: list[Prediction], bandwidth: float, gpu: Gpu) -> Table:
+    """One row a launch, then what the launches of mask training take together."""
+    clients, params = predictions[0].clients, predictions[0].params
+    title = f"N = {clients:,}, P = {params:,} on an {gpu.name} at {bandwidth / 1e12:g} TB/s: {LABEL}"
+    heads = ("bytes an element", "GB", "memory ms", "issue ms", "special ms", "predicted ms", "bound by", "measured ms")
+    table = Table("kernel", "element", *heads, box=MARKDOWN, title=title)
+    for p in predictions:
+        times = (p.memory_seconds, p.issue_seconds, p.special_seconds, p.seconds)
+        table.add_row(
+            escape(f"`{p.kernel}`"),
+            kernel_of(p.kernel).element,
+            _figure(p.bytes / p.elements),
+            _figure(p.bytes / 1e9),
+            *(_figure(1e3 * seconds) for seconds in times),
+            p.bound,
+            "not measured",
+        )
+    for solver in SOLVERS:
+        for dtype in ("fp32", "bf16"):
+            whole = _figure(1e3 * training_seconds(predictions, solver, dtype))
+            table.add_row(f"{solver}, {STEPS} steps, {dtype}", *[""] * 6, whole, "", "not measured")
+    return table
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--bandwidth", type=float, default=4.3, help="of the memory in TB/s, read plus written (an H200's copy: 4.3)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="where to write all figures")
+    options = parser.parse_args(arguments)
+    if not (math.isfinite(options.bandwidth) and options.bandwidth > 0):
+        parser.error(f"--bandwidth must be a finite number of TB/s above 0, got {options.bandwidth}")
+    if find_spec("triton") is None:
+        parser.error("triton is not installed, and nothing can be compiled without it (pip install triton)")
+    bandwidth = options.bandwidth * 1e12
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # whole rows, to paste into a page
+
+    variants: list[dict[str, Any]] = []
+    for vec in dict.fromkeys((8, divisor(NUM_PARAMS))):
+        with console.status(f"compiling for sm_{', '.join(map(str, SMS))}, P divisible by {vec} ..."):
+            variants += compile_kernels(SMS, vec)
+    console.print(compiled_table(variants))
+    launched = [v for v in variants if v["sm"] == H200.sm and v["constants"]["VEC"] == divisor(NUM_PARAMS)]
+    predictions = {n: [predict(v, n, NUM_PARAMS, bandwidth, H200) for v in launched] for n in NUM_CLIENTS}
+    for of_one_size in predictions.values():
+        console.print(predicted_table(of_one_size, bandwidth, H200))
+    if options.json:
+        report = {
+            "kind": LABEL,
+            "gpu": asdict(H200),
+            "bandwidth": bandwidth,
+            "steps": STEPS,
+            "bins": BINS,
+            "compiled": [
+                {**v, **{f"{count}_an_element": an_element(v, count) for count in ("instructions", "special")}}
+                for v in variants
+            ],
+            "predicted": [
+                {**asdict(p), "predicted_seconds": p.seconds, "bound": p.bound, "measured_seconds": None}
+                for of_one_size in predictions.values()
+                for p in of_one_size
+            ],
+        }
+        write_text(options.json, json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
