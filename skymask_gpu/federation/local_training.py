@@ -1,9 +1,9 @@
 """Local SGD of many clients at once.
 
-Two ways, same result within rounding: ``vmap(grad)`` over blocks of clients, or one client after the other. On a CPU a
-convolution with a weight of its own for each client is slower than a loop, and a small MLP many times faster (``python -m
-skymask_gpu.bench.local_training`` measures it), so ``batching = "auto"`` loops there over the clients of a convolutional
-network.
+Two ways, same result within rounding: ``vmap(grad)`` over blocks of clients, or one client after the other. On a CPU, where a
+client's step is small, the loop's time is PyTorch's overhead, and ``vmap`` is many times faster; where it is large, or where
+there are convolutions, each with a weight of its own a client, the loop is (``python -m skymask_gpu.bench.local_training``
+measures it).
 """
 
 import copy
@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import fast_layout
@@ -27,6 +28,8 @@ __all__ = ["Batches", "LocalTraining", "LocalUpdates", "batching_for", "draw_bat
 # What a block of clients may keep for its backward pass: on a CPU what its cache holds, on a GPU half of what is free.
 _CPU_BLOCK_BYTES = 2**22
 _GPU_SHARE = 0.5
+# Of one client's forward pass on a CPU. Measured: an MLP on 28x28 images, 3e6, is 4 times faster by vmap, a ViT, 1.5e8, slower.
+_VMAP_FLOPS = 2e7
 
 Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -90,7 +93,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class LocalUpdates:
-    """What C clients send: ``updates`` ``(C, P)`` float32, local minus global, and their models' buffers, each ``(C, ...)``."""
+    """What C clients send: ``updates`` ``(C, P)``, local minus global, and their models' buffers, each ``(C, ...)``."""
 
     updates: Tensor
     buffers: dict[str, Tensor]
@@ -111,16 +114,31 @@ def draw_batches(parts: list[Tensor], config: LocalTraining, generator: torch.Ge
     return Batches(index_CSB, torch.tensor(steps))
 
 
-def batching_for(module: nn.Module, device: torch.device, config: LocalTraining) -> str:
-    """``"vmap"`` or ``"loop"``: what ``config.batching`` asks for or, if that is ``"auto"``, what is faster and works."""
+def batching_for(module: nn.Module, batch_inputs: Tensor, config: LocalTraining) -> str:
+    """``"vmap"`` or ``"loop"``: what ``config.batching`` asks for or, if that is ``"auto"``, what is faster and works.
+
+    Decided by the model and the shape of a client's batch, ``(batch, ...)``, not by a clock, so that a repeat decides alike.
+    """
     if config.batching != "auto":
         return config.batching
     kinds = [type(layer) for layer in module.modules()]
-    if device.type == "cpu" and any(issubclass(kind, _ConvNd) for kind in kinds):
-        return "loop"
     # PyTorch has no batch norm under both vmap and autocast
-    mixed_norm = config.autocast == "bfloat16" and any(issubclass(kind, _BatchNorm) for kind in kinds)
-    return "loop" if mixed_norm else "vmap"
+    if config.autocast == "bfloat16" and any(issubclass(kind, _BatchNorm) for kind in kinds):
+        return "loop"
+    if batch_inputs.device.type != "cpu":
+        return "vmap"
+    if any(issubclass(kind, _ConvNd) for kind in kinds):
+        return "loop"
+    return "vmap" if _forward_flops(module, batch_inputs) < _VMAP_FLOPS else "loop"
+
+
+@torch.no_grad()
+def _forward_flops(module: nn.Module, inputs: Tensor) -> int:
+    training = module.training
+    with FlopCounterMode(display=False) as counter:
+        module.eval()(inputs)
+    module.train(training)
+    return counter.get_total_flops()
 
 
 def train_clients(
@@ -140,7 +158,7 @@ def train_clients(
 
     Args:
         module: the model; its own parameters are not used.
-        global_params: ``(P,)``.
+        global_params: ``(P,)`` float32, or float64 like the module and the inputs: what the updates are, too.
         inputs: ``(n, ...)`` all training inputs, on the device to train on.
         labels: ``(n,)``.
         batches: what each client sees.
@@ -160,11 +178,12 @@ def train_clients(
     start_buffers = {name: value.detach().to(device) for name, value in (buffers or dict(module.named_buffers())).items()}
     index_CSB, steps_C = batches.index_CSB.to(device), batches.steps_C
     poisoned_C = torch.zeros(len(index_CSB), dtype=torch.bool) if poisoned is None else poisoned.cpu()
-    updates_CP = torch.empty(len(index_CSB), trainer.flat.num_params, device=device)
+    updates_CP = start_P.new_empty(len(index_CSB), trainer.flat.num_params)
     buffers_C = {name: value.expand(len(index_CSB), *value.shape).clone() for name, value in start_buffers.items()}
     # in blocks of alike clients: one kind of data, those with the most steps first
     order = sorted(range(len(index_CSB)), key=lambda c: (bool(poisoned_C[c]), -int(steps_C[c])))
-    train = trainer.in_a_loop if batching_for(module, device, config) == "loop" else trainer.at_once
+    way = batching_for(trainer.module, inputs[index_CSB[0, 0]], config)
+    train = trainer.in_a_loop if way == "loop" else trainer.at_once
     block, begin = min(trainer.block_size(start_P, start_buffers, index_CSB[0, 0]), len(order)), 0
     while begin < len(order):
         end = min(begin + block, len(order))
@@ -195,8 +214,8 @@ class _Trainer:
 
     def __init__(self, module: nn.Module, inputs: Tensor, labels: Tensor, config: LocalTraining, poison: Poison | None) -> None:
         self._inputs, self._labels, self._config, self._poison = inputs, labels, config, poison
-        self._module = copy.deepcopy(module).to(inputs.device).train()
-        self.flat = FlatModel(self._module, inputs[:2], labels[:2])
+        self.module = copy.deepcopy(module).to(inputs.device).train()
+        self.flat = FlatModel(self.module, inputs[:2], labels[:2])
 
     def block_size(self, start_P: Tensor, buffers: dict[str, Tensor], index_B: Tensor) -> int:
         """How many clients to train at once, from what the backward pass of one keeps and the memory at hand."""
@@ -242,7 +261,7 @@ class _Trainer:
         self, start_P: Tensor, start_buffers: dict[str, Tensor], index_CSB: Tensor, steps_C: Tensor, poisoned: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, one client after the other."""
-        params_CP = torch.empty(len(index_CSB), len(start_P), device=start_P.device)
+        params_CP = start_P.new_empty(len(index_CSB), len(start_P))
         buffers_C = {name: value.expand(len(index_CSB), *value.shape).clone() for name, value in start_buffers.items()}
         for client, steps in enumerate(steps_C.tolist()):
             buffers = {name: value[client] for name, value in buffers_C.items()}
@@ -279,8 +298,8 @@ class _Trainer:
     def _loss_of(self, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         mixed = self._config.autocast == "bfloat16"
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=mixed):
-            outputs = functional_call(self._module, (params, buffers), (inputs,))
-        return F.cross_entropy(outputs.float(), labels)
+            outputs = functional_call(self.module, (params, buffers), (inputs,))
+        return F.cross_entropy(outputs.float() if mixed else outputs, labels)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

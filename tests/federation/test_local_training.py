@@ -154,14 +154,18 @@ def test_a_round_starts_from_the_global_buffers(batching: str, generator: torch.
     assert (start["norm.running_mean"] == 3).all(), "the caller's are not written to"
 
 
-def test_the_way_is_chosen_by_the_models_layers() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert batching_for(make("mlp"), cpu, RECIPE) == "vmap"
-    assert batching_for(make("cnn"), cpu, RECIPE) == "loop"
-    assert batching_for(make("cnn"), cuda, RECIPE) == "vmap"
-    assert batching_for(make("cnn"), cpu, dataclasses.replace(RECIPE, batching="vmap")) == "vmap"
+def test_the_way_is_chosen_by_the_model_and_the_batch() -> None:
+    small, images = torch.zeros(32, 1, 8, 8), torch.zeros(32, 1, 28, 28)
+    on_gpu = torch.zeros(32, 1, 28, 28, device="meta")
+    vit = build_model("vit", (1, 28, 28), 10, seed=0)
+    assert batching_for(make("mlp"), small, RECIPE) == "vmap"
+    assert batching_for(make("cnn"), images, RECIPE) == "loop"
+    assert batching_for(vit, images, RECIPE) == "loop"
+    assert batching_for(vit, images[:1], RECIPE) == "vmap"
+    assert batching_for(make("cnn"), on_gpu, RECIPE) == "vmap"
+    assert batching_for(make("cnn"), images, dataclasses.replace(RECIPE, batching="vmap")) == "vmap"
     mixed = dataclasses.replace(RECIPE, autocast="bfloat16")
-    assert [batching_for(make(model), cuda, mixed) for model in ("mlp", "norm")] == ["vmap", "loop"]
+    assert [batching_for(make(model), on_gpu, mixed) for model in ("mlp", "norm")] == ["vmap", "loop"]
 
 
 class Branching(nn.Module):
