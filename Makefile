@@ -34,8 +34,8 @@ demo: $(VENV)/.run  ## 100 clients, 20 of them attackers: FedAvg beside SkyMask 
 	@# passive: threads that wait do not spin, so the demo is quick on a busy machine too
 	OMP_WAIT_POLICY=passive $(BIN)/skymask-gpu run examples/demo.toml --out demo-out --overwrite
 
-bench: $(VENV)/.run  ## solver against solver, N = 500, verified before it is timed (about 2 minutes)
-	$(BIN)/python -m skymask_gpu.bench.solvers
+bench: $(VENV)/.run  ## solvers and rules beside their floors, compared before they are timed (under ten minutes)
+	$(BIN)/skymask-gpu bench
 
 # --- check ------------------------------------------------------------------------------------
 test: $(VENV)/.dev  ## the whole fast test suite

@@ -2,19 +2,28 @@
 
 import ctypes
 import gc
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
-__all__ = ["Measured", "measure", "resident"]
+__all__ = ["Measured", "free_memory", "limited_memory", "measure", "measure_steadily", "resident"]
 
 T = TypeVar("T")
 
-_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _CLEAR_REFS, _MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+
+# Shorter calls are timed several at once.
+_SHORTEST = 0.01
+# Of a call longer than this two repeats are enough.
+_LONG = 5.0
+_LEAST_REPEATS, _MOST_REPEATS = 3, 50
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,10 @@ class Measured:
 
     @property
     def median(self) -> float:
-        ordered = sorted(self.seconds)
-        middle = len(ordered) // 2
-        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        return self.quantile(0.5)
+
+    def quantile(self, share: float) -> float:
+        return float(np.quantile(self.seconds, share))
 
 
 def measure(call: Callable[[], T], repeats: int, device: torch.device) -> tuple[T, Measured]:
@@ -41,8 +51,58 @@ def measure(call: Callable[[], T], repeats: int, device: torch.device) -> tuple[
         result = call()
         _synchronise(device)
         seconds.append(time.perf_counter() - start)
-    peak = _peak(device)
-    return result, Measured(seconds, None if held is None or peak is None else max(0, peak - held))
+    return result, Measured(seconds, _peak_above(held, device))
+
+
+def measure_steadily(call: Callable[[], object], device: torch.device, seconds: float) -> Measured:
+    """What a call costs, repeated until that took so many seconds: 3 to 50 times, a long call twice; warm up before."""
+    held = _reset_peak(device)
+    times = [_time(call, 1, device)]
+    calls = 1
+    if times[0] < _SHORTEST:
+        shortest = min(times[0], *(_time(call, 1, device) for _ in range(3)))
+        calls = math.ceil(_SHORTEST / max(shortest, _SHORTEST / 10_000))
+        times = [_time(call, calls, device)]
+    least = 2 if times[0] > _LONG else _LEAST_REPEATS
+    while len(times) < least or (len(times) < _MOST_REPEATS and sum(times) * calls < seconds):
+        times.append(_time(call, calls, device))
+    return Measured(times, _peak_above(held, device))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _field(_MEMINFO, "MemAvailable")
+
+
+@contextmanager
+def limited_memory(device: torch.device) -> Iterator[None]:
+    """Let allocations on a CPU fail once what is free now is used up; Linux would end the process instead."""
+    import resource
+
+    free, held = free_memory(device), resident("VmData")
+    if device.type == "cuda" or free is None or held is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    # a tenth stays for others
+    limit = held + free * 9 // 10
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if before[1] < 0 else min(limit, before[1]), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _time(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds of one call; no result outlives its call, so that none counts as the next one's memory."""
+    _synchronise(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    _synchronise(device)
+    return (time.perf_counter() - start) / calls
 
 
 def _synchronise(device: torch.device) -> None:
@@ -65,12 +125,20 @@ def _reset_peak(device: torch.device) -> int | None:
     return resident("VmRSS")
 
 
-def _peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+def _peak_above(held: int | None, device: torch.device) -> int | None:
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+    return None if held is None or peak is None else max(0, peak - held)
 
 
 def resident(field: str) -> int | None:
-    for line in _STATUS.read_text().splitlines():
+    """A line of ``/proc/self/status`` in bytes, as ``VmRSS`` or ``VmHWM``."""
+    return _field(_STATUS, field)
+
+
+def _field(path: Path, field: str) -> int | None:
+    if not path.exists():  # no Linux
+        return None
+    for line in path.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return None

@@ -1,29 +1,72 @@
 """The benchmark refuses a time to a solver that is wrong, and measures what it says."""
 
 import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from skymask_gpu.bench import accuracy, costs, large, many_clients, solvers
-from skymask_gpu.bench.measure import measure
+from skymask_gpu.bench import accuracy, costs, large, many_clients, plots, providers, rules, run, solvers
+from skymask_gpu.bench.cases import CASES, Case, Model, Problem, TooLargeError
+from skymask_gpu.bench.measure import Measured, free_memory, limited_memory, measure, measure_steadily
+from skymask_gpu.bench.providers import COMPILED, MEAN, PASSES, CannotRunError, Provider
+from skymask_gpu.bench.run import Limits, Row
+from skymask_gpu.bench.summary import write_summary
+from skymask_gpu.cli import app
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.root import RootTraining, root_direction
 
 
-def test_agreeing_solvers_get_times_and_floors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert solvers.main(["--clients", "20", "--repeats", "1", "--out", str(tmp_path / "figures.json")]) == 0
-    report = json.loads((tmp_path / "figures.json").read_text())
-    assert set(report["figures"]) == {"mean of the rows (FedAvg)", "20 model passes", "reference", "vmap", "fused", "collapsed"}
-    assert report["wrong"] == {}
-    assert "fused" in capsys.readouterr().out
+def small_problem(case: Case = CASES["logreg"], num_clients: int = 30) -> Problem:
+    return Problem.build(case, Model.build(case, torch.device("cpu")), num_clients, seed=0, free_bytes=None)
+
+
+def small_limits(*clients: int, case: str = "logreg", **settings: Any) -> Limits:
+    return Limits(clients, (case,), ("float32",), repeat_seconds=0.0, compiles=False, **settings)
+
+
+def measured(limits: Limits) -> dict[tuple[int, str], Row]:
+    return {(row.clients, row.provider): row for row in run.measure_cases(limits, torch.device("cpu"))}
+
+
+def make_provider(name: str, call: Callable[[Problem], Any]) -> Provider:
+    return Provider(name, lambda problem: lambda: call(problem), lambda *_: None, lambda _: "nothing")
+
+
+# --- solvers ------------------------------------------------------------------------------------------------------------
+
+
+def test_agreeing_solvers_get_times_and_floors() -> None:
+    limits = replace(small_limits(20), dtypes=("float32", "bfloat16"))
+    rows = list(run.measure_cases(limits, torch.device("cpu")))
+    assert len(rows) == run.count_rows(limits)
+    for dtype in ("float32", "bfloat16"):
+        of_dtype = {row.provider: row for row in rows if row.dtype == dtype}
+        assert set(of_dtype) == {MEAN, PASSES, "reference", "fused", "vmap", "collapsed", COMPILED}
+        assert {name for name, row in of_dtype.items() if row.status != "ok"} == {COMPILED}
+        for row in of_dtype.values():
+            if row.status == "ok":
+                assert row.median_s is not None
+                assert row.p20_s <= row.median_s <= row.p80_s
+                assert row.to_mean == row.median_s / of_dtype[MEAN].median_s
+        fused = of_dtype["fused"]
+        assert fused.to_reference == fused.median_s / of_dtype["reference"].median_s
+        assert fused.to_passes == fused.median_s / of_dtype[PASSES].median_s
+        assert fused.compared_with == "reference"
+        assert fused.params == 3372
 
 
 def test_a_wrong_solver_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One bit in a thousand flipped."""
-    honest = solvers.train_masks
+    """One bit in 843 flipped."""
+    honest = providers.train_masks
 
     def sloppy(*arguments: Any, solver: str, **settings: Any) -> Any:
         masks = honest(*arguments, solver=solver, **settings)
@@ -31,20 +74,243 @@ def test_a_wrong_solver_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
             masks.bits[:, ::125] ^= 1
         return masks
 
-    monkeypatch.setattr(solvers, "train_masks", sloppy)
-    assert solvers.main(["--clients", "20", "--repeats", "1", "--out", str(tmp_path / "figures.json")]) == 1
-    report = json.loads((tmp_path / "figures.json").read_text())
-    assert "fused" not in report["figures"]
-    assert report["wrong"]["fused"] == "1.0e-03 of the bits differ"
+    monkeypatch.setattr(providers, "train_masks", sloppy)
+    monkeypatch.setattr(run, "QUICK", small_limits(20))
+    done = CliRunner().invoke(app, ["bench", "--quick", "--case", "logreg", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    rows = {row.provider: row for row in run.read_rows(tmp_path / "bench.csv")}
+    assert rows["fused"].status == "wrong"
+    assert rows["fused"].detail == "1.2e-03 of the bits differ"
+    timings = ("median_s", "p20_s", "p80_s", "repeats", "first_s", "to_mean", "to_passes", "to_reference", "peak_bytes")
+    assert not any(getattr(rows["fused"], column) for column in timings)
+    assert rows["vmap"].status == "ok"
+    assert "1.2e-03 of the bits differ" in (tmp_path / "summary.md").read_text()
 
 
-def test_a_solver_that_cannot_run_is_a_row_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solvers, "why_not_solver", lambda solver, *_: None if solver == "reference" else "no kernels here")
-    assert solvers.main(["--clients", "10", "--repeats", "1", "--out", str(tmp_path / "figures.json")]) == 0
-    report = json.loads((tmp_path / "figures.json").read_text())
-    assert set(report["not_run"]) == {"vmap", "fused", "collapsed"}
-    assert "reference" in report["figures"]
-    assert "fused" not in report["figures"]
+def test_a_solver_that_cannot_run_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "why_not_solver", lambda solver, *_: None if solver == "reference" else "no kernels here")
+    rows = measured(small_limits(10))
+    assert rows[10, "reference"].status == "ok"
+    for solver in ("fused", "vmap", "collapsed"):
+        assert (rows[10, solver].status, rows[10, solver].detail) == ("skipped", "no kernels here")
+
+
+def test_where_reference_is_too_slow_fused_is_the_truth_if_it_agreed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_reference(clients: int) -> Callable[[Case], list[Provider]]:
+        def slow_from(problem: Problem) -> Callable[[], Any]:
+            if problem.num_clients >= clients:
+                raise CannotRunError("slow")
+            return providers._prepare_solver("reference", problem)
+
+        return lambda case: [replace(p, prepare=slow_from) if p.name == "reference" else p for p in providers.providers(case)]
+
+    monkeypatch.setattr(run, "providers", without_reference(40))
+    rows = measured(small_limits(20, 40))
+    assert rows[40, "fused"].compared_with == "reference at N = 20"
+    assert rows[40, "vmap"].compared_with == "fused"
+    assert rows[40, "collapsed"].status == "ok"
+    assert rows[40, "fused"].to_reference is None
+
+    monkeypatch.setattr(run, "providers", without_reference(0))
+    rows = measured(small_limits(20))
+    assert {rows[20, name].status for name in ("fused", "vmap", "collapsed")} == {"no check"}
+    assert rows[20, "fused"].median_s is None
+
+
+def test_torch_compile_is_compared_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would compile is run as it is: compiling takes 20 seconds."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    rows = measured(replace(small_limits(10), compiles=True))
+    assert rows[10, COMPILED].status in ("ok", "skipped"), rows[10, COMPILED].detail
+    assert rows[10, COMPILED].compared_with == "reference" or "C++ compiler" in rows[10, COMPILED].detail
+    problem = small_problem(num_clients=600)
+    with pytest.raises(CannotRunError, match=r"601 rows x 2 parameter tensors, at most 1,000"):
+        providers._prepare_compiled(problem)
+
+
+def test_losses_and_steps_and_labels_are_compared_too() -> None:
+    problem = small_problem()
+    masks = providers._train(problem.updates, problem, "fused")
+    assert solvers.disagreement(masks, masks) is None
+    losses = [*masks.losses[:-1], masks.losses[-1] + 2e-5 * masks.losses[0]]
+    assert solvers.disagreement(replace(masks, losses=losses), masks) == "losses differ by 2.0e-05 of the first"
+    assert solvers.disagreement(replace(masks, losses=masks.losses[:-1]), masks) == "19 steps instead of 20"
+    nan = [*masks.losses[:-1], float("nan")]
+    assert "losses differ" in str(solvers.disagreement(replace(masks, losses=nan), masks))
+    bits = masks.bits.clone()
+    bits[-2] = ~bits[-2]  # an honest client's
+    bits[-2, -1] = 0
+    assert solvers.disagreement(replace(masks, bits=bits), masks, most_differing=1.0) == "client labels differ"
+
+
+# --- rules --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rules_problem() -> Problem:
+    """With lengths so different that each neighbour counts."""
+    problem = small_problem(replace(CASES["logreg"], what="rules"), 23)
+    lengths_R = torch.randn(24, 1, generator=torch.Generator().manual_seed(0)).exp()
+    noise_RP = torch.randn(problem.updates.shape, generator=torch.Generator().manual_seed(1))
+    return replace(problem, updates=problem.updates + 0.01 * lengths_R * noise_RP)
+
+
+@pytest.mark.parametrize("name", sorted(rules.CHECKS))
+def test_rules_are_checked_before_they_are_timed(name: str, rules_problem: Problem) -> None:
+    """The right result passes; the mean in its place, or one with a few of its parameters doubled, does not."""
+    check, _ = rules.CHECKS[name]
+    result = providers._prepare_rule(name, rules_problem)()
+    assert check(rules_problem, result) is None
+    sloppy_P = result.update.clone()
+    sloppy_P[::282] *= 2  # the coordinate-wise checks look at every sixth
+    assert check(rules_problem, replace(result, update=sloppy_P)) is not None
+    if name != "geometric-median":  # of which a property is checked
+        nearly_P = result.update.clone()
+        nearly_P[282] += 1e-4 * rules_problem.updates.abs().mean()
+        assert check(rules_problem, replace(result, update=nearly_P)) is not None
+    mean_P = rules_problem.updates[:-1].mean(0)
+    if name != "fedavg" and not torch.allclose(result.update, mean_P, rtol=1e-3):
+        assert check(rules_problem, replace(result, update=mean_P)) is not None
+    if name in ("multi-krum", "bulyan", "skymask"):
+        others_M = result.kept.roll(1)
+        assert check(rules_problem, replace(result, kept=~others_M)) is not None
+
+
+def test_the_checks_of_krum_count_neighbours_as_krum_does(rules_problem: Problem) -> None:
+    """Points for which one neighbour more or less chooses others."""
+    generator = torch.Generator().manual_seed(7)
+    problems = [replace(rules_problem, updates=torch.randn(16, 2, generator=generator)) for _ in range(60)]
+    for name, other_check in (("krum", rules._krum(1)), ("multi-krum", rules._multi_krum(1)), ("bulyan", None)):
+        results = [providers._prepare_rule(name, problem)() for problem in problems]
+        check, _ = rules.CHECKS[name]
+        assert [check(problem, result) for problem, result in zip(problems, results, strict=True)] == [None] * 60
+        if other_check is not None:
+            assert any(other_check(problem, result) for problem, result in zip(problems, results, strict=True))
+
+
+def test_a_rule_without_a_check_is_never_timed(monkeypatch: pytest.MonkeyPatch, rules_problem: Problem) -> None:
+    chosen = [p for p in providers.providers(CASES["rules"]) if p.name in ("flame", "krum", "ByzFL Median")]
+    monkeypatch.setattr(run, "providers", lambda case: chosen)
+    monkeypatch.setattr(providers, "byzfl_aggregator", lambda *_: None)
+    rows = measured(small_limits(10, case="rules"))
+    assert (rows[10, "flame"].status, rows[10, "flame"].median_s) == ("no check", None)
+    assert rows[10, "krum"].status == "ok"
+    assert rows[10, "ByzFL Median"].detail.startswith("byzfl is not installed")
+
+
+def test_byzfls_aggregators_load_without_the_package_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "byzfl" / "aggregators").mkdir(parents=True)
+    (tmp_path / "byzfl" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    source = "class TrMean:\n    def __init__(self, f):\n        self.f = f\n\nclass Median:\n    pass\n"
+    (tmp_path / "byzfl" / "aggregators" / "__init__.py").write_text(source)
+    for name in [name for name in sys.modules if name.split(".")[0] == "byzfl"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        aggregator: Any = rules.byzfl_aggregator("TrMean", 3)
+        assert aggregator.f == 3
+        assert type(rules.byzfl_aggregator("Median", 3)).__name__ == "Median"
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "byzfl"]:
+            del sys.modules[name]
+
+
+# --- limits -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_fails_or_runs_out_of_memory_is_a_row_and_the_next_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(problem: Problem) -> None:
+        raise IndexError("no such thing")
+
+    all_that_is_free = free_memory(torch.device("cpu"))
+    if all_that_is_free is None:
+        pytest.skip("this system does not tell how much memory is free")
+    monkeypatch.setattr(
+        run,
+        "providers",
+        lambda case: [
+            make_provider("greedy", lambda problem: torch.empty(all_that_is_free, dtype=torch.uint8)),
+            make_provider("failing", fail),
+            make_provider("modest", lambda problem: torch.empty(2**20)),
+        ],
+    )
+    rows = measured(small_limits(5))
+    assert rows[5, "greedy"].status == "out of memory"
+    assert "allocate" in rows[5, "greedy"].detail
+    assert (rows[5, "failing"].status, rows[5, "failing"].detail) == ("failed", "IndexError: no such thing")
+    assert rows[5, "modest"].status == "ok"
+
+
+def test_slow_calls_are_stopped_and_not_tried_with_more_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def linear(problem: Problem) -> None:
+        calls.append(problem.num_clients)
+        time.sleep(0.004 * problem.num_clients)
+
+    def endless(problem: Problem) -> None:
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(run, "providers", lambda case: [make_provider("linear", linear), make_provider("endless", endless)])
+    rows = measured(small_limits(5, 10, 50, call_seconds=0.1))
+    assert rows[10, "linear"].status == "ok"
+    assert rows[50, "linear"].status == "skipped"
+    assert re.fullmatch(r"about 0.\d+ s a call expected from N = 10, the limit is 0.1 s", rows[50, "linear"].detail)
+    assert 50 not in calls
+    assert rows[5, "endless"].detail == "stopped after 0.3 s"
+    assert rows[10, "endless"].detail.startswith("about 0.6 s a call expected from N = 5")
+
+
+def test_updates_that_leave_no_room_are_not_made() -> None:
+    model = Model.build(CASES["logreg"], torch.device("cpu"))
+    with pytest.raises(TooLargeError, match=r"the updates alone take 1,256.2 of 1.0 GiB"):
+        Problem.build(CASES["logreg"], model, 10**8, seed=0, free_bytes=2**30)
+
+
+def test_once_the_time_is_spent_all_rows_say_so() -> None:
+    rows = measured(small_limits(5, 10, total_seconds=-1.0))
+    assert len(rows) == run.count_rows(small_limits(5, 10))
+    assert {(row.status, row.detail) for row in rows.values()} == {("skipped", "the -1 s of this run were spent")}
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------------
+
+
+def test_repeats_follow_the_time_a_call_takes() -> None:
+    calls = []
+
+    def call(seconds: float) -> Measured:
+        calls.clear()
+        return measure_steadily(lambda: (calls.append(0), time.sleep(seconds)), torch.device("cpu"), 0.1)
+
+    long = call(0.06)
+    assert len(long.seconds) == len(calls) == 3
+    short = call(0.0005)
+    assert len(calls) > 10 * len(short.seconds), "many calls a repeat"
+    assert 0.0005 <= short.median < 0.01
+    assert Measured([3.0, 1.0, 2.0, 5.0, 4.0], None).median == 3.0
+    assert Measured([3.0, 1.0, 2.0, 5.0, 4.0, 6.0], None).quantile(0.2) == 2.0
+
+
+def test_a_result_is_gone_before_the_next_call() -> None:
+    measured = measure_steadily(lambda: torch.ones(16 * 2**20), torch.device("cpu"), 0.0)
+    if measured.peak_bytes is None:
+        pytest.skip("this system does not tell the peak of resident memory")
+    assert 60 * 2**20 < measured.peak_bytes < 100 * 2**20
+
+
+def test_memory_is_limited_for_a_while_only() -> None:
+    import resource
+
+    before, free = resource.getrlimit(resource.RLIMIT_DATA), free_memory(torch.device("cpu"))
+    if free is None:
+        pytest.skip("this system does not tell how much memory is free")
+    with limited_memory(torch.device("cpu")):
+        assert torch.empty(free // 10, dtype=torch.uint8).numel() > 0
+        with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+            torch.empty(free, dtype=torch.uint8)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_peak_memory_is_what_a_call_takes_beyond_what_was_held() -> None:
@@ -55,6 +321,97 @@ def test_peak_memory_is_what_a_call_takes_beyond_what_was_held() -> None:
     if measured.peak_bytes is None:
         pytest.skip("this system does not tell the peak of resident memory")
     assert 60 * 2**20 < measured.peak_bytes < 100 * 2**20
+
+
+# --- results ------------------------------------------------------------------------------------------------------------
+
+
+def made_rows() -> list[Row]:
+    """As of a run on three numbers of clients, of which the last is too large for reference."""
+    rows = []
+    for clients in (50, 500, 5000):
+        for provider, share in ((MEAN, 0.001), (PASSES, 0.1), ("reference", 1.0), ("collapsed", 0.2)):
+            seconds = share * clients / 500
+            timed = dict(status="ok", median_s=seconds, p20_s=0.9 * seconds, p80_s=1.1 * seconds, peak_bytes=clients * 2**20)
+            timed |= dict(repeats=3, first_s=seconds, compared_with="reference", to_mean=share * 1000, to_passes=share * 10)
+            if (clients, provider) == (5000, "reference"):
+                timed = dict(status="out of memory", detail="you tried to | allocate")
+            common = dict(case="cnn", what="solvers", model="cnn", clients=clients, params=139_960, dtype="float32")
+            rows.append(Row(**common, mask_steps=20, root_samples=100, provider=provider, **timed, device="a CPU", threads=2))
+        split = json.dumps({"root": 1.0, "mask_training": 2.0, "other": 0.5})
+        rows.append(replace(rows[-1], case="rules", what="rules", provider="skymask", split=split))
+    return rows
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    rows = made_rows()
+    run.write_rows(tmp_path / "bench.csv", rows)
+    assert run.read_rows(tmp_path / "bench.csv") == rows
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="no table of this benchmark"):
+        run.read_rows(tmp_path / "other.csv")
+
+
+def test_the_summary_has_every_row_with_a_time_or_a_reason(tmp_path: Path) -> None:
+    write_summary(made_rows(), tmp_path / "summary.md")
+    text = (tmp_path / "summary.md").read_text()
+    assert "## cnn, N = 500, P = 139,960, float32, model cnn, 20 mask steps, 100 root samples" in text
+    assert "| collapsed | 200 ms (180 ms - 220 ms) |  | 2 | 200 | 500 | 200 ms | reference |" in text
+    assert "| cnn, float32 | 5,000 | reference | out of memory | you tried to / allocate |" in text
+    write_summary([], tmp_path / "summary.md")
+    assert "Nothing was measured" in (tmp_path / "summary.md").read_text()
+
+
+def test_plots_are_drawn_with_a_line_a_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    plots.plot_time(made_rows(), tmp_path / "time.png")
+    solvers_axes, _ = drawn[0].axes
+    lines = {line.get_label(): line for line in solvers_axes.lines}
+    assert set(lines) == {MEAN, PASSES, "reference", "collapsed", "out of memory (see summary)"}
+    assert lines[MEAN].get_linestyle() == lines[PASSES].get_linestyle() == "--"
+    assert lines["reference"].get_xydata().tolist() == [[50, 0.1], [500, 1.0]]
+    assert lines["out of memory (see summary)"].get_xdata().tolist() == [5000]
+    assert (solvers_axes.get_xscale(), solvers_axes.get_yscale()) == ("log", "log")
+    plots.plot_split(made_rows(), tmp_path / "split.png")
+    bars = {container.get_label(): [bar.get_width() for bar in container] for container in drawn[1].axes[0].containers}
+    assert bars == {"the model's passes": pytest.approx([10, 10]), "masks": pytest.approx([90, 10])}
+
+
+def test_plots_are_files_and_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
+    for plot in (plots.plot_time, plots.plot_memory, plots.plot_split):
+        plot(made_rows(), tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "plot.png").unlink()
+    plots.plot_time([], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_command_keeps_what_is_there_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> Iterator[Row]:
+        yield made_rows()[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "measure_cases", stopped)
+    done = CliRunner().invoke(app, ["bench", "--quick", "--out", str(tmp_path / "bench")])
+    assert done.exit_code == 130
+    assert run.read_rows(tmp_path / "bench" / "bench.csv") == made_rows()[:1]
+    assert (tmp_path / "bench" / "time.png").exists()
+    again = CliRunner().invoke(app, ["bench", "--quick", "--out", str(tmp_path / "bench")])
+    assert "holds results already" in str(again.exception)
+    unknown = CliRunner().invoke(app, ["bench", "--case", "cnm", "--out", str(tmp_path / "other")])
+    assert "--case must be one of cnn, logreg, rules, resnet20, resnet18, got 'cnm'" in str(unknown.exception)
+
+
+def test_the_cases_of_pytest_benchmark_run(checkout: Path) -> None:
+    chosen = [f"bench/regression/test_{name}" for name in ("kernels.py", "server_round.py::test_a_round[fedavg-]")]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--benchmark-disable", "-p", "no:cacheprovider", *chosen]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 passed" in done.stdout
+
+
+# --- other measurements -------------------------------------------------------------------------------------------------
 
 
 def test_clients_from_disk_are_judged_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,358 @@
+"""The benchmark itself: cases x clients x providers, each result compared before it is timed, one row a measurement."""
+
+import csv
+import io
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from skymask_gpu.bench.cases import CASES, CLIENTS, DTYPES, Case, Model, Problem, TooLargeError
+from skymask_gpu.bench.measure import Measured, free_memory, limited_memory, measure_steadily
+from skymask_gpu.bench.providers import COMPILED, MEAN, PASSES, CannotRunError, NoCheckError, Provider, providers
+from skymask_gpu.engine.memory import is_out_of_memory
+from skymask_gpu.federation.rules import RuleResult
+from skymask_gpu.files import write_text
+
+__all__ = ["FULL", "QUICK", "Limits", "Row", "count_rows", "measure_cases", "read_rows", "write_rows"]
+
+_SEED = 0
+# A first call, which may compile, is stopped after so many times the longest call that is expected to do.
+_STOPPED_AFTER = 3
+_PACKAGES = ("torch", "numba", "triton", "numpy", "byzfl")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run may take.
+
+    Attributes:
+        clients: the numbers of clients of each case.
+        cases: their names.
+        dtypes: of the updates, where a case has them.
+        total_seconds: once so many are spent, what is left is skipped.
+        call_seconds: a call that is expected to take longer is skipped; a first one that takes three times as long is stopped.
+        repeat_seconds: a measurement is repeated until so many are spent.
+        compiles: whether torch.compile is tried.
+    """
+
+    clients: tuple[int, ...] = CLIENTS
+    cases: tuple[str, ...] = tuple(CASES)
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    total_seconds: float = 480.0
+    call_seconds: float = 20.0
+    repeat_seconds: float = 1.0
+    compiles: bool = True
+
+
+FULL = Limits()
+QUICK = Limits((50,), ("logreg", "rules", "cnn"), ("float32",), 40.0, 3.0, 0.2, compiles=False)
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One measurement: a row of ``bench.csv``. Seconds and bytes are None unless the status is ``"ok"``.
+
+    Attributes:
+        status: ok, wrong (its result is, so it has no time), skipped, no check, out of memory, or failed.
+        detail: why it is not ok.
+        compared_with: what the result agreed with.
+        first_s: of the first call, compilation included.
+        median_s: and ``p20_s``, ``p80_s``: quantiles over the ``repeats``.
+        peak_bytes: above what was held before the call, the inputs among it; empty where the system does not tell.
+        to_mean: median over that of the mean of the same rows, ``to_passes`` of the model's passes, ``to_reference`` of solver
+            reference, all in the same run; empty where those have no time.
+        split: JSON of the median seconds of each phase, of SkyMask's round.
+    """
+
+    case: str
+    what: str
+    model: str
+    clients: int
+    params: int | None
+    dtype: str
+    mask_steps: int
+    root_samples: int
+    provider: str
+    status: str
+    detail: str = ""
+    compared_with: str = ""
+    first_s: float | None = None
+    median_s: float | None = None
+    p20_s: float | None = None
+    p80_s: float | None = None
+    repeats: int | None = None
+    peak_bytes: int | None = None
+    to_mean: float | None = None
+    to_passes: float | None = None
+    to_reference: float | None = None
+    split: str = ""
+    device: str = ""
+    threads: int | None = None
+    versions: str = ""
+    commit: str = ""
+    seed: int | None = None
+    time: str = ""
+
+
+def count_rows(limits: Limits) -> int:
+    points = [(CASES[name], dtype) for name in limits.cases for dtype in limits.dtypes if dtype in CASES[name].dtypes]
+    return sum(len(providers(case)) for case, _ in points) * len(limits.clients)
+
+
+def measure_cases(limits: Limits, device: torch.device, started: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
+    """Rows as they are measured: all cases with few clients first. ``started`` is told what comes next."""
+    run = _Run(limits, device, started)
+    for num_clients in limits.clients:
+        for name in limits.cases:
+            yield from run.point(CASES[name], num_clients)
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_text(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of :func:`write_rows`.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != [f.name for f in fields(Row)]:
+            raise ValueError(f"{path} is no table of this benchmark: its columns are {reader.fieldnames}")
+        return [Row(**{f.name: _parsed(record[f.name], f.type) for f in fields(Row)}) for record in reader]
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    if kind is str:
+        return text
+    if not text:
+        return None
+    return float(text) if kind == float | None else int(text)
+
+
+class _SlowError(BaseException):
+    """The call takes too long. No Exception, for torch.compile catches those."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Stop what takes longer, between two lines of Python."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _SlowError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass
+class _Run:
+    """What is known so far: the models, how long calls took, and who agreed with whom."""
+
+    limits: Limits
+    device: torch.device
+    started: Callable[[str], None]
+    models: dict[str, Model] = field(default_factory=dict)
+    paces: dict[tuple[str, str, str], tuple[int, float]] = field(default_factory=dict)  # clients, seconds of a call
+    agreed: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
+    begin: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.conditions: dict[str, Any] = {
+            "device": _device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "versions": _versions(),
+            "commit": _commit(),
+            "seed": _SEED,
+        }
+
+    def point(self, case: Case, num_clients: int) -> Iterator[Row]:
+        """All rows of one case with one number of clients."""
+        self.started(f"{case.name}, N = {num_clients:,}: updates")
+        dtypes = [dtype for dtype in case.dtypes if dtype in self.limits.dtypes]
+        try:
+            if self._is_over():
+                raise CannotRunError(self._over())
+            with limited_memory(self.device):
+                if case.name not in self.models:
+                    self.models[case.name] = Model.build(case, self.device)
+                problem = Problem.build(case, self.models[case.name], num_clients, _SEED, free_memory(self.device))
+        except (CannotRunError, TooLargeError) as reason:
+            for dtype in dtypes:
+                for provider in providers(case):
+                    yield self._row(case, num_clients, dtype, provider, status="skipped", detail=str(reason))
+            return
+        for dtype in dtypes:
+            problem = problem.to(dtype)
+            problem.agreed = self.agreed.setdefault((case.name, dtype), {})
+            medians: dict[str, float] = {}
+            for provider in providers(case):
+                self.started(f"{case.name}, N = {num_clients:,}, {dtype}: {provider.name}")
+                row = self._row(case, num_clients, dtype, provider, **self._measured(problem, provider))
+                if row.median_s is not None:
+                    medians[provider.name] = row.median_s
+                    row.to_mean, row.to_passes, row.to_reference = (
+                        row.median_s / medians[floor] if floor in medians else None for floor in (MEAN, PASSES, "reference")
+                    )
+                yield row
+
+    def _measured(self, problem: Problem, provider: Provider) -> dict[str, Any]:
+        """The columns that come from running one provider."""
+        if provider.name == COMPILED and not self.limits.compiles:
+            return {"status": "skipped", "detail": "compiling takes too long for a quick run"}
+        if self._is_over():
+            return {"status": "skipped", "detail": self._over()}
+        key = (problem.case.name, problem.dtype, provider.name)
+        if key in self.paces:
+            clients, seconds = self.paces[key]
+            expected = seconds * problem.num_clients / clients
+            if expected > self.limits.call_seconds:
+                detail = (
+                    f"about {expected:.2g} s a call expected from N = {clients:,}, the limit is {self.limits.call_seconds:g} s"
+                )
+                return {"status": "skipped", "detail": detail}
+        try:
+            with limited_memory(self.device):
+                return self._checked_and_timed(problem, provider, key)
+        except CannotRunError as reason:
+            return {"status": "skipped", "detail": str(reason)}
+        except NoCheckError as reason:
+            return {"status": "no check", "detail": str(reason)}
+        except _SlowError:
+            stopped = _STOPPED_AFTER * self.limits.call_seconds
+            self.paces[key] = (problem.num_clients, stopped)
+            return {"status": "skipped", "detail": f"stopped after {stopped:g} s"}
+        except Exception as error:
+            if is_out_of_memory(error):
+                return {"status": "out of memory", "detail": str(error).splitlines()[0][:200]}
+            return {"status": "failed", "detail": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+
+    def _checked_and_timed(self, problem: Problem, provider: Provider, key: tuple[str, str, str]) -> dict[str, Any]:
+        call = provider.prepare(problem)
+        start = time.perf_counter()
+        with _at_most(_STOPPED_AFTER * self.limits.call_seconds):
+            result = call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        first = time.perf_counter() - start
+        self.paces[key] = (problem.num_clients, first)
+        wrong = provider.check(problem, result)
+        if wrong is not None:
+            return {"status": "wrong", "detail": wrong}
+        del result
+        phases = _Phases(call)
+        measured = measure_steadily(phases, self.device, self.limits.repeat_seconds)
+        self.paces[key] = (problem.num_clients, measured.median)
+        compared_with = provider.compared_with(problem)
+        return {"status": "ok", "compared_with": compared_with, "first_s": first, "split": phases.split(), **_columns(measured)}
+
+    def _row(self, case: Case, num_clients: int, dtype: str, provider: Provider, **measured: Any) -> Row:
+        model = self.models.get(case.name)
+        return Row(
+            case=case.name,
+            what=case.what,
+            model=case.model,
+            clients=num_clients,
+            params=model.loss.num_params if model else None,
+            dtype=dtype,
+            mask_steps=case.mask_steps,
+            root_samples=case.root_samples,
+            provider=provider.name,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            **measured,
+            **self.conditions,
+        )
+
+    def _is_over(self) -> bool:
+        return time.monotonic() - self.begin > self.limits.total_seconds
+
+    def _over(self) -> str:
+        return f"the {self.limits.total_seconds:g} s of this run were spent"
+
+
+class _Phases:
+    """A call that keeps the seconds of SkyMask's phases."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._seconds: list[dict[str, float]] = []
+
+    def __call__(self) -> None:
+        result = self._call()
+        if isinstance(result, RuleResult) and result.aggregation is not None:
+            self._seconds.append(result.aggregation.seconds)
+
+    def split(self) -> str:
+        if not self._seconds:
+            return ""
+        phases = {name: statistics.median(seconds[name] for seconds in self._seconds) for name in self._seconds[0]}
+        total = phases.pop("total")
+        return json.dumps({**phases, "other": max(0.0, total - sum(phases.values()))})
+
+
+def _columns(measured: Measured) -> dict[str, Any]:
+    return {
+        "median_s": measured.median,
+        "p20_s": measured.quantile(0.2),
+        "p80_s": measured.quantile(0.8),
+        "repeats": len(measured.seconds),
+        "peak_bytes": measured.peak_bytes,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} processors"
+
+
+def _versions() -> str:
+    found = [f"python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _commit() -> str:
+    """Of the checkout that this file is in; "unknown" for an installed package."""
+    here = Path(__file__).resolve()
+    try:
+        git = ["git", "-C", str(here.parent)]
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        done = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

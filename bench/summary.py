@@ -1,0 +1,66 @@
+"""The tables of a benchmark, as Markdown."""
+
+from itertools import groupby
+from pathlib import Path
+
+from skymask_gpu.bench.run import Row
+from skymask_gpu.files import write_text
+
+__all__ = ["write_summary"]
+
+
+def write_summary(rows: list[Row], path: Path) -> None:
+    """A table for each case, dtype and number of clients, and what has no time with the reason."""
+    write_text(path, "\n".join(_lines(rows)) + "\n")
+
+
+def _lines(rows: list[Row]) -> list[str]:
+    if not rows:
+        return ["# Benchmark", "", "Nothing was measured."]
+    first = rows[0]
+    lines = [
+        "# Benchmark",
+        "",
+        f"{first.device}; {first.threads} threads; {first.versions}; commit {first.commit}; seed {first.seed}; {first.time}",
+        "",
+        "Every result was compared before it was timed (client labels up to N = 5,000). Medians; in brackets the 20th and",
+        "the 80th percentile. Ratios are to what was measured in this run on the same updates: `x mean` to a plain mean of",
+        "the rows, `x passes` to the model's own forward and backward passes, `x reference` to that solver. Memory is the",
+        "peak above what was held before.",
+    ]
+    for (case, dtype, clients), group in groupby(rows, lambda row: (row.case, row.dtype, row.clients)):
+        timed = [row for row in group if row.status == "ok"]
+        if not timed:
+            continue
+        row = timed[0]
+        steps = f", model {row.model}, {row.mask_steps} mask steps, {row.root_samples} root samples"
+        lines += ["", f"## {case}, N = {clients:,}, P = {row.params:,}, {dtype}{steps}", ""]
+        lines += ["| what | time | x reference | x passes | x mean | peak MiB | first call | agrees with |", "|" + " --- |" * 8]
+        lines += [_table_row(row) for row in timed]
+    untimed: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if row.status != "ok":
+            key = (f"{row.case}, {row.dtype}", f"{row.clients:,}", row.status, row.detail.replace("|", "/"))
+            untimed.setdefault(key, []).append(row.provider)
+    if untimed:
+        lines += ["", "## Without a time", "", "| case | N | what | status | why |", "|" + " --- |" * 5]
+    lines += [
+        f"| {case} | {clients} | {', '.join(names)} | {status} | {detail} |"
+        for (case, clients, status, detail), names in untimed.items()
+    ]
+    return lines
+
+
+def _table_row(row: Row) -> str:
+    assert row.median_s is not None
+    assert row.p20_s is not None
+    assert row.p80_s is not None
+    ratios = (f"{ratio:.3g}" if ratio is not None else "" for ratio in (row.to_reference, row.to_passes, row.to_mean))
+    memory = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "unknown"
+    times = f"{seconds(row.median_s)} ({seconds(row.p20_s)} - {seconds(row.p80_s)})"
+    cells = [row.provider, times, *ratios, memory, seconds(row.first_s or 0.0), row.compared_with]
+    return "| " + " | ".join(cells) + " |"
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
