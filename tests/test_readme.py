@@ -32,7 +32,7 @@ def test_make_targets_and_configs_exist(checkout: Path) -> None:
     readme, makefile = (checkout / "README.md").read_text(), (checkout / "Makefile").read_text()
     for target in re.findall(r"make ([a-z-]+)\b", readme):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for page in ("README.md", "docs/collapsed.md", "docs/federation.md"):
+    for page in ("README.md", "docs/collapsed.md", "docs/federation.md", "docs/results.md", "docs/performance.md"):
         for module in re.findall(r"-m\s+skymask_gpu\.(bench\.\w+)", (checkout / page).read_text()):
             assert (checkout / f"{module.replace('.', '/')}.py").is_file(), module
     for config in re.findall(r"examples/[\w-]+\.toml", readme):
@@ -53,7 +53,7 @@ def test_every_setting_and_name_is_in_the_docs(checkout: Path) -> None:
 
 def test_every_command_in_the_docs_exists(checkout: Path) -> None:
     known = get_command(app).commands  # type: ignore[attr-defined]
-    for page in ("README.md", "docs/federation.md"):
+    for page in ("README.md", "docs/federation.md", "docs/results.md", "docs/performance.md"):
         for command, options in re.findall(r"skymask-gpu (\w+) (.*)", (checkout / page).read_text()):
             assert command in known, command
             declared = {option for parameter in known[command].params for option in parameter.opts}
