@@ -20,13 +20,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.engine.flat_model import fast_layout
 from skymask_gpu.engine.memory import is_out_of_memory
 
-__all__ = ["Batches", "LocalTraining", "LocalUpdates", "batching_for", "draw_batches", "train_clients"]
+__all__ = ["Batches", "LocalTraining", "LocalUpdates", "batching_for", "draw_batches", "fast_layout", "train_clients"]
 
 # What a block of clients may keep for its backward pass: on a CPU what its cache holds, on a GPU half of what is free.
-_CPU_BLOCK_BYTES = 2**22
+_CPU_BLOCK_BYTES, _CPU_BLOCK_LEAST = 2**22, 5
 _GPU_SHARE = 0.5
 # Of one client's forward pass on a CPU. Measured: an MLP on 28x28 images, 3e6, is 4 times faster by vmap, a ViT, 1.5e8, slower.
 _VMAP_FLOPS = 2e7
@@ -230,7 +229,8 @@ class _Trainer:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.random.fork_rng(devices=[]):
             self._loss(params_P, _copied(buffers), self._inputs[index_B], self._labels[index_B])
         if not start_P.is_cuda:
-            return max(1, _CPU_BLOCK_BYTES // max(1, kept_bytes))
+            # never less than a few: their small operations cost more than the cache saves
+            return max(_CPU_BLOCK_LEAST, _CPU_BLOCK_BYTES // max(1, kept_bytes))
         # besides: the parameters, their gradient as leaves and as one vector, the momentum
         kept_bytes += 4 * start_P.numel() * start_P.element_size()
         return max(1, int(_GPU_SHARE * torch.cuda.mem_get_info(start_P.device)[0]) // kept_bytes)
@@ -290,7 +290,7 @@ class _Trainer:
             step = step.add(params, alpha=config.weight_decay)
         if momentum is not None:
             step = momentum.mul_(config.momentum).add_(step)
-        params.sub_(step, alpha=config.lr)
+        params.sub_(step * config.lr)
 
     def _loss(self, params_P: Tensor, buffers: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         return self._loss_of(self.flat.unflatten(params_P), buffers, inputs, labels)
@@ -300,6 +300,13 @@ class _Trainer:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=mixed):
             outputs = functional_call(self.module, (params, buffers), (inputs,))
         return F.cross_entropy(outputs.float() if mixed else outputs, labels)
+
+
+def fast_layout(tensor: Tensor) -> Tensor:
+    """Images and filters with their channels last in memory on a CPU, where that halves the time of the paper's CNN."""
+    if tensor.dim() != 4:
+        return tensor
+    return tensor.to(memory_format=torch.channels_last if tensor.device.type == "cpu" else torch.contiguous_format)
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

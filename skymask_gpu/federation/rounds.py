@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.engine.flat_model import fast_layout
 from skymask_gpu.federation.attacks import Threat, add_trigger, attack, has_backdoor, poison_batch
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.data import Dataset, load_dataset, split_root
-from skymask_gpu.federation.local_training import LocalUpdates, draw_batches, train_clients
+from skymask_gpu.federation.local_training import LocalUpdates, draw_batches, fast_layout, train_clients
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.partition import partition
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule

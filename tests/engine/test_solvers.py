@@ -349,15 +349,21 @@ def test_cuts_say_what_the_bits_are(mnist_updates: tuple[Tensor, FlatModel]) -> 
 MEASURE_MEMORY = """
 import json, torch
 from skymask_gpu.bench.measure import measure
-from skymask_gpu.bench.solvers import make_case, model_passes
-from skymask_gpu.engine import MaskTraining, train_masks
+from skymask_gpu.bench.solvers import honest_rows, make_model
+from skymask_gpu.engine import FlatModel, MaskTraining, train_masks
+
+def model_passes():
+    for _ in range(20):
+        params_P = loss.initial_params.detach().requires_grad_()
+        torch.autograd.grad(loss(params_P), params_P)
 
 torch.set_num_threads(1)
 cpu = torch.device("cpu")
-rows_RP, loss = make_case(500, cpu)
+loss = FlatModel(*make_model())
+rows_RP = honest_rows(loss, 501, seed=0)
 train = lambda: train_masks(rows_RP, loss.initial_params, loss, solver="collapsed")
 train()
-_, passes = measure(model_passes(loss), 1, cpu)
+_, passes = measure(model_passes, 1, cpu)
 masks, measured = measure(train, 1, cpu)
 allowed = 4 * MaskTraining().bins * loss.num_params * 4 + masks.bits.numel()
 print(json.dumps([measured.peak_bytes, passes.peak_bytes, allowed, rows_RP.numel() * 4]))

@@ -433,6 +433,7 @@ def test_csv_file_has_a_line_a_run_with_all_that_differs(tmp_path: Path) -> None
 
 
 def test_report_of_a_single_run(tmp_path: Path) -> None:
+    pyplot.close("all")  # others' figures
     write_masks(write_run(tmp_path / "odd", {**config(), "name": ODD}, [0.1, None, 0.5], [0, 0, 0.1], [1, 0, 0]))
     report = write_report(f"{ODD}'s", load_runs(tmp_path), tmp_path)
     names = {name: path.name for name, path in report.paths().items()}
