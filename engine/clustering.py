@@ -32,7 +32,8 @@ SMALLEST_SHARE = 0.2  # of the clients: the honest share that the attack model s
 # attackers D is at most 5.6 and the ratio at least 0.5; with flipped signs or labels at least 7.1, and at most 0.3.
 CLEAN_CUT = 6.0  # Ashman's D of the two normals on the first principal component
 LESS_ALIGNED = 0.4  # mean alignment with the root direction, over that of the near side
-COPY = 0.1  # of the way to a nearest mask; 0 to 0.06 for attackers that send one update, 0.19 and more for honest clients
+COPY = 0.02  # of the way to a nearest mask; 0 for attackers that send one update, 0.19 and more for honest clients of a CNN,
+# but less than 0.1 for a few of a small MLP with a dozen samples each
 HONEST_QUANTILE = 0.9  # of the ways to a nearest mask: honest even when four in five clients are copies
 EM_STEPS = 100
 VARIANCE_FLOOR = 1e-3  # of the variance of all scores

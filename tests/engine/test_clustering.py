@@ -177,7 +177,7 @@ def test_the_veto_swaps_sides_only_when_the_root_opposes_its_own_direction() -> 
     assert torch.equal(cluster_masks(packed(masks), 900, alignment=torch.full((30,), -1.0)).benign, with_root)
 
 
-@pytest.mark.parametrize("spread", [0, 4], ids=["one-update", "almost-one"])
+@pytest.mark.parametrize("spread", [0, 1], ids=["one-update", "almost-one"])
 def test_copies_in_the_middle_of_honest_masks_are_rejected(spread: int, generator: torch.Generator) -> None:
     """A Little Is Enough sends one update near the mean: no side of a cut, no outlier, but nobody trains so alike."""
     masks = torch.from_numpy(random_masks(51, 4000, 0))
@@ -217,9 +217,9 @@ def distances_with(nearest: list[float], root: float) -> Distances:
 @pytest.mark.parametrize(
     ("nearest", "root", "copies"),
     [
-        ([0.009, 0.009, 0.1, 0.1, 0.2, 0.2, 0.1], 0.1, 2),
-        ([0.009, 0.009, 0.1, 0.1, 0.2, 0.2, 0.1], 0.05, 0),  # the root's own scale is smaller
-        ([0.009, 0.009, 0.02, 0.02, 0.02, 0.02, 0.02], 0.02, 0),  # the clients' is
+        ([0.0015, 0.0015, 0.1, 0.1, 0.2, 0.2, 0.1], 0.1, 2),
+        ([0.0015, 0.0015, 0.1, 0.1, 0.2, 0.2, 0.1], 0.05, 0),  # the root's own scale is smaller
+        ([0.0015, 0.0015, 0.02, 0.02, 0.02, 0.02, 0.02], 0.02, 0),  # the clients' is
         ([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 0.0, 0),
     ],
 )
