@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["FlatModel"]
+__all__ = ["FlatModel", "fast_layout"]
 
 Buffers = Literal["batch", "fixed"]
 
@@ -67,7 +67,7 @@ class FlatModel:
         self.initial_params: Tensor = self.flatten(dict(module.named_parameters()))
         # as the model's parameters are, and class labels as PyTorch's losses want them
         like = self.initial_params
-        self._inputs = inputs.detach().to(like) if inputs.is_floating_point() else inputs.detach().to(like.device)
+        self._inputs = fast_layout(inputs.detach().to(like) if inputs.is_floating_point() else inputs.detach().to(like.device))
         self._labels = labels.detach().to(like.device, labels.dtype if labels.is_floating_point() else torch.long)
         try:
             with torch.no_grad():
@@ -77,7 +77,8 @@ class FlatModel:
 
     def __call__(self, params_P: Tensor) -> Tensor:
         """The root loss, ``()``, of the model with parameters ``params_P``, ``(P,)``."""
-        return self._loss_fn(functional_call(self._module, self.unflatten(params_P), (self._inputs,)), self._labels)
+        params = {name: fast_layout(tensor) for name, tensor in self.unflatten(params_P).items()}
+        return self._loss_fn(functional_call(self._module, params, (self._inputs,)), self._labels)
 
     def unflatten(self, vector_P: Tensor) -> dict[str, Tensor]:
         """Views of a ``(P,)`` vector under the parameters' names and shapes."""
@@ -103,10 +104,17 @@ class FlatModel:
         other = copy.copy(self)
         other._module = copy.deepcopy(self._module).to(*args, **kwargs)
         other.initial_params = self.initial_params.to(*args, **kwargs)
-        other._inputs = self._inputs.to(*args, **kwargs)
+        other._inputs = fast_layout(self._inputs.to(*args, **kwargs))
         device = other.initial_params.device
         other._labels = self._labels.to(*args, **kwargs) if self._labels.is_floating_point() else self._labels.to(device)
         return other
+
+
+def fast_layout(tensor: Tensor) -> Tensor:
+    """Images and filters with their channels last in memory on a CPU, where that halves the time of the paper's CNN."""
+    if tensor.dim() != 4:
+        return tensor
+    return tensor.to(memory_format=torch.channels_last if tensor.device.type == "cpu" else torch.contiguous_format)
 
 
 def _set_norm_statistics(module: nn.Module, buffers: Buffers) -> None:

@@ -20,9 +20,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine.flat_model import fast_layout
 from skymask_gpu.engine.memory import is_out_of_memory
 
-__all__ = ["Batches", "LocalTraining", "LocalUpdates", "batching_for", "draw_batches", "fast_layout", "train_clients"]
+__all__ = ["Batches", "LocalTraining", "LocalUpdates", "batching_for", "draw_batches", "train_clients"]
 
 # What a block of clients may keep for its backward pass: on a CPU what its cache holds, on a GPU half of what is free.
 _CPU_BLOCK_BYTES, _CPU_BLOCK_LEAST = 2**22, 5
@@ -178,7 +179,7 @@ def train_clients(
     index_CSB, steps_C = batches.index_CSB.to(device), batches.steps_C
     poisoned_C = torch.zeros(len(index_CSB), dtype=torch.bool) if poisoned is None else poisoned.cpu()
     updates_CP = start_P.new_empty(len(index_CSB), trainer.flat.num_params)
-    buffers_C = {name: value.expand(len(index_CSB), *value.shape).clone() for name, value in start_buffers.items()}
+    buffers_C = _for_each(start_buffers, len(index_CSB))
     # in blocks of alike clients: one kind of data, those with the most steps first
     order = sorted(range(len(index_CSB)), key=lambda c: (bool(poisoned_C[c]), -int(steps_C[c])))
     way = batching_for(trainer.module, inputs[index_CSB[0, 0]], config)
@@ -225,9 +226,9 @@ class _Trainer:
             kept_bytes += tensor.numel() * tensor.element_size()
             return tensor
 
-        params_P = start_P.clone().requires_grad_()
+        params = {name: value.clone().requires_grad_() for name, value in self.flat.unflatten(start_P).items()}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.random.fork_rng(devices=[]):
-            self._loss(params_P, _copied(buffers), self._inputs[index_B], self._labels[index_B])
+            self._loss(params, _copied(buffers), self._inputs[index_B], self._labels[index_B])
         if not start_P.is_cuda:
             # never less than a few: their small operations cost more than the cache saves
             return max(_CPU_BLOCK_LEAST, _CPU_BLOCK_BYTES // max(1, kept_bytes))
@@ -240,29 +241,32 @@ class _Trainer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Parameters ``(C, P)`` and buffers of C clients, most steps first, by one ``vmap(grad)`` a step."""
         gradients = vmap(grad(self._loss), randomness="different")
-        params_CP = start_P.expand(len(index_CSB), -1).clone()
-        momentum_CP = torch.zeros_like(params_CP) if self._config.momentum else None
-        buffers_C = {name: value.expand(len(index_CSB), *value.shape).clone() for name, value in start_buffers.items()}
+        params_C = _for_each(self.flat.unflatten(start_P), len(index_CSB))
+        momentum_C = {name: torch.zeros_like(value) for name, value in params_C.items()} if self._config.momentum else {}
+        buffers_C = _for_each(start_buffers, len(index_CSB))
         for step in range(int(steps_C.max())):
             active = int((steps_C > step).sum())
             batch = self._batch(index_CSB[:active, step], poisoned)
-            # slices are views: what the model writes into its buffers lands in buffers_C
-            views = {name: value[:active] for name, value in buffers_C.items()}
+            # slices are views: what is written into them, by the model too, lands in what they are of
+            params, buffers, momentum = (
+                {name: value[:active] for name, value in x.items()} for x in (params_C, buffers_C, momentum_C)
+            )
             try:
-                gradient_CP = gradients(params_CP[:active], views, *batch)
+                gradient = gradients(params, buffers, *batch)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
                 raise ValueError(f"local.batching: the model does not run under vmap, use 'loop': {error}") from error
-            self._descend(params_CP[:active], gradient_CP, None if momentum_CP is None else momentum_CP[:active])
-        return params_CP, buffers_C
+            for name, value in params.items():
+                self._descend(value, gradient[name], momentum.get(name))
+        return torch.cat([params_C[name].flatten(1) for name in self.flat.shapes], 1), buffers_C
 
     def in_a_loop(
         self, start_P: Tensor, start_buffers: dict[str, Tensor], index_CSB: Tensor, steps_C: Tensor, poisoned: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The same, one client after the other."""
         params_CP = start_P.new_empty(len(index_CSB), len(start_P))
-        buffers_C = {name: value.expand(len(index_CSB), *value.shape).clone() for name, value in start_buffers.items()}
+        buffers_C = _for_each(start_buffers, len(index_CSB))
         for client, steps in enumerate(steps_C.tolist()):
             buffers = {name: value[client] for name, value in buffers_C.items()}
             params = {name: fast_layout(value.clone()) for name, value in self.flat.unflatten(start_P).items()}
@@ -271,7 +275,7 @@ class _Trainer:
                 batch_inputs, batch_labels = self._batch(index_CSB[client : client + 1, step], poisoned)
                 for value in params.values():
                     value.requires_grad_()
-                loss = self._loss_of(params, buffers, fast_layout(batch_inputs[0]), batch_labels[0])
+                loss = self._loss(params, buffers, fast_layout(batch_inputs[0]), batch_labels[0])
                 gradients = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
                 for (name, value), gradient in zip(params.items(), gradients, strict=True):
                     self._descend(value.detach_(), gradient, momentum.get(name))
@@ -292,21 +296,16 @@ class _Trainer:
             step = momentum.mul_(config.momentum).add_(step)
         params.sub_(step * config.lr)
 
-    def _loss(self, params_P: Tensor, buffers: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-        return self._loss_of(self.flat.unflatten(params_P), buffers, inputs, labels)
-
-    def _loss_of(self, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         mixed = self._config.autocast == "bfloat16"
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=mixed):
             outputs = functional_call(self.module, (params, buffers), (inputs,))
         return F.cross_entropy(outputs.float() if mixed else outputs, labels)
 
 
-def fast_layout(tensor: Tensor) -> Tensor:
-    """Images and filters with their channels last in memory on a CPU, where that halves the time of the paper's CNN."""
-    if tensor.dim() != 4:
-        return tensor
-    return tensor.to(memory_format=torch.channels_last if tensor.device.type == "cpu" else torch.contiguous_format)
+def _for_each(tensors: dict[str, Tensor], num_clients: int) -> dict[str, Tensor]:
+    """Copies with a client dimension in front."""
+    return {name: value.expand(num_clients, *value.shape).clone() for name, value in tensors.items()}
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

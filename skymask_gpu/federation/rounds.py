@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.federation.attacks import Threat, add_trigger, attack, has_backdoor, poison_batch
+from skymask_gpu.engine.flat_model import fast_layout
+from skymask_gpu.federation.attacks import Threat, add_trigger, attack, has_backdoor, poison_batch, poisoned_columns
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.data import Dataset, load_dataset, split_root
-from skymask_gpu.federation.local_training import LocalUpdates, draw_batches, fast_layout, train_clients
+from skymask_gpu.federation.local_training import LocalUpdates, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.partition import partition
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule
@@ -73,6 +75,12 @@ class RoundResult:
     seconds: dict[str, float]
 
 
+def _columns_of_layers(flat: FlatModel) -> dict[str, slice]:
+    """Each parameter's columns in an update."""
+    ends = list(accumulate(flat.layer_sizes))
+    return {name: slice(end - size, end) for name, size, end in zip(flat.shapes, flat.layer_sizes, ends, strict=True)}
+
+
 @dataclass(frozen=True)
 class Federation:
     """What stays the same from round to round."""
@@ -108,6 +116,11 @@ class Federation:
         module = build_model(config.model.name, tuple(dataset.train_inputs.shape[1:]), dataset.num_classes, config.seed)
         module = module.to(device)
         root_inputs, root_labels = dataset.train_inputs[root], dataset.train_labels[root]
+        flat = FlatModel(module, root_inputs, root_labels)
+        brightest = float(dataset.train_inputs.max())
+        # before any client trains: does the attack fit the data and the model?
+        poison_batch(config.attack, root_inputs[:1], root_labels[:1], dataset.num_classes, brightest)
+        poisoned_columns(config.attack.layers, _columns_of_layers(flat))
         context = RuleContext(
             module=module,
             root_inputs=root_inputs,
@@ -123,11 +136,11 @@ class Federation:
             config,
             dataset,
             module,
-            FlatModel(module, root_inputs, root_labels),
+            flat,
             [*(rest[share] for share in shares), root],
             torch.arange(data.clients) < config.attack.num_malicious(data.clients),
             build_rule(config.defence.rule, context),
-            float(dataset.train_inputs.max()),
+            brightest,
         )
 
     def first_model(self) -> GlobalModel:
@@ -142,10 +155,7 @@ class Federation:
         malicious_M = self.malicious[clients]
         sent = self._train(clients, malicious_M, model, generator, progress)
         trained = self._now()
-        layers, begin = {}, 0
-        for name, size in zip(self.flat.shapes, self.flat.layer_sizes, strict=True):
-            layers[name], begin = slice(begin, begin + size), begin + size
-        threat = Threat(config.attack, layers, generator)
+        threat = Threat(config.attack, _columns_of_layers(self.flat), generator)
         updates_MP = attack(sent.updates[:-1], malicious_M.to(sent.updates.device), threat)
         attacked = self._now()
         progress("aggregating")

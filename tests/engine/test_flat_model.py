@@ -105,3 +105,25 @@ def test_bad_arguments_are_named() -> None:
         flat.flatten({"0.weight": torch.zeros(6, 4)})
     with pytest.raises(ValueError, match=r"0\.weight must have shape \(6, 4\), got \(4, 6\)"):
         flat.flatten({**flat.unflatten(flat.initial_params), "0.weight": torch.zeros(4, 6)})
+
+
+def test_images_have_channels_last_on_a_cpu_and_the_loss_is_the_models_own() -> None:
+    torch.manual_seed(0)
+    seen: list[bool] = []
+
+    class Net(nn.Sequential):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images.is_contiguous(memory_format=torch.channels_last))
+            return super().forward(images)
+
+    module = Net(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(64, 3)).double()
+    images, labels = torch.randn(7, 3, 8, 8, dtype=torch.float64), torch.arange(7) % 3
+    loss = FlatModel(module, images, labels)
+    params = loss.initial_params.clone().requires_grad_()
+    value = loss(params)
+    assert seen[-1]
+    (grad,) = torch.autograd.grad(value, params)
+    want = nn.functional.cross_entropy(nn.Sequential.forward(module, images), labels)
+    want_grad = torch.cat([g.flatten() for g in torch.autograd.grad(want, list(module.parameters()))])
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(grad, want_grad)

@@ -277,3 +277,18 @@ def test_skymask_on_mnist_stays_exact(malicious: int, mnist_dir: Path, tmp_path:
     for record in records:
         print({k: record[k] for k in ("round", "accuracy", "false_positive_rate", "false_negative_rate")})
     check_verdicts(records, malicious)
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (
+            AttackConfig(name="scaling-backdoor", share=0.2, target_class=10),
+            r"attack\.target_class must be below .* 10 classes",
+        ),
+        (AttackConfig(name="layers", share=0.2, layers=("fc9",)), r"attack\.layers must name parameters .* got 'fc9'"),
+    ],
+)
+def test_an_attack_that_does_not_fit_is_refused_before_any_client_trains(attack: AttackConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Federation.build(dataclasses.replace(SMALL, attack=attack))

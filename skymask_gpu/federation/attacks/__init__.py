@@ -5,7 +5,17 @@ strongest threat model). A round's batches go through ``poison_batch``, and what
 """
 
 from skymask_gpu.federation.attacks.data_poisoning import add_trigger, has_backdoor, poison_batch, poisons_data
-from skymask_gpu.federation.attacks.model_poisoning import attack
+from skymask_gpu.federation.attacks.model_poisoning import attack, poisoned_columns
 from skymask_gpu.federation.attacks.threat import ATTACKS, AttackConfig, Threat
 
-__all__ = ["ATTACKS", "AttackConfig", "Threat", "add_trigger", "attack", "has_backdoor", "poison_batch", "poisons_data"]
+__all__ = [
+    "ATTACKS",
+    "AttackConfig",
+    "Threat",
+    "add_trigger",
+    "attack",
+    "has_backdoor",
+    "poison_batch",
+    "poisoned_columns",
+    "poisons_data",
+]

@@ -5,7 +5,7 @@ deviation, else one), malicious clients send their own updates.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from statistics import NormalDist
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from skymask_gpu.federation.attacks.threat import Threat
 
-__all__ = ["attack"]
+__all__ = ["attack", "poisoned_columns"]
 
 _LARGEST_Z = 3.0
 _TRIM_B = 2.0
@@ -39,6 +39,24 @@ def attack(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
     sent_NP = updates_NP.clone()
     sent_NP[malicious_N] = _ATTACKS[threat.config.name](updates_NP, malicious_N, threat)
     return sent_NP
+
+
+def poisoned_columns(wanted: Iterable[str], layers: Mapping[str, slice]) -> list[slice]:
+    """The columns of each parameter in ``layers`` that is wanted by its name or by that of a module that holds it.
+
+    Raises:
+        ValueError: a name stands for no parameter.
+    """
+    columns = []
+    for name in wanted:
+        found = [part for layer, part in layers.items() if layer == name or layer.startswith(f"{name}.")]
+        if not found:
+            raise ValueError(
+                f"attack.layers must name parameters of the model or modules that hold some, got {name!r}; "
+                f"the model has {', '.join(layers)}"
+            )
+        columns += found
+    return columns
 
 
 def _own(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
@@ -251,15 +269,8 @@ def _squared_distances(gram_NN: Tensor) -> Tensor:
 def _layers(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
     """Only some layers are poisoned: the base attack's values there, a client's own update elsewhere."""
     mask_P = torch.zeros(updates_NP.shape[1], dtype=torch.bool, device=updates_NP.device)
-    for wanted in threat.config.layers:
-        columns = [part for name, part in threat.layers.items() if name == wanted or name.startswith(f"{wanted}.")]
-        if not columns:
-            raise ValueError(
-                f"attack.layers must name parameters of the model or modules that hold some, got {wanted!r}; "
-                f"the model has {', '.join(threat.layers)}"
-            )
-        for part in columns:
-            mask_P[part] = True
+    for columns in poisoned_columns(threat.config.layers, threat.layers):
+        mask_P[columns] = True
     return _poisoned_where(mask_P, updates_NP, malicious_N, threat)
 
 
