@@ -53,7 +53,6 @@ def test_a_profile_is_made_when_asked_for_and_changes_no_result(
     assert profiled.profile is not None
     assert set(profiled.profile.phases) == ALWAYS
     assert profiled.profile.seconds == pytest.approx(sum(cost.seconds for cost in profiled.profile.phases.values()))
-    assert profiled.profile.seconds >= profiled.seconds["total"]
     assert profiled.profile.copy_bandwidth > 1e6
     assert profiled.seconds.keys() == plain.seconds.keys()
     assert torch.equal(profiled.update, plain.update)
