@@ -59,5 +59,5 @@ wheel: $(VENV)/.dev  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) build dist demo-out bench-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist demo-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from skymask_gpu.bench.measure import resident
 from skymask_gpu.bench.solvers import honest_rows, make_model
 from skymask_gpu.defence import SkyMask
 from skymask_gpu.engine import ClientBlocks, FlatModel
+from skymask_gpu.engine.peak_memory import resident
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
 from skymask_gpu.files import write_tensors
 

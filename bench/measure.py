@@ -1,7 +1,5 @@
 """Time and peak memory of a call."""
 
-import ctypes
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +11,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-__all__ = ["Measured", "free_memory", "limited_memory", "measure", "measure_steadily", "resident"]
+from skymask_gpu.engine.peak_memory import peak_bytes, proc_field, resident, start_peak
+
+__all__ = ["Measured", "free_memory", "limited_memory", "measure", "measure_steadily"]
 
 T = TypeVar("T")
 
-_STATUS, _CLEAR_REFS, _MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
+_MEMINFO = Path("/proc/meminfo")
 
 # Shorter calls are timed several at once.
 _SHORTEST = 0.01
@@ -44,7 +44,7 @@ class Measured:
 def measure(call: Callable[[], T], repeats: int, device: torch.device) -> tuple[T, Measured]:
     """The result of the last call, and what the calls cost; warm up before, and compare the result before using the times."""
     seconds = []
-    held = _reset_peak(device)
+    held = start_peak(device)
     for _ in range(repeats):
         _synchronise(device)
         start = time.perf_counter()
@@ -56,7 +56,7 @@ def measure(call: Callable[[], T], repeats: int, device: torch.device) -> tuple[
 
 def measure_steadily(call: Callable[[], object], device: torch.device, seconds: float) -> Measured:
     """What a call costs, repeated until that took so many seconds: 3 to 50 times, a long call twice; warm up before."""
-    held = _reset_peak(device)
+    held = start_peak(device)
     times = [_time(call, 1, device)]
     calls = 1
     if times[0] < _SHORTEST:
@@ -73,7 +73,7 @@ def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _field(_MEMINFO, "MemAvailable")
+    return proc_field(_MEMINFO, "MemAvailable")
 
 
 @contextmanager
@@ -110,35 +110,5 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _reset_peak(device: torch.device) -> int | None:
-    """Start counting the peak anew; returns the bytes held now."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        # glibc keeps what was freed: without this the peak would be measured from memory that is not in use
-        ctypes.CDLL(None).malloc_trim(0)
-        _CLEAR_REFS.write_text("5")  # Linux: the peak of resident memory starts from the present
-    except (OSError, AttributeError):
-        return None
-    return resident("VmRSS")
-
-
 def _peak_above(held: int | None, device: torch.device) -> int | None:
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
-    return None if held is None or peak is None else max(0, peak - held)
-
-
-def resident(field: str) -> int | None:
-    """A line of ``/proc/self/status`` in bytes, as ``VmRSS`` or ``VmHWM``."""
-    return _field(_STATUS, field)
-
-
-def _field(path: Path, field: str) -> int | None:
-    if not path.exists():  # no Linux
-        return None
-    for line in path.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return None if held is None else max(0, peak_bytes(device) - held)

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from skymask_gpu.engine.profiling import phase
+
 __all__ = ["ClientBlocks"]
 
 # A file's rows are handed out so many bytes at a time.
@@ -106,6 +108,11 @@ class ClientBlocks:
         """The number of rows."""
         return sum(self.sizes)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all rows, wherever they are."""
+        return len(self) * self.num_params * self.dtype.itemsize
+
     def __iter__(self) -> Iterator[Tensor]:
         for number in range(len(self.sizes)):
             yield self._read(number)
@@ -157,12 +164,13 @@ class ClientBlocks:
         """All rows in one ``(N, P)`` tensor in memory, its row stride a multiple of 8 so that kernels can load 16 bytes."""
         if self.in_memory and len(self.sizes) == 1:
             return self._read(0)
-        storage = torch.empty(len(self), -(-self.num_params // 8) * 8, dtype=self.dtype, device=self.device)
-        stacked_NP = storage[:, : self.num_params]
-        first = 0
-        for block in self:
-            stacked_NP[first : first + len(block)] = block
-            first += len(block)
+        with phase("collect", 2 * self.nbytes):
+            storage = torch.empty(len(self), -(-self.num_params // 8) * 8, dtype=self.dtype, device=self.device)
+            stacked_NP = storage[:, : self.num_params]
+            first = 0
+            for block in self:
+                stacked_NP[first : first + len(block)] = block
+                first += len(block)
         return stacked_NP
 
 

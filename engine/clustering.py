@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine.distances import Distances, mask_distances
+from skymask_gpu.engine.profiling import phase
 
 __all__ = ["ClusteredMasks", "Clustering", "cluster_distances", "cluster_masks"]
 
@@ -94,7 +95,9 @@ def cluster_masks(
         raise ValueError(
             f"bits must be (R, {-(-num_params // 8)}) uint8 for {num_params} parameters, got {tuple(bits.shape)} {bits.dtype}"
         )
-    return _cluster(mask_distances(bits, num_params), alignment, config)
+    with phase("distances", bits, 4 * len(bits) ** 2):
+        distances = mask_distances(bits, num_params)
+    return _cluster(distances, alignment, config)
 
 
 def cluster_distances(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.memory import explain_out_of_memory
+from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers import collapsed, fused, reference, vmap
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, Solution
 from skymask_gpu.engine.training_config import MaskTraining
@@ -149,11 +150,15 @@ def train_masks(
     real_bytes = 8 if blocks.dtype == torch.float64 else 4
     needed = 10 * config.bins * num_params if name == "collapsed" else real_bytes * num_rows * num_params
     start = time.perf_counter()
-    with explain_out_of_memory(
-        f"solver {name!r} on {num_rows} rows of {num_params} parameters",
-        needed,
-        blocks.device,
-        "pass the updates in bfloat16, aggregate fewer clients at once, or use a device with more memory",
+    # what a solver does between its phases is a mask step's
+    with (
+        phase("mask steps"),
+        explain_out_of_memory(
+            f"solver {name!r} on {num_rows} rows of {num_params} parameters",
+            needed,
+            blocks.device,
+            "pass the updates in bfloat16, aggregate fewer clients at once, or use a device with more memory",
+        ),
     ):
         solution = SOLVERS[name](blocks, global_params.detach(), loss, config, keep_logits)
     for step, value in enumerate(solution.losses):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from skymask_gpu import cli_bench, cli_federation
+from skymask_gpu import cli_bench, cli_federation, cli_profile
 from skymask_gpu.defence import Aggregation, SkyMask
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.files import read_tensors, write_tensors, write_text
@@ -26,6 +26,7 @@ console = Console()
 errors = Console(stderr=True)
 cli_federation.register(app)
 cli_bench.register(app)
+cli_profile.register(app)
 
 # Rows of a verdict table that still fit on a screen; all are in the JSON report.
 _TABLE_ROWS = 40

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.engine import ClientBlocks, FlatModel
+from skymask_gpu.engine.profiling import phase
 
 __all__ = ["Collected", "check_form", "collect", "drives_loss_out_of_range", "far_out"]
 
@@ -127,16 +128,18 @@ def drives_loss_out_of_range(
 ) -> dict[int, str]:
     """Those of the candidate rows that alone make the root loss or its gradient Inf or NaN, with the reason."""
     reasons = {}
-    for row, update_P in collected.rows.each(candidates):
-        params_P = (global_params_P + update_P.to(global_params_P.dtype)).requires_grad_()
-        value = loss(params_P)
-        (grad_P,) = torch.autograd.grad(value, params_P)
-        if not torch.isfinite(value):
-            reasons[row] = f"its update drives the root loss to {value.item()}"
-        elif not torch.isfinite(grad_P).all():
-            reasons[row] = "its update drives the gradient of the root loss to NaN or Inf"
-        elif not torch.isfinite(collected.norms[row]):
-            reasons[row] = "its update is so large that its norm overflows float32"
+    # a candidate's update and the parameters are read, the gradient is written
+    with phase("suspects", 3 * len(candidates) * global_params_P.nbytes):
+        for row, update_P in collected.rows.each(candidates):
+            params_P = (global_params_P + update_P.to(global_params_P.dtype)).requires_grad_()
+            value = loss(params_P)
+            (grad_P,) = torch.autograd.grad(value, params_P)
+            if not torch.isfinite(value):
+                reasons[row] = f"its update drives the root loss to {value.item()}"
+            elif not torch.isfinite(grad_P).all():
+                reasons[row] = "its update drives the gradient of the root loss to NaN or Inf"
+            elif not torch.isfinite(collected.norms[row]):
+                reasons[row] = "its update is so large that its norm overflows float32"
     return reasons
 
 

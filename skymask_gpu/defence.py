@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ from skymask_gpu.engine import (
     train_masks,
 )
 from skymask_gpu.engine.memory import explain_out_of_memory
+from skymask_gpu.engine.profiling import Profile, copy_bandwidth, phase, recording
 from skymask_gpu.root import RootTraining, root_direction
 
 __all__ = ["Aggregation", "SkyMask"]
@@ -48,6 +49,7 @@ class Aggregation:
         seconds: wall time by phase.
         layers: name -> number of parameters, in the order of ``update``.
         device: where it ran.
+        profile: time, bytes and memory by phase; None unless asked for.
     """
 
     update: Tensor
@@ -60,6 +62,7 @@ class Aggregation:
     seconds: dict[str, float]
     layers: dict[str, int]
     device: torch.device
+    profile: Profile | None = None
 
     def evidence(self) -> Evidence:
         """In which layers each client's mask differs from that of the benign majority; computed when asked for."""
@@ -92,6 +95,7 @@ class SkyMask:
         device: where to work; None: where each call's updates are (state dicts: where the module is).
         loss_fn: ``loss_fn(outputs, labels) -> ()``.
         buffers: what batch norm normalises with, see :class:`skymask_gpu.engine.FlatModel`.
+        profile: whether to measure each call: its result then has a ``profile``. Without it nothing waits for the device.
 
     Raises:
         ValueError: the root data are empty or do not match, or an argument is out of range.
@@ -117,6 +121,7 @@ class SkyMask:
         device: torch.device | str | None = None,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         buffers: Literal["batch", "fixed"] = "batch",
+        profile: bool = False,
     ) -> None:
         self._module = module
         self._flat = FlatModel(module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers)
@@ -129,6 +134,7 @@ class SkyMask:
         self._root_training = root_training
         self._solver = solver
         self._device = None if device is None else torch.device(device)
+        self._profile = profile
 
     def __call__(self, updates: Tensor) -> Tensor:
         """The aggregated update alone, ``(N, P) -> (P,)``: the form of ByzFL's aggregators."""
@@ -155,31 +161,43 @@ class SkyMask:
                 update is no error: that client is rejected with the reason.
             torch.OutOfMemoryError: with the bytes that were needed.
         """
-        watch = _Stopwatch()
         check_form(updates, self._flat.num_params)
         where = updates.device if isinstance(updates, Tensor | ClientBlocks) else self._flat.initial_params.device
         device = self._device or where
+        if not self._profile:
+            return self._judge(updates, global_params, root_update, device)
+        with recording(device) as record:
+            result = self._judge(updates, global_params, root_update, device)
+        return replace(result, profile=record.profile(copy_bandwidth(device)))
+
+    def _judge(
+        self, updates: Updates, global_params: Tensor | None, root_update: Tensor | None, device: torch.device
+    ) -> Aggregation:
+        watch = _Stopwatch()
         # the masks' bits, and the distances of all pairs
         num_clients = len(updates)
         num_bytes = num_clients * self._flat.num_params // 8 + 4 * num_clients**2
         remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
         with watch.phase("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
-            loss = self._flat.to(device)
-            global_params_P = self._global_params(global_params, loss)
-            if isinstance(updates, Tensor | ClientBlocks):
-                updates = updates.to(device)
-            with watch.phase("root"):
+            with phase("collect"):
+                loss = self._flat.to(device)
+                global_params_P = self._global_params(global_params, loss)
+                if isinstance(updates, Tensor | ClientBlocks):
+                    updates = updates.to(device)
+            # a step reads the parameters and writes their gradient
+            with watch.phase("root"), phase("root", 2 * self._root_training.steps * global_params_P.nbytes):
                 direction_P = root_direction(loss, global_params_P, self._root_training)
-            with watch.phase("collect"):
+            sent = updates if isinstance(updates, Tensor | ClientBlocks) else num_clients * global_params_P.nbytes
+            with watch.phase("collect"), phase("collect", sent):
                 collected = collect(updates, loss, self._module, direction_P)
                 suspects = far_out(collected, global_params_P, direction_P)
                 _reject_or_raise(collected, drives_loss_out_of_range(collected, suspects, global_params_P, loss))
                 root_row_P = self._root_row(root_update, direction_P, collected)
             masks = self._train(collected, root_row_P, global_params_P, direction_P, loss)
-            with watch.phase("clustering"):
+            with watch.phase("clustering"), phase("clustering", 4 * len(masks.bits) ** 2):
                 alignment_K = collected.alignments
                 clusters = cluster_masks(masks.bits, masks.num_params, alignment=alignment_K, config=self._clustering)
-            with watch.phase("average"):
+            with watch.phase("average"), phase("average"):
                 update_P = _mean_of_rows(collected.rows, clusters.benign)
                 buffers = _mean_buffers(collected.buffers, clusters.benign)
         return Aggregation(
@@ -261,9 +279,12 @@ def _mean_of_rows(rows: ClientBlocks, chosen_K: Tensor) -> Tensor:
     """``(P,)`` float32 mean of the chosen rows: sums of a block in float32, over blocks in float64."""
     total_P = torch.zeros(rows.num_params, dtype=torch.float64, device=rows.device)
     for block, chosen in zip(rows, chosen_K.split(rows.sizes), strict=True):
+        num_chosen = int(chosen.sum())
         chunk = max(1, _CHUNK_ELEMENTS // len(block))
-        parts = block.split(chunk, dim=1)
-        total_P += torch.cat([(p if chosen.all() else p[chosen]).sum(0, dtype=torch.float32) for p in parts])
+        with phase("average", num_chosen * block[0].nbytes):
+            parts = block.split(chunk, dim=1)
+            kept = (part if num_chosen == len(block) else part[chosen] for part in parts)
+            total_P += torch.cat([part.sum(0, dtype=torch.float32) for part in kept])
     return (total_P / chosen_K.sum()).float()
 
 

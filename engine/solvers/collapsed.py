@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine.client_blocks import ClientBlocks
+from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, Solution, loss_and_gradient
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels.collapse import bin_edges, bin_rows, bin_step, cut_bits, find_cuts, replay
@@ -24,27 +25,30 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     num_rows, num_params = len(updates), updates.num_params
     if num_rows > MOST_ROWS:
         raise ValueError(f"updates: solver 'collapsed' takes at most {MOST_ROWS:,} rows, got {num_rows:,}; use solver='fused'")
-    counts_BP, centres_BP, ends_2P, mean_P = _bins(updates, config.bins)
+    with phase("binning", updates):
+        counts_BP, centres_BP, ends_2P, mean_P = _bins(updates, config.bins)
     logits_BP, slopes_TP, means_TP, losses = _train_bins(
         counts_BP, centres_BP, mean_P, num_rows, global_params_P.float(), loss, config
     )
     training = {"init": config.init, "full_step": config.full_step}
-    position_P, left_P, crossings_P = find_cuts(
-        logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP, **training, threshold=config.logit_threshold
-    )
+    with phase("cuts", logits_BP, centres_BP, counts_BP, slopes_TP, means_TP):
+        position_P, left_P, crossings_P = find_cuts(
+            logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP, **training, threshold=config.logit_threshold
+        )
     cuts = Cuts(position_P, left_P, constant=crossings_P == 0, several=crossings_P > 1)
     del logits_BP, centres_BP, counts_BP
 
     bits = torch.empty(num_rows, -(-num_params // 8), dtype=torch.uint8, device=updates.device)
     logits_RP = torch.empty(num_rows, num_params, device=updates.device) if keep_logits else None
     first = 0
-    for block_RP in updates:
-        rows = slice(first, first + len(block_RP))
-        cut_bits(block_RP, cuts.position, cuts.left, bits[rows])
-        _replay_uncut_columns(block_RP, cuts, slopes_TP, means_TP, config, bits[rows])
-        if logits_RP is not None:
-            logits_RP[rows] = replay(block_RP, slopes_TP, means_TP, **training)
-        first = rows.stop
+    with phase("bits", updates, bits, logits_RP):
+        for block_RP in updates:
+            rows = slice(first, first + len(block_RP))
+            cut_bits(block_RP, cuts.position, cuts.left, bits[rows])
+            _replay_uncut_columns(block_RP, cuts, slopes_TP, means_TP, config, bits[rows])
+            if logits_RP is not None:
+                logits_RP[rows] = replay(block_RP, slopes_TP, means_TP, **training)
+            first = rows.stop
     return Solution(bits, logits_RP, losses, cuts)
 
 
@@ -92,9 +96,10 @@ def _train_bins(
         values.append(value)
         slopes_TP[step] = (grad_P / gate_sum_P / config.grad_clip).clamp_(-largest, largest)
         means_TP[step] = mean_P
-        gate_sum_P, weighted_sum_P = bin_step(
-            logits_BP, centres_BP, counts_BP, slopes_TP[step], mean_P, full_step=config.full_step
-        )
+        with phase("mask steps", logits_BP, logits_BP, centres_BP, counts_BP):
+            gate_sum_P, weighted_sum_P = bin_step(
+                logits_BP, centres_BP, counts_BP, slopes_TP[step], mean_P, full_step=config.full_step
+            )
         mean_P = weighted_sum_P / gate_sum_P
         if config.is_check(step) and config.is_plateau([v.item() for v in values]):
             break

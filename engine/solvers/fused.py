@@ -6,6 +6,7 @@ The loss sees only the masked mean, so the pass that applies step t also gathers
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradient
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import first_step, last_step, next_step
@@ -19,7 +20,8 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
 
     # at the start all gates are equal: the masked mean is the plain mean
     gate = torch.sigmoid(torch.tensor(config.init, dtype=dtype)).item()
-    mean_P = updates_RP.sum(0, dtype=dtype) / num_rows
+    with phase("mask steps", updates_RP):
+        mean_P = updates_RP.sum(0, dtype=dtype) / num_rows
     gate_sum_P = torch.full_like(mean_P, num_rows * gate)
     logits_RP: Tensor | None = None
 
@@ -34,24 +36,27 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
             break
         if logits_RP is None:
             logits_RP = torch.empty(updates_RP.shape, dtype=dtype, device=updates_RP.device)
-            gate_sum_P, weighted_sum_P = first_step(
-                updates_RP, logits_RP, slope_P, mean_P, init=config.init, full_step=config.full_step
-            )
+            with phase("mask steps", updates_RP, logits_RP):
+                gate_sum_P, weighted_sum_P = first_step(
+                    updates_RP, logits_RP, slope_P, mean_P, init=config.init, full_step=config.full_step
+                )
         else:
-            gate_sum_P, weighted_sum_P = next_step(updates_RP, logits_RP, slope_P, mean_P, full_step=config.full_step)
+            with phase("mask steps", updates_RP, logits_RP, logits_RP):
+                gate_sum_P, weighted_sum_P = next_step(updates_RP, logits_RP, slope_P, mean_P, full_step=config.full_step)
         mean_P = weighted_sum_P / gate_sum_P
 
     kept_RP = None
     if keep_logits:
         kept_RP = torch.empty(updates_RP.shape, dtype=dtype, device=updates_RP.device) if logits_RP is None else logits_RP
-    bits = last_step(
-        updates_RP,
-        logits_RP,
-        slope_P,
-        mean_P,
-        init=config.init,
-        full_step=config.full_step,
-        threshold=config.logit_threshold,
-        logits_out_RP=kept_RP,
-    )
+    with phase("bits", updates_RP, logits_RP, kept_RP, updates_RP.numel() // 8):
+        bits = last_step(
+            updates_RP,
+            logits_RP,
+            slope_P,
+            mean_P,
+            init=config.init,
+            full_step=config.full_step,
+            threshold=config.logit_threshold,
+            logits_out_RP=kept_RP,
+        )
     return Solution(bits, kept_RP, torch.stack(values).tolist())

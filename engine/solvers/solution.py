@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.profiling import phase
+
 Loss = Callable[[Tensor], Tensor]
 
 
@@ -39,7 +41,7 @@ class Solution:
 def loss_and_gradient(loss: Loss, params_P: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, ``()``, and its gradient, ``(P,)``, both detached; the loss is NaN where the gradient is not finite."""
     params_P = params_P.detach().requires_grad_()
-    with torch.enable_grad():
+    with phase("model passes", 2 * params_P.nbytes), torch.enable_grad():
         value = loss(params_P)
         (grad_P,) = torch.autograd.grad(value, params_P)
     return torch.where(grad_P.isfinite().all(), value.detach(), torch.nan), grad_P

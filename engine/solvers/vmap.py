@@ -6,6 +6,7 @@ from torch.func import grad, vmap
 
 from skymask_gpu.engine.bits import pack_bits
 from skymask_gpu.engine.memory import SMALLEST_TILE, in_column_tiles
+from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradient
 from skymask_gpu.engine.training_config import MaskTraining
 
@@ -30,7 +31,8 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
 
     losses: list[float] = []
     for _ in range(config.steps):
-        in_column_tiles(gather, num_params, tile=tile)
+        with phase("mask steps", updates_RP, logits_RP):
+            in_column_tiles(gather, num_params, tile=tile)
         value, grad_P = loss_and_gradient(loss, global_params_P + mean_P)
 
         def step(begin: int, end: int, grad_P: Tensor = grad_P) -> None:
@@ -44,12 +46,14 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
             )
             logits_RP[:, columns] -= (gradient / config.grad_clip).clamp(-1, 1) * config.full_step
 
-        in_column_tiles(step, num_params, tile=tile)
+        with phase("mask steps", updates_RP, logits_RP, logits_RP):
+            in_column_tiles(step, num_params, tile=tile)
         losses.append(value.item())
         if config.is_plateau(losses):
             break
 
-    bits = pack_bits(logits_RP > config.logit_threshold)
+    with phase("bits", logits_RP, logits_RP.numel() // 8):
+        bits = pack_bits(logits_RP > config.logit_threshold)
     return Solution(bits, logits_RP if keep_logits else None, losses)
 
 

@@ -1,0 +1,228 @@
+"""Where the server's time goes in the first round of a federated run, at a few numbers of clients; the files that say so.
+
+The round is the server's aggregation: from the clients' updates to their verdict and mean. The clients' local training, which a
+server does not do, stands beside it.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from skymask_gpu.engine.profiling import OTHER, Profile, Recording, copy_bandwidth, recording
+from skymask_gpu.federation.config import RunConfig
+from skymask_gpu.federation.rounds import Federation
+from skymask_gpu.federation.rules import RoundInfo, Rule, RuleResult
+from skymask_gpu.files import write_text, write_whole
+
+__all__ = ["NOTE", "FirstRound", "RoundProfile", "choose_run", "profile_rounds", "write_profiles", "write_trace"]
+
+NOTE = (
+    "time: without that of phases inside; bytes: computed from the sizes of what a phase has to read and write, without "
+    "temporaries and activations, so they and the share of the copy bandwidth are lower bounds (above 100%: it stayed in the "
+    "cache); peak: beyond what was held before the round"
+)
+
+# Of so many rounds with the same updates the one of median time is shown.
+_REPEATS = 5
+# Okabe & Ito's palette, distinguishable without red-green vision; more phases are hatched
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_GREY = "#bbbbbb"
+_COLUMNS = ("clients", "phase", "seconds", "share_of_round", "calls", "bytes", "copy_share", "peak_bytes")
+
+
+@dataclass(frozen=True)
+class RoundProfile:
+    """The server's round with ``num_clients`` clients."""
+
+    num_clients: int
+    solver: str
+    profile: Profile
+
+
+def choose_run(runs: list[RunConfig]) -> RunConfig:
+    """The first of a file's runs whose rule is SkyMask.
+
+    Raises:
+        ValueError: none is.
+    """
+    for run in runs:
+        if run.defence.rule == "skymask":
+            return run
+    rules = ", ".join(dict.fromkeys(run.defence.rule for run in runs))
+    raise ValueError(f"defence.rule must be 'skymask' to be profiled, got {rules}; set rule = \"skymask\" under [defence]")
+
+
+@dataclass(frozen=True)
+class FirstRound:
+    """What the first round's clients sent, ``updates`` ``(N, P)``; ``training_seconds`` of local training, the root's too."""
+
+    rule: Rule
+    updates: Tensor
+    info: RoundInfo
+    training_seconds: float
+
+    @classmethod
+    def play(cls, federation: Federation, progress: Callable[[str], None]) -> "FirstRound":
+        """Local training and the attack as in any run."""
+        kept = _KeptRound()
+        played = replace(federation, rule=kept).play_round(0, federation.first_model(), progress)
+        return cls(federation.rule, kept.updates, kept.info, played.seconds["local_training"])
+
+    @property
+    def client_counts(self) -> list[int]:
+        """A quarter, half and all of the clients."""
+        num_clients = len(self.updates)
+        return sorted({-(-num_clients // 4), -(-num_clients // 2), num_clients})
+
+    def with_clients(self, num_clients: int) -> "FirstRound":
+        """So many of the clients, evenly spaced: attackers come first, so that their share stays."""
+        chosen = torch.linspace(0, len(self.updates) - 1, num_clients).round().long()
+        info = replace(self.info, clients=self.info.clients[chosen])
+        return replace(self, updates=self.updates[chosen.to(self.updates.device)], info=info)
+
+    def judge(self) -> RuleResult:
+        return self.rule(self.updates, self.info)
+
+
+class _KeptRound:
+    """In the place of a rule: keeps what it is given."""
+
+    updates: Tensor
+    info: RoundInfo
+
+    def __call__(self, updates_MP: Tensor, info: RoundInfo) -> RuleResult:
+        self.updates, self.info = updates_MP, info
+        return RuleResult(torch.zeros_like(info.global_params), None)
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+def profile_rounds(played: FirstRound, progress: Callable[[str], None]) -> list[RoundProfile]:
+    """The server's round at each of the client counts, after one that does not count (it may compile)."""
+    profiles = []
+    for num_clients in played.client_counts:
+        progress(f"judging {num_clients:,} clients")
+        round_ = played.with_clients(num_clients)
+        device = round_.updates.device
+        result = round_.judge()
+        assert result.aggregation is not None
+        records: list[Recording] = []
+        for _ in range(_REPEATS):
+            with recording(device) as record:
+                round_.judge()
+            records.append(record)
+        bandwidth = copy_bandwidth(device)
+        by_time = sorted((record.profile(bandwidth) for record in records), key=lambda profile: profile.seconds)
+        profiles.append(RoundProfile(num_clients, result.aggregation.masks.solver, by_time[_REPEATS // 2]))
+    return profiles
+
+
+def write_trace(played: FirstRound, path: Path) -> None:
+    """One more round under torch.profiler, as a Chrome trace: open it in https://ui.perfetto.dev or chrome://tracing."""
+    device = played.updates.device
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler, recording(device):
+        played.judge()
+    write_whole(path, lambda temporary: profiler.export_chrome_trace(str(temporary)))
+
+
+def write_profiles(played: FirstRound, profiles: list[RoundProfile], config: RunConfig, folder: Path) -> None:
+    """``profile.json``, ``profile.csv`` (a row a number of clients and phase) and ``profile.png``."""
+    about = {
+        "what": "the server's round, the first of the run; local training is the simulated clients'",
+        "note": NOTE,
+        "run": config.name,
+        "num_params": played.updates.shape[1],
+        "device": _device_name(played.updates.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "local_training_seconds": played.training_seconds,
+        "rounds": [
+            {"clients": p.num_clients, "solver": p.solver, "accounted": p.profile.accounted, **asdict(p.profile)}
+            for p in profiles
+        ],
+        "config": config.to_dict(),
+    }
+    write_text(folder / "profile.json", json.dumps(about, indent=2) + "\n")
+    write_text(folder / "profile.csv", _csv(profiles))
+    title = f"SkyMask, P = {played.updates.shape[1]:,}, {_device_name(played.updates.device)}"
+    _plot(profiles, played.training_seconds, title, folder / "profile.png")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def _csv(profiles: list[RoundProfile]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for p in profiles:
+        for name, cost in p.profile.phases.items():
+            share = cost.seconds / p.profile.seconds
+            num_bytes = cost.num_bytes or None
+            row = (p.num_clients, name, cost.seconds, share, cost.calls, num_bytes, cost.copy_share, cost.peak_bytes)
+            writer.writerow(row)
+    return text.getvalue()
+
+
+def _plot(profiles: list[RoundProfile], training_seconds: float, title: str, path: Path) -> None:
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+    with plt.rc_context(style):
+        figure, (phases, whole) = plt.subplots(
+            2, 1, figsize=(9, 6.5), layout="constrained", gridspec_kw={"height_ratios": (5, 1)}
+        )
+        try:
+            _plot_phases(phases, profiles)
+            _plot_whole(whole, profiles[-1], training_seconds)
+            figure.suptitle(title)
+            write_whole(path, lambda temporary: figure.savefig(temporary, dpi=130))
+        finally:
+            plt.close(figure)
+
+
+def _plot_phases(axes: Axes, profiles: list[RoundProfile]) -> None:
+    """A bar a number of clients, of the phases' times."""
+    names = [*dict.fromkeys(name for p in reversed(profiles) for name in p.profile.phases if name != OTHER), OTHER]
+    bottoms = [0.0] * len(profiles)
+    for number, name in enumerate(names):
+        costs = [p.profile.phases.get(name) for p in profiles]
+        heights = [1000 * cost.seconds if cost else 0.0 for cost in costs]
+        colour = _GREY if name == OTHER else _COLOURS[number % len(_COLOURS)]
+        hatch = "///" if number >= len(_COLOURS) and name != OTHER else None
+        axes.bar(
+            range(len(profiles)), heights, 0.6, bottom=bottoms, color=colour, hatch=hatch, edgecolor="white", lw=0.3, label=name
+        )
+        bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
+    axes.set_xticks(range(len(profiles)), [f"N = {p.num_clients:,}\n{p.solver}" for p in profiles])
+    axes.set(title="the server's round by phase", ylabel="milliseconds")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
+
+
+def _plot_whole(axes: Axes, largest: RoundProfile, training_seconds: float) -> None:
+    seconds = {f"the server, N = {largest.num_clients:,}": largest.profile.seconds, "local training of all": training_seconds}
+    bars = axes.barh(list(seconds), [1000 * value for value in seconds.values()], 0.6, color=(_COLOURS[0], _GREY))
+    axes.bar_label(bars, [f"{1000 * value:,.0f} ms" for value in seconds.values()], padding=3)
+    axes.margins(x=0.12)
+    axes.set(title="beside the clients' local training, here side by side on the same device", xlabel="milliseconds")
