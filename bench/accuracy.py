@@ -25,6 +25,7 @@ from skymask_gpu.bench.real_updates import CASES, attacked, mnist_updates
 from skymask_gpu.bench.solvers import differing_share
 from skymask_gpu.engine import ClientBlocks, FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks
 from skymask_gpu.engine.solvers import collapsed
+from skymask_gpu.engine.solvers.solution import MaskedModel
 from skymask_gpu.files import write_text
 from skymask_gpu.root import RootTraining, root_direction
 
@@ -59,8 +60,10 @@ def mean_error(updates_RP: Tensor, loss: FlatModel, config: MaskTraining) -> flo
     gates_RP = torch.sigmoid(logits_RP)
     want_P = (gates_RP * updates_RP).sum(0, dtype=torch.float64) / gates_RP.sum(0, dtype=torch.float64)
     counts_BP, centres_BP, _, mean_P = collapsed._bins(ClientBlocks([updates_RP]), config.bins)
-    _, _, means_TP, _ = collapsed._train_bins(counts_BP, centres_BP, mean_P, len(updates_RP), loss.initial_params, loss, config)
-    return float(torch.linalg.vector_norm(means_TP[-1] - want_P) / torch.linalg.vector_norm(want_P))
+    masked = MaskedModel(loss, loss.initial_params, mean_P, len(updates_RP), config, keep_history=True)
+    _, losses, _ = collapsed._train_bins(counts_BP, centres_BP, masked, config)
+    last_mean_P = masked.means_TP[len(losses) - 1]
+    return float(torch.linalg.vector_norm(last_mean_P - want_P) / torch.linalg.vector_norm(want_P))
 
 
 def measure_case(updates_RP: Tensor, loss: FlatModel, case: str, direction_P: Tensor) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class TrainedMasks:
         losses: the root loss before each step.
         steps: the steps taken.
         solver: the name of the solver that ran.
-        solver_reason: why that one.
+        solver_reason: why that one; and, where that is so, why its steps on a GPU were "not captured" in a CUDA graph.
         seconds: wall time, under ``"mask_training"``.
         cuts: the masks as threshold tests; the collapsed solver only.
     """
@@ -167,6 +167,8 @@ def train_masks(
                 f"updates: the root loss is {value} at mask step {step}; some row drives the masked model out of range "
                 "(SkyMask.aggregate names and rejects such clients)"
             )
+    if solution.not_captured is not None:
+        reason += f"; not captured: {solution.not_captured}"
     return TrainedMasks(
         bits=solution.bits,
         num_params=num_params,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.profiling import phase
-from skymask_gpu.engine.solvers.solution import Cuts, Loss, Solution, loss_and_gradient
+from skymask_gpu.engine.solvers.solution import Cuts, Loss, MaskedModel, Solution, stops
+from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels.collapse import bin_edges, bin_rows, bin_step, cut_bits, find_cuts, replay
 
@@ -27,9 +28,9 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
         raise ValueError(f"updates: solver 'collapsed' takes at most {MOST_ROWS:,} rows, got {num_rows:,}; use solver='fused'")
     with phase("binning", updates):
         counts_BP, centres_BP, ends_2P, mean_P = _bins(updates, config.bins)
-    logits_BP, slopes_TP, means_TP, losses = _train_bins(
-        counts_BP, centres_BP, mean_P, num_rows, global_params_P.float(), loss, config
-    )
+    masked = MaskedModel(loss, global_params_P.float(), mean_P, num_rows, config, keep_history=True)
+    logits_BP, losses, not_captured = _train_bins(counts_BP, centres_BP, masked, config)
+    slopes_TP, means_TP = masked.slopes_TP[: len(losses)], masked.means_TP[: len(losses)]
     training = {"init": config.init, "full_step": config.full_step}
     with phase("cuts", logits_BP, centres_BP, counts_BP, slopes_TP, means_TP):
         position_P, left_P, crossings_P = find_cuts(
@@ -49,7 +50,7 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
             if logits_RP is not None:
                 logits_RP[rows] = replay(block_RP, slopes_TP, means_TP, **training)
             first = rows.stop
-    return Solution(bits, logits_RP, losses, cuts)
+    return Solution(bits, logits_RP, losses, cuts, not_captured)
 
 
 def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,36 +76,25 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _train_bins(
-    counts_BP: Tensor,
-    centres_BP: Tensor,
-    mean_P: Tensor,
-    num_rows: int,
-    global_params_P: Tensor,
-    loss: Loss,
-    config: MaskTraining,
-) -> tuple[Tensor, Tensor, Tensor, list[float]]:
-    """Final logits ``(B, P)``, the history of slopes and means, each ``(T, P)``, and the losses."""
-    largest = torch.finfo(torch.float32).max
-    gate = torch.sigmoid(torch.tensor(config.init)).item()
-    gate_sum_P = torch.full_like(mean_P, num_rows * gate)
+    counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, config: MaskTraining
+) -> tuple[Tensor, list[float], str | None]:
+    """Final logits ``(B, P)``, the losses, and why the steps were not captured; the history is in ``masked``."""
     logits_BP = torch.full_like(centres_BP, config.init)
-    slopes_TP = mean_P.new_empty(config.steps, mean_P.numel())
-    means_TP = torch.empty_like(slopes_TP)
-    values: list[Tensor] = []
-    for step in range(config.steps):
-        value, grad_P = loss_and_gradient(loss, global_params_P + mean_P)
-        values.append(value)
-        slopes_TP[step] = (grad_P / gate_sum_P / config.grad_clip).clamp_(-largest, largest)
-        means_TP[step] = mean_P
+
+    def step() -> None:
+        masked.evaluate()
         with phase("mask steps", logits_BP, logits_BP, centres_BP, counts_BP):
-            gate_sum_P, weighted_sum_P = bin_step(
-                logits_BP, centres_BP, counts_BP, slopes_TP[step], mean_P, full_step=config.full_step
-            )
-        mean_P = weighted_sum_P / gate_sum_P
-        if config.is_check(step) and config.is_plateau([v.item() for v in values]):
+            masked.move(bin_step(logits_BP, centres_BP, counts_BP, masked.slope_P, masked.mean_P, full_step=config.full_step))
+
+    loop = StepLoop(step, centres_BP.device)
+    done = 0
+    for stop in stops(config):
+        loop.run(stop + 1 - done)
+        done = stop + 1
+        losses = masked.losses(done)
+        if config.is_plateau(losses):
             break
-    steps = len(values)
-    return logits_BP, slopes_TP[:steps], means_TP[:steps], torch.stack(values).tolist()
+    return logits_BP, losses, loop.not_captured
 
 
 def _replay_uncut_columns(

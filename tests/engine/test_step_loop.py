@@ -1,0 +1,310 @@
+"""The loop of mask training: on a GPU, or played on a CPU by a graph that records and replays operations."""
+
+import contextlib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks, train_masks
+from skymask_gpu.engine.solvers import collapsed, fused
+from skymask_gpu.engine.step_loop import StepLoop
+from skymask_gpu.kernels import next_step_reference
+from skymask_gpu.kernels.collapse import bin_step_reference
+
+SOLVERS = ["fused", "collapsed"]
+ALWAYS = MaskTraining(min_improvement=-1e9)
+WAITS = "called a synchronizing CUDA operation"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: a real capture")
+
+
+def small_problem(device: str = "cpu") -> tuple[Tensor, FlatModel]:
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    loss = FlatModel(module, torch.randn(12, 5, generator=generator), torch.arange(12) % 3)
+    updates_RP = torch.randn(9, loss.num_params, generator=generator) * 0.05
+    return updates_RP.to(device), loss.to(device)
+
+
+def train(solver: str, config: MaskTraining = ALWAYS, loss: Any = None, device: str = "cpu") -> TrainedMasks:
+    updates_RP, own_loss = small_problem(device)
+    return train_masks(updates_RP, own_loss.initial_params, loss or own_loss, config=config, solver=solver, keep_logits=True)
+
+
+def assert_equal(got: TrainedMasks, want: TrainedMasks) -> None:
+    assert got.losses == want.losses
+    assert torch.equal(got.bits, want.bits)
+    assert got.logits is not None
+    assert want.logits is not None
+    assert torch.equal(got.logits, want.logits)
+
+
+# --- a GPU played on a CPU ----------------------------------------------------------------------------------------------
+
+
+class RecordedGraph(TorchDispatchMode):
+    """What a CUDA graph does, with tensors of the CPU: a capture changes nothing and may not wait for a result; a replay
+    repeats the same operations on the same tensors, whatever Python would do by now."""
+
+    made: ClassVar[list["RecordedGraph"]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replays = 0
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
+        RecordedGraph.made.append(self)
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        self.__enter__()
+
+    def capture_end(self) -> None:
+        self.__exit__(None, None, None)
+        for tensor, value in reversed(self._before):
+            tensor.detach().copy_(value)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            if argument.is_write and isinstance(named.get(argument.name), Tensor):
+                self._before.append((named[argument.name], named[argument.name].detach().clone()))
+        result = func(*args, **kwargs)
+        self._calls.append((func, args, kwargs, result))
+        return result
+
+    def replay(self) -> None:
+        self.replays += 1
+        with torch.no_grad():
+            for func, args, kwargs, result in self._calls:
+                again = func(*args, **kwargs)
+                if any(r.alias_info is not None for r in func._schema.returns):
+                    continue  # a view, or written in place
+                outs, news = (x if isinstance(x, tuple | list) else (x,) for x in (result, again))
+                for out, new in zip(outs, news, strict=True):
+                    if isinstance(out, Tensor):
+                        out.detach().copy_(new)
+
+
+class Stream:
+    def __init__(self, device: torch.device) -> None: ...
+
+    def wait_stream(self, other: object) -> None: ...
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedGraph]]:
+    """Solvers loop as on a GPU; the graphs that they made. The kernels are their twins, whose operations can be recorded."""
+    RecordedGraph.made = []
+    mode = ["default"]
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+    with_twins(monkeypatch)
+    for solver in (fused, collapsed):
+        monkeypatch.setattr(solver, "StepLoop", lambda step, _: StepLoop(step, torch.device("cuda")))
+    yield RecordedGraph.made
+    assert mode[-1] == "default"
+
+
+def with_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "next_step", next_step_reference)
+    monkeypatch.setattr(collapsed, "bin_step", bin_step_reference)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("config", "replays"),
+    [
+        (ALWAYS, {"fused": 16, "collapsed": 19}),
+        (MaskTraining(steps=40, check_every=7, min_improvement=-1e9), {"fused": 32, "collapsed": 39}),
+        (MaskTraining(check_every=7, min_improvement=1e9), {"fused": 5, "collapsed": 7}),
+        (MaskTraining(steps=3, min_improvement=-1e9), {"fused": 0, "collapsed": 2}),
+    ],
+    ids=["20-steps", "40-steps", "plateau", "3-steps"],
+)
+def test_one_graph_serves_every_step(
+    solver: str, config: MaskTraining, replays: dict[str, int], request: pytest.FixtureRequest
+) -> None:
+    """Captured once, after one step of warming up; a fused solver's first and last step and those of a check stand outside."""
+    with pytest.MonkeyPatch.context() as patch:
+        with_twins(patch)
+        want = train(solver, config)
+    graphs = request.getfixturevalue("recorded")
+    got = train(solver, config)
+    assert [graph.replays for graph in graphs] == [replays[solver]] * (replays[solver] > 0)
+    assert_equal(got, want)
+    assert got.solver_reason == "asked for"
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_loss_that_waits_is_not_captured_and_the_result_says_so(solver: str, recorded: list[RecordedGraph]) -> None:
+    own_loss = small_problem()[1]
+
+    def waiting(params_P: Tensor) -> Tensor:
+        warnings.warn("something else", stacklevel=1)
+        warnings.warn(WAITS, stacklevel=1)
+        return own_loss(params_P)
+
+    want = train(solver)
+    with pytest.warns(UserWarning, match="something else"):
+        got = train(solver, loss=waiting)
+    assert len(recorded) == 1
+    assert recorded[0].replays > 0
+    reason = r"asked for; not captured: the loss makes the host wait for the GPU, at .*test_step_loop\.py, line \d+"
+    assert re.fullmatch(reason, got.solver_reason)
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_capture_that_fails_leaves_no_trace_but_the_reason(solver: str, recorded: list[RecordedGraph]) -> None:
+    own_loss = small_problem()[1]
+
+    def reading(params_P: Tensor) -> Tensor:
+        assert params_P.sum().item() < 1e9
+        return own_loss(params_P)
+
+    want = train(solver)
+    got = train(solver, loss=reading)
+    assert got.solver_reason == "asked for; not captured: operation not permitted when stream is capturing"
+    assert [graph.replays > 0 for graph in recorded] == [True, False]
+    assert_equal(got, want)
+
+
+def test_an_error_of_the_loss_is_the_callers(recorded: list[RecordedGraph]) -> None:
+    def broken(params_P: Tensor) -> Tensor:
+        raise KeyError("no such layer")
+
+    with pytest.raises(KeyError, match="no such layer"):
+        train("collapsed", loss=broken)
+
+
+def test_on_a_cpu_nothing_of_cuda_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Stream", "CUDAGraph", "current_stream", "set_sync_debug_mode"):
+        monkeypatch.delattr(torch.cuda, name)
+    calls: list[int] = []
+    loop = StepLoop(lambda: calls.append(1), torch.device("cpu"))
+    loop.run(3)
+    loop.run(2)
+    assert len(calls) == 5
+    assert loop.not_captured is None
+
+
+# --- how often the host waits -------------------------------------------------------------------------------------------
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would make the host wait for a GPU."""
+
+    NAMES = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "nonzero", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.__name__ in self.NAMES:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("config", "waits"),
+    [(ALWAYS, 2), (MaskTraining(steps=10), 1), (MaskTraining(steps=1), 1), (MaskTraining(steps=31, min_improvement=-1e9), 3)],
+    ids=["20-steps", "10-steps", "1-step", "31-steps"],
+)
+def test_the_host_waits_at_checks_and_at_the_end_only(
+    solver: str, config: MaskTraining, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 steps: once for the check at step 10, once at the end; collapsed once more, for the columns of several cuts."""
+    with_twins(monkeypatch)
+    own_loss, waiting, calls = small_problem()[1], Waits(), []
+
+    def loss(params_P: Tensor) -> Tensor:
+        if not calls:
+            waiting.counts.clear()  # before, all is on the CPU: the initial gate
+        calls.append(1)
+        return own_loss(params_P)
+
+    with waiting:
+        masks = train(solver, config, loss=loss)
+    assert masks.steps == len(calls) == config.steps
+    assert waiting.counts == {"tolist": waits, **({"nonzero": 1} if solver == "collapsed" else {})}
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_model_gives_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates_RP, plain = small_problem()
+    counter, compile_with = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=counter))
+    arguments = (plain._module, plain._inputs, plain._labels)
+    assert FlatModel(*arguments)(plain.initial_params) == plain(plain.initial_params)
+    assert counter.frame_count == 0
+    compiled = FlatModel(*arguments, compile=True)
+    want = train_masks(updates_RP, plain.initial_params, plain, config=ALWAYS, solver="fused")
+    got = train_masks(updates_RP, plain.initial_params, compiled.to("cpu"), config=ALWAYS, solver="fused")
+    # without and with a gradient; a copy is not compiled anew
+    assert counter.frame_count == 2
+    assert torch.equal(got.bits, want.bits)
+    torch.testing.assert_close(got.losses, want.losses, rtol=1e-6, atol=0)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_captured_loop_equals_one_that_is_launched(solver: str) -> None:
+    own_loss = small_problem("cuda")[1]
+
+    def waiting(params_P: Tensor) -> Tensor:
+        value = own_loss(params_P)
+        value.item()
+        return value
+
+    launched = train(solver, loss=waiting, device="cuda")
+    assert "not captured: the loss makes the host wait for the GPU" in launched.solver_reason
+    captured = train(solver, device="cuda")
+    assert "not captured" not in captured.solver_reason
+    assert_equal(captured, launched)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_the_gpu_usable() -> None:
+    value_1 = torch.zeros(1, device="cuda")
+    calls: list[int] = []
+
+    def step() -> None:
+        calls.append(1)
+        value_1.add_(1)
+        if len(calls) == 2:  # in the capture alone, which the first call does not show
+            value_1.item()
+
+    before = torch.cuda.current_stream()
+    loop = StepLoop(step, torch.device("cuda"))
+    loop.run(4)
+    assert loop.not_captured is not None
+    assert value_1.item() == 4
+    assert torch.cuda.current_stream() == before
+    torch.cuda.empty_cache()
+    assert "not captured" not in train("collapsed", device="cuda").solver_reason
