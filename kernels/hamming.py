@@ -6,8 +6,8 @@ With G the Gram matrix of the 0/1 matrix, rows i and j differ in
 
 bits, which is also the population count of their exclusive or. Counts are integers, so every way gives the same.
 
-Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA through Triton, CPU through Numba, and the plain twin where there
-is no Triton and on any other.
+Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA through Triton, CPU through Numba; the plain twin where there
+is no Triton and on any other device.
 """
 
 from importlib.util import find_spec
@@ -46,9 +46,7 @@ def varying_bytes(bits: Tensor) -> Tensor:
     return lowest != highest
 
 
-def hamming_counts(
-    bits: Tensor, unit: int = 1, dtype: torch.dtype = torch.int32, columns: Tensor | None = None
-) -> Tensor:
+def hamming_counts(bits: Tensor, unit: int = 1, dtype: torch.dtype = torch.int32, columns: Tensor | None = None) -> Tensor:
     """``(R, R)``: the number of bits in which two rows differ, in units of ``unit``, rounded.
 
     Args:

@@ -132,7 +132,7 @@ def test_bad_arguments_are_named() -> None:
     for wrong in (bits[0], bits.int(), bits[:0]):
         with pytest.raises(ValueError, match=r"bits must be non-empty \(R, bytes\) uint8, got"):
             hamming_counts(wrong)
-    with pytest.raises(ValueError, match="unit must be at least 1 and dtype int32 or uint16, got 0 and torch.int64"):
+    with pytest.raises(ValueError, match=r"unit must be at least 1 and dtype int32 or uint16, got 0 and torch\.int64"):
         hamming_counts(bits, 0, torch.int64)
     with pytest.raises(ValueError, match=r"columns must be \(5,\) bool, got \(4,\) torch.bool"):
         hamming_counts(bits, columns=torch.ones(4, dtype=torch.bool))
