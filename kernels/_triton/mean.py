@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skymask_gpu.kernels._triton.common import on_device_of, vector_elements
 
-BLOCK_R = 8
+BLOCK_R = 32
 BLOCK_P = 256
 NUM_WARPS = 8
 # Programs that fill any current GPU several times over (an H200 has 132 multiprocessors).
@@ -59,7 +59,7 @@ def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
     num_rows, num_params = rows_RP.shape
     vec = vector_elements(num_params, rows_RP)
     num_blocks = triton.cdiv(num_params, BLOCK_P)
-    wanted_splits = max(1, min(triton.cdiv(ENOUGH_PROGRAMS, num_blocks), triton.cdiv(num_rows, 8 * BLOCK_R)))
+    wanted_splits = max(1, min(triton.cdiv(ENOUGH_PROGRAMS, num_blocks), triton.cdiv(num_rows, 2 * BLOCK_R)))
     rows_per_split = triton.cdiv(triton.cdiv(num_rows, wanted_splits), BLOCK_R) * BLOCK_R
     num_splits = triton.cdiv(num_rows, rows_per_split)
     sums_SP = torch.empty(num_splits, num_params, device=rows_RP.device)

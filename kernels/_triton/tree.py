@@ -34,37 +34,32 @@ def path_maxima_kernel(
     height = unit * 0
     growing = True
     while growing:
-        shortest = height * 0 + float("inf")
-        nearest = node
-        lead = height
+        best = tl.zeros([BLOCK_R], dtype=tl.float64) + float("inf")
+        best_at = tl.zeros([BLOCK_R], dtype=tl.int32)
         row_ptr = stored_ptr + tl.cast(node, tl.int64) * stored_stride
         for first in range(0, num_rows, BLOCK_R):
             offs_r = first + tl.arange(0, BLOCK_R)
             mask_r = offs_r < num_rows
             distance = tl.load(row_ptr + offs_r, mask=mask_r, other=0).to(tl.float64) * unit  # [BLOCK_R]
             edge = tl.load(edges_ptr + offs_r, mask=mask_r, other=float("nan"))  # [BLOCK_R]
-            led = tl.load(leads_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
+            lead = tl.load(leads_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
             # NaN, which nothing is less than: the row that came in has no edge any more
             edge = tl.where(offs_r == node, float("nan"), edge)
             closer = distance < edge
             edge = tl.where(closer, distance, edge)
-            led = tl.where(closer, height, led)
             tl.store(edges_ptr + offs_r, edge, mask=mask_r)
-            tl.store(leads_ptr + offs_r, led, mask=mask_r)
-            candidate = tl.where(edge == edge, edge, float("inf"))
-            least, place = tl.min(candidate, axis=0, return_indices=True, return_indices_tie_break_left=True)
-            better = least < shortest
-            its_lead = tl.max(tl.where(tl.arange(0, BLOCK_R) == place, led, 0.0), axis=0)
-            shortest = tl.where(better, least, shortest)
-            nearest = tl.where(better, first + place, nearest)
-            lead = tl.where(better, its_lead, lead)
+            tl.store(leads_ptr + offs_r, tl.where(closer, height, lead), mask=mask_r)
+            better = edge < best
+            best = tl.where(better, edge, best)
+            best_at = tl.where(better, offs_r, best_at)
+        # what one thread stored another loads below and in the next step
+        tl.debug_barrier()
+        shortest = tl.min(best, axis=0)
         growing = shortest < float("inf")
         if growing:
-            node = nearest
-            height = tl.maximum(lead, shortest)
+            node = tl.min(tl.where(best == shortest, best_at, num_rows), axis=0)
+            height = tl.maximum(tl.load(leads_ptr + node), shortest)
             tl.store(heights_ptr + node, height)
-            # what one thread stored another may load in the next step
-            tl.debug_barrier()
 
 
 # --- launcher; called with checked arguments from kernels/tree.py ---------------------------------------------------------
