@@ -1,6 +1,6 @@
 """What each Triton kernel takes at the least on one GPU, from its machine code and the bytes it has to move; needs no GPU.
 
-``python -m skymask_gpu.bench.roofline`` compiles every kernel for sm_80, 90 and 100 (three minutes) and prints what the compiler
+``python -m skymask_gpu.bench.roofline`` compiles every kernel for sm_80, 90 and 100 (minutes) and prints what the compiler
 made of them and the times that follow for an NVIDIA H200. All times are predicted, not measured; ``docs/performance.md`` says
 what they mean and what they leave out.
 """
