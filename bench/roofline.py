@@ -1,6 +1,6 @@
 """What each Triton kernel takes at the least on one GPU, from its machine code and the bytes it has to move; needs no GPU.
 
-``python -m skymask_gpu.bench.roofline`` compiles every kernel for sm_80, 90 and 100 (two minutes) and prints what the compiler
+``python -m skymask_gpu.bench.roofline`` compiles every kernel for sm_80, 90 and 100 (minutes) and prints what the compiler
 made of them and the times that follow for an NVIDIA H200. All times are predicted, not measured; ``docs/performance.md`` says
 what they mean and what they leave out.
 """
@@ -25,6 +25,7 @@ from rich.table import Table
 from skymask_gpu.engine import MaskTraining
 from skymask_gpu.engine.solvers.collapsed import SAMPLED_ROWS
 from skymask_gpu.files import write_text
+from skymask_gpu.kernels.mixture import MOST_STEPS
 
 LABEL = "predicted, not measured"
 SMS = (80, 90, 100)
@@ -49,6 +50,10 @@ class Gpu:
 H200 = Gpu("NVIDIA H200", sm=90, multiprocessors=132, hertz=1.98e9, issued=128, special=16)
 
 
+# Of compiled variants: what ``offline.Code`` holds of each loop.
+Loops = list[Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What a kernel has to do, by its formula, and how its code is passed through meanwhile.
@@ -57,18 +62,74 @@ class Kernel:
     program, while it handles ``tile`` elements; both follow from the kernel's meta-parameters.
     """
 
-    element: str  # what is counted as one: "row and column", "bin and column" or "column"
-    updates_read: int  # of each element
+    element: str  # what is counted as one: a key of ELEMENTS
+    rows_read: int  # values of a row (an update, a distance) read of each element
     other_bytes: float  # read and written for each element
     column_bytes: int  # read and written once a column
     tile: Callable[[Mapping[str, int]], int]
     passages: Callable[[Mapping[str, int]], tuple[float, ...]]
+    more_bytes: Callable[[int, int], float] = lambda rows, params: 0  # read and written once a launch
+    one_program: bool = False  # the launch is one program, on one multiprocessor
+    loops: Callable[[Loops], Loops] = list  # those that ``passages`` speaks of, from all that the machine code has
+
+
+def _over_rows(loops: Loops) -> Loops:
+    """Those that load several values; what goes around them is left out."""
+    return [loop for loop in loops if len(loop["load_bytes"]) > 1]
+
+
+def _together(loops: Loops) -> Loops:
+    """One loop over the columns, in which others wait for the tensor cores (sm_100)."""
+    counts = {count: sum(loop[count] for loop in loops) for count in ("instructions", "special")}
+    widths = {what: [width for loop in loops for width in loop[what]] for what in ("load_bytes", "store_bytes")}
+    return [counts | widths]
 
 
 def _streaming(updates: int, other_bytes: float, column_bytes: int, rows: str) -> Kernel:
     """A kernel that walks down the rows of its columns in one loop; what is outside of it is left out."""
     return Kernel("row and column", updates, other_bytes, column_bytes, lambda c: c[rows] * c["BLOCK_P"], lambda _: (0, 1))
 
+
+def _hamming() -> Kernel:
+    """A kernel that walks along the columns of a tile of pairs of rows; bits are read once, counts written once."""
+    return Kernel(
+        "pair of rows and column",
+        0,
+        0,
+        0,
+        lambda c: c["BLOCK_R"] ** 2 * 32 * c["UNIT_WORDS"],
+        lambda _: (0, 1),
+        more_bytes=lambda rows, params: rows * params / 8 + 4 * rows**2,
+        loops=_together,
+    )
+
+
+def _mixture(row_bytes: int) -> Kernel:
+    """A kernel that passes over its rows twice a step, and once more for the labels, which is left out."""
+    return Kernel(
+        "row and step",
+        0,
+        0,
+        0,
+        lambda c: c["BLOCK_R"],
+        lambda _: (0, 1, 1, 0),
+        more_bytes=lambda rows, params: rows * row_bytes,
+        one_program=True,
+        loops=_over_rows,
+    )
+
+
+# Of an element, how many a launch has: R rows, P columns.
+ELEMENTS: dict[str, Callable[[int, int], int]] = {
+    "row and column": lambda rows, params: rows * params,
+    "bin and column": lambda rows, params: BINS * params,
+    "column": lambda rows, params: params,
+    "pair of rows and column": lambda rows, params: rows * (rows + 1) // 2 * params,
+    "pair of rows": lambda rows, params: rows**2,
+    "row and step": lambda rows, params: MOST_STEPS * rows,
+}
+# Of the value that a variant's name ends in.
+VALUE_BYTES = {"fp64": 8, "fp32": 4, "i32": 4, "bf16": 2, "u16": 2}
 
 # Bytes: logits, sums, edges, slopes and means 4, counts 2, bits 1/8. Every tensor is read or written once; what a kernel asks
 # for again is taken to come from a cache.
@@ -99,6 +160,23 @@ KERNELS = {
         lambda c: (1, STEPS, STEPS, BINS, c["BISECTIONS"], c["BISECTIONS"] * STEPS),
     ),
     "cut_bits": _streaming(1, 1 / 8, 4 + 1, "BLOCK_R"),
+    "hamming_popcount": _hamming(),
+    "hamming_gram": _hamming(),
+    "two_normals": _mixture(8 + 8 + 8),  # scores and labels read, labels written
+    "gaussian_mixture": _mixture(2 * 8 + 8 + 8),
+    # all rows come in, one after the other; heights are written
+    "path_maxima": Kernel(
+        "pair of rows",
+        1,
+        0,
+        0,
+        lambda c: c["BLOCK_R"],
+        lambda _: (0, 1),
+        more_bytes=lambda rows, params: 8 * rows,
+        one_program=True,
+        loops=_over_rows,
+    ),
+    "chosen_mean": _streaming(1, 0, 4, "BLOCK_R"),  # all rows chosen
 }
 
 # How often mask training with that solver launches each kernel.
@@ -151,30 +229,37 @@ def an_element(variant: Mapping[str, Any], count: str) -> float:
         ValueError: the code has not the loops that ``KERNELS`` knows.
     """
     kernel = kernel_of(variant["kernel"])
+    issued = sum(times * part[count] for times, part in _passed(variant))
+    return issued * variant["threads"] / kernel.tile(variant["constants"])
+
+
+def _passed(variant: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any]]]:
+    """The parts of a variant's code, each with how often a program passes through it."""
+    kernel = kernel_of(variant["kernel"])
     passages = kernel.passages(variant["constants"])
-    code = (variant["outside"], *variant["loops"])
+    code = (variant["outside"], *kernel.loops(variant["loops"]))
     if len(passages) != len(code):
         raise ValueError(
             f"{variant['kernel']} on sm_{variant['sm']}: wanted {len(passages) - 1} loops in the machine code, got "
             f"{len(code) - 1}; correct its passages in KERNELS"
         )
-    issued = sum(times * part[count] for times, part in zip(passages, code, strict=True))
-    return issued * variant["threads"] / kernel.tile(variant["constants"])
+    return list(zip(passages, code, strict=True))
 
 
 def bytes_moved(variant_name: str, num_clients: int, num_params: int) -> tuple[int, float]:
     """Elements of a launch, and the bytes that it has to move; N clients and the root model are N + 1 rows."""
     kernel = kernel_of(variant_name)
-    a_column = {"row and column": num_clients + 1, "bin and column": BINS, "column": 1}[kernel.element]
-    update_bytes = 2 if variant_name.endswith("[bf16]") else 4
-    an_element = kernel.updates_read * update_bytes + kernel.other_bytes
-    return a_column * num_params, num_params * (a_column * an_element + kernel.column_bytes)
+    num_rows = num_clients + 1
+    elements = ELEMENTS[kernel.element](num_rows, num_params)
+    value_bytes = VALUE_BYTES.get(variant_name.partition("[")[2].rstrip("]"), 0)
+    an_element = kernel.rows_read * value_bytes + kernel.other_bytes
+    return elements, elements * an_element + num_params * kernel.column_bytes + kernel.more_bytes(num_rows, num_params)
 
 
 def predict(variant: Mapping[str, Any], num_clients: int, num_params: int, bandwidth: float, gpu: Gpu) -> Prediction:
     """The least time of a compiled variant for ``num_params`` columns; ``bandwidth`` in bytes a second."""
     elements, moved = bytes_moved(variant["kernel"], num_clients, num_params)
-    clocks = gpu.multiprocessors * gpu.hertz
+    clocks = gpu.hertz * (1 if kernel_of(variant["kernel"]).one_program else gpu.multiprocessors)
     return Prediction(
         variant["kernel"],
         num_clients,
@@ -190,6 +275,11 @@ def predict(variant: Mapping[str, Any], num_clients: int, num_params: int, bandw
 def divisor(num_params: int) -> int:
     """The most elements, of 8, 4, 2 and 1, that divide P: by this the launchers choose the variant."""
     return math.gcd(num_params, 8)
+
+
+def _vec(variant: Mapping[str, Any]) -> int | None:
+    """By what the variant wants P to be divisible; None: it does not mind."""
+    return variant["constants"].get("VEC")
 
 
 def training_seconds(predictions: list[Prediction], solver: str, dtype: str) -> float:
@@ -209,9 +299,7 @@ def compile_kernels(sms: tuple[int, ...], vec: int) -> list[dict[str, Any]]:
 
 def widths(variant: Mapping[str, Any], what: str) -> str:
     """The widths in bytes of the ``load_bytes`` or ``store_bytes`` that a program passes through, the widest first."""
-    passages = kernel_of(variant["kernel"]).passages(variant["constants"])
-    code = (variant["outside"], *variant["loops"])
-    passed = {width for times, part in zip(passages, code, strict=True) if times for width in part[what]}
+    passed = {width for times, part in _passed(variant) if times for width in part[what]}
     return ", ".join(map(str, sorted(passed, reverse=True))) or "-"
 
 
@@ -220,12 +308,12 @@ def compiled_table(variants: list[dict[str, Any]]) -> Table:
     heads = ("registers", "local B", "shared B", "loads B", "stores B", "instructions an element", "special an element")
     sms = " / ".join(f"sm_{sm}" for sm in SMS)
     table = Table("kernel", "P divides by", *heads, box=MARKDOWN, title=f"compiled offline: {sms}")
-    for name, vec in dict.fromkeys((variant["kernel"], variant["constants"]["VEC"]) for variant in variants):
-        alike = [v for v in variants if (v["kernel"], v["constants"]["VEC"]) == (name, vec)]
+    for name, vec in dict.fromkeys((variant["kernel"], _vec(variant)) for variant in variants):
+        alike = [v for v in variants if (v["kernel"], _vec(v)) == (name, vec)]
         columns = [[str(v[key]) for v in alike] for key in ("registers", "local_bytes", "shared_bytes")]
         columns += [[widths(v, what) for v in alike] for what in ("load_bytes", "store_bytes")]
         columns += [[_figure(an_element(v, count)) for v in alike] for count in ("instructions", "special")]
-        table.add_row(escape(f"`{name}`"), str(vec), *(" / ".join(c if len(set(c)) > 1 else c[:1]) for c in columns))
+        table.add_row(escape(f"`{name}`"), str(vec or "any"), *(" / ".join(c if len(set(c)) > 1 else c[:1]) for c in columns))
     return table
 
 
@@ -276,9 +364,9 @@ def main(arguments: list[str] | None = None) -> int:
     variants: list[dict[str, Any]] = []
     for vec in dict.fromkeys((8, divisor(NUM_PARAMS))):
         with console.status(f"compiling for sm_{', '.join(map(str, SMS))}, P divisible by {vec} ..."):
-            variants += compile_kernels(SMS, vec)
+            variants += [variant for variant in compile_kernels(SMS, vec) if variant not in variants]
     console.print(compiled_table(variants))
-    launched = [v for v in variants if v["sm"] == H200.sm and v["constants"]["VEC"] == divisor(NUM_PARAMS)]
+    launched = [v for v in variants if v["sm"] == H200.sm and _vec(v) in (None, divisor(NUM_PARAMS))]
     predictions = {n: [predict(v, n, NUM_PARAMS, bandwidth, H200) for v in launched] for n in NUM_CLIENTS}
     for of_one_size in predictions.values():
         console.print(predicted_table(of_one_size, bandwidth, H200))

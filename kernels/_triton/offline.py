@@ -16,7 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from skymask_gpu.kernels._triton import collapse, mask_step
+from skymask_gpu.kernels._triton import collapse, hamming, mask_step, mean, mixture, tree
 
 # Of the collapsed kernels: the defaults of training.
 NUM_BINS = 32
@@ -32,7 +32,7 @@ class Code:
     """A stretch of a kernel's machine code: one loop without the loops inside it, or all that is outside of loops."""
 
     instructions: int  # a thread issues for one passage
-    special: int  # of these, those for the special function units (exponential, reciprocal, root)
+    special: int  # of these, those at the rate of the special function units (exponential, reciprocal, root, population count)
     load_bytes: tuple[int, ...]  # of each load from global memory
     store_bytes: tuple[int, ...]  # of each store to global memory
 
@@ -47,7 +47,7 @@ class CompiledVariant:
     local_bytes: int  # a thread; not 0 means spills
     stack_bytes: int
     shared_bytes: int  # a program
-    wide_loads: int  # 16-byte global loads in the PTX
+    wide_loads: int  # 16-byte global loads in the PTX, also those straight into shared memory
     narrow_loads: int  # all other global loads
     threads: int  # a program
     constants: dict[str, int | float]  # the meta-parameters: block sizes and the like
@@ -56,12 +56,15 @@ class CompiledVariant:
 
 
 def sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
-    """(name, source, options) of each variant that training launches, as the JIT would specialise it.
+    """(name, source, options) of each variant that a round launches, as the JIT would specialise it.
 
-    ``vec`` is the most elements by which the number of columns can be divided: 8, 4, 2 or 1.
+    ``vec`` is the most elements by which the number of columns can be divided: 8, 4, 2 or 1. Kernels that have no use for it
+    have no VEC among their constants.
     """
     yield from mask_step_sources(vec)
     yield from collapse_sources(vec)
+    yield from clustering_sources()
+    yield from mean_sources(vec)
 
 
 def mask_step_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
@@ -111,7 +114,7 @@ def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, objec
     training = dict.fromkeys(("init", "full_step", "threshold"), "fp32")
     for dtype in ("fp32", "bf16"):
         rows = {"rows_ptr": f"*{dtype}"}
-        yield _collapse_source(
+        yield _source(
             f"bin_edges[{dtype}]",
             collapse.bin_edges_kernel,
             {**rows, "sampled_ptr": "*i64", "edges_ptr": "*fp32"},
@@ -126,7 +129,7 @@ def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, objec
             },
             collapse.EDGES_WARPS,
         )
-        yield _collapse_source(
+        yield _source(
             f"bin_rows[{dtype}]",
             collapse.bin_rows_kernel,
             {**rows, "edges_ptr": "*fp32", "counts_ptr": "*u16", "sums_ptr": "*fp32", "ends_ptr": "*fp32"},
@@ -135,7 +138,7 @@ def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, objec
             {"VEC": vec, "ROWS_AT_ONCE": collapse.ROWS_AT_ONCE, "BLOCK_B": block_b, "BLOCK_P": block_p},
             bin_warps,
         )
-        yield _collapse_source(
+        yield _source(
             f"replay[{dtype}]",
             collapse.replay_kernel,
             {"values_ptr": f"*{dtype}", **dict.fromkeys(("slopes_ptr", "means_ptr", "logits_ptr"), "*fp32")},
@@ -144,7 +147,7 @@ def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, objec
             {"VEC": vec, "BLOCK_V": collapse.REPLAY_BLOCK_V, "BLOCK_P": collapse.REPLAY_BLOCK_P},
             collapse.REPLAY_WARPS,
         )
-        yield _collapse_source(
+        yield _source(
             f"cut_bits[{dtype}]",
             collapse.cut_bits_kernel,
             {**rows, "cut_ptr": "*fp32", "left_ptr": "*i1", "bits_ptr": "*u8"},
@@ -154,7 +157,7 @@ def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, objec
             collapse.BITS_WARPS,
         )
     bins = {"logits_ptr": "*fp32", "centres_ptr": "*fp32", "counts_ptr": "*u16"}
-    yield _collapse_source(
+    yield _source(
         "bin_step",
         collapse.bin_step_kernel,
         {**bins, **dict.fromkeys(("slope_ptr", "mean_ptr", "gate_sum_ptr", "weighted_sum_ptr"), "*fp32")},
@@ -163,7 +166,7 @@ def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, objec
         {"VEC": vec, "BLOCK_B": collapse.STEP_BLOCK_B, "BLOCK_P": collapse.STEP_BLOCK_P},
         collapse.STEP_WARPS,
     )
-    yield _collapse_source(
+    yield _source(
         "find_cuts",
         collapse.find_cuts_kernel,
         {
@@ -179,7 +182,73 @@ def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, objec
     )
 
 
-def _collapse_source(
+def clustering_sources() -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
+    """Those from bits to a verdict."""
+    for name, kernel, block_r, num_warps in (
+        ("hamming_popcount", hamming.hamming_popcount_kernel, hamming.POPCOUNT_BLOCK_R, hamming.POPCOUNT_WARPS),
+        ("hamming_gram", hamming.hamming_gram_kernel, hamming.GRAM_BLOCK_R, hamming.GRAM_WARPS),
+    ):
+        yield _source(
+            name,
+            kernel,
+            {"words_ptr": "*u32", "units_ptr": "*i32", "sums_ptr": "*i32"},
+            ("num_rows", "row_units"),
+            {},
+            {"UNIT_WORDS": hamming.UNIT_WORDS, "BLOCK_R": block_r},
+            num_warps,
+        )
+    yield _source(
+        "two_normals",
+        mixture.two_normals_kernel,
+        {"x_ptr": "*fp64", "labels_ptr": "*i64", "floor_ptr": "*fp64"},
+        ("num_rows", "max_steps"),
+        {},
+        {"BLOCK_R": mixture.BLOCK_R},
+        mixture.NUM_WARPS,
+    )
+    yield _source(
+        "gaussian_mixture",
+        mixture.gaussian_mixture_kernel,
+        {"x_ptr": "*fp64", "labels_ptr": "*i64"},
+        ("num_rows",),
+        {},
+        {
+            "MOST_STEPS": mixture.MOST_STEPS,
+            "REGULARISATION": mixture.REGULARISATION,
+            "TOLERANCE": mixture.TOLERANCE,
+            "BLOCK_R": mixture.BLOCK_R,
+        },
+        mixture.NUM_WARPS,
+    )
+    # as distances are stored: of up to 4,096 rows, of more, and as a caller may pass them
+    for dtype in ("i32", "u16", "fp64"):
+        pointers = dict.fromkeys(("edges_ptr", "leads_ptr", "heights_ptr", "unit_ptr"), "*fp64")
+        yield _source(
+            f"path_maxima[{dtype}]",
+            tree.path_maxima_kernel,
+            {"stored_ptr": f"*{dtype}", **pointers},
+            ("num_rows", "stored_stride"),
+            {},
+            {"BLOCK_R": tree.BLOCK_R},
+            tree.NUM_WARPS,
+        )
+
+
+def mean_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
+    """Those of the mean of the benign rows."""
+    for dtype in ("fp32", "bf16"):
+        yield _source(
+            f"chosen_mean[{dtype}]",
+            mean.chosen_mean_kernel,
+            {"rows_ptr": f"*{dtype}", "chosen_ptr": "*i1", "sums_ptr": "*fp32"},
+            ("num_rows", "rows_per_split", "num_col_units", "rows_stride_units"),
+            {},
+            {"VEC": vec, "BLOCK_R": mean.BLOCK_R, "BLOCK_P": mean.BLOCK_P},
+            mean.NUM_WARPS,
+        )
+
+
+def _source(
     name: str,
     kernel: object,
     pointers: dict[str, str],
@@ -203,8 +272,8 @@ def compile_variant(name: str, source: ASTSource, options: dict[str, object], sm
         file.flush()
         usage, disassembly = (_cuobjdump(option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
     resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    loads = re.findall(r"\bld\.global[\w.:]*", compiled.asm["ptx"])
-    wide = sum(1 for load in loads if ".v4.b32" in load or ".v2.b64" in load)
+    loads = re.findall(r"\bld\.global[\w.:]*|\bcp\.async\.c[ag]\.[^;]*", compiled.asm["ptx"])
+    wide = sum(1 for load in loads if re.search(r"\.v4\.b32|\.v2\.b64|, *0x10,", load))
     outside, *loops = count_code(disassembly)
     return CompiledVariant(
         kernel=name,
@@ -251,8 +320,8 @@ def count_code(disassembly: str) -> list[Code]:
 def _count(names: list[str]) -> Code:
     return Code(
         instructions=len(names),
-        special=sum(name.startswith("MUFU") for name in names),
-        load_bytes=tuple(_width(name) for name in names if name.startswith("LDG.")),
+        special=sum(name.startswith(("MUFU", "POPC")) for name in names),
+        load_bytes=tuple(_width(name) for name in names if name.startswith(("LDG.", "LDGSTS."))),
         store_bytes=tuple(_width(name) for name in names if name.startswith("STG.")),
     )
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 
 # Loads of less than 16 bytes, which are few and not what streams: the slope and the mean, or the cut and the bit left of it,
 # that a program loads once; which rows are sampled (bfloat16: as many or fewer); the two ends of a column, and, of each row at
-# once, the element that may be the next end (the row itself is there already).
+# once, the element that may be the next end (the row itself is there already); how much of the bits there is to look at; who is
+# chosen.
 NARROW_LOADS = {
     "first_step": 2,
     "next_step": 2,
@@ -27,7 +28,11 @@ NARROW_LOADS = {
     "replay": 0,
     "find_cuts": 0,
     "cut_bits": 2,
+    "hamming_gram": 1,
+    "chosen_mean": 8,
 }
+# These do not stream: up to 16 rows of bits, and programs that go over some thousand rows and wait for each other's sums.
+NOT_STREAMING = {"hamming_popcount", "two_normals", "gaussian_mixture", "path_maxima"}
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100])
@@ -45,14 +50,16 @@ def test_kernels_compile_without_spills_and_load_16_bytes(
     )
     assert done.returncode == 0, done.stderr
     variants = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(variants) == 6 + 10
+    assert len(variants) == 6 + 10 + 7 + 2
     for variant in variants:
         registers = f"{variant['registers']} registers, {variant['shared_bytes']} B shared memory, 0 B local memory"
         record_property(f"sm_{sm} {variant['kernel']}", registers)
         assert variant["local_bytes"] == 0, f"{variant['kernel']} spills"
         assert variant["stack_bytes"] == 0, f"{variant['kernel']} has a stack"
-        # 128 registers still let two programs of 8 warps share a multiprocessor
-        assert variant["registers"] <= 128
-        assert variant["wide_loads"] >= 1
+        # two programs still share the 65,536 registers of a multiprocessor
+        assert variant["registers"] * variant["threads"] <= 32_768
         name = variant["kernel"].partition("[")[0]
+        if name in NOT_STREAMING:
+            continue
+        assert variant["wide_loads"] >= 1
         assert variant["narrow_loads"] <= NARROW_LOADS[name], f"{variant['kernel']} loads less than 16 bytes at a time"

@@ -1,0 +1,131 @@
+"""Mixtures of two normals, fitted by expectation maximisation (EM): which of the two each row belongs to.
+
+With weights w, means and (co)variances of the two, and p[i, c] the probability that row i is of component c,
+
+    M step:  w[c] = sum_i p[i, c],     mean[c] = sum_i p[i, c] x[i] / w[c],
+             cov[c] = sum_i p[i, c] (x[i] - mean[c]) (x[i] - mean[c])^T / w[c]
+    E step:  p[i, c] = w[c] N(x[i]; mean[c], cov[c]) / sum_d w[d] N(x[i]; mean[d], cov[d])
+
+(Dempster, Laird & Rubin 1977). All of it in float64. Shapes: R rows, K dimensions.
+
+Devices: CUDA through Triton, all steps to convergence in one launch and without the host; the plain twins, ``*_reference``,
+where there is no Triton and on any other device. Triton's sums are rounded in another order, so a row that belongs to both
+components alike may come out on the other side.
+"""
+
+import math
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+__all__ = ["gaussian_mixture", "gaussian_mixture_reference", "two_normals", "two_normals_reference"]
+
+# Of the mixture in two dimensions: scikit-learn's defaults (reg_covar, tol, max_iter).
+REGULARISATION = 1e-6
+TOLERANCE = 1e-3
+MOST_STEPS = 100
+
+
+# --- plain twins --------------------------------------------------------------------------------------------------------
+
+
+def two_normals_reference(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
+    """Plain twin of :func:`two_normals`, on any device."""
+    member_R2 = torch.nn.functional.one_hot(best_cut(x_R), 2).to(x_R.dtype)
+    floor = variance_floor * x_R.var(correction=0)
+    for _ in range(max_steps):
+        weight_2 = member_R2.sum(0).clamp_min(torch.finfo(x_R.dtype).tiny)
+        mean_2 = (member_R2 * x_R[:, None]).sum(0) / weight_2
+        variance_2 = ((member_R2 * (x_R[:, None] - mean_2) ** 2).sum(0) / weight_2).clamp_min(floor)
+        log_density_R2 = weight_2.log() - 0.5 * variance_2.log() - 0.5 * (x_R[:, None] - mean_2) ** 2 / variance_2
+        before_R2, member_R2 = member_R2, log_density_R2.softmax(1)
+        if torch.equal(before_R2, member_R2):
+            break
+    return member_R2.argmax(1)
+
+
+def gaussian_mixture_reference(x_RK: Tensor, labels_R: Tensor) -> Tensor:
+    """Plain twin of :func:`gaussian_mixture`, on any device and for any K."""
+    num_rows, num_dims = x_RK.shape
+    member_R2 = torch.nn.functional.one_hot(labels_R, 2).to(x_RK)
+    likelihood = -math.inf
+    for _ in range(MOST_STEPS):
+        weight_2 = member_R2.sum(0) + 10 * torch.finfo(x_RK.dtype).eps
+        mean_2K = member_R2.T @ x_RK / weight_2[:, None]
+        offset_2RK = x_RK - mean_2K[:, None]
+        covariance_2KK = (offset_2RK * member_R2.T[..., None]).mT @ offset_2RK / weight_2[:, None, None]
+        covariance_2KK += REGULARISATION * torch.eye(num_dims, dtype=x_RK.dtype, device=x_RK.device)
+        factor_2KK = torch.linalg.cholesky(covariance_2KK)
+        white_2KR = torch.linalg.solve_triangular(factor_2KK, offset_2RK.mT, upper=False)
+        log_det_2 = factor_2KK.diagonal(dim1=1, dim2=2).log().sum(1)
+        log_density_R2 = (
+            (weight_2 / num_rows).log() - log_det_2 - 0.5 * num_dims * math.log(2 * math.pi) - 0.5 * (white_2KR**2).sum(1).T
+        )
+        before, likelihood = likelihood, log_density_R2.logsumexp(1).mean().item()
+        member_R2 = log_density_R2.softmax(1)
+        if abs(likelihood - before) < TOLERANCE:
+            break
+    return member_R2.argmax(1)
+
+
+def best_cut(x_R: Tensor) -> Tensor:
+    """Labels 0 and 1, ``(R,)`` int64: the cut in two that leaves the least squares around the two means. No host."""
+    num_rows = len(x_R)
+    sorted_R, order = x_R.sort()
+    count_R = torch.arange(1, num_rows, dtype=x_R.dtype, device=x_R.device)
+    left_sum = sorted_R.cumsum(0)[:-1]
+    right_sum = sorted_R.sum() - left_sum
+    # least squares within two groups = most squares between them
+    cut = (left_sum**2 / count_R + right_sum**2 / (num_rows - count_R)).argmax() + 1
+    beyond_R = torch.arange(num_rows, device=x_R.device) >= cut
+    return torch.zeros_like(order).scatter_(0, order, beyond_R.long())
+
+
+# --- public -------------------------------------------------------------------------------------------------------------
+
+
+def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
+    """Labels 0 or 1, ``(R,)`` int64, of a one-dimensional mixture of two normals, from the best cut into two means.
+
+    Args:
+        x_R: ``(R,)`` float64, R >= 2.
+        max_steps: at most so many steps of EM, at least 1; fewer where a step changes nothing.
+        variance_floor: of each normal, as a share of the variance of all of ``x_R``.
+
+    Raises:
+        ValueError: a shape or a dtype does not fit, or ``max_steps`` is less than 1.
+    """
+    if x_R.dim() != 1 or len(x_R) < 2 or x_R.dtype != torch.float64:
+        raise ValueError(f"x must be (R,) float64 with R >= 2, got {tuple(x_R.shape)} {x_R.dtype}")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if x_R.is_cuda and find_spec("triton"):
+        from skymask_gpu.kernels._triton.mixture import two_normals as on_triton
+
+        return on_triton(x_R, max_steps, variance_floor)
+    return two_normals_reference(x_R, max_steps, variance_floor)
+
+
+def gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
+    """Labels 0 or 1, ``(R,)`` int64, of two normals with full covariances, fitted by EM from hard labels.
+
+    The same as scikit-learn's ``GaussianMixture(2)`` with its defaults, from that start: at most 100 steps, until the mean
+    log-likelihood rises by less than 1e-3, 1e-6 added to the variances.
+
+    Args:
+        x_RK: ``(R, 2)`` float64.
+        labels_R: ``(R,)`` int64, 0 or 1.
+
+    Raises:
+        ValueError: a shape or a dtype does not fit.
+    """
+    if x_RK.dim() != 2 or x_RK.shape[1] != 2 or len(x_RK) == 0 or x_RK.dtype != torch.float64:
+        raise ValueError(f"x must be non-empty (R, 2) float64, got {tuple(x_RK.shape)} {x_RK.dtype}")
+    if labels_R.shape != x_RK.shape[:1] or labels_R.dtype != torch.int64:
+        raise ValueError(f"labels must be ({len(x_RK)},) int64, got {tuple(labels_R.shape)} {labels_R.dtype}")
+    if x_RK.is_cuda and find_spec("triton"):
+        from skymask_gpu.kernels._triton.mixture import gaussian_mixture as on_triton
+
+        return on_triton(x_RK, labels_R)
+    return gaussian_mixture_reference(x_RK, labels_R)
