@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skymask_gpu.kernels import collapse, hamming, mask_step
+from skymask_gpu.kernels import collapse, hamming, mask_step, mean, mixture, tree
 
 __all__ = ["CHECKS", "wrong_kernels"]
 
@@ -175,6 +175,45 @@ def _hamming_counts(rows_RP: Tensor) -> str | None:
     return "counts differ" if differ.any() else None
 
 
+def _chosen_mean(rows_RP: Tensor) -> str | None:
+    chosen_R = torch.arange(len(rows_RP), device=rows_RP.device) % 3 > 0
+    # what is not chosen must not be read into the mean
+    rows_RP = rows_RP.masked_fill(~chosen_R[:, None], torch.nan)
+    exact_RP, _ = _exact(rows_RP, chosen_R)
+    return _compare(mean=(mean.chosen_mean(rows_RP, chosen_R), mean.chosen_mean_reference(exact_RP, chosen_R.cpu())))
+
+
+def _scores(rows_RP: Tensor) -> Tensor:
+    """Two groups of points ``(R, 2)`` float64 that lie apart."""
+    generator = torch.Generator().manual_seed(3)
+    scores_R2 = torch.randn(len(rows_RP), 2, dtype=torch.float64, generator=generator)
+    scores_R2[: len(rows_RP) // 3] += 8
+    return scores_R2.to(rows_RP.device)
+
+
+def _two_normals(rows_RP: Tensor) -> str | None:
+    x_R = _scores(rows_RP)[:, 0].contiguous()
+    same = torch.equal(mixture.two_normals(x_R, 100, 1e-3).cpu(), mixture.two_normals_reference(x_R.cpu(), 100, 1e-3))
+    return None if same else "labels differ"
+
+
+def _gaussian_mixture(rows_RP: Tensor) -> str | None:
+    x_R2 = _scores(rows_RP)
+    labels_R = (x_R2[:, 1] > 4).long()
+    same = torch.equal(
+        mixture.gaussian_mixture(x_R2, labels_R).cpu(), mixture.gaussian_mixture_reference(x_R2.cpu(), labels_R.cpu())
+    )
+    return None if same else "labels differ"
+
+
+def _path_maxima(rows_RP: Tensor) -> str | None:
+    scores_R2 = _scores(rows_RP)
+    distances_RR = torch.cdist(scores_R2, scores_R2).fill_diagonal_(0.0)
+    kept_N = torch.arange(len(rows_RP) - 1, device=rows_RP.device) % 5 < 4
+    want = tree.path_maxima_reference(distances_RR.cpu(), kept_N.cpu())
+    return _compare(heights=(tree.path_maxima(distances_RR, kept_N), want))
+
+
 CHECKS: dict[str, Callable[[Tensor], str | None]] = {
     "first_step": _step("first_step", init=0.75, full_step=0.5),
     "next_step": _step("next_step", full_step=1.0),
@@ -186,4 +225,8 @@ CHECKS: dict[str, Callable[[Tensor], str | None]] = {
     "find_cuts": _find_cuts,
     "cut_bits": _cut_bits,
     "hamming_counts": _hamming_counts,
+    "chosen_mean": _chosen_mean,
+    "two_normals": _two_normals,
+    "gaussian_mixture": _gaussian_mixture,
+    "path_maxima": _path_maxima,
 }

@@ -18,7 +18,7 @@ from skymask_gpu import kernels
 from skymask_gpu.bench import gpu, kernel_checks, providers
 from skymask_gpu.bench.cases import CASES, Model, Problem
 from skymask_gpu.bench.measure import Measured
-from skymask_gpu.kernels import collapse, hamming, mask_step
+from skymask_gpu.kernels import collapse, hamming, mask_step, mean, mixture, tree
 
 CPU = torch.device("cpu")
 NAME = "NVIDIA Test 1"
@@ -69,7 +69,7 @@ def spoilt(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     def spoil(tensor: Tensor) -> Tensor:
         first = tensor.flatten() if tensor.is_contiguous() else tensor[0]
-        if tensor.dtype in (torch.uint8, torch.int32):
+        if not tensor.is_floating_point():
             first[: max(1, len(first) // 100)] += 1
         else:
             first[: max(1, len(first) // 100)] *= 1.01
@@ -91,6 +91,9 @@ def spoilt(kernel: Callable[..., Any]) -> Callable[..., Any]:
         (mask_step, ["first_step", "next_step", "last_step"]),
         (collapse, ["bin_edges", "bin_rows", "bin_step", "replay", "find_cuts", "cut_bits"]),
         (hamming, ["hamming_counts"]),
+        (mean, ["chosen_mean"]),
+        (mixture, ["two_normals", "gaussian_mixture"]),
+        (tree, ["path_maxima"]),
     ) for name in names],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
