@@ -31,9 +31,9 @@ __all__ = [
     "replay_reference",
 ]
 
-# A gap between two sampled values counts as at most this share of the interquartile range: where a column has outliers, bins
+# A gap between two sampled values counts as at most so many interquartile ranges: where a column has outliers, bins
 # are not spent on the emptiness before them.
-WIDEST_GAP = 0.5
+WIDEST_GAP = 2.0
 # Beyond the sampled range by this many interquartile ranges lie the two bins for outliers.
 GUARD = 1.0
 # Halvings of the interval between two probes in which a column's bits change.
