@@ -1,0 +1,78 @@
+"""scikit-learn's PCA, KMeans and GaussianMixture for a verdict: the oracle, on the host.
+
+Shapes: R rows, K dimensions. The mixtures start from given labels, like ours: EM that starts elsewhere may end elsewhere.
+"""
+
+import warnings
+from typing import Literal
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from skymask_gpu.engine.clustering.spectrum import centred_gram, scores_from_eigenpairs
+from skymask_gpu.engine.distances import Distances
+
+__all__ = ["gaussian_mixture", "principal_scores", "two_means", "two_normals"]
+
+# Keeps scikit-learn's variances above 0, as a share of the variance of all points. It is added; ours is a floor.
+_ADDED_VARIANCE = 1e-6
+_REGULARISATION = 1e-6  # scikit-learn's default
+
+
+def principal_scores(distances: Distances) -> Tensor:
+    """As in ``spectrum.py``. The principal axes of the rows of K = U diag(l) U^T are U, and its singular values l."""
+    pca = PCA(2, svd_solver="full").fit(centred_gram(distances).cpu().numpy())
+    values_2, vectors_2R = torch.from_numpy(pca.singular_values_), torch.from_numpy(pca.components_)
+    return scores_from_eigenpairs(values_2, vectors_2R.T).to(distances.device)
+
+
+def two_means(x_RK: Tensor, centre_2K: Tensor) -> Tensor:
+    """As in ``k_means.py``."""
+    k_means = KMeans(2, init=centre_2K.cpu().numpy(), n_init=1, tol=0, algorithm="lloyd")
+    return torch.from_numpy(k_means.fit_predict(x_RK.cpu().numpy())).to(x_RK.device, torch.long)
+
+
+def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
+    """As in ``kernels/mixture.py``, from the same cut."""
+    points_R1 = x_R.cpu().numpy()[:, None]
+    order_R = points_R1[:, 0].argsort(kind="stable")
+    ordered_R = points_R1[order_R, 0]
+    within = [ordered_R[:cut].var() * cut + ordered_R[cut:].var() * (len(x_R) - cut) for cut in range(1, len(x_R))]
+    start_R = np.ones(len(x_R), dtype=np.int64)
+    start_R[order_R[: int(np.argmin(within)) + 1]] = 0
+    everything = points_R1.var()
+    mixture = _started(points_R1, start_R, variance_floor * everything, "floor")
+    mixture.set_params(reg_covar=_ADDED_VARIANCE * everything, tol=0.0, max_iter=max_steps - 1)  # its start is a step of ours
+    return _labels(mixture, points_R1, x_R)
+
+
+def gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
+    """As in ``kernels/mixture.py``."""
+    points_RK = x_RK.cpu().numpy()
+    mixture = _started(points_RK, labels_R.cpu().numpy(), _REGULARISATION, "added")
+    mixture.set_params(reg_covar=_REGULARISATION)
+    return _labels(mixture, points_RK, x_RK)
+
+
+def _started(points_RK: np.ndarray, labels_R: np.ndarray, variance: float, kind: Literal["floor", "added"]) -> GaussianMixture:
+    """A mixture that starts with the weights, means and covariances of given labels."""
+    weights, means, precisions = [], [], []
+    for side in (0, 1):
+        part = points_RK[labels_R == side]
+        covariance = np.cov(part.T, bias=True).reshape(points_RK.shape[1], -1)
+        bounded = np.maximum(covariance, variance) if kind == "floor" else covariance + variance * np.eye(len(covariance))
+        weights.append(len(part) / len(points_RK))
+        means.append(part.mean(0))
+        precisions.append(np.linalg.inv(bounded))
+    return GaussianMixture(2, weights_init=weights, means_init=np.stack(means), precisions_init=np.stack(precisions))
+
+
+def _labels(mixture: GaussianMixture, points_RK: np.ndarray, like: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # so many steps are wanted, and no more
+        return torch.from_numpy(mixture.fit_predict(points_RK)).to(like.device, torch.long)
