@@ -17,14 +17,12 @@ def starting_centres(x_RK: Tensor, seed: int) -> Tensor:
     """Two of the points, ``(2, K)``: one at random; of two drawn by squared distance from it, the one that leaves less to
     explain, as in scikit-learn for two clusters.
     """
-    generator = torch.Generator().manual_seed(seed)
-    first_K = x_RK[int(torch.randint(len(x_RK), (), generator=generator))]
+    first, one_uniform, other_uniform = _host_numbers(len(x_RK), seed)
+    first_K = x_RK[first]
     squared_R = ((x_RK - first_K) ** 2).sum(1)
     share_R = squared_R.cumsum(0) / squared_R.sum()
-    # numbers of the host's, whatever the device
-    first_draw, second_draw = torch.rand(2, dtype=torch.float64, generator=generator).tolist()
-    one_1K = x_RK.index_select(0, _draw(share_R, first_draw))
-    other_1K = x_RK.index_select(0, _draw(share_R, second_draw))
+    one_1K = x_RK.index_select(0, _draw(share_R, one_uniform))
+    other_1K = x_RK.index_select(0, _draw(share_R, other_uniform))
 
     def left(draw_1K: Tensor) -> Tensor:
         return torch.minimum(squared_R, ((x_RK - draw_1K) ** 2).sum(1)).sum()
@@ -40,6 +38,13 @@ def two_means(x_RK: Tensor, centre_2K: Tensor) -> Tensor:
 def two_means_without_waiting(x_RK: Tensor, centre_2K: Tensor) -> tuple[Tensor, Tensor]:
     """The same by a fixed number of steps, and whether they settled, ``()`` bool; no host synchronisation."""
     return _lloyd(x_RK, centre_2K, _BLIND_STEPS, waits=False)
+
+
+def _host_numbers(num_rows: int, seed: int) -> tuple[int, float, float]:
+    """A row, and two numbers from [0, 1); the same whatever the device."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(num_rows, (), generator=generator)
+    return int(first), *torch.rand(2, dtype=torch.float64, generator=generator).tolist()
 
 
 def _draw(share_R: Tensor, uniform: float) -> Tensor:

@@ -4,7 +4,6 @@ Shapes: R rows, K dimensions. The mixtures start from given labels, like ours: E
 """
 
 import warnings
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ _REGULARISATION = 1e-6  # scikit-learn's default
 
 def principal_scores(distances: Distances) -> Tensor:
     """As in ``spectrum.py``. The principal axes of the rows of K = U diag(l) U^T are U, and its singular values l."""
-    pca = PCA(2, svd_solver="full").fit(centred_gram(distances).cpu().numpy())
+    with np.errstate(invalid="ignore"):  # shares of no variance at all, which nobody reads
+        pca = PCA(2, svd_solver="full").fit(centred_gram(distances).cpu().numpy())
     values_2, vectors_2R = torch.from_numpy(pca.singular_values_), torch.from_numpy(pca.components_)
     return scores_from_eigenpairs(values_2, vectors_2R.T).to(distances.device)
 
@@ -46,30 +46,33 @@ def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
     start_R = np.ones(len(x_R), dtype=np.int64)
     start_R[order_R[: int(np.argmin(within)) + 1]] = 0
     everything = points_R1.var()
-    mixture = _started(points_R1, start_R, variance_floor * everything, "floor")
-    mixture.set_params(reg_covar=_ADDED_VARIANCE * everything, tol=0.0, max_iter=max_steps - 1)  # its start is a step of ours
+    parts = [points_R1[start_R == side] for side in (0, 1)]
+    mixture = GaussianMixture(
+        2,
+        covariance_type="diag",
+        weights_init=[len(part) / len(points_R1) for part in parts],
+        means_init=[part.mean(0) for part in parts],
+        precisions_init=[1 / part.var(0).clip(variance_floor * everything) for part in parts],
+        reg_covar=_ADDED_VARIANCE * everything,
+        tol=0.0,
+        max_iter=max_steps - 1,  # its start is a step of ours
+    )
     return _labels(mixture, points_R1, x_R)
 
 
 def gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
     """As in ``kernels/mixture.py``."""
-    points_RK = x_RK.cpu().numpy()
-    mixture = _started(points_RK, labels_R.cpu().numpy(), _REGULARISATION, "added")
-    mixture.set_params(reg_covar=_REGULARISATION)
+    points_RK, start_R = x_RK.cpu().numpy(), labels_R.cpu().numpy()
+    parts = [points_RK[start_R == side] for side in (0, 1)]
+    added_KK = _REGULARISATION * np.eye(points_RK.shape[1])
+    mixture = GaussianMixture(
+        2,
+        weights_init=[len(part) / len(points_RK) for part in parts],
+        means_init=[part.mean(0) for part in parts],
+        precisions_init=[np.linalg.inv(np.cov(part.T, bias=True) + added_KK) for part in parts],
+        reg_covar=_REGULARISATION,
+    )
     return _labels(mixture, points_RK, x_RK)
-
-
-def _started(points_RK: np.ndarray, labels_R: np.ndarray, variance: float, kind: Literal["floor", "added"]) -> GaussianMixture:
-    """A mixture that starts with the weights, means and covariances of given labels."""
-    weights, means, precisions = [], [], []
-    for side in (0, 1):
-        part = points_RK[labels_R == side]
-        covariance = np.cov(part.T, bias=True).reshape(points_RK.shape[1], -1)
-        bounded = np.maximum(covariance, variance) if kind == "floor" else covariance + variance * np.eye(len(covariance))
-        weights.append(len(part) / len(points_RK))
-        means.append(part.mean(0))
-        precisions.append(np.linalg.inv(bounded))
-    return GaussianMixture(2, weights_init=weights, means_init=np.stack(means), precisions_init=np.stack(precisions))
 
 
 def _labels(mixture: GaussianMixture, points_RK: np.ndarray, like: Tensor) -> Tensor:

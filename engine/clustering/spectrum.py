@@ -88,19 +88,20 @@ def _by_squaring(matrix_MM: Tensor) -> Eigenpairs:
     The second one comes from the matrix without the first (Golub & Van Loan, Matrix Computations, 8.2).
     """
     tiny = torch.finfo(matrix_MM.dtype).tiny
-    rest_MM, values, vectors = matrix_MM, [], []
+    rest_MM, values_K, vectors_MK = matrix_MM, matrix_MM.new_empty(0), matrix_MM.new_empty(len(matrix_MM), 0)
     for _ in range(2):
         power_MM = rest_MM
         for _ in range(_SQUARINGS):
             power_MM = power_MM @ power_MM
             power_MM = power_MM / torch.linalg.matrix_norm(power_MM).clamp_min(tiny)
-        longest_M1 = power_MM.index_select(1, power_MM.diagonal().argmax().unsqueeze(0))
-        vector_M1 = longest_M1 / torch.linalg.vector_norm(longest_M1).clamp_min(tiny)
+        vector_M1 = power_MM.index_select(1, power_MM.diagonal().argmax().unsqueeze(0))
+        for _ in range(2):  # of a matrix of rank one the rest is rounding, in any direction
+            vector_M1 = vector_M1 - vectors_MK @ (vectors_MK.T @ vector_M1)
+            vector_M1 = vector_M1 / torch.linalg.vector_norm(vector_M1).clamp_min(tiny)
         value_11 = vector_M1.T @ matrix_MM @ vector_M1
         rest_MM = rest_MM - value_11 * (vector_M1 @ vector_M1.T)
-        values.append(value_11[0])
-        vectors.append(vector_M1)
-    return torch.cat(values), torch.cat(vectors, 1)
+        values_K, vectors_MK = torch.cat([values_K, value_11[0]]), torch.cat([vectors_MK, vector_M1], 1)
+    return values_K, vectors_MK
 
 
 def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until_settled: bool) -> Eigenpairs:

@@ -3,6 +3,7 @@
 Shapes: N clients, R = N + 1 rows, the root's last.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,10 @@ def _cluster(distances: Distances, alignment: Tensor | None, config: Clustering,
         finite = {**finite, "alignment finite": torch.isfinite(alignment).all()}
     backend = pick_backend(config.backend, distances.device, len(distances))
     verdict = _judge(distances, alignment, config, backend, finite)
-    return verdict or _judge(distances, alignment, config, dense_backend(), finite)  # type: ignore[return-value]
+    if verdict is None:
+        verdict = _judge(distances, alignment, config, dense_backend(), finite)
+    assert verdict is not None, "a backend that waits is always sure"
+    return verdict
 
 
 def _judge(
@@ -131,7 +135,7 @@ def _judge(
     return ClusteredMasks(ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts))
 
 
-def _on_host(facts: dict[str, Tensor | bool]) -> Facts:
+def _on_host(facts: Mapping[str, Tensor | bool]) -> Facts:
     """Numbers from ``()`` tensors, all in one transfer."""
     numbers = {name: float(fact) for name, fact in facts.items() if not isinstance(fact, Tensor)}
     tensors = {name: fact.to(torch.float64) for name, fact in facts.items() if isinstance(fact, Tensor)}
