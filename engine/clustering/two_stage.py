@@ -108,7 +108,7 @@ def scattered(height_N: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor
     inner_M, outer_M = ordered_N[:-1], ordered_N[1:]
     # how many lie on the inner side
     count_M = torch.arange(1, len(ordered_N), device=height_N.device)
-    gap_M = (outer_M > GAP * inner_M) & (count_M >= math.ceil(smallest)) & (count_M < kept_N.sum())
+    gap_M = (outer_M > GAP * inner_M) & (count_M >= math.ceil(smallest))
     first_1 = count_M.masked_fill(~gap_M, len(count_M)).amin(0, keepdim=True) - 1
     inner, outer = inner_M.index_select(0, first_1)[0], outer_M.index_select(0, first_1)[0]
     return kept_N & (height_N > inner) & gap_M.any(), outer / inner

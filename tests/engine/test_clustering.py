@@ -1,5 +1,6 @@
 """Clustering: scikit-learn is the oracle, the stored mask matrices are the measure, and degenerate inputs are defined."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from skymask_gpu.engine import Clustering, cluster_distances, cluster_masks
 from skymask_gpu.engine.clustering.k_means import starting_centres, two_means
 from skymask_gpu.engine.clustering.spectrum import principal_scores
-from skymask_gpu.engine.clustering.two_stage import EM_STEPS, VARIANCE_FLOOR, copies
+from skymask_gpu.engine.clustering.two_stage import EM_STEPS, GAP, VARIANCE_FLOOR, _reason, copies, scattered
 from skymask_gpu.engine.distances import Distances, mask_distances
 from skymask_gpu.kernels.mixture import gaussian_mixture, two_normals
 from skymask_gpu.kernels.tree import path_maxima
@@ -253,6 +254,37 @@ def test_a_cut_that_is_not_clean_does_not_count(generator: torch.Generator) -> N
     masks = torch.rand(101, 6000, generator=generator) < 0.5
     alignment = torch.where(torch.arange(100) < 20, -1.0, 1.0)
     assert cluster_masks(packed(masks.numpy()), 6000, alignment=alignment).benign.all()
+
+
+def first_gap(heights: list[float], smallest: float) -> tuple[list[bool], float]:
+    """Which heights lie beyond the first gap, one by one; how wide it is."""
+    ordered = sorted(heights)
+    for k in range(math.ceil(smallest), len(ordered)):
+        if ordered[k] > GAP * ordered[k - 1]:
+            return [height > ordered[k - 1] for height in heights], ordered[k] / ordered[k - 1] if ordered[k - 1] else math.inf
+    return [False] * len(heights), 0.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_outliers_lie_beyond_the_first_gap(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    heights = rng.choice([0.0, 0.1, 0.12, 0.15, 0.21, 0.4], 12, p=[0.1, 0.3, 0.2, 0.2, 0.1, 0.1])
+    kept = rng.random(12) < 0.8
+    for smallest in (0.6, 2.0, 2.4, 6.0):
+        beyond, gap = scattered(torch.from_numpy(heights * kept), torch.from_numpy(kept), smallest)
+        want, want_gap = first_gap(heights[kept].tolist(), smallest)
+        assert beyond[kept].tolist() == want
+        assert not beyond[~kept].any()
+        if any(want):
+            assert gap == want_gap
+
+
+def test_outliers_silence_the_reason_for_keeping_all_but_not_for_rejecting() -> None:
+    facts = dict.fromkeys(("swapped", "by copies", "root alone", "wide", "astray", "first stage keeps all"), 0.0)
+    facts |= {"scattered": 2.0, "gap": 1.5, "copies": 3.0}
+    outliers = "2 masks lie 1.50 times further out than honest ones from each other"
+    assert _reason({**facts, "root alone": 1.0, "first stage keeps all": 1.0}) == outliers
+    assert _reason({**facts, "by copies": 1.0}) == f"3 masks are copies of another's and {outliers}"
 
 
 # --- degenerate sets ------------------------------------------------------------------------------------------------------

@@ -216,6 +216,12 @@ def test_squaring_is_unsure_of_distances_of_no_masks() -> None:
     """Their Gram matrix has a negative eigenvalue that is larger than all others."""
     opposite = Distances(-group_distances(20, 2, 0).stored)
     assert not spectrum.principal_scores_without_waiting(opposite)[1]
+    noise = np.random.default_rng(0).normal(size=(20, 3))
+    axes = np.linalg.qr(noise - noise.mean(0))[0]
+    for eigenvalues, sure in (((3, 2, 1), True), ((3, -2, 1), False)):
+        gram = torch.from_numpy(axes * eigenvalues @ axes.T)
+        squares = gram.diagonal()
+        assert spectrum.principal_scores_without_waiting(Distances(squares[:, None] + squares - 2 * gram))[1] == sure
 
 
 @pytest.mark.parametrize("groups", [2, 3])
