@@ -9,10 +9,22 @@ import sys
 import torch
 
 from skymask_gpu.engine import SOLVERS, why_not_solver
+from skymask_gpu.engine.clustering import BACKENDS, why_not_backend
 
 __all__ = ["capabilities", "versions"]
 
-_PACKAGES = ("skymask-gpu", "torch", "triton", "numba", "numpy", "safetensors", "scikit-learn", "matplotlib", "jinja2")
+_PACKAGES = (
+    "skymask-gpu",
+    "torch",
+    "triton",
+    "numba",
+    "numpy",
+    "safetensors",
+    "scikit-learn",
+    "cuml-cu13",
+    "matplotlib",
+    "jinja2",
+)
 
 
 def versions() -> list[tuple[str, str]]:
@@ -27,7 +39,7 @@ def versions() -> list[tuple[str, str]]:
 
 
 def capabilities() -> list[tuple[str, str, str]]:
-    """(what, "yes" or "no", detail) for every device and every solver on it, and for the command line's parts."""
+    """(what, "yes" or "no", detail): every device and solver on it, the backends of clustering, the command line's parts."""
     rows = []
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -44,6 +56,9 @@ def capabilities() -> list[tuple[str, str, str]]:
                 reason = why_not_solver(solver, device, dtype)
                 name = f"solver {solver} on {device.type}, {str(dtype).removeprefix('torch.')} updates"
                 rows.append((name, "no" if reason else "yes", reason or ""))
+    for backend in BACKENDS:
+        reason = why_not_backend(backend)
+        rows.append((f"clustering backend {backend}", "no" if reason else "yes", reason or ""))
     missing = [name for name in ("sklearn", "matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     detail = f"{', '.join(missing)} missing: pip install 'skymask-gpu[run]'" if missing else ""
     rows.append(("skymask-gpu run", "no" if missing else "yes", detail))

@@ -1,5 +1,6 @@
 """Clustering: scikit-learn is the oracle, the stored mask matrices are the measure, and degenerate inputs are defined."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,15 +11,12 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from skymask_gpu.engine import Clustering, cluster_distances, cluster_masks
-from skymask_gpu.engine.clustering import (
-    _copies,
-    _gaussian_mixture,
-    _path_maxima,
-    _principal_scores,
-    _two_means,
-    _two_normals,
-)
+from skymask_gpu.engine.clustering.k_means import starting_centres, two_means
+from skymask_gpu.engine.clustering.spectrum import principal_scores
+from skymask_gpu.engine.clustering.two_stage import EM_STEPS, GAP, VARIANCE_FLOOR, _reason, copies, scattered
 from skymask_gpu.engine.distances import Distances, mask_distances
+from skymask_gpu.kernels.mixture import gaussian_mixture, two_normals
+from skymask_gpu.kernels.tree import path_maxima
 
 Matrices = Iterator[tuple[str, dict, np.ndarray, np.ndarray]]
 NUM_STORED_PARAMS = 139_960
@@ -39,7 +37,7 @@ def packed(masks: np.ndarray) -> Tensor:
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_are_scikit_learns_pca(seed: int) -> None:
     masks = random_masks(30, 501, seed, groups=2)
-    scores = _principal_scores(mask_distances(packed(masks), 501)).numpy() * np.sqrt(501)
+    scores = principal_scores(mask_distances(packed(masks), 501)).numpy() * np.sqrt(501)
     want = PCA(2, svd_solver="full").fit_transform(masks.astype(np.float64))
     want *= np.sign((want * scores).sum(0))
     np.testing.assert_allclose(scores, want, atol=1e-9)
@@ -54,7 +52,7 @@ def test_the_mixture_is_scikit_learns(seed: int) -> None:
     # the same hard start; scikit-learn takes responsibilities only through its initialiser
     oracle._initialize_parameters = lambda data, *_, **__: oracle._initialize(data, np.eye(2)[start])
     want = oracle.fit_predict(x)
-    got = _gaussian_mixture(torch.from_numpy(x), torch.from_numpy(start)).numpy()
+    got = gaussian_mixture(torch.from_numpy(x), torch.from_numpy(start)).numpy()
     assert np.array_equal(got, want)
 
 
@@ -71,7 +69,7 @@ def test_the_published_rule_gives_scikit_learns_labels_where_groups_are_apart(se
 def test_two_normals_agree_with_scikit_learn(seed: int) -> None:
     rng = np.random.default_rng(seed)
     x = np.concatenate([rng.normal(0, 1, 70), rng.normal(5, 0.5, 30)])
-    got = _two_normals(torch.from_numpy(x)).numpy()
+    got = two_normals(torch.from_numpy(x), EM_STEPS, VARIANCE_FLOOR).numpy()
     want = GaussianMixture(2, random_state=0, tol=1e-12, max_iter=1000).fit_predict(x[:, None])
     assert np.array_equal(got == got[0], want == want[0])
 
@@ -79,8 +77,8 @@ def test_two_normals_agree_with_scikit_learn(seed: int) -> None:
 def test_two_means_is_deterministic_and_splits_two_heaps(generator: torch.Generator) -> None:
     x = torch.randn(40, 2, dtype=torch.float64, generator=generator)
     x[20:] += 20
-    labels = _two_means(x, seed=3)
-    assert torch.equal(labels, _two_means(x, seed=3))
+    labels = two_means(x, starting_centres(x, seed=3))
+    assert torch.equal(labels, two_means(x, starting_centres(x, seed=3)))
     assert len(set(labels[:20].tolist())) == 1
     assert labels[0] != labels[-1]
 
@@ -93,7 +91,7 @@ def test_path_maxima_are_minimax_paths() -> None:
     for k in range(12):  # Floyd and Warshall, with max for the sum
         minimax = np.minimum(minimax, np.maximum(minimax[:, [k]], minimax[[k], :]))
     everyone = torch.ones(11, dtype=torch.bool)
-    np.testing.assert_array_equal(_path_maxima(Distances(torch.from_numpy(distances)), everyone).numpy(), minimax[-1, :-1])
+    np.testing.assert_array_equal(path_maxima(torch.from_numpy(distances), everyone).numpy(), minimax[-1, :-1])
 
 
 def test_path_maxima_leave_out_who_is_not_kept() -> None:
@@ -102,9 +100,9 @@ def test_path_maxima_leave_out_who_is_not_kept() -> None:
     distances = torch.from_numpy(np.triu(distances, 1) + np.triu(distances, 1).T)
     kept = torch.arange(19) % 3 > 0
     nodes = torch.cat([kept, torch.ones(1, dtype=torch.bool)]).nonzero().flatten()
-    alone = Distances(distances[nodes][:, nodes])
-    want = _path_maxima(alone, torch.ones(len(nodes) - 1, dtype=torch.bool))
-    got = _path_maxima(Distances(distances), kept)
+    alone = distances[nodes][:, nodes]
+    want = path_maxima(alone, torch.ones(len(nodes) - 1, dtype=torch.bool))
+    got = path_maxima(distances, kept)
     assert torch.equal(got[kept], want)
     assert not got[~kept].any()
 
@@ -112,11 +110,11 @@ def test_path_maxima_leave_out_who_is_not_kept() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_many_rows_get_the_same_scores_and_verdict_as_few(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = packed(random_masks(151, 2000, groups, groups=groups))
-    exact_scores = _principal_scores(mask_distances(masks, 2000))
+    exact_scores = principal_scores(mask_distances(masks, 2000))
     exact = cluster_masks(masks, 2000)
     assert (exact.num_clusters == 1) == (groups == 1)
-    monkeypatch.setattr("skymask_gpu.engine.clustering._DENSE_ROWS", 10)
-    scores = _principal_scores(mask_distances(masks, 2000))
+    monkeypatch.setattr("skymask_gpu.engine.clustering.spectrum._DENSE_ROWS", 10)
+    scores = principal_scores(mask_distances(masks, 2000))
     leading = scores[:, : min(2, groups - 1)]  # of noise alone, eigenvalues lie side by side: only groups have a direction
     torch.testing.assert_close(leading, exact_scores[:, : leading.shape[1]], rtol=0, atol=1e-6)
     monkeypatch.setattr("skymask_gpu.engine.distances._EXACT_ROWS", 10)
@@ -215,7 +213,7 @@ def distances_with(nearest: list[float], root: float) -> Distances:
 
 
 @pytest.mark.parametrize(
-    ("nearest", "root", "copies"),
+    ("nearest", "root", "num_copies"),
     [
         ([0.0015, 0.0015, 0.1, 0.1, 0.2, 0.2, 0.1], 0.1, 2),
         ([0.0015, 0.0015, 0.1, 0.1, 0.2, 0.2, 0.1], 0.05, 0),  # the root's own scale is smaller
@@ -223,8 +221,8 @@ def distances_with(nearest: list[float], root: float) -> Distances:
         ([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], 0.0, 0),
     ],
 )
-def test_a_copy_is_near_by_both_scales(nearest: list[float], root: float, copies: int) -> None:
-    assert _copies(distances_with(nearest, root)).tolist() == [True] * copies + [False] * (7 - copies)
+def test_a_copy_is_near_by_both_scales(nearest: list[float], root: float, num_copies: int) -> None:
+    assert copies(distances_with(nearest, root)).tolist() == [True] * num_copies + [False] * (7 - num_copies)
 
 
 def test_copies_around_the_root_do_not_make_outliers_of_honest_clients(generator: torch.Generator) -> None:
@@ -256,6 +254,37 @@ def test_a_cut_that_is_not_clean_does_not_count(generator: torch.Generator) -> N
     masks = torch.rand(101, 6000, generator=generator) < 0.5
     alignment = torch.where(torch.arange(100) < 20, -1.0, 1.0)
     assert cluster_masks(packed(masks.numpy()), 6000, alignment=alignment).benign.all()
+
+
+def first_gap(heights: list[float], smallest: float) -> tuple[list[bool], float]:
+    """Which heights lie beyond the first gap, one by one; how wide it is."""
+    ordered = sorted(heights)
+    for k in range(math.ceil(smallest), len(ordered)):
+        if ordered[k] > GAP * ordered[k - 1]:
+            return [height > ordered[k - 1] for height in heights], ordered[k] / ordered[k - 1] if ordered[k - 1] else math.inf
+    return [False] * len(heights), 0.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_outliers_lie_beyond_the_first_gap(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    heights = rng.choice([0.0, 0.1, 0.12, 0.15, 0.21, 0.4], 12, p=[0.1, 0.3, 0.2, 0.2, 0.1, 0.1])
+    kept = rng.random(12) < 0.8
+    for smallest in (0.6, 2.0, 2.4, 6.0):
+        beyond, gap = scattered(torch.from_numpy(heights * kept), torch.from_numpy(kept), smallest)
+        want, want_gap = first_gap(heights[kept].tolist(), smallest)
+        assert beyond[kept].tolist() == want
+        assert not beyond[~kept].any()
+        if any(want):
+            assert gap == want_gap
+
+
+def test_outliers_silence_the_reason_for_keeping_all_but_not_for_rejecting() -> None:
+    facts = dict.fromkeys(("swapped", "by copies", "root alone", "wide", "astray", "first stage keeps all"), 0.0)
+    facts |= {"scattered": 2.0, "gap": 1.5, "copies": 3.0}
+    outliers = "2 masks lie 1.50 times further out than honest ones from each other"
+    assert _reason({**facts, "root alone": 1.0, "first stage keeps all": 1.0}) == outliers
+    assert _reason({**facts, "by copies": 1.0}) == f"3 masks are copies of another's and {outliers}"
 
 
 # --- degenerate sets ------------------------------------------------------------------------------------------------------

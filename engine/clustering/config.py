@@ -1,0 +1,37 @@
+"""``Clustering``: how masks are clustered."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from skymask_gpu.engine.clustering.backends import BACKENDS, why_not_backend
+
+__all__ = ["Clustering"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """How masks are clustered.
+
+    Attributes:
+        rule: ``"two-stage"`` or ``"published"``.
+        seed: of the k-means start of the published rule; the two-stage rule is deterministic.
+        backend: who computes the principal scores, the k-means start and the mixture. ``"torch"``: this package, on the masks'
+            device. ``"sklearn"``: scikit-learn on the host, the oracle. ``"cuml"``: cuML's PCA and KMeans on the GPU; it has no
+            Gaussian mixture, so that is this package's. All give the same labels.
+
+    Raises:
+        ValueError: no such rule or backend, or the backend cannot run here.
+    """
+
+    rule: Literal["two-stage", "published"] = "two-stage"
+    seed: int = 0
+    backend: Literal["torch", "sklearn", "cuml"] = "torch"
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("two-stage", "published"):
+            raise ValueError(f"Clustering.rule must be 'two-stage' or 'published', got {self.rule!r}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"Clustering.backend must be 'torch', 'sklearn' or 'cuml', got {self.backend!r}")
+        reason = why_not_backend(self.backend)
+        if reason is not None:
+            raise ValueError(f"Clustering.backend {self.backend!r} cannot run here: {reason}; or leave it at 'torch'")

@@ -1,0 +1,137 @@
+"""The two-stage rule: copies of each other or else one side of a cut are rejected, then outliers.
+
+Shapes: N clients, R = N + 1 rows, the root's last.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine.clustering.backends import Backend
+from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separation
+from skymask_gpu.engine.distances import Distances
+from skymask_gpu.kernels.tree import path_maxima
+
+__all__ = ["two_stage"]
+
+# The constants, and where each comes from.
+SEPARATION = 1.0  # squared distance of two groups over their variance; results are the same from 0.75 to 1.25
+GAP = 1.35  # ratio of one edge to the next where outliers begin; honest label groups come close to it
+SMALLEST_SHARE = 0.2  # of the clients: the honest share that the attack model still allows
+# A cut that is not that wide counts too if it is a clean one and its far side has little to do with the root direction. Without
+# attackers D is at most 5.6 and the ratio at least 0.5; with flipped signs or labels at least 7.1, and at most 0.3.
+CLEAN_CUT = 6.0  # Ashman's D of the two normals on the first principal component
+LESS_ALIGNED = 0.4  # mean alignment with the root direction, over that of the near side
+COPY = 0.02  # of the way to a nearest mask; 0 for attackers that send one update, 0.19 and more for honest clients of a CNN,
+# but less than 0.1 for a few of a small MLP with a dozen samples each
+HONEST_QUANTILE = 0.9  # of the ways to a nearest mask: honest even when four in five clients are copies
+EM_STEPS = 100
+VARIANCE_FLOOR = 1e-3  # of the variance of all scores
+
+
+def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | None, backend: Backend) -> Ruling:
+    """Who is kept; ``alignment_N``, float64, is each client's inner product with the root direction, if it is known."""
+    smallest = SMALLEST_SHARE * (len(distances) - 1)
+    x_R = scores_R2[:, 0].contiguous()
+    side_R = backend.two_normals(x_R, EM_STEPS, VARIANCE_FLOOR)
+    with_root_N = side_R[:-1] == side_R[-1]
+    copy_N = copies(distances)
+    by_copies = copy_N.any() & ((~copy_N).sum() >= smallest)
+    apart = separation(distances, torch.where(by_copies, ~copy_N, with_root_N))
+
+    cut_N, cut_facts = _cut(x_R[:-1], with_root_N, apart, alignment_N, smallest)
+    # where there are copies, no cut of the others: honest label groups lie further apart than what is left of each spreads
+    kept_N = torch.where(by_copies, ~copy_N, cut_N)
+    scattered_N, gap = scattered(path_maxima(distances.stored, kept_N, distances.unit), kept_N, smallest)
+    return Ruling(
+        benign_N=kept_N & ~scattered_N,
+        separation=apart,
+        reason=_reason,
+        facts={
+            "by copies": by_copies,
+            "copies": copy_N.sum(),
+            **cut_facts,
+            "first stage keeps all": kept_N.all(),
+            "scattered": scattered_N.sum(),
+            "gap": gap,
+        },
+    )
+
+
+def copies(distances: Distances) -> Tensor:
+    """Clients whose masks are nearer to another's than two models come that are trained each on its own, ``(N,)`` bool."""
+    nearest_R = torch.empty(len(distances), dtype=torch.float64, device=distances.device)
+    for first, block_TR in distances.blocks():
+        block_TR.diagonal(first).fill_(math.inf)
+        nearest_R[first : first + len(block_TR)] = block_TR.amin(1)
+    nearest_N, root_nearest = nearest_R[:-1], nearest_R[-1]
+    return nearest_N < COPY * torch.minimum(nearest_N.quantile(HONEST_QUANTILE), root_nearest)
+
+
+def _cut(
+    x_N: Tensor, with_root_N: Tensor, apart: Tensor, alignment_N: Tensor | None, smallest: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Who is kept, ``(N,)`` bool, if the masks are cut in two on the first principal component; the facts."""
+    never = torch.zeros_like(apart, dtype=torch.bool)
+    swapped = never if alignment_N is None else _root_is_on_the_wrong_side(alignment_N, with_root_N)
+    near_N = with_root_N ^ swapped
+    num_near, num_far = near_N.sum(), (~near_N).sum()
+    possible = (num_far > 0) & (num_near >= smallest)
+    wide = possible & (apart > SEPARATION)
+    astray = never if alignment_N is None else possible & _is_clean_and_astray(x_N, alignment_N, near_N)
+    facts = {"root alone": num_near == 0, "far": num_far, "wide": wide, "astray": astray, "swapped": swapped}
+    return near_N | ~(wide | astray), facts
+
+
+def _root_is_on_the_wrong_side(alignment_N: Tensor, with_root_N: Tensor) -> Tensor:
+    return (mean_of(alignment_N, with_root_N) < 0) & (mean_of(alignment_N, ~with_root_N) > 0)
+
+
+def _is_clean_and_astray(x_N: Tensor, alignment_N: Tensor, near_N: Tensor) -> Tensor:
+    """Whether the far side of a cut on the first principal component is a normal of its own (Ashman et al., AJ 1994: D), and
+    agrees with the root direction much less than the near side.
+    """
+    near, far = mean_of(x_N, near_N), mean_of(x_N, ~near_N)
+    pooled = (mean_of((x_N - near) ** 2, near_N) + mean_of((x_N - far) ** 2, ~near_N)) / 2
+    clean = (near - far).square() > CLEAN_CUT**2 * pooled
+    agreed = mean_of(alignment_N, near_N)
+    return clean & (agreed > 0) & (mean_of(alignment_N, ~near_N) < LESS_ALIGNED * agreed)
+
+
+def scattered(height_N: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+    """Kept clients beyond the first gap in the ways to the root, ``(N,)`` bool, and how wide the gap is, ``()``.
+
+    A client's way is the path to the root in the minimum spanning tree; its height is the longest edge on it.
+    """
+    ordered_N = height_N.masked_fill(~kept_N, math.inf).sort().values
+    inner_M, outer_M = ordered_N[:-1], ordered_N[1:]
+    # how many lie on the inner side
+    count_M = torch.arange(1, len(ordered_N), device=height_N.device)
+    gap_M = (outer_M > GAP * inner_M) & (count_M >= math.ceil(smallest))
+    first_1 = count_M.masked_fill(~gap_M, len(count_M)).amin(0, keepdim=True) - 1
+    inner, outer = inner_M.index_select(0, first_1)[0], outer_M.index_select(0, first_1)[0]
+    return kept_N & (height_N > inner) & gap_M.any(), outer / inner
+
+
+def _reason(facts: Facts) -> str:
+    reasons, note = [], ""
+    if facts["swapped"]:
+        note = " (the root's mask lies with clients that oppose the root direction: the other side is kept)"
+    if facts["by copies"]:
+        reasons = [f"{int(facts['copies'])} masks are copies of another's"]
+    elif facts["root alone"]:
+        reasons = [
+            "the root's mask lies apart from every client's, so there is no verdict: all kept; "
+            "train the root with the clients' own learning rate and clip, or pass a root update trained like theirs"
+        ]
+    elif facts["wide"]:
+        times = facts["separation"]
+        reasons = [f"{int(facts['far'])} masks lie apart as one group, {times:.2f} times the spread of a group away{note}"]
+    elif facts["astray"]:
+        reasons = [f"{int(facts['far'])} masks are cut off cleanly, and their clients hardly follow the root direction{note}"]
+    if facts["scattered"]:
+        reasons = [] if facts["first stage keeps all"] else reasons  # those of keeping everyone
+        number, gap = int(facts["scattered"]), facts["gap"]
+        reasons.append(f"{number} masks lie {gap:.2f} times further out than honest ones from each other")
+    return " and ".join(reasons) or "no group of masks lies further apart than honest clients do: all kept"

@@ -1,0 +1,162 @@
+"""The verdict on N clients: arguments are checked, a rule decides on the device, and the host looks once.
+
+Shapes: N clients, R = N + 1 rows, the root's last.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine.clustering.backends import Backend, dense_backend, pick_backend
+from skymask_gpu.engine.clustering.config import Clustering
+from skymask_gpu.engine.clustering.published import published
+from skymask_gpu.engine.clustering.ruling import Facts
+from skymask_gpu.engine.clustering.two_stage import two_stage
+from skymask_gpu.engine.distances import Distances, mask_distances
+from skymask_gpu.engine.profiling import phase
+
+__all__ = ["ClusteredMasks", "cluster_distances", "cluster_masks"]
+
+_ALL_EQUAL = "all masks are equal: all kept"
+
+
+@dataclass(frozen=True)
+class ClusteredMasks:
+    """The verdict on N clients.
+
+    Attributes:
+        benign: ``(N,)`` bool, on the device of the masks.
+        num_clusters: 1 if everyone is kept, else 2.
+        scores: ``(R, 2)`` float64, the first two principal components of the masks, root last: the picture of the paper.
+        separation: squared distance of the two sides' centroids over their pooled variance (0 if there is one side).
+        reason: one sentence: why these clients were rejected, or why nobody was.
+    """
+
+    benign: Tensor
+    num_clusters: int
+    scores: Tensor
+    separation: float
+    reason: str
+
+
+def cluster_masks(
+    bits: Tensor,
+    num_params: int,
+    *,
+    alignment: Tensor | None = None,
+    config: Clustering = Clustering(),
+) -> ClusteredMasks:
+    """The verdict from packed bits ``(R, ceil(num_params / 8))`` uint8, root row last; see :func:`cluster_distances`."""
+    if bits.dim() != 2 or bits.dtype != torch.uint8 or bits.shape[1] != -(-num_params // 8):
+        raise ValueError(
+            f"bits must be (R, {-(-num_params // 8)}) uint8 for {num_params} parameters, got {tuple(bits.shape)} {bits.dtype}"
+        )
+    with phase("distances", bits, 4 * len(bits) ** 2):
+        distances = mask_distances(bits, num_params)
+    return _cluster(distances, alignment, config, {})
+
+
+def cluster_distances(
+    distances: Tensor,
+    *,
+    alignment: Tensor | None = None,
+    config: Clustering = Clustering(),
+) -> ClusteredMasks:
+    """The verdict from the matrix of Hamming shares.
+
+    With the torch backend and up to 4,096 rows on an accelerator, the host waits for it once, for the verdict, if the arguments
+    are there; only where an iteration does not settle is it all done again, with a full eigendecomposition.
+
+    Args:
+        distances: ``(R, R)``, share of bits in which rows i and j differ, symmetric, 0 on the diagonal, root row last; R >= 2.
+        alignment: ``(N,)`` each client's inner product with the root direction (an update the server trains on the root data);
+            lets the two-stage rule notice that the root row sits with the attackers. None: that check is left out.
+        config: which rule, which library.
+
+    Raises:
+        ValueError: the shapes do not fit, a value is not finite, or the library cannot work on this device.
+    """
+    if distances.dim() != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] < 2:
+        raise ValueError(f"distances must be (R, R) with R >= 2 and the root row last, got {tuple(distances.shape)}")
+    return _cluster(Distances(distances), alignment, config, {"distances finite": torch.isfinite(distances).all()})
+
+
+def _cluster(distances: Distances, alignment: Tensor | None, config: Clustering, finite: dict[str, Tensor]) -> ClusteredMasks:
+    """``finite``: whether the caller's arguments are, ``()`` bools."""
+    num_clients = len(distances) - 1
+    if alignment is not None:
+        if tuple(alignment.shape) != (num_clients,):
+            raise ValueError(
+                f"alignment must be ({num_clients},) finite numbers, one a client, got shape {tuple(alignment.shape)}"
+            )
+        alignment = alignment.to(distances.device, torch.float64)
+        finite = {**finite, "alignment finite": torch.isfinite(alignment).all()}
+    backend = pick_backend(config.backend, distances.device, len(distances))
+    verdict = _judge(distances, alignment, config, backend, finite)
+    if verdict is None:
+        verdict = _judge(distances, alignment, config, dense_backend(), finite)
+    assert verdict is not None, "a backend that waits is always sure"
+    return verdict
+
+
+def _judge(
+    distances: Distances, alignment_N: Tensor | None, config: Clustering, backend: Backend, finite: dict[str, Tensor]
+) -> ClusteredMasks | None:
+    """The verdict; None if a backend that does not wait is not sure of it."""
+    num_clients = len(distances) - 1
+    if backend.waits:
+        _refuse_not_finite(_on_host(finite), num_clients)
+    scores_R2, settled = backend.principal_scores(distances)
+    everyone_N = torch.ones(num_clients, dtype=torch.bool, device=distances.device)
+    if backend.waits:
+        nothing = _nothing_to_compare(distances)
+        if nothing is not None:
+            return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, nothing)
+
+    if config.rule == "published":
+        ruling = published(distances, scores_R2, config.seed, backend)
+    else:
+        ruling = two_stage(distances, scores_R2, alignment_N, backend)
+    facts = _on_host(
+        {
+            **finite,
+            **ruling.facts,
+            "sure": settled & ruling.sure,
+            "masks differ": backend.waits or distances.stored.any(),
+            "separation": ruling.separation,
+            "keeps all": ruling.benign_N.all(),
+        }
+    )
+    _refuse_not_finite(facts, num_clients)
+    if not facts["sure"]:
+        return None
+    if not facts["masks differ"]:
+        return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, _ALL_EQUAL)
+    num_clusters = 1 if facts["keeps all"] else 2
+    return ClusteredMasks(ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts))
+
+
+def _on_host(facts: Mapping[str, Tensor | bool]) -> Facts:
+    """Numbers from ``()`` tensors, all in one transfer."""
+    numbers = {name: float(fact) for name, fact in facts.items() if not isinstance(fact, Tensor)}
+    tensors = {name: fact.to(torch.float64) for name, fact in facts.items() if isinstance(fact, Tensor)}
+    if tensors:
+        numbers |= zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)
+    return numbers
+
+
+def _refuse_not_finite(facts: Facts, num_clients: int) -> None:
+    if not facts.get("distances finite", True):
+        raise ValueError("distances must be finite, got NaN or Inf")
+    if not facts.get("alignment finite", True):
+        raise ValueError(f"alignment must be ({num_clients},) finite numbers, one a client, got NaN or Inf")
+
+
+def _nothing_to_compare(distances: Distances) -> str | None:
+    """Why everyone is kept without a look at the masks' spread; None if there is something to compare."""
+    num_clients = len(distances) - 1
+    if num_clients < 3:
+        return f"{num_clients} clients are too few to compare: all kept"
+    return None if any(block.any() for _, block in distances.blocks()) else _ALL_EQUAL
