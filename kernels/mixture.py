@@ -49,8 +49,8 @@ def gaussian_mixture_reference(x_RK: Tensor, labels_R: Tensor) -> Tensor:
     """Plain twin of :func:`gaussian_mixture`, on any device and for any K."""
     num_rows, num_dims = x_RK.shape
     member_R2 = torch.nn.functional.one_hot(labels_R, 2).to(x_RK)
-    likelihood = -math.inf
-    for _ in range(MOST_STEPS):
+    likelihood, settled = -math.inf, False
+    for _ in range(MOST_STEPS + 1):  # the last one's labels are of the parameters it settled on, as scikit-learn's are
         weight_2 = member_R2.sum(0) + 10 * torch.finfo(x_RK.dtype).eps
         mean_2K = member_R2.T @ x_RK / weight_2[:, None]
         offset_2RK = x_RK - mean_2K[:, None]
@@ -64,8 +64,9 @@ def gaussian_mixture_reference(x_RK: Tensor, labels_R: Tensor) -> Tensor:
         )
         before, likelihood = likelihood, log_density_R2.logsumexp(1).mean().item()
         member_R2 = log_density_R2.softmax(1)
-        if abs(likelihood - before) < TOLERANCE:
+        if settled:
             break
+        settled = abs(likelihood - before) < TOLERANCE
     return member_R2.argmax(1)
 
 

@@ -172,38 +172,37 @@ def gaussian_mixture_kernel(
             sum_log += tl.where(mask_r, log_sum, 0.0)
         before = likelihood
         likelihood = tl.sum(sum_log) / rows
-        # of the parameters so far; before step 1 there are none, and none before those
+        # of the parameters so far; before step 1 there are none, and none before those. One step more follows, as in the twin
         rising = ((step < 2) | (tl.abs(likelihood - before) >= TOLERANCE)) & (step < MOST_STEPS)
-        if rising:
-            weight_0, weight_1 = tl.sum(sum_0) + _TEN_EPS, tl.sum(sum_1) + _TEN_EPS
-            new_x_0, new_y_0 = tl.sum(sum_x0) / weight_0, tl.sum(sum_y0) / weight_0
-            new_x_1, new_y_1 = tl.sum(sum_x1) / weight_1, tl.sum(sum_y1) / weight_1
-            sum_xx0, sum_xx1 = tl.zeros([BLOCK_R], dtype=tl.float64), tl.zeros([BLOCK_R], dtype=tl.float64)
-            sum_yx0, sum_yx1 = tl.zeros([BLOCK_R], dtype=tl.float64), tl.zeros([BLOCK_R], dtype=tl.float64)
-            sum_yy0, sum_yy1 = tl.zeros([BLOCK_R], dtype=tl.float64), tl.zeros([BLOCK_R], dtype=tl.float64)
-            for row in range(0, num_rows, BLOCK_R):
-                offs_r = row + tl.arange(0, BLOCK_R)
-                mask_r = offs_r < num_rows
-                x = tl.load(x_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
-                y = tl.load(x_ptr + num_rows + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
-                label = tl.load(labels_ptr + offs_r, mask=mask_r, other=0)  # [BLOCK_R]
-                member_0, member_1, _ = _plane_members(
-                    x, y, label, step, scale_0, x_0, y_0, per_x0, slope_0, per_y0, scale_1, x_1, y_1, per_x1, slope_1, per_y1
-                )
-                member_0, member_1 = tl.where(mask_r, member_0, 0.0), tl.where(mask_r, member_1, 0.0)
-                sum_xx0 += member_0 * (x - new_x_0) * (x - new_x_0)
-                sum_yx0 += member_0 * (x - new_x_0) * (y - new_y_0)
-                sum_yy0 += member_0 * (y - new_y_0) * (y - new_y_0)
-                sum_xx1 += member_1 * (x - new_x_1) * (x - new_x_1)
-                sum_yx1 += member_1 * (x - new_x_1) * (y - new_y_1)
-                sum_yy1 += member_1 * (y - new_y_1) * (y - new_y_1)
-            xx_0, xx_1 = tl.sum(sum_xx0) / weight_0 + REGULARISATION, tl.sum(sum_xx1) / weight_1 + REGULARISATION
-            yx_0, yx_1 = tl.sum(sum_yx0) / weight_0, tl.sum(sum_yx1) / weight_1
-            yy_0, yy_1 = tl.sum(sum_yy0) / weight_0 + REGULARISATION, tl.sum(sum_yy1) / weight_1 + REGULARISATION
-            scale_0, per_x0, slope_0, per_y0 = _whitening(weight_0, rows, xx_0, yx_0, yy_0)
-            scale_1, per_x1, slope_1, per_y1 = _whitening(weight_1, rows, xx_1, yx_1, yy_1)
-            x_0, y_0, x_1, y_1 = new_x_0, new_y_0, new_x_1, new_y_1
-            step += 1
+        weight_0, weight_1 = tl.sum(sum_0) + _TEN_EPS, tl.sum(sum_1) + _TEN_EPS
+        new_x_0, new_y_0 = tl.sum(sum_x0) / weight_0, tl.sum(sum_y0) / weight_0
+        new_x_1, new_y_1 = tl.sum(sum_x1) / weight_1, tl.sum(sum_y1) / weight_1
+        sum_xx0, sum_xx1 = tl.zeros([BLOCK_R], dtype=tl.float64), tl.zeros([BLOCK_R], dtype=tl.float64)
+        sum_yx0, sum_yx1 = tl.zeros([BLOCK_R], dtype=tl.float64), tl.zeros([BLOCK_R], dtype=tl.float64)
+        sum_yy0, sum_yy1 = tl.zeros([BLOCK_R], dtype=tl.float64), tl.zeros([BLOCK_R], dtype=tl.float64)
+        for row in range(0, num_rows, BLOCK_R):
+            offs_r = row + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < num_rows
+            x = tl.load(x_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
+            y = tl.load(x_ptr + num_rows + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
+            label = tl.load(labels_ptr + offs_r, mask=mask_r, other=0)  # [BLOCK_R]
+            member_0, member_1, _ = _plane_members(
+                x, y, label, step, scale_0, x_0, y_0, per_x0, slope_0, per_y0, scale_1, x_1, y_1, per_x1, slope_1, per_y1
+            )
+            member_0, member_1 = tl.where(mask_r, member_0, 0.0), tl.where(mask_r, member_1, 0.0)
+            sum_xx0 += member_0 * (x - new_x_0) * (x - new_x_0)
+            sum_yx0 += member_0 * (x - new_x_0) * (y - new_y_0)
+            sum_yy0 += member_0 * (y - new_y_0) * (y - new_y_0)
+            sum_xx1 += member_1 * (x - new_x_1) * (x - new_x_1)
+            sum_yx1 += member_1 * (x - new_x_1) * (y - new_y_1)
+            sum_yy1 += member_1 * (y - new_y_1) * (y - new_y_1)
+        xx_0, xx_1 = tl.sum(sum_xx0) / weight_0 + REGULARISATION, tl.sum(sum_xx1) / weight_1 + REGULARISATION
+        yx_0, yx_1 = tl.sum(sum_yx0) / weight_0, tl.sum(sum_yx1) / weight_1
+        yy_0, yy_1 = tl.sum(sum_yy0) / weight_0 + REGULARISATION, tl.sum(sum_yy1) / weight_1 + REGULARISATION
+        scale_0, per_x0, slope_0, per_y0 = _whitening(weight_0, rows, xx_0, yx_0, yy_0)
+        scale_1, per_x1, slope_1, per_y1 = _whitening(weight_1, rows, xx_1, yx_1, yy_1)
+        x_0, y_0, x_1, y_1 = new_x_0, new_y_0, new_x_1, new_y_1
+        step += 1
 
     for row in range(0, num_rows, BLOCK_R):
         offs_r = row + tl.arange(0, BLOCK_R)
