@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["starting_centres", "two_means", "two_means_without_waiting"]
 
 _MOST_STEPS = 300
-# Without looking whether anything still changes; two means of up to 4,096 points in the plane settle long before.
+# Without looking whether anything still changes.
 _BLIND_STEPS = 60
 
 

@@ -43,7 +43,7 @@ def dense_principal_scores(distances: Distances) -> Tensor:
 def principal_scores_without_waiting(distances: Distances) -> tuple[Tensor, Tensor]:
     """The same by a fixed number of matrix products, and whether they settled, ``()`` bool; no host synchronisation.
 
-    ``torch.linalg.eigh`` on a GPU waits for its own error code, and takes longer.
+    Hence no ``torch.linalg.eigh``, which waits for its error code on a GPU, not even of a small matrix.
     """
     if len(distances) <= _DENSE_ROWS:
         gram_RR = centred_gram(distances)

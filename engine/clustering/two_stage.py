@@ -77,7 +77,7 @@ def _cut(
     swapped = never if alignment_N is None else _root_is_on_the_wrong_side(alignment_N, with_root_N)
     near_N = with_root_N ^ swapped
     num_near, num_far = near_N.sum(), (~near_N).sum()
-    possible = (num_far > 0) & (num_near >= smallest)
+    possible = num_near >= smallest
     wide = possible & (apart > SEPARATION)
     astray = never if alignment_N is None else possible & _is_clean_and_astray(x_N, alignment_N, near_N)
     facts = {"root alone": num_near == 0, "far": num_far, "wide": wide, "astray": astray, "swapped": swapped}
