@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from skymask_gpu import Aggregation, MaskTraining, RootTraining, SkyMask, cli
+from skymask_gpu.collect import collect
 from skymask_gpu.engine import FlatModel, unpack_bits
+from skymask_gpu.engine.sharding import own_columns
 from skymask_gpu.federation.data import load_dataset
 from skymask_gpu.torchrun import column_mesh, load_own_columns
 from skymask_gpu.user_files import load_updates
@@ -86,12 +88,16 @@ def sent(case: str, honest_NP: Tensor) -> Tensor:
     return updates_NP
 
 
-def judge(case: str, stored: dict[str, Tensor], mesh: "DeviceMesh | None") -> Aggregation:
-    updates = sent(case, stored["honest"])
-    if mesh is not None:
-        from torch.distributed.tensor import Shard, distribute_tensor
+def shared_out(updates_NP: Tensor, mesh: "DeviceMesh | None") -> Tensor:
+    if mesh is None:
+        return updates_NP
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-        updates = distribute_tensor(updates, mesh, [Shard(1)])
+    return distribute_tensor(updates_NP, mesh, [Shard(1)])
+
+
+def judge(case: str, stored: dict[str, Tensor], mesh: "DeviceMesh | None") -> Aggregation:
+    updates = shared_out(sent(case, stored["honest"]), mesh)
     defence = SkyMask(net(), stored["inputs"], stored["labels"], **CASES[case])
     # a root row that does not hang on a norm, which float32 sums round by the order of the columns
     return defence.aggregate(updates, root_update=stored["root"] if case == "collapsed" else None)
@@ -122,6 +128,10 @@ def judge_all(folder: Path, mesh: "DeviceMesh | None") -> None:
             "varying": evidence.varying,
             "layers": result.layers,
         }
+    flat = FlatModel(net(), stored["inputs"], stored["labels"])
+    shards, own_NL = own_columns(shared_out(stored["honest"], mesh), NUM_PARAMS)
+    collected = collect(own_NL, flat, net(), stored["root"], shards)
+    tensors |= {"norms": collected.norms, "alignments": collected.alignments}
     facts["errors"] = errors(stored, mesh) if mesh is not None and mesh.size() == 3 else {}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{name_of(mesh)}.judged.safetensors")
     (folder / f"{name_of(mesh)}.judged.json").write_text(json.dumps(facts))
@@ -301,6 +311,13 @@ def test_ranks_judge_like_one_process(num_ranks: int, case: str, outcomes: dict[
         assert torch.equal(ranks[0][0][f"{case}/scores"], want[f"{case}/scores"])
         assert all(torch.equal(got[f"{case}/evidence"], want[f"{case}/evidence"]) for got, _ in ranks)
         assert all(facts[case]["varying"] == want_facts[case]["varying"] for _, facts in ranks)
+
+
+@pytest.mark.parametrize("name", ["0-of-2", "1-of-2", "0-of-3", "1-of-3", "2-of-3"])
+def test_norms_and_alignments_are_those_of_whole_rows(name: str, outcomes: dict[str, Outcome]) -> None:
+    got, want = outcomes[name][0], outcomes["0-of-1"][0]
+    for key in ("norms", "alignments"):
+        torch.testing.assert_close(got[key], want[key], rtol=1e-5, atol=0)
 
 
 def test_input_that_does_not_fit_is_an_error_on_every_rank(outcomes: dict[str, Outcome]) -> None:
