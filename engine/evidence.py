@@ -7,6 +7,7 @@ from torch import Tensor
 
 from skymask_gpu.engine.bits import unpack_bits
 from skymask_gpu.engine.memory import SMALLEST_TILE, in_column_tiles
+from skymask_gpu.engine.sharding import ColumnShards
 
 __all__ = ["Evidence", "layer_evidence"]
 
@@ -32,7 +33,9 @@ class Evidence:
     varying: list[int]
 
 
-def layer_evidence(bits: Tensor, benign: Tensor, clients: list[int], layers: dict[str, int]) -> Evidence:
+def layer_evidence(
+    bits: Tensor, benign: Tensor, clients: list[int], layers: dict[str, int], shards: ColumnShards | None = None
+) -> Evidence:
     """The evidence in packed mask bits.
 
     Args:
@@ -40,12 +43,14 @@ def layer_evidence(bits: Tensor, benign: Tensor, clients: list[int], layers: dic
         benign: ``(K,)`` bool, at least one True.
         clients: the K clients' numbers.
         layers: name -> number of parameters, in the order of the bits.
+        shards: the columns that ``bits`` are of, if not of all; then every rank must call this.
     """
+    shards = shards or ColumnShards(sum(layers.values()))
     num_clients = len(benign)
     differing_KL = torch.zeros(num_clients, len(layers), dtype=torch.float64, device=bits.device)
     varying_L = torch.zeros(len(layers), dtype=torch.float64, device=bits.device)
     offset = 0
-    for layer, size in enumerate(layers.values()):
+    for layer, size in enumerate(shards.own_sizes(list(layers.values()))):
 
         def add(begin: int, end: int, first: int = offset, layer: int = layer) -> None:
             begin, end = first + begin, first + end
@@ -58,4 +63,6 @@ def layer_evidence(bits: Tensor, benign: Tensor, clients: list[int], layers: dic
 
         in_column_tiles(add, size, tile=max(SMALLEST_TILE, _TILE_BITS // len(bits)))
         offset += size
+    shards.sum(differing_KL)
+    shards.sum(varying_L)
     return Evidence(differing_KL / varying_L.clamp_min(1), clients, list(layers), varying_L.long().tolist())

@@ -1,6 +1,7 @@
 """The command line: ``skymask-gpu aggregate | info``, and the commands of ``cli_federation.py``."""
 
 import math
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -14,11 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from skymask_gpu import cli_bench, cli_federation, cli_profile
-from skymask_gpu.defence import Aggregation, SkyMask
+from skymask_gpu.defence import Aggregation, SkyMask, mean_buffers
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.files import read_tensors, write_tensors, write_text
 from skymask_gpu.info import capabilities, versions
 from skymask_gpu.root import RootTraining
+from skymask_gpu.torchrun import ShardedUpdates, column_mesh, load_own_columns
 from skymask_gpu.user_files import UserUpdates, load_module, load_root, load_updates
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="SkyMask, the mask-based defence of federated learning.")
@@ -38,7 +40,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        where = f" on rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        errors.print(f"[red]error{where}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -73,7 +76,10 @@ def aggregate(
     server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
     solver: Annotated[str, typer.Option(help="reference, vmap, fused, collapsed (approximate, fastest) or auto.")] = "auto",
 ) -> None:
-    """Judge the clients of one round, and write the global model with the benign updates added."""
+    """Judge the clients of one round, and write the global model with the benign updates added.
+
+    Under torchrun each process takes a share of the parameters; the first prints and writes.
+    """
     if not math.isfinite(server_lr):
         raise ValueError(f"--server-lr must be finite, got {server_lr}")
     try:
@@ -82,25 +88,40 @@ def aggregate(
         raise ValueError(f"--global: {error}") from error
     module = load_module(model, global_state)
     root_inputs, root_labels = load_root(root)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     root_training = RootTraining(lr=root_lr, grad_clip=root_clip)
-    defence = SkyMask(module, root_inputs, root_labels, root_training=root_training, solver=solver, device=device)
     flat = FlatModel(module, root_inputs, root_labels)
-    sent = load_updates(updates, flat, global_state, local_models=local_models)
-    if solver not in ("auto", "collapsed") and not isinstance(sent.updates, torch.Tensor):
-        sent = replace(sent, updates=list(sent.updates))  # these solvers want all updates in memory
-    with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
-        result = defence.aggregate(sent.updates)
+    with column_mesh() as mesh:
+        is_first = mesh is None or mesh.get_rank() == 0
+        console.quiet = not is_first
+        if not is_first:
+            warnings.simplefilter("ignore")  # all ranks have the same to say
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        sent: UserUpdates
+        if mesh is None:
+            sent = load_updates(updates, flat, global_state, local_models=local_models)
+            if solver not in ("auto", "collapsed") and not isinstance(sent.updates, torch.Tensor):
+                sent = replace(sent, updates=list(sent.updates))  # these solvers want all updates in memory
+        else:
+            sent = load_own_columns(updates, flat, module, global_state, mesh, local_models=local_models)
+            if solver == "auto" and updates.is_dir():
+                solver = "collapsed"  # what one process takes for a folder: the same labels for any number of ranks
+        defence = SkyMask(module, root_inputs, root_labels, root_training=root_training, solver=solver, device=device)
+        with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
+            result = defence.aggregate(sent.updates)
+        verdict = _verdict_json(result, sent) if json_report is not None else ""
+    if not is_first:
+        return
 
     _print_verdict(result, sent)
+    buffers = mean_buffers(sent.buffers, result.benign) if isinstance(sent, ShardedUpdates) else result.buffers
     new_state = dict(global_state)
     new_params = flat.initial_params + server_lr * result.update.cpu()
     new_state.update({name: value.to(global_state[name].dtype) for name, value in flat.unflatten(new_params).items()})
-    new_state.update({name: value.to(global_state[name].dtype) for name, value in result.buffers.items()})
+    new_state.update({name: value.to(global_state[name].dtype) for name, value in buffers.items()})
     write_tensors(out, new_state, metadata)
     console.print(f"new global model: {out}")
     if json_report is not None:
-        write_text(json_report, _verdict_json(result, sent))
+        write_text(json_report, verdict)
         console.print(f"verdict: {json_report}")
 
 

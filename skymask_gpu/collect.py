@@ -10,8 +10,18 @@ from torch import Tensor, nn
 
 from skymask_gpu.engine import ClientBlocks, FlatModel
 from skymask_gpu.engine.profiling import phase
+from skymask_gpu.engine.sharding import ColumnShards
+from skymask_gpu.engine.solvers.solution import Loss
 
-__all__ = ["Collected", "check_form", "collect", "drives_loss_out_of_range", "far_out"]
+__all__ = [
+    "Collected",
+    "check_form",
+    "collect",
+    "drives_loss_out_of_range",
+    "far_out",
+    "raise_none_left",
+    "state_dict_fault",
+]
 
 Updates = Tensor | ClientBlocks | Sequence[Mapping[str, Tensor]]
 
@@ -28,10 +38,10 @@ _CLIENTS_A_BLOCK = 64
 
 @dataclass
 class Collected:
-    """Usable clients: their ``rows`` (K of P values), and who sent each, ``clients`` ``(K,)``.
+    """Usable clients: their ``rows`` (K of P values, or of this rank's own), and who sent each, ``clients`` ``(K,)``.
 
-    ``norms`` ``(K,)`` float32 are the rows' Euclidean norms, ``alignments`` ``(K,)`` float64 their inner products with the root
-    direction.
+    ``norms`` ``(K,)`` float32 are the Euclidean norms of whole rows, ``alignments`` ``(K,)`` float64 their inner products with
+    the root direction.
     """
 
     rows: ClientBlocks
@@ -71,8 +81,10 @@ def check_form(updates: Updates, num_params: int) -> None:
         raise ValueError("updates must hold at least one client's state dict, got an empty list")
 
 
-def collect(updates: Updates, model: FlatModel, module: nn.Module, direction_P: Tensor) -> Collected:
+def collect(updates: Updates, model: FlatModel, module: nn.Module, direction_P: Tensor, shards: ColumnShards) -> Collected:
     """Rows from a stacked tensor, blocks or state dicts; whatever is malformed or not finite is rejected by name.
+
+    Of sharded updates each rank passes its own columns, and all reject the same clients.
 
     Raises:
         ValueError: no usable client is left.
@@ -85,36 +97,36 @@ def collect(updates: Updates, model: FlatModel, module: nn.Module, direction_P: 
     else:
         rows, clients, buffers = _from_state_dicts(updates, model, module, rejected)
     if rows is None:
-        _raise_none_left(rejected)
-    norms_K, alignments_K = _measure(rows, direction_P)
+        raise_none_left(rejected)
+    norms_K, alignments_K = _measure(rows, direction_P, shards)
     numbers_K = torch.tensor(clients, dtype=torch.long, device=rows.device)
     collected = Collected(rows, norms_K, alignments_K, numbers_K, len(updates), buffers, rejected)
-    _reject_non_finite(collected)
+    _reject_non_finite(collected, shards)
     if 2 * len(rejected) > len(updates):
         warnings.warn(f"{len(rejected)} of {len(updates)} clients sent an unusable update and were rejected", stacklevel=4)
     return collected
 
 
-def _raise_none_left(rejected: dict[int, str]) -> NoReturn:
+def raise_none_left(rejected: dict[int, str]) -> NoReturn:
     first = next(iter(rejected.values()))
     raise ValueError(f"updates: none of {len(rejected)} clients sent a usable update; the first one: {first}")
 
 
-def _measure(rows: ClientBlocks, direction_P: Tensor) -> tuple[Tensor, Tensor]:
+def _measure(rows: ClientBlocks, direction_P: Tensor, shards: ColumnShards) -> tuple[Tensor, Tensor]:
     """Norms, ``(K,)`` float32, and inner products with the direction, ``(K,)`` float64.
 
     A norm is NaN or Inf where a row has one, Inf also where its square overflows.
     """
     length = torch.linalg.vector_norm(direction_P.double())
-    unit_P = (direction_P / length).float() if length > 0 else direction_P.float()
+    unit_L = shards.own((direction_P / length).float() if length > 0 else direction_P.float())
     chunk = max(1, _CHUNK_ELEMENTS // rows.num_params)
     norms, products = [], []
     for block in rows:
         for part in block.split(chunk):
             part = part.float()
             norms.append(torch.linalg.vector_norm(part, dim=1))
-            products.append(part @ unit_P)
-    return torch.cat(norms), torch.cat(products).double() * length
+            products.append(part @ unit_L)
+    return shards.norms(torch.cat(norms)), shards.sum(torch.cat(products).double()) * length
 
 
 def far_out(collected: Collected, global_params_P: Tensor, direction_P: Tensor) -> list[int]:
@@ -124,9 +136,12 @@ def far_out(collected: Collected, global_params_P: Tensor, direction_P: Tensor) 
 
 
 def drives_loss_out_of_range(
-    collected: Collected, candidates: list[int], global_params_P: Tensor, loss: FlatModel
+    collected: Collected, candidates: list[int], global_params_P: Tensor, loss: Loss
 ) -> dict[int, str]:
-    """Those of the candidate rows that alone make the root loss or its gradient Inf or NaN, with the reason."""
+    """Those of the candidate rows that alone make the root loss or its gradient Inf or NaN, with the reason.
+
+    Of sharded updates, parameters and loss are those of this rank's own columns.
+    """
     reasons = {}
     # a candidate's update and the parameters are read, the gradient is written
     with phase("suspects", 3 * len(candidates) * global_params_P.nbytes):
@@ -167,7 +182,7 @@ def _from_state_dicts(
     buffers: list[dict[str, Tensor]] = []
     names = {name for name, _ in module.named_buffers()}
     for client, state in enumerate(updates):
-        reason = _state_dict_fault(state, model, known)
+        reason = state_dict_fault(state, model, known)
         if reason is not None:
             rejected[client] = reason
             continue
@@ -191,7 +206,7 @@ def _from_state_dicts(
     return ClientBlocks.from_reader(sizes, model.num_params, torch.float32, read, device), clients, buffers
 
 
-def _state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: Mapping[str, Tensor]) -> str | None:
+def state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: Mapping[str, Tensor]) -> str | None:
     if not isinstance(state, Mapping):
         return f"sent a {type(state).__name__} instead of a state dict"
     missing = [name for name in model.shapes if name not in state]
@@ -215,14 +230,14 @@ def _state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: Mapp
     return None
 
 
-def _reject_non_finite(collected: Collected) -> None:
+def _reject_non_finite(collected: Collected, shards: ColumnShards) -> None:
     # the norm is finite for almost every row; only the others are read a second time
     doubtful = (~torch.isfinite(collected.norms)).nonzero().flatten().tolist()
     reasons = {}
-    for row, update_P in collected.rows.each(doubtful):
-        num_bad = int((~torch.isfinite(update_P)).sum())
+    for row, update_L in collected.rows.each(doubtful):
+        num_bad = int(shards.sum((~torch.isfinite(update_L)).sum()))
         if num_bad:
-            reasons[row] = f"its update contains NaN or Inf ({num_bad} of {collected.rows.num_params} values)"
+            reasons[row] = f"its update contains NaN or Inf ({num_bad} of {shards.num_params} values)"
     if len(reasons) == len(collected.rows):
-        _raise_none_left({**collected.rejected, **reasons})
+        raise_none_left({**collected.rejected, **reasons})
     collected.reject(reasons)

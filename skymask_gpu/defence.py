@@ -20,15 +20,17 @@ from skymask_gpu.engine import (
     MaskTraining,
     NonFiniteLossError,
     TrainedMasks,
-    cluster_masks,
     layer_evidence,
     train_masks,
 )
+from skymask_gpu.engine.clustering.verdict import cluster
+from skymask_gpu.engine.distances import sharded_distances
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.profiling import Profile, copy_bandwidth, phase, recording
+from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss, own_columns
 from skymask_gpu.root import RootTraining, root_direction
 
-__all__ = ["Aggregation", "SkyMask"]
+__all__ = ["Aggregation", "SkyMask", "mean_buffers"]
 
 # Elements of a temporary made from columns of the updates.
 _CHUNK_ELEMENTS = 2**24
@@ -42,13 +44,15 @@ class Aggregation:
         update: ``(P,)`` float32, the mean update of the benign clients; the server adds ``server_lr`` times it.
         benign: ``(N,)`` bool, on ``device``.
         rejected: client -> reason, for every client that is not benign.
-        masks: the trained masks; rows are ``clients`` in order, then the root model.
+        masks: the trained masks; rows are ``clients`` in order, then the root model. Of sharded updates, those of this rank's
+            own columns, ``shards.columns``; all else is the same on every rank.
         clusters: the verdict on the clients that have a mask.
         clients: ``(K,)`` the numbers of the clients that have a mask.
         buffers: mean over the benign clients of the buffers (batch-norm statistics) they sent, by name.
         seconds: wall time by phase.
         layers: name -> number of parameters, in the order of ``update``.
         device: where it ran.
+        shards: the columns that ``masks`` are of: all, unless the updates were sharded.
         profile: time, bytes and memory by phase; None unless asked for.
     """
 
@@ -62,12 +66,16 @@ class Aggregation:
     seconds: dict[str, float]
     layers: dict[str, int]
     device: torch.device
+    shards: ColumnShards
     profile: Profile | None = None
 
     def evidence(self) -> Evidence:
-        """In which layers each client's mask differs from that of the benign majority; computed when asked for."""
+        """In which layers each client's mask differs from that of the benign majority; computed when asked for.
+
+        Of sharded updates: to be called on every rank, while the process group is there.
+        """
         benign_K = self.clusters.benign
-        return layer_evidence(self.masks.bits, benign_K, self.clients.tolist(), self.layers)
+        return layer_evidence(self.masks.bits, benign_K, self.clients.tolist(), self.layers, self.shards)
 
 
 @dataclass
@@ -148,7 +156,9 @@ class SkyMask:
         Args:
             updates: what N clients sent, local minus global parameters: an ``(N, P)`` float32 or bfloat16 tensor, a list of N
                 state dicts of updates (buffers, where they are sent, as they are; of another sequence each is read anew
-                whenever it is needed), or :class:`ClientBlocks`, whose rows may stay on disk. Not modified.
+                whenever it is needed), or :class:`ClientBlocks`, whose rows may stay on disk. Not modified. For several GPUs
+                or machines: a ``torch.distributed.tensor.DTensor`` ``(N, P)`` with placements ``[Shard(1)]`` over a 1-D
+                ``DeviceMesh``, passed on every rank; each then works on its own columns, and all else is the same on all.
             global_params: ``(P,)`` the model before the round; None: the module's parameters when this object was made.
             root_update: ``(P,)`` the root row, an update trained on the root data like a client's; None: the root direction,
                 scaled to the clients' median norm.
@@ -161,17 +171,26 @@ class SkyMask:
                 update is no error: that client is rejected with the reason.
             torch.OutOfMemoryError: with the bytes that were needed.
         """
+        shards, own_updates = own_columns(updates, self._flat.num_params)
         check_form(updates, self._flat.num_params)
+        updates = own_updates
         where = updates.device if isinstance(updates, Tensor | ClientBlocks) else self._flat.initial_params.device
         device = self._device or where
+        if shards.group is not None and device != where:
+            raise ValueError(f"device must be {where}, where this rank's columns of updates are, got {device}; or pass None")
         if not self._profile:
-            return self._judge(updates, global_params, root_update, device)
+            return self._judge(updates, shards, global_params, root_update, device)
         with recording(device) as record:
-            result = self._judge(updates, global_params, root_update, device)
+            result = self._judge(updates, shards, global_params, root_update, device)
         return replace(result, profile=record.profile(copy_bandwidth(device)))
 
     def _judge(
-        self, updates: Updates, global_params: Tensor | None, root_update: Tensor | None, device: torch.device
+        self,
+        updates: Updates,
+        shards: ColumnShards,
+        global_params: Tensor | None,
+        root_update: Tensor | None,
+        device: torch.device,
     ) -> Aggregation:
         watch = _Stopwatch()
         # the masks' bits, and the distances of all pairs
@@ -181,25 +200,30 @@ class SkyMask:
         with watch.phase("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
             with phase("collect"):
                 loss = self._flat.to(device)
+                own_loss = loss if shards.group is None else ShardedLoss(loss, shards)
                 global_params_P = self._global_params(global_params, loss)
                 if isinstance(updates, Tensor | ClientBlocks):
                     updates = updates.to(device)
             # a step reads the parameters and writes their gradient
             with watch.phase("root"), phase("root", 2 * self._root_training.steps * global_params_P.nbytes):
-                direction_P = root_direction(loss, global_params_P, self._root_training)
+                direction_P = shards.from_first(
+                    lambda: root_direction(loss, global_params_P, self._root_training), like=global_params_P
+                )
             sent = updates if isinstance(updates, Tensor | ClientBlocks) else num_clients * global_params_P.nbytes
             with watch.phase("collect"), phase("collect", sent):
-                collected = collect(updates, loss, self._module, direction_P)
+                collected = collect(updates, loss, self._module, direction_P, shards)
                 suspects = far_out(collected, global_params_P, direction_P)
-                _reject_or_raise(collected, drives_loss_out_of_range(collected, suspects, global_params_P, loss))
+                own_params_L = shards.own(global_params_P)
+                _reject_or_raise(collected, drives_loss_out_of_range(collected, suspects, own_params_L, own_loss))
                 root_row_P = self._root_row(root_update, direction_P, collected)
-            masks = self._train(collected, root_row_P, global_params_P, direction_P, loss)
+            masks = self._train(collected, root_row_P, global_params_P, direction_P, own_loss, shards)
             with watch.phase("clustering"), phase("clustering", 4 * len(masks.bits) ** 2):
-                alignment_K = collected.alignments
-                clusters = cluster_masks(masks.bits, masks.num_params, alignment=alignment_K, config=self._clustering)
+                with phase("distances", masks.bits, 4 * len(masks.bits) ** 2):
+                    distances = sharded_distances(masks.bits, shards)
+                clusters = cluster(distances, collected.alignments, self._clustering)
             with watch.phase("average"), phase("average"):
-                update_P = _mean_of_rows(collected.rows, clusters.benign)
-                buffers = _mean_buffers(collected.buffers, clusters.benign)
+                update_P = shards.gather(_mean_of_rows(collected.rows, clusters.benign))
+                buffers = mean_buffers(collected.buffers, clusters.benign)
         return Aggregation(
             update=update_P,
             benign=_on_all_clients(clusters.benign, collected),
@@ -211,22 +235,30 @@ class SkyMask:
             seconds={**watch.seconds, **masks.seconds},
             layers=dict(zip(loss.shapes, loss.layer_sizes, strict=True)),
             device=device,
+            shards=shards,
         )
 
     def _train(
-        self, collected: Collected, root_row_P: Tensor, global_params_P: Tensor, direction_P: Tensor, loss: FlatModel
+        self,
+        collected: Collected,
+        root_row_P: Tensor,
+        global_params_P: Tensor,
+        direction_P: Tensor,
+        own_loss: FlatModel | ShardedLoss,
+        shards: ColumnShards,
     ) -> TrainedMasks:
-        """Masks of the collected clients and the root."""
+        """Masks of the collected clients and the root, in this rank's own columns."""
+        own_params_L = shards.own(global_params_P)
 
         def train() -> TrainedMasks:
-            rows = collected.rows.with_last(root_row_P)
-            return train_masks(rows, global_params_P, loss, config=self._training, solver=self._solver)
+            rows = collected.rows.with_last(shards.own(root_row_P))
+            return train_masks(rows, own_params_L, own_loss, config=self._training, solver=self._solver)
 
         try:
             return train()
         except NonFiniteLossError:
             # some that are not far out do it alone; or each is harmless alone and the large ones are not together
-            reasons = drives_loss_out_of_range(collected, list(range(len(collected.rows))), global_params_P, loss)
+            reasons = drives_loss_out_of_range(collected, list(range(len(collected.rows))), own_params_L, own_loss)
             if not reasons:
                 reason = "its update, together with others as large, drives the root loss to NaN or Inf"
                 reasons = dict.fromkeys(far_out(collected, global_params_P, direction_P), reason)
@@ -288,7 +320,7 @@ def _mean_of_rows(rows: ClientBlocks, chosen_K: Tensor) -> Tensor:
     return (total_P / chosen_K.sum()).float()
 
 
-def _mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor) -> dict[str, Tensor]:
+def mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor) -> dict[str, Tensor]:
     """Means over the benign clients; counters (integers) take the largest value."""
     chosen = [row for row, benign in zip(buffers, benign_K.tolist(), strict=True) if benign]
     means = {}

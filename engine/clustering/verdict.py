@@ -5,6 +5,7 @@ Shapes: N clients, R = N + 1 rows, the root's last.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,9 +16,8 @@ from skymask_gpu.engine.clustering.published import published
 from skymask_gpu.engine.clustering.ruling import Facts
 from skymask_gpu.engine.clustering.two_stage import two_stage
 from skymask_gpu.engine.distances import Distances, mask_distances
-from skymask_gpu.engine.profiling import phase
 
-__all__ = ["ClusteredMasks", "cluster_distances", "cluster_masks"]
+__all__ = ["ClusteredMasks", "cluster", "cluster_distances", "cluster_masks"]
 
 _ALL_EQUAL = "all masks are equal: all kept"
 
@@ -53,9 +53,7 @@ def cluster_masks(
         raise ValueError(
             f"bits must be (R, {-(-num_params // 8)}) uint8 for {num_params} parameters, got {tuple(bits.shape)} {bits.dtype}"
         )
-    with phase("distances", bits, 4 * len(bits) ** 2):
-        distances = mask_distances(bits, num_params)
-    return _cluster(distances, alignment, config, {})
+    return cluster(mask_distances(bits, num_params), alignment, config)
 
 
 def cluster_distances(
@@ -80,11 +78,13 @@ def cluster_distances(
     """
     if distances.dim() != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] < 2:
         raise ValueError(f"distances must be (R, R) with R >= 2 and the root row last, got {tuple(distances.shape)}")
-    return _cluster(Distances(distances), alignment, config, {"distances finite": torch.isfinite(distances).all()})
+    return cluster(Distances(distances), alignment, config, {"distances finite": torch.isfinite(distances).all()})
 
 
-def _cluster(distances: Distances, alignment: Tensor | None, config: Clustering, finite: dict[str, Tensor]) -> ClusteredMasks:
-    """``finite``: whether the caller's arguments are, ``()`` bools."""
+def cluster(
+    distances: Distances, alignment: Tensor | None, config: Clustering, finite: Mapping[str, Tensor] = MappingProxyType({})
+) -> ClusteredMasks:
+    """The verdict from distances as they are stored; ``finite``: whether the caller's arguments are, ``()`` bools."""
     num_clients = len(distances) - 1
     if alignment is not None:
         if tuple(alignment.shape) != (num_clients,):
@@ -102,7 +102,7 @@ def _cluster(distances: Distances, alignment: Tensor | None, config: Clustering,
 
 
 def _judge(
-    distances: Distances, alignment_N: Tensor | None, config: Clustering, backend: Backend, finite: dict[str, Tensor]
+    distances: Distances, alignment_N: Tensor | None, config: Clustering, backend: Backend, finite: Mapping[str, Tensor]
 ) -> ClusteredMasks | None:
     """The verdict; None if a backend that does not wait is not sure of it."""
     num_clients = len(distances) - 1

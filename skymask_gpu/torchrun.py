@@ -1,0 +1,144 @@
+"""``torchrun -m skymask_gpu aggregate``: the process group, and each rank's own columns of the files."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from skymask_gpu.collect import check_form, raise_none_left, state_dict_fault
+from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine.sharding import ColumnShards
+from skymask_gpu.user_files import UserUpdates, load_updates
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["ShardedUpdates", "column_mesh", "load_own_columns"]
+
+# Bytes of a stacked file that are mapped at a time.
+_BLOCK_BYTES = 2**24
+
+
+@contextmanager
+def column_mesh() -> Iterator["DeviceMesh | None"]:
+    """The mesh of all processes that torchrun started, NCCL where there is CUDA, else gloo; None for one process.
+
+    Raises:
+        ValueError: more processes than GPUs on this machine.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise ValueError(f"torchrun: --nproc-per-node must be at most {num_gpus}, the number of GPUs of this machine")
+        torch.cuda.set_device(local_rank)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),))
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class ShardedUpdates(UserUpdates):
+    """A ``DTensor`` of updates, and the buffers that each of its clients sent."""
+
+    buffers: list[dict[str, Tensor]]
+
+
+def load_own_columns(
+    path: Path,
+    model: FlatModel,
+    module: nn.Module,
+    global_state: Mapping[str, Tensor],
+    mesh: "DeviceMesh",
+    *,
+    local_models: bool,
+) -> ShardedUpdates:
+    """What :func:`skymask_gpu.user_files.load_updates` takes, of which each rank keeps its own columns in memory.
+
+    A client's state dict that does not fit counts as unreadable.
+
+    Raises:
+        ValueError: as there, or no client is usable.
+    """
+    shards = ColumnShards(model.num_params, mesh)
+    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    if path.is_dir():
+        sent = load_updates(path, model, global_state, local_models=local_models)
+        return _from_state_dicts(sent, model, module, shards, mesh, device)
+    # only the header is read here: what a file holds is mapped, and read where it is looked at
+    sent = load_updates(path, model, global_state, local_models=False)
+    assert isinstance(sent.updates, Tensor)
+    check_form(sent.updates, model.num_params)
+    own_NL = _from_stacked(path, sent.updates, model.initial_params if local_models else None, shards, device)
+    return ShardedUpdates(_sharded(own_NL, shards, mesh), sent.names, {}, [{} for _ in sent.names])
+
+
+def _from_stacked(
+    path: Path, stacked_NP: Tensor, global_params_P: Tensor | None, shards: ColumnShards, device: torch.device
+) -> Tensor:
+    num_clients, num_params = stacked_NP.shape
+    own_NL = torch.empty(num_clients, shards.columns.stop - shards.columns.start, dtype=stacked_NP.dtype, device=device)
+    step = max(1, _BLOCK_BYTES // (stacked_NP.element_size() * num_params))
+    for first in range(0, num_clients, step):
+        rows = slice(first, min(first + step, num_clients))
+        # opened anew: what was mapped for the rows before is given back
+        with safe_open(path, "pt") as file:
+            (name,) = file.keys()
+            block = file.get_slice(name)[rows, shards.columns]
+            own_NL[rows] = block if global_params_P is None else (block.float() - shards.own(global_params_P)).to(block.dtype)
+    return own_NL
+
+
+def _from_state_dicts(
+    sent: UserUpdates, model: FlatModel, module: nn.Module, shards: ColumnShards, mesh: "DeviceMesh", device: torch.device
+) -> ShardedUpdates:
+    known = module.state_dict()
+    buffer_names = {name for name, _ in module.named_buffers()}
+    own_sizes = shards.own_sizes(model.layer_sizes)
+    own_NL = torch.empty(len(sent.names), sum(own_sizes), device=device)
+    names: list[str] = []
+    faults: dict[str, str] = {}
+    buffers: list[dict[str, Tensor]] = []
+    for name, state in zip(sent.names, sent.updates, strict=True):
+        fault = state_dict_fault(state, model, known)
+        if fault is not None:
+            faults[name] = fault
+            continue
+        own_NL[len(names)] = _own_part(state, model, shards).to(device)
+        names.append(name)
+        buffers.append({b: state[b].to(device, known[b].dtype, copy=True) for b in buffer_names if b in state})
+    if not names:
+        raise_none_left(dict(enumerate(faults.values())))
+    updates = _sharded(own_NL[: len(names)], shards, mesh)
+    return ShardedUpdates(updates, names, {**faults, **sent.unreadable}, buffers)
+
+
+def _own_part(state: Mapping[str, Tensor], model: FlatModel, shards: ColumnShards) -> Tensor:
+    """This rank's columns of a state dict, float32; only those are read of tensors that are mapped."""
+    parts, offset = [], 0
+    for name, size in zip(model.shapes, model.layer_sizes, strict=True):
+        begin, end = max(shards.columns.start - offset, 0), max(shards.columns.stop - offset, 0)
+        parts.append(state[name].reshape(-1)[begin:end].float())
+        offset += size
+    return torch.cat(parts)
+
+
+def _sharded(own_NL: Tensor, shards: ColumnShards, mesh: "DeviceMesh") -> Tensor:
+    from torch.distributed.tensor import DTensor, Shard
+
+    shape = torch.Size((len(own_NL), shards.num_params))
+    return DTensor.from_local(own_NL, mesh, [Shard(1)], run_check=False, shape=shape, stride=(shards.num_params, 1))
