@@ -31,7 +31,7 @@ from skymask_gpu.bench.measure import Measured, measure_steadily
 from skymask_gpu.bench.providers import PASSES, CannotRunError, NoCheckError, Provider, providers
 from skymask_gpu.bench.run import _commit, _versions
 from skymask_gpu.bench.solvers import MOST_DIFFERING, MOST_LOSS_ERROR, differing_share, disagreement
-from skymask_gpu.defence import SkyMask, _mean_of_rows
+from skymask_gpu.defence import SkyMask, mean_of_rows
 from skymask_gpu.engine import ClientBlocks, Clustering, FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks
 from skymask_gpu.engine.memory import is_out_of_memory
 from skymask_gpu.engine.solvers.solution import loss_and_gradient
@@ -302,7 +302,7 @@ def _judging(problem: Problem) -> Callable[[], _Round]:
     def judge() -> _Round:
         masks = train_masks(rows, params_P, problem.model.loss, config=training)
         clusters = cluster_masks(masks.bits, masks.num_params, alignment=alignment_N, config=Clustering())
-        return _Round(_mean_of_rows(clients, clusters.benign), clusters.benign, masks, alignment_N)
+        return _Round(mean_of_rows(clients, clusters.benign), clusters.benign, masks, alignment_N)
 
     return judge
 

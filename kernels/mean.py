@@ -26,11 +26,11 @@ def chosen_mean_reference(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
     everyone = bool(chosen_R.all())
     parts = rows_RP.split(max(1, _CHUNK_ELEMENTS // len(rows_RP)), dim=1)
     sum_P = torch.cat([(part if everyone else part[chosen_R]).sum(0, dtype=torch.float32) for part in parts])
-    return (sum_P.double() / chosen_R.sum()).float()
+    return sum_P.double() / chosen_R.sum()
 
 
 def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
-    """``(P,)`` float32: the mean of the chosen rows; NaN if none is chosen.
+    """``(P,)`` float64: the mean of the chosen rows; NaN if none is chosen.
 
     Args:
         rows_RP: ``(R, P)`` float32 or bfloat16, unit column stride.

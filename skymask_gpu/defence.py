@@ -28,12 +28,10 @@ from skymask_gpu.engine.distances import sharded_distances
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.profiling import Profile, copy_bandwidth, phase, recording
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss, own_columns
+from skymask_gpu.kernels.mean import chosen_mean
 from skymask_gpu.root import RootTraining, root_direction
 
-__all__ = ["Aggregation", "SkyMask", "mean_buffers"]
-
-# Elements of a temporary made from columns of the updates.
-_CHUNK_ELEMENTS = 2**24
+__all__ = ["Aggregation", "SkyMask", "mean_buffers", "mean_of_rows"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,7 @@ class SkyMask:
         device: where to work; None: where each call's updates are (state dicts: where the module is).
         loss_fn: ``loss_fn(outputs, labels) -> ()``.
         buffers: what batch norm normalises with, see :class:`skymask_gpu.engine.FlatModel`.
+        compile: run the model under ``torch.compile``, see :class:`skymask_gpu.engine.FlatModel`.
         profile: whether to measure each call: its result then has a ``profile``. Without it nothing waits for the device.
 
     Raises:
@@ -129,10 +128,11 @@ class SkyMask:
         device: torch.device | str | None = None,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         buffers: Literal["batch", "fixed"] = "batch",
+        compile: bool = False,
         profile: bool = False,
     ) -> None:
         self._module = module
-        self._flat = FlatModel(module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers)
+        self._flat = FlatModel(module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers, compile=compile)
         if not (torch.isfinite(root_inputs).all() and torch.isfinite(root_labels).all()):
             raise ValueError(
                 "root_inputs and root_labels must be finite, got NaN or Inf; without a trusted root there is no verdict"
@@ -222,7 +222,7 @@ class SkyMask:
                     distances = sharded_distances(masks.bits, shards)
                 clusters = cluster(distances, collected.alignments, self._clustering)
             with watch.phase("average"), phase("average"):
-                update_P = shards.gather(_mean_of_rows(collected.rows, clusters.benign))
+                update_P = shards.gather(mean_of_rows(collected.rows, clusters.benign))
                 buffers = mean_buffers(collected.buffers, clusters.benign)
         return Aggregation(
             update=update_P,
@@ -307,16 +307,14 @@ def _reject_or_raise(collected: Collected, reasons: dict[int, str]) -> None:
     collected.reject(reasons)
 
 
-def _mean_of_rows(rows: ClientBlocks, chosen_K: Tensor) -> Tensor:
-    """``(P,)`` float32 mean of the chosen rows: sums of a block in float32, over blocks in float64."""
+def mean_of_rows(rows: ClientBlocks, chosen_K: Tensor) -> Tensor:
+    """``(P,)`` float32 mean of the chosen rows: of the blocks' means, weighted by their numbers, in float64."""
     total_P = torch.zeros(rows.num_params, dtype=torch.float64, device=rows.device)
     for block, chosen in zip(rows, chosen_K.split(rows.sizes), strict=True):
         num_chosen = int(chosen.sum())
-        chunk = max(1, _CHUNK_ELEMENTS // len(block))
-        with phase("average", num_chosen * block[0].nbytes):
-            parts = block.split(chunk, dim=1)
-            kept = (part if num_chosen == len(block) else part[chosen] for part in parts)
-            total_P += torch.cat([part.sum(0, dtype=torch.float32) for part in kept])
+        if num_chosen:
+            with phase("average", num_chosen * block[0].nbytes):
+                total_P += chosen_mean(block, chosen) * num_chosen
     return (total_P / chosen_K.sum()).float()
 
 

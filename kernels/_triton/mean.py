@@ -77,4 +77,4 @@ def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
             BLOCK_P=BLOCK_P,
             num_warps=NUM_WARPS,
         )
-    return (sums_SP.sum(0, dtype=torch.float64) / chosen_R.sum()).float()
+    return sums_SP.sum(0, dtype=torch.float64) / chosen_R.sum()

@@ -36,7 +36,7 @@ def make_rows(size: tuple[int, int], dtype: torch.dtype, pad: int = 0) -> tuple[
 
 def assert_is_mean(mean_P: Tensor, rows_RP: Tensor, chosen_R: Tensor) -> None:
     want_P = rows_RP[chosen_R].double().mean(0)
-    assert mean_P.dtype == torch.float32
+    assert mean_P.dtype == torch.float64
     error_P = (mean_P.double() - want_P).abs()
     assert (error_P <= 3e-7 * rows_RP[chosen_R].double().abs().mean(0)).all()
 
