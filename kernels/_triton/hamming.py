@@ -26,6 +26,9 @@ GRAM_WARPS = 4
 # Up to so many rows one tile by population count takes less (256 pairs / 512 a clock) than one by tensor cores (4,096 / 3,600);
 # beyond, three tiles of the first kind already take more. From counted instructions; not measured on a GPU.
 POPCOUNT_ROWS = 16
+# From so many rows on, only bytes that vary are looked at: the product grows with the square of the rows, finding and copying
+# the bytes with the rows. From bytes and operations; not measured on a GPU.
+MANY_ROWS = 2048
 # Enough to fill any current GPU (an H200 has 132 multiprocessors) without many atomics.
 ENOUGH_PROGRAMS = 512
 
@@ -123,12 +126,18 @@ def hamming_gram_kernel(
 # --- launchers; called from kernels/hamming.py --------------------------------------------------------------------------
 
 
-def hamming_counts(bits: Tensor, unit: int, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
+def hamming_counts(bits: Tensor, unit: int, dtype: torch.dtype) -> Tensor:
     count = popcount_counts if len(bits) <= POPCOUNT_ROWS else gram_counts
-    counts_RR = count(bits, columns)
+    counts_RR = count(bits, varying_bytes(bits) if len(bits) >= MANY_ROWS else None)
     if unit > 1:
         counts_RR.add_(unit // 2).div_(unit, rounding_mode="floor")
     return counts_RR.to(dtype)
+
+
+def varying_bytes(bits: Tensor) -> Tensor:
+    """``(bytes,)`` bool: in which bytes not all rows are equal. One read of the bits."""
+    lowest, highest = bits.aminmax(dim=0)
+    return lowest != highest
 
 
 def popcount_counts(bits: Tensor, columns: Tensor | None = None) -> Tensor:

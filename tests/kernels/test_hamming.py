@@ -1,13 +1,14 @@
 """Differing bits, pair by pair, on every backend that runs here, against numpy and the plain twin."""
 
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from skymask_gpu.kernels.hamming import hamming_counts, hamming_counts_reference, varying_bytes
+from skymask_gpu.kernels.hamming import hamming_counts, hamming_counts_reference
 
 pytest.importorskip("triton")
 
@@ -21,6 +22,10 @@ def random_bits(num_rows: int, num_bytes: int) -> Tensor:
     bits = rng.integers(0, 256, (num_rows, num_bytes), dtype=np.uint8)
     bits[:, ::3] = 0b1010  # constant columns
     return torch.from_numpy(bits)
+
+
+def pack_bits(flags_RP: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(flags_RP.numpy(), axis=1, bitorder="little"))
 
 
 def wanted(bits: Tensor) -> Tensor:
@@ -77,17 +82,46 @@ def test_only_the_bytes_asked_for_count(name: str, num_kept: int) -> None:
     want = wanted(torch.where(columns, bits, 0))
     before = bits.clone()
     assert torch.equal(triton_variant(name)(bits.to(DEVICE), columns.to(DEVICE)).cpu(), want)
-    assert torch.equal(hamming_counts_reference(bits, columns=columns), want)
-    assert torch.equal(hamming_counts(bits, columns=columns), want)
     assert torch.equal(bits, before), "the caller's bits must stay as they are"
 
 
-def test_varying_bytes_are_all_that_is_needed() -> None:
+def test_of_many_rows_only_bytes_that_vary_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    from skymask_gpu.kernels._triton import hamming
+
     bits = random_bits(37, 250)
-    varying = varying_bytes(bits)
+    varying = hamming.varying_bytes(bits)
     assert torch.equal(varying, (bits != bits[0]).any(0))
     assert not varying[::3].any()
-    assert torch.equal(hamming_counts(bits, columns=varying), hamming_counts(bits))
+    looked_at = []
+    gram_counts = hamming.gram_counts
+    monkeypatch.setattr(hamming, "gram_counts", lambda bits, columns: looked_at.append(columns) or gram_counts(bits, columns))
+    monkeypatch.setattr(hamming, "MANY_ROWS", 37)
+    assert torch.equal(hamming.hamming_counts(bits.to(DEVICE), 1, torch.int32).cpu(), wanted(bits))
+    assert torch.equal(looked_at[0].cpu(), varying)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 7, 64, 300])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])
+def test_a_cpu_packs_the_columns_that_vary(num_bytes: int, share: float) -> None:
+    from skymask_gpu.kernels._cpu import hamming
+
+    generator = torch.Generator().manual_seed(num_bytes)
+    flags_RP = torch.rand(70, 8 * num_bytes, generator=generator) < 0.5
+    flags_RP = torch.where(torch.rand(8 * num_bytes, generator=generator) < share, flags_RP, flags_RP[0])
+    packed = hamming.without_constant_columns(pack_bits(flags_RP))
+    varying_RV = flags_RP[:, (flags_RP != flags_RP[0]).any(0)]
+    want = pack_bits(varying_RV) if varying_RV.shape[1] else torch.zeros(70, 1, dtype=torch.uint8)
+    assert torch.equal(packed, want)
+
+
+def test_counts_of_many_rows_on_a_cpu_are_the_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    from skymask_gpu.kernels._cpu import hamming
+
+    bits = random_bits(hamming.MANY_ROWS, 250)
+    monkeypatch.setattr(hamming, "without_constant_columns", pack := Mock(wraps=hamming.without_constant_columns))
+    assert torch.equal(hamming_counts(bits), hamming_counts_reference(bits))
+    assert torch.equal(hamming_counts(bits[:-1]), hamming_counts_reference(bits[:-1]))
+    assert pack.call_count == 1
 
 
 def test_the_variant_follows_from_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,5 +168,3 @@ def test_bad_arguments_are_named() -> None:
             hamming_counts(wrong)
     with pytest.raises(ValueError, match=r"unit must be at least 1 and dtype int32 or uint16, got 0 and torch\.int64"):
         hamming_counts(bits, 0, torch.int64)
-    with pytest.raises(ValueError, match=r"columns must be \(5,\) bool, got \(4,\) torch.bool"):
-        hamming_counts(bits, columns=torch.ones(4, dtype=torch.bool))
