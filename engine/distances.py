@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.sharding import ColumnShards
 from skymask_gpu.kernels.hamming import hamming_counts
 
@@ -60,28 +61,30 @@ class Distances:
 
 def mask_distances(bits: Tensor, num_params: int) -> Distances:
     """The share of bits in which two rows of packed bits differ; of many rows rounded to 1/65,535 of the largest possible."""
-    if len(bits) <= _EXACT_ROWS:
-        return Distances(hamming_counts(bits), 1 / num_params)
-    unit = -(-num_params // (2**16 - 1))
-    return Distances(hamming_counts(bits, unit, torch.uint16), unit / num_params)
+    with phase("distances", bits, 4 * len(bits) ** 2):
+        if len(bits) <= _EXACT_ROWS:
+            return Distances(hamming_counts(bits), 1 / num_params)
+        unit = -(-num_params // (2**16 - 1))
+        return Distances(hamming_counts(bits, unit, torch.uint16), unit / num_params)
 
 
 def sharded_distances(bits: Tensor, shards: ColumnShards) -> Distances:
     """:func:`mask_distances` of bits of which each rank holds those of its own columns; the same matrix on every rank."""
     if shards.group is None:
         return mask_distances(bits, shards.num_params)
-    num_rows = len(bits)
-    if num_rows <= _EXACT_ROWS:
-        return Distances(shards.sum(hamming_counts(bits)), 1 / shards.num_params)
-    # counts are rounded once they are summed, so they are held exactly: for two groups of rows at a time
-    unit = -(-shards.num_params // (2**16 - 1))
-    stored_RR = torch.empty(num_rows, num_rows, dtype=torch.uint16, device=bits.device)
-    step = _EXACT_ROWS // 2
-    groups = [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
-    for number, some in enumerate(groups):
-        for others in groups[number:]:
-            pairs_TT = hamming_counts(torch.cat([bits[some], bits[others]]))
-            counts_SO = shards.sum(pairs_TT[: some.stop - some.start, some.stop - some.start :].contiguous())
-            rounded_SO = ((counts_SO + unit // 2) // unit).to(torch.uint16)
-            stored_RR[some, others], stored_RR[others, some] = rounded_SO, rounded_SO.T
-    return Distances(stored_RR, unit / shards.num_params)
+    with phase("distances", bits, 4 * len(bits) ** 2):
+        num_rows = len(bits)
+        if num_rows <= _EXACT_ROWS:
+            return Distances(shards.sum(hamming_counts(bits)), 1 / shards.num_params)
+        # counts are rounded once they are summed, so they are held exactly: for two groups of rows at a time
+        unit = -(-shards.num_params // (2**16 - 1))
+        stored_RR = torch.empty(num_rows, num_rows, dtype=torch.uint16, device=bits.device)
+        step = _EXACT_ROWS // 2
+        groups = [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
+        for number, some in enumerate(groups):
+            for others in groups[number:]:
+                pairs_TT = hamming_counts(torch.cat([bits[some], bits[others]]))
+                counts_SO = shards.sum(pairs_TT[: some.stop - some.start, some.stop - some.start :].contiguous())
+                rounded_SO = ((counts_SO + unit // 2) // unit).to(torch.uint16)
+                stored_RR[some, others], stored_RR[others, some] = rounded_SO, rounded_SO.T
+        return Distances(stored_RR, unit / shards.num_params)

@@ -6,8 +6,9 @@ A row that is not chosen never enters, whatever it holds: NaN and 1e30 leave no 
 in an earlier pass over the updates: who is benign is known only after clustering, and to take the rejected rows out of a sum of
 all would let one large hostile row destroy the mean by cancellation.
 
-Sums are float32 within a share of the rows, float64 over the shares. Shapes: R rows, P columns. Rows: float32 or bfloat16, any
-row stride, unit column stride. Devices: CUDA through Triton; the plain twin where there is no Triton and on any other device.
+Sums are float64 on a CPU, on a GPU float32 within a share of the rows and float64 over the shares. Shapes: R rows, P columns.
+Rows: float32 or bfloat16, any row stride, unit column stride. Devices: CUDA through Triton, CPU through Numba; the plain twin
+where there is no Triton and on any other device.
 """
 
 from importlib.util import find_spec
@@ -49,4 +50,8 @@ def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
         from skymask_gpu.kernels._triton.mean import chosen_mean as on_triton
 
         return on_triton(rows_RP, chosen_R)
+    if rows_RP.device.type == "cpu":
+        from skymask_gpu.kernels._cpu.mean import chosen_mean as compiled
+
+        return compiled(rows_RP, chosen_R)
     return chosen_mean_reference(rows_RP, chosen_R)

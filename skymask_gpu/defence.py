@@ -218,9 +218,7 @@ class SkyMask:
                 root_row_P = self._root_row(root_update, direction_P, collected)
             masks = self._train(collected, root_row_P, global_params_P, direction_P, own_loss, shards)
             with watch.phase("clustering"), phase("clustering", 4 * len(masks.bits) ** 2):
-                with phase("distances", masks.bits, 4 * len(masks.bits) ** 2):
-                    distances = sharded_distances(masks.bits, shards)
-                clusters = cluster(distances, collected.alignments, self._clustering)
+                clusters = cluster(sharded_distances(masks.bits, shards), collected.alignments, self._clustering)
             with watch.phase("average"), phase("average"):
                 update_P = shards.gather(mean_of_rows(collected.rows, clusters.benign))
                 buffers = mean_buffers(collected.buffers, clusters.benign)

@@ -435,7 +435,8 @@ def test_a_row_of_the_accuracy_table_is_measured_and_drawn(tmp_path: Path) -> No
     loss = FlatModel(*solvers.make_model())
     updates_RP = solvers.honest_rows(loss, 31, seed=0)
     direction_P = root_direction(loss, loss.initial_params, RootTraining(steps=3))
-    row = accuracy.measure_case(updates_RP, loss, "sign-flip", direction_P)
+    (row,) = accuracy.measure_case(updates_RP, loss, "sign-flip", direction_P)
+    assert row["float32"] <= accuracy.FLOOR
     assert set(row["bins"]) == set(accuracy.BINS)
     assert 0 < row["bins"][64] < row["bins"][8] < 0.1
     assert 0 < row["bfloat16"] < row["8_bit"] < 0.1
@@ -445,6 +446,15 @@ def test_a_row_of_the_accuracy_table_is_measured_and_drawn(tmp_path: Path) -> No
     accuracy._plot([row], tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert accuracy._table([row]).row_count == 1
+
+
+def test_where_float32_is_not_stable_another_row_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = FlatModel(*solvers.make_model())
+    updates_RP = solvers.honest_rows(loss, 11, seed=0)
+    monkeypatch.setattr(accuracy, "float32_error", lambda updates, loss, steps: 1e-5 if steps <= 4 else 1e-3)
+    rows = accuracy.measure_case(updates_RP, loss, "none", torch.zeros(loss.num_params))
+    assert [(row["steps"], row["float32"]) for row in rows] == [(20, 1e-3), (4, 1e-5)]
+    assert rows[1]["bins"][8] < rows[0]["bins"][8]
 
 
 def test_8_bits_keep_each_blocks_largest_value() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from skymask_gpu.kernels._triton.common import on_device_of
 from skymask_gpu.kernels.mixture import MOST_STEPS, REGULARISATION, TOLERANCE, best_cut
 
-BLOCK_R = 512
+BLOCK_R = 256
 NUM_WARPS = 8
 
 _TINY = tl.constexpr(torch.finfo(torch.float64).tiny)

@@ -267,7 +267,7 @@ def test_all_that_is_decided_stays_on_the_device(rule: str, monkeypatch: pytest.
     monkeypatch.setattr(verdict, "pick_backend", lambda *_: no_kernels)
     counts, along = torch.empty(50, 50, dtype=torch.int32, device="meta"), torch.empty(49, device="meta")
     config = Clustering(rule=rule)  # type: ignore[arg-type]
-    got = verdict._cluster(Distances(counts, 0.1), along, config, {})
+    got = verdict.cluster(Distances(counts, 0.1), along, config, {})
     assert {device.type for device in looked.values()} == {"meta"}
     assert len(looked) > 4
     assert got.benign.device.type == got.scores.device.type == "meta"

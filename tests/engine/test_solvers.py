@@ -284,13 +284,18 @@ def test_the_comparison_can_fail(mnist_updates: tuple[Tensor, FlatModel], monkey
 # --- the collapsed solver: approximate, measured by what rounding the updates to bfloat16 does ---------------------------
 
 
+# On more float32 is not stable (docs/collapsed.md), and every solver's bits are at the mercy of rounding.
+STABLE_STEPS = {"boosted": 10, "noise": 10, "trim": 8}
+
+
 def collapsed_error(updates_RP: Tensor, loss: FlatModel, case: str) -> tuple[float, float]:
     """The share of bits in which `collapsed` differs from `fused`, and how much may."""
-    exact = solve(updates_RP, loss, "fused", torch.float32)
-    rounded = train_masks(updates_RP.bfloat16(), loss.initial_params, loss, solver="fused")
+    steps = STABLE_STEPS.get(case, 20)
+    exact = solve(updates_RP, loss, "fused", torch.float32, steps)
+    rounded = train_masks(updates_RP.bfloat16(), loss.initial_params, loss, config=MaskTraining(steps=steps), solver="fused")
     floor = 5e-4 if case in ("boosted", "noise") else 1e-4
     allowed = max(2 * differing_share(rounded, exact), floor)
-    return differing_share(solve(updates_RP, loss, "collapsed", torch.float32), exact), allowed
+    return differing_share(solve(updates_RP, loss, "collapsed", torch.float32, steps), exact), allowed
 
 
 @pytest.mark.parametrize("case", COLLAPSED_CASES)

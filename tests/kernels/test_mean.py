@@ -1,4 +1,4 @@
-"""The mean of chosen rows: the twin and the Triton kernel against float64."""
+"""The mean of chosen rows: the twin, the compiled CPU path and the Triton kernel against float64."""
 
 from collections.abc import Callable
 
@@ -14,14 +14,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # odd, prime, smaller than a block, a whole block, several blocks and row splits
 SIZES = [(1, 1), (3, 5), (2, 8), (9, 256), (17, 263), (131, 1031)]
 
-backends = pytest.mark.parametrize("name", ["triton", "twin"])
+backends = pytest.mark.parametrize("name", ["triton", "cpu", "twin"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def backend(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    from skymask_gpu.kernels._triton import mean
+    from skymask_gpu.kernels._cpu import mean as cpu
+    from skymask_gpu.kernels._triton import mean as triton
 
-    return mean.chosen_mean if name == "triton" else chosen_mean_reference
+    if name == "cpu":
+        return lambda rows_RP, chosen_R: cpu.chosen_mean(rows_RP.cpu(), chosen_R.cpu()).to(DEVICE)
+    return triton.chosen_mean if name == "triton" else chosen_mean_reference
 
 
 def make_rows(size: tuple[int, int], dtype: torch.dtype, pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,7 +100,6 @@ def test_the_twin_goes_over_the_columns_in_parts(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("skymask_gpu.kernels.mean._CHUNK_ELEMENTS", 60)
     rows_RP, chosen_R = make_rows((20, 50), torch.float32)
     assert_is_mean(chosen_mean_reference(rows_RP, chosen_R), rows_RP, chosen_R)
-    assert_is_mean(chosen_mean(rows_RP, chosen_R), rows_RP, chosen_R)
 
 
 def test_bad_arguments_are_named() -> None:
