@@ -133,8 +133,9 @@ class Problem:
         malicious_N = torch.arange(num_clients) < num_clients // 5
         rows_RP[:-1] = attack(rows_RP[:-1], malicious_N, Threat(AttackConfig(name="lie", share=0.2)))
         if case.what == "rules":
-            # of different lengths, so that rounding does not decide whose neighbours are nearest
-            rows_RP[:-1] *= torch.linspace(0.8, 1.2, num_clients)[:, None]
+            # of different lengths, unevenly spaced, so that rounding decides neither whose neighbours are nearest nor which of
+            # two copies is nearer to the median
+            rows_RP[:-1] *= torch.linspace(0.9, 1.1, num_clients).square()[:, None]
         rows_RP = rows_RP.to(device)
         return cls(case, model, "float32", rows_RP, rows_RP, seed, {})
 
