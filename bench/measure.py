@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -28,10 +29,14 @@ _LEAST_REPEATS, _MOST_REPEATS = 3, 50
 
 @dataclass(frozen=True)
 class Measured:
-    """``seconds`` of each repeat, and the peak of memory in bytes above what was held before the first (None: unknown)."""
+    """``seconds`` of each repeat, and the peak of memory in bytes above what was held before the first (None: unknown).
+
+    ``ratios``: by the name of each floor, the seconds of each repeat over those of the floor right after it.
+    """
 
     seconds: list[float]
     peak_bytes: int | None
+    ratios: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -54,19 +59,43 @@ def measure(call: Callable[[], T], repeats: int, device: torch.device) -> tuple[
     return result, Measured(seconds, _peak_above(held, device))
 
 
-def measure_steadily(call: Callable[[], object], device: torch.device, seconds: float) -> Measured:
-    """What a call costs, repeated until that took so many seconds: 3 to 50 times, a long call twice; warm up before."""
+def measure_steadily(
+    call: Callable[[], object],
+    device: torch.device,
+    seconds: float,
+    floors: Mapping[str, Callable[[], object]] = MappingProxyType({}),
+) -> Measured:
+    """What a call costs, repeated until that took so many seconds: 3 to 50 times, a long call twice; warm up before.
+
+    After each repeat each floor is timed too: what else a machine does comes and goes; ratios are of what lies side by side.
+    """
     held = start_peak(device)
     times = [_time(call, 1, device)]
-    calls = 1
-    if times[0] < _SHORTEST:
-        shortest = min(times[0], *(_time(call, 1, device) for _ in range(3)))
-        calls = math.ceil(_SHORTEST / max(shortest, _SHORTEST / 10_000))
+    peak = _peak_above(held, device)  # before a floor could raise it
+    calls = _calls_at_once(call, times[0], device)
+    if calls > 1:
         times = [_time(call, calls, device)]
+    floor_calls = {name: _calls_at_once(floor, _time(floor, 1, device), device) for name, floor in floors.items()}
+    ratios: dict[str, list[float]] = {name: [] for name in floors}
+
+    def compare() -> None:
+        for name, floor in floors.items():
+            ratios[name].append(times[-1] / _time(floor, floor_calls[name], device))
+
+    compare()
     least = 2 if times[0] > _LONG else _LEAST_REPEATS
     while len(times) < least or (len(times) < _MOST_REPEATS and sum(times) * calls < seconds):
         times.append(_time(call, calls, device))
-    return Measured(times, _peak_above(held, device))
+        compare()
+    return Measured(times, peak, ratios)
+
+
+def _calls_at_once(call: Callable[[], object], first: float, device: torch.device) -> int:
+    """How many calls to time together, so that they take long enough; ``first``: the seconds of one."""
+    if first >= _SHORTEST:
+        return 1
+    shortest = min(first, *(_time(call, 1, device) for _ in range(3)))
+    return math.ceil(_SHORTEST / max(shortest, _SHORTEST / 10_000))
 
 
 def free_memory(device: torch.device) -> int | None:

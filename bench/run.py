@@ -73,8 +73,9 @@ class Row:
         first_s: of the first call, compilation included.
         median_s: and ``p20_s``, ``p80_s``: quantiles over the ``repeats``.
         peak_bytes: above what was held before the call, the inputs among it; empty where the system does not tell.
-        to_mean: median over that of the mean of the same rows, ``to_passes`` of the model's passes, ``to_reference`` of solver
-            reference, all in the same run; empty where those have no time.
+        to_mean: the time of a repeat over that of a mean of the same rows right after it, the median over the repeats;
+            ``to_passes`` so over the model's passes, ``to_reference`` median over that of solver reference in the same run;
+            empty where those have no time.
         split: JSON of the median seconds of each phase, of SkyMask's round.
     """
 
@@ -210,18 +211,19 @@ class _Run:
         for dtype in dtypes:
             problem = problem.to(dtype)
             problem.agreed = self.agreed.setdefault((case.name, dtype), {})
-            medians: dict[str, float] = {}
+            floors: dict[str, Callable[[], Any]] = {}
+            reference: float | None = None
             for provider in providers(case):
                 self.started(f"{case.name}, N = {num_clients:,}, {dtype}: {provider.name}")
-                row = self._row(case, num_clients, dtype, provider, **self._measured(problem, provider))
+                row = self._row(case, num_clients, dtype, provider, **self._measured(problem, provider, floors))
                 if row.median_s is not None:
-                    medians[provider.name] = row.median_s
-                    row.to_mean, row.to_passes, row.to_reference = (
-                        row.median_s / medians[floor] if floor in medians else None for floor in (MEAN, PASSES, "reference")
-                    )
+                    if provider.name in (MEAN, PASSES):
+                        floors[provider.name] = provider.prepare(problem)
+                    reference = row.median_s if provider.name == "reference" else reference
+                    row.to_reference = row.median_s / reference if reference else None
                 yield row
 
-    def _measured(self, problem: Problem, provider: Provider) -> dict[str, Any]:
+    def _measured(self, problem: Problem, provider: Provider, floors: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         """The columns that come from running one provider."""
         if provider.name == COMPILED and not self.limits.compiles:
             return {"status": "skipped", "detail": "compiling takes too long for a quick run"}
@@ -238,7 +240,7 @@ class _Run:
                 return {"status": "skipped", "detail": detail}
         try:
             with limited_memory(self.device):
-                return self._checked_and_timed(problem, provider, key)
+                return self._checked_and_timed(problem, provider, floors, key)
         except CannotRunError as reason:
             return {"status": "skipped", "detail": str(reason)}
         except NoCheckError as reason:
@@ -252,7 +254,9 @@ class _Run:
                 return {"status": "out of memory", "detail": str(error).splitlines()[0][:200]}
             return {"status": "failed", "detail": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
-    def _checked_and_timed(self, problem: Problem, provider: Provider, key: tuple[str, str, str]) -> dict[str, Any]:
+    def _checked_and_timed(
+        self, problem: Problem, provider: Provider, floors: dict[str, Callable[[], Any]], key: tuple[str, str, str]
+    ) -> dict[str, Any]:
         call = provider.prepare(problem)
         start = time.perf_counter()
         with _at_most(_STOPPED_AFTER * self.limits.call_seconds):
@@ -266,10 +270,19 @@ class _Run:
             return {"status": "wrong", "detail": wrong}
         del result
         phases = _Phases(call)
-        measured = measure_steadily(phases, self.device, self.limits.repeat_seconds)
+        measured = measure_steadily(phases, self.device, self.limits.repeat_seconds, floors)
         self.paces[key] = (problem.num_clients, measured.median)
         compared_with = provider.compared_with(problem)
-        return {"status": "ok", "compared_with": compared_with, "first_s": first, "split": phases.split(), **_columns(measured)}
+        to_floors = {name: statistics.median(ratios) for name, ratios in measured.ratios.items()} | {provider.name: 1.0}
+        return {
+            "status": "ok",
+            "compared_with": compared_with,
+            "first_s": first,
+            "split": phases.split(),
+            "to_mean": to_floors.get(MEAN),
+            "to_passes": to_floors.get(PASSES),
+            **_columns(measured),
+        }
 
     def _row(self, case: Case, num_clients: int, dtype: str, provider: Provider, **measured: Any) -> Row:
         model = self.models.get(case.name)

@@ -56,12 +56,30 @@ def test_agreeing_solvers_get_times_and_floors() -> None:
             if row.status == "ok":
                 assert row.median_s is not None
                 assert row.p20_s <= row.median_s <= row.p80_s
-                assert row.to_mean == row.median_s / of_dtype[MEAN].median_s
+                assert row.to_mean is not None
+                assert (row.to_mean == 1) == (row.provider == MEAN)
         fused = of_dtype["fused"]
         assert fused.to_reference == fused.median_s / of_dtype["reference"].median_s
-        assert fused.to_passes == fused.median_s / of_dtype[PASSES].median_s
+        assert of_dtype[PASSES].to_passes == 1
+        assert fused.to_passes > 1
+        assert fused.to_mean > fused.to_passes
         assert fused.compared_with == "reference"
         assert fused.params == 3372
+
+
+def test_a_ratio_is_to_the_floor_right_after_each_repeat() -> None:
+    """A machine that gets slower and slower: times differ threefold, ratios do not."""
+    slower = [0.0]
+
+    def sleep(seconds: float) -> None:
+        slower[0] += 0.1
+        time.sleep(seconds * (1 + slower[0]))
+
+    floors = {"floor": lambda: sleep(0.02)}
+    measured = measure_steadily(lambda: sleep(0.06), torch.device("cpu"), 1.0, floors)
+    assert max(measured.seconds) > 1.5 * min(measured.seconds)
+    assert len(measured.ratios["floor"]) == len(measured.seconds)
+    assert all(2 < ratio < 3.1 for ratio in measured.ratios["floor"])
 
 
 def test_a_wrong_solver_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
