@@ -22,7 +22,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 # Shorter calls are timed several at once.
 _SHORTEST = 0.01
-# Of a call longer than this two repeats are enough.
+# A call longer than this is not repeated.
 _LONG = 5.0
 _LEAST_REPEATS, _MOST_REPEATS = 3, 50
 
@@ -65,7 +65,7 @@ def measure_steadily(
     seconds: float,
     floors: Mapping[str, Callable[[], object]] = MappingProxyType({}),
 ) -> Measured:
-    """What a call costs, repeated until that took so many seconds: 3 to 50 times, a long call twice; warm up before.
+    """What a call costs, repeated until that took so many seconds: 3 to 50 times, a long call not at all; warm up before.
 
     After each repeat each floor is timed too: what else a machine does comes and goes; ratios are of what lies side by side.
     """
@@ -83,7 +83,7 @@ def measure_steadily(
             ratios[name].append(times[-1] / _time(floor, floor_calls[name], device))
 
     compare()
-    least = 2 if times[0] > _LONG else _LEAST_REPEATS
+    least = 1 if times[0] > _LONG else _LEAST_REPEATS
     while len(times) < least or (len(times) < _MOST_REPEATS and sum(times) * calls < seconds):
         times.append(_time(call, calls, device))
         compare()
