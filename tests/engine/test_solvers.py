@@ -285,12 +285,12 @@ def test_the_comparison_can_fail(mnist_updates: tuple[Tensor, FlatModel], monkey
 
 
 # On more float32 is not stable (docs/collapsed.md), and every solver's bits are at the mercy of rounding.
-STABLE_STEPS = {"boosted": 10, "noise": 10, "trim": 8}
+COLLAPSED_STABLE_STEPS = {"boosted": 10, "noise": 10, "trim": 8}
 
 
 def collapsed_error(updates_RP: Tensor, loss: FlatModel, case: str) -> tuple[float, float]:
     """The share of bits in which `collapsed` differs from `fused`, and how much may."""
-    steps = STABLE_STEPS.get(case, 20)
+    steps = COLLAPSED_STABLE_STEPS.get(case, 20)
     exact = solve(updates_RP, loss, "fused", torch.float32, steps)
     rounded = train_masks(updates_RP.bfloat16(), loss.initial_params, loss, config=MaskTraining(steps=steps), solver="fused")
     floor = 5e-4 if case in ("boosted", "noise") else 1e-4
