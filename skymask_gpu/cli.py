@@ -54,7 +54,7 @@ def info() -> None:
     console.print(table)
     table = Table("what", "runs", "detail")
     for what, answer, detail in capabilities():
-        table.add_row(what, f"[{'green' if answer == 'yes' else 'red'}]{answer}[/]", detail)
+        table.add_row(what, f"[{'green' if answer == 'yes' else 'red'}]{answer}[/]", escape(detail))
     console.print(table)
 
 

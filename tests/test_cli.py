@@ -1,5 +1,6 @@
 """The command line, run as users run it."""
 
+import importlib.util
 import json
 import os
 import random
@@ -199,6 +200,8 @@ def test_info_says_what_runs_and_why_not() -> None:
     assert "solver fused on cpu, bfloat16 updates" in printed
     if not torch.cuda.is_available():
         assert "without CUDA" in printed or "no NVIDIA driver" in printed
+    if importlib.util.find_spec("cuml") is None:
+        assert "[cuml]" in printed, "what stands in brackets is no markup"
 
 
 CONFIG = """
