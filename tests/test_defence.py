@@ -502,3 +502,13 @@ def test_any_updates_give_a_finite_verdict_or_an_error_that_names_them(updates: 
         assert torch.isfinite(result.clusters.scores).all()
     assert torch.equal(updates.nan_to_num(7.0) if updates.is_floating_point() else updates,
                        before.nan_to_num(7.0) if before.is_floating_point() else before)  # fmt: skip
+
+
+def test_the_model_is_compiled_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    module, inputs, labels = torch.nn.Linear(4, 3), torch.randn(9, 4), torch.arange(9) % 3
+    SkyMask(module, inputs, labels)
+    assert not compiled
+    SkyMask(module, inputs, labels, compile=True)
+    assert len(compiled) == 1
