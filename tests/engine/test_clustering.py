@@ -13,9 +13,8 @@ from torch import Tensor
 from skymask_gpu.engine import Clustering, cluster_distances, cluster_masks
 from skymask_gpu.engine.clustering.k_means import starting_centres, two_means
 from skymask_gpu.engine.clustering.spectrum import principal_scores
-from skymask_gpu.engine.clustering.two_stage import EM_STEPS, GAP, VARIANCE_FLOOR, _reason, copies, scattered
+from skymask_gpu.engine.clustering.two_stage import GAP, _reason, copies, scattered
 from skymask_gpu.engine.distances import Distances, mask_distances
-from skymask_gpu.kernels.mixture import gaussian_mixture, two_normals
 from skymask_gpu.kernels.tree import path_maxima
 
 Matrices = Iterator[tuple[str, dict, np.ndarray, np.ndarray]]
@@ -43,19 +42,6 @@ def test_scores_are_scikit_learns_pca(seed: int) -> None:
     np.testing.assert_allclose(scores, want, atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_the_mixture_is_scikit_learns(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    x = np.concatenate([rng.normal(0, 1, (60, 2)), rng.normal(1 + seed / 2, 0.6, (40, 2))])
-    start = (x[:, 0] > np.median(x[:, 0])).astype(int)
-    oracle = GaussianMixture(2)
-    # the same hard start; scikit-learn takes responsibilities only through its initialiser
-    oracle._initialize_parameters = lambda data, *_, **__: oracle._initialize(data, np.eye(2)[start])
-    want = oracle.fit_predict(x)
-    got = gaussian_mixture(torch.from_numpy(x), torch.from_numpy(start)).numpy()
-    assert np.array_equal(got, want)
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_the_published_rule_gives_scikit_learns_labels_where_groups_are_apart(seed: int) -> None:
     masks = random_masks(41, 800, seed, groups=2)
@@ -63,15 +49,6 @@ def test_the_published_rule_gives_scikit_learns_labels_where_groups_are_apart(se
     labels = GaussianMixture(2, random_state=seed).fit_predict(scores)
     clusters = cluster_masks(packed(masks), 800, config=Clustering(rule="published", seed=seed))
     assert np.array_equal(clusters.benign.numpy(), labels[:-1] == labels[-1])
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_two_normals_agree_with_scikit_learn(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    x = np.concatenate([rng.normal(0, 1, 70), rng.normal(5, 0.5, 30)])
-    got = two_normals(torch.from_numpy(x), EM_STEPS, VARIANCE_FLOOR).numpy()
-    want = GaussianMixture(2, random_state=0, tol=1e-12, max_iter=1000).fit_predict(x[:, None])
-    assert np.array_equal(got == got[0], want == want[0])
 
 
 def test_two_means_is_deterministic_and_splits_two_heaps(generator: torch.Generator) -> None:
