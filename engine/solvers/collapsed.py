@@ -18,6 +18,8 @@ from skymask_gpu.kernels.collapse import bin_edges, bin_rows, bin_step, cut_bits
 SAMPLED_ROWS = 64
 # Bins count in uint16.
 MOST_ROWS = 2**16 - 1
+# Bins whose sums become means at once.
+_BINS_AT_ONCE = 4
 # Elements of a temporary made from a few columns of all rows.
 _CHUNK_ELEMENTS = 2**22
 
@@ -72,7 +74,10 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
         bin_rows(block_RP, edges_EP, counts_BP, sums_BP, ends_2P)
     del edges_EP
     mean_P = sums_BP.sum(0) / num_rows
-    return counts_BP, sums_BP.div_(counts_BP.float().clamp_min_(1)), ends_2P, mean_P
+    # a few bins at a time: memory that is touched for the first time costs a CPU more than the division
+    for count_bP, sum_bP in zip(counts_BP.split(_BINS_AT_ONCE), sums_BP.split(_BINS_AT_ONCE), strict=True):
+        sum_bP.div_(count_bP.float().clamp_min_(1))
+    return counts_BP, sums_BP, ends_2P, mean_P
 
 
 def _train_bins(

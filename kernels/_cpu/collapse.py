@@ -8,8 +8,22 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from skymask_gpu.kernels._cpu.common import JIT, clamp, flat, run_on_column_shares, sigmoid, widen
-from skymask_gpu.kernels._cpu.lanes import GROUP, LANES, MOST_ROWS_AT_ONCE, add_to_bins, below, inner_edges, take_updates
+from skymask_gpu.kernels._cpu.common import JIT, flat, run_on_column_shares, widen
+from skymask_gpu.kernels._cpu.lanes import (
+    GROUP,
+    LANES,
+    LINE,
+    MOST_ROWS_AT_ONCE,
+    WIDE,
+    add_to_bins,
+    fetch,
+    inner_edges,
+    move,
+    move_bin,
+    order,
+    pack_below,
+    take_updates,
+)
 from skymask_gpu.kernels.collapse import BISECTIONS, GUARD, WIDEST_GAP
 
 # Columns a tile: edges, counts and sums of 32 bins and the rows at hand fit in L2.
@@ -17,9 +31,10 @@ TILE = 512
 ROWS_AT_ONCE = 128
 # Of the sample's sort: 64 sampled rows fit in L1.
 SORT_TILE = 128
-# Of the cuts, whose positions stay in L1 while rows stream by.
-CUT_TILE = 4096
+# Of the cuts, whose positions stay in L2 while rows stream by.
+CUT_TILE = 32768
 assert ROWS_AT_ONCE <= MOST_ROWS_AT_ONCE
+assert TILE % WIDE == SORT_TILE % WIDE == 0
 _WIDEST_GAP, _GUARD = np.float32(WIDEST_GAP), np.float32(GUARD)
 
 
@@ -41,15 +56,6 @@ def _sorting_network(size: int) -> np.ndarray:
 
 
 @njit(**JIT)
-def _order(low_T: Any, high_T: Any) -> None:
-    for k in range(SORT_TILE):
-        a, b = low_T[k], high_T[k]
-        swap = a > b
-        low_T[k] = b if swap else a
-        high_T[k] = a if swap else b
-
-
-@njit(**JIT)
 def _add_roots_of_gaps(lower_T: Any, upper_T: Any, widest_T: Any, before_T: Any, reached_T: Any) -> None:
     for k in range(SORT_TILE):
         gap = upper_T[k] - lower_T[k]
@@ -63,14 +69,16 @@ def _edges_pass(sampled_S: Any, rows: Any, stride: Any, network: Any, edges_EP: 
     num_rows = sampled_S.size
     sorted_ST = np.zeros((num_rows, SORT_TILE), np.float32)
     reached_ST = np.zeros((num_rows, SORT_TILE), np.float32)
+    ordered, reached = sorted_ST.reshape(-1), reached_ST.reshape(-1)
     spread_T, widest_T = np.empty(SORT_TILE, np.float32), np.empty(SORT_TILE, np.float32)
-    edge_T = np.empty(SORT_TILE, np.float32)
+    edge_T, first_T = np.empty(SORT_TILE, np.float32), np.empty(SORT_TILE, np.int64)
     for a in range(begin, end, SORT_TILE):
         width = min(SORT_TILE, end - a)
         for i in range(num_rows):
             _widen_row(rows[sampled_S[i] * stride + a : sampled_S[i] * stride + a + width], sorted_ST[i])
         for n in range(network.shape[0]):
-            _order(sorted_ST[network[n, 0]], sorted_ST[network[n, 1]])
+            for k in range(0, SORT_TILE, WIDE):
+                order(ordered, network[n, 0] * SORT_TILE + k, network[n, 1] * SORT_TILE + k)
         lowest_T, highest_T = sorted_ST[0], sorted_ST[num_rows - 1]
         lower_T, upper_T = sorted_ST[(num_rows - 1) // 4], sorted_ST[3 * (num_rows - 1) // 4]
         for k in range(SORT_TILE):
@@ -81,10 +89,11 @@ def _edges_pass(sampled_S: Any, rows: Any, stride: Any, network: Any, edges_EP: 
         _copy(edges_EP[0, a : a + width], edge_T)
         for i in range(1, num_rows):
             _add_roots_of_gaps(sorted_ST[i - 1], sorted_ST[i], widest_T, reached_ST[i - 1], reached_ST[i])
-        ordered, reached = sorted_ST.reshape(-1), reached_ST.reshape(-1)
+        first_T[:] = 0
         for inner in range(1, num_inner):
+            share = np.float32(inner / num_inner)
             for k in range(0, width, LANES):
-                inner_edges(ordered, reached, SORT_TILE, num_rows, k, np.float32(inner / num_inner), edge_T, k)
+                first_T[k] = inner_edges(ordered, reached, SORT_TILE, num_rows, k, share, first_T[k], edge_T, k)
             _copy(edges_EP[inner, a : a + width], edge_T)
         for k in range(width):
             edge_T[k] = highest_T[k] + _GUARD * spread_T[k]
@@ -149,7 +158,14 @@ def _bins_pass(
                     value_T[whole * ROWS_AT_ONCE + i * LANES + k - whole] = update
                     lowest_T[k] = update if update < lowest_T[k] else lowest_T[k]
                     highest_T[k] = update if update > highest_T[k] else highest_T[k]
+            # what comes next is fetched while this is worked on
+            next_row, next_column = (0, a + TILE) if first + some_rows == num_rows else (first + some_rows, a)
+            next_width = min(TILE, end - next_column)
             for k in range(0, width, LANES):
+                for i in range(ROWS_AT_ONCE * k // TILE, ROWS_AT_ONCE * (k + LANES) // TILE):
+                    if next_row + i < num_rows:
+                        for line in range(0, next_width, LINE // rows.itemsize):
+                            fetch(rows, (next_row + i) * stride + next_column + line)
                 for b in range(0, groups * GROUP, GROUP):
                     add_to_bins(value_T, k * ROWS_AT_ONCE, some_rows, edge_T, count_T, sum_T, b * TILE + k, TILE)
         _copy(lowest[a : a + width], lowest_T[:width])
@@ -161,43 +177,56 @@ def _bins_pass(
 
 
 @njit(**JIT)
-def _move(values_T: Any, logits_T: Any, vectors_2T: Any, full_step: Any, one: Any) -> None:
-    for k in range(values_T.size):
-        logit = logits_T[k]
-        gate = sigmoid(logit)
-        gradient = vectors_2T[0, k] * (gate - gate * gate) * (values_T[k] - vectors_2T[1, k])
-        logits_T[k] = logit - clamp(gradient, one) * full_step
-
-
-@njit(**JIT)
-def _step_bin(centres_T: Any, counts_T: Any, logits_T: Any, vectors_4T: Any, full_step: Any, one: Any) -> None:
-    """``vectors_4T``: slope, mean, and the two sums that are added to."""
-    for k in range(centres_T.size):
-        logit, centre = logits_T[k], centres_T[k]
-        gate = sigmoid(logit)
-        gradient = vectors_4T[0, k] * (gate - gate * gate) * (centre - vectors_4T[1, k])
-        logit = logit - clamp(gradient, one) * full_step
-        logits_T[k] = logit
-        weight = sigmoid(logit) * np.float32(counts_T[k])
-        vectors_4T[2, k] += weight
-        vectors_4T[3, k] += weight * centre
-
-
-@njit(**JIT)
 def _step_pass(
-    logits_BP: Any, centres_BP: Any, counts_BP: Any, vectors_2P: Any, full_step: Any, sums_2P: Any, begin: Any, end: Any
+    num_params: Any,
+    logits: Any,
+    centres: Any,
+    counts: Any,
+    slopes: Any,
+    means: Any,
+    full_step: Any,
+    gate_sums: Any,
+    weighted_sums: Any,
+    begin: Any,
+    end: Any,
 ) -> None:
-    vectors_4T = np.empty((4, TILE), np.float32)
+    """``logits``, ``centres`` and ``counts`` are the flat memory of (B, P) arrays."""
+    num_bins = logits.size // num_params
+    # the last columns, fewer than are taken at once
+    logit_W, centre_W, count_W = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
+    slope_T, mean_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    gate_sum_T, weighted_sum_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for a in range(begin, end, TILE):
         width = min(TILE, end - a)
-        vectors_4T[:2, :width] = vectors_2P[:, a : a + width]
-        vectors_4T[2:] = 0
-        for b in range(logits_BP.shape[0]):
-            columns = slice(a, a + width)
-            _step_bin(
-                centres_BP[b, columns], counts_BP[b, columns], logits_BP[b, columns], vectors_4T, full_step, np.float32(1)
-            )
-        sums_2P[:, a : a + width] = vectors_4T[2:, :width]
+        whole = width // WIDE * WIDE
+        rest = width - whole
+        _copy(slope_T[:width], slopes[a : a + width])
+        _copy(mean_T[:width], means[a : a + width])
+        gate_sum_T[:], weighted_sum_T[:] = 0, 0
+        for b in range(num_bins):
+            at = b * num_params + a
+            for k in range(0, whole, WIDE):
+                move_bin(centres, counts, logits, at + k, slope_T, mean_T, gate_sum_T, weighted_sum_T, k, full_step)
+            if rest > 0:
+                columns = slice(at + whole, at + width)
+                _copy(logit_W[:rest], logits[columns])
+                _copy(centre_W[:rest], centres[columns])
+                _copy(count_W[:rest], counts[columns])
+                move_bin(
+                    centre_W,
+                    count_W,
+                    logit_W,
+                    0,
+                    slope_T[whole:],
+                    mean_T[whole:],
+                    gate_sum_T[whole:],
+                    weighted_sum_T[whole:],
+                    0,
+                    full_step,
+                )
+                _copy(logits[columns], logit_W[:rest])
+        _copy(gate_sums[a : a + width], gate_sum_T[:width])
+        _copy(weighted_sums[a : a + width], weighted_sum_T[:width])
 
 
 @njit(**JIT)
@@ -213,18 +242,19 @@ def _replay_pass(
     begin: Any,
     end: Any,
 ) -> None:
-    vectors_2T = np.empty((2, TILE), np.float32)
-    values_T = np.empty(TILE, np.float32)
+    value_T, logit_T = np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
+    slope_T, mean_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     for a in range(begin, end, TILE):
         width = min(TILE, end - a)
         for v in range(num_values):
-            for k in range(width):
-                values_T[k] = widen(values[v * stride + a + k])
-            logits_VP[v, a : a + width] = init
+            _widen_row(values[v * stride + a : v * stride + a + width], value_T)
+            logit_T[:] = init
             for t in range(slopes_TP.shape[0]):
-                vectors_2T[0, :width] = slopes_TP[t, a : a + width]
-                vectors_2T[1, :width] = means_TP[t, a : a + width]
-                _move(values_T[:width], logits_VP[v, a : a + width], vectors_2T, full_step, np.float32(1))
+                _copy(slope_T[:width], slopes_TP[t, a : a + width])
+                _copy(mean_T[:width], means_TP[t, a : a + width])
+                for k in range(0, width, WIDE):
+                    move(value_T, k, logit_T, k, slope_T, mean_T, k, full_step)
+            _copy(logits_VP[v, a : a + width], logit_T[:width])
 
 
 @njit(**JIT)
@@ -249,14 +279,13 @@ def _above_threshold(logit_T: Any, threshold: Any, bit_T: Any) -> None:
 
 
 @njit(**JIT)
-def _bits_of(value_T: Any, slopes_TT: Any, means_TT: Any, training: Any, logit_T: Any, vectors_2T: Any, bit_T: Any) -> None:
+def _bits_of(value_T: Any, width: Any, slopes_TT: Any, means_TT: Any, training: Any, logit_T: Any, bit_T: Any) -> None:
     """Replay one value a column; ``training`` holds the initial logit, the full step and the threshold as a logit."""
-    width = value_T.size
-    logit_T[:width] = training[0]
+    logit_T[:] = training[0]
     for t in range(slopes_TT.shape[0]):
-        _copy(vectors_2T[0, :width], slopes_TT[t, :width])
-        _copy(vectors_2T[1, :width], means_TT[t, :width])
-        _move(value_T, logit_T, vectors_2T, training[1], np.float32(1))
+        slope_T, mean_T = slopes_TT[t], means_TT[t]
+        for k in range(0, width, WIDE):
+            move(value_T, k, logit_T, k, slope_T, mean_T, k, training[1])
     _above_threshold(logit_T[:width], training[2], bit_T)
 
 
@@ -276,11 +305,11 @@ def _find_pass(
     end: Any,
 ) -> None:
     num_steps = slopes_TP.shape[0]
-    slopes_TT, means_TT = np.empty((num_steps, TILE), np.float32), np.empty((num_steps, TILE), np.float32)
+    slopes_TT, means_TT = np.zeros((num_steps, TILE), np.float32), np.zeros((num_steps, TILE), np.float32)
+    lowest_T, highest_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     # arrays of their own: of rows of one array LLVM does not see that they are apart, and then it does not vectorise
     last_T, below_T, above_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    middle_T, logit_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    vectors_2T = np.empty((2, TILE), np.float32)
+    middle_T, logit_T = np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
     left_T, right_T, bit_T = np.empty(TILE, np.int32), np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     before_T, crossings_T, filled_T = np.empty(TILE, np.int32), np.empty(TILE, np.int32), np.empty(TILE, np.int32)
     columns_T = np.empty(TILE, np.int32)
@@ -289,18 +318,19 @@ def _find_pass(
         for t in range(num_steps):
             _copy(slopes_TT[t, :width], slopes_TP[t, a : a + width])
             _copy(means_TT[t, :width], means_TP[t, a : a + width])
-        lowest_T, highest_T = ends_2P[0, a : a + width], ends_2P[1, a : a + width]
-        _bits_of(lowest_T, slopes_TT, means_TT, training, logit_T, vectors_2T, left_T)
-        _bits_of(highest_T, slopes_TT, means_TT, training, logit_T, vectors_2T, right_T)
+        _copy(lowest_T[:width], ends_2P[0, a : a + width])
+        _copy(highest_T[:width], ends_2P[1, a : a + width])
+        _bits_of(lowest_T, width, slopes_TT, means_TT, training, logit_T, left_T)
+        _bits_of(highest_T, width, slopes_TT, means_TT, training, logit_T, right_T)
         before_T[:] = left_T
         crossings_T[:] = 0
-        _copy(last_T[:width], lowest_T)
+        _copy(last_T, lowest_T)
         for b in range(logits_BP.shape[0]):
             _above_threshold(logits_BP[b, a : a + width], training[2], bit_T)
             _copy(filled_T[:width], counts_BP[b, a : a + width])
             _follow(centres_BP[b, a : a + width], bit_T, filled_T, last_T, before_T, below_T, above_T, crossings_T)
         filled_T[:] = 1
-        _follow(highest_T, right_T, filled_T, last_T, before_T, below_T, above_T, crossings_T)
+        _follow(highest_T[:width], right_T, filled_T, last_T, before_T, below_T, above_T, crossings_T)
 
         # only where the bit changes is there a cut to find: those columns side by side
         num_cuts = 0
@@ -320,7 +350,7 @@ def _find_pass(
         for _ in range(BISECTIONS):
             for n in range(num_cuts):
                 middle_T[n] = below_T[n] + (above_T[n] - below_T[n]) / np.float32(2)
-            _bits_of(middle_T[:num_cuts], slopes_TT, means_TT, training, logit_T, vectors_2T, bit_T)
+            _bits_of(middle_T, num_cuts, slopes_TT, means_TT, training, logit_T, bit_T)
             for n in range(num_cuts):
                 if bit_T[n] == left_T[n]:
                     below_T[n] = middle_T[n]
@@ -332,20 +362,19 @@ def _find_pass(
 
 @njit(**JIT)
 def _cut_pass(num_rows: Any, rows: Any, stride: Any, cut_P: Any, flips: Any, bits: Any, begin: Any, end: Any) -> None:
-    """``flips``: for each byte of a row of bits, the columns whose bit is 0 below the cut."""
+    """``flips``: for each byte of a row of bits, the columns whose bit is 0 below the cut; ``bits`` are flat."""
     for a in range(begin, end, CUT_TILE):
         stop = min(a + CUT_TILE, end)
-        whole = a + (stop - a) // LANES * LANES
+        whole = a + (stop - a) // WIDE * WIDE
         for i in range(num_rows):
-            for k in range(a, whole, LANES):
-                flags = below(rows, i * stride + k, cut_P, k)
-                bits[i, k // 8] = np.uint8(flags) ^ flips[k // 8]
-                bits[i, k // 8 + 1] = np.uint8(flags >> np.uint16(8)) ^ flips[k // 8 + 1]
+            to = i * flips.size
+            for k in range(a, whole, WIDE):
+                pack_below(rows, i * stride + k, cut_P, k, flips, k // 8, bits, to + k // 8)
             for byte in range(whole // 8, -(-stop // 8)):
                 packed = np.uint8(0)
                 for j in range(min(8, stop - 8 * byte)):
                     packed |= np.uint8(widen(rows[i * stride + 8 * byte + j]) < cut_P[8 * byte + j]) << np.uint8(j)
-                bits[i, byte] = packed ^ flips[byte]
+                bits[to + byte] = packed ^ flips[byte]
 
 
 # --- called from kernels/collapse.py --------------------------------------------------------------------------------------
@@ -369,11 +398,13 @@ def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tens
 def bin_step(
     logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
-    sums_2P = torch.empty(2, slope_P.numel())
-    vectors_2P = torch.stack([slope_P, mean_P]).numpy()
-    arguments = (logits_BP.numpy(), centres_BP.numpy(), counts_BP.numpy(), vectors_2P, np.float32(full_step), sums_2P.numpy())
-    run_on_column_shares(lambda begin, end: _step_pass(*arguments, begin, end), slope_P.numel(), TILE)
-    return sums_2P[0], sums_2P[1]
+    num_params = slope_P.numel()
+    gate_sum_P, weighted_sum_P = torch.empty(num_params), torch.empty(num_params)
+    bins = (x.numpy().reshape(-1) for x in (logits_BP, centres_BP, counts_BP))
+    vectors = (slope_P.numpy(), mean_P.numpy(), np.float32(full_step), gate_sum_P.numpy(), weighted_sum_P.numpy())
+    arguments = (num_params, *bins, *vectors)
+    run_on_column_shares(lambda begin, end: _step_pass(*arguments, begin, end), num_params, TILE)
+    return gate_sum_P, weighted_sum_P
 
 
 def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: float, full_step: float) -> Tensor:
@@ -408,5 +439,5 @@ def find_cuts(
 
 def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> None:
     flips = np.packbits(~left_P.numpy(), bitorder="little")
-    arguments = (len(rows_RP), *flat(rows_RP), cut_P.numpy(), flips, bits.numpy())
-    run_on_column_shares(lambda begin, end: _cut_pass(*arguments, begin, end), rows_RP.shape[1], CUT_TILE)
+    arguments = (len(rows_RP), *flat(rows_RP), cut_P.numpy(), flips, bits.view(-1).numpy())
+    run_on_column_shares(lambda begin, end: _cut_pass(*arguments, begin, end), rows_RP.shape[1], WIDE)

@@ -21,14 +21,15 @@ from torch import Tensor
 
 JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": {"contract"}, "cache": True}
 
-_MINUS_LOG2_E = np.float32(-1.4426950408889634)
-_ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer and leaves that in the low bits
-_LARGEST = np.float32(87.0)  # exp(87) is still a normal float32
-# 2**f on |f| <= 1/2: the polynomial through the Chebyshev nodes, error below 1e-8 relative
-_C6, _C5, _C4, _C3, _C2, _C1 = (
+MINUS_LOG2_E = np.float32(-1.4426950408889634)
+ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer and leaves that in the low bits
+LARGEST = np.float32(87.0)  # exp(87) is still a normal float32
+# 2**f on |f| <= 1/2, highest power first: the polynomial through the Chebyshev nodes, error below 1e-8 relative
+POWER_OF_2 = tuple(
     np.float32(c)
-    for c in (1.545316295e-04, 1.339086336e-03, 9.618082557e-03, 5.550357114e-02, 2.402265076e-01, 6.931471880e-01)
+    for c in (1.545316295e-04, 1.339086336e-03, 9.618082557e-03, 5.550357114e-02, 2.402265076e-01, 6.931471880e-01, 1.0)
 )
+_C6, _C5, _C4, _C3, _C2, _C1, _ = POWER_OF_2
 _ONE = np.float32(1.0)
 
 # Shares of the columns a thread: a thread that is late, because something else runs on its core, takes fewer.
@@ -92,10 +93,10 @@ def _sigmoid_of_type(x: Any) -> Any:
         return sigmoid_float64
 
     def sigmoid_float32(x: Any) -> Any:
-        y = clamp(x, _LARGEST)
-        rounded = y * _MINUS_LOG2_E + _ROUND
-        power = rounded - _ROUND
-        f = y * _MINUS_LOG2_E - power  # one fused multiply-add
+        y = clamp(x, LARGEST)
+        exponent = y * MINUS_LOG2_E
+        rounded = exponent + ROUND
+        f = exponent - (rounded - ROUND)
         p = (((((_C6 * f + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _ONE
         # multiply by 2**power: add it to the exponent field
         e = _as_float(np.int32(_as_bits(p) + np.int32(_as_bits(rounded) << np.int32(23))))
