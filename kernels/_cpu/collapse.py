@@ -18,12 +18,11 @@ from skymask_gpu.kernels._cpu.lanes import (
     add_to_bins,
     fetch,
     inner_edges,
-    move,
-    move_bin,
     order,
     pack_below,
     take_updates,
 )
+from skymask_gpu.kernels._cpu.wide_step import move, move_bin
 from skymask_gpu.kernels.collapse import BISECTIONS, GUARD, WIDEST_GAP
 
 # Columns a tile: edges, counts and sums of 32 bins and the rows at hand fit in L2.
@@ -253,7 +252,7 @@ def _replay_pass(
                 _copy(slope_T[:width], slopes_TP[t, a : a + width])
                 _copy(mean_T[:width], means_TP[t, a : a + width])
                 for k in range(0, width, WIDE):
-                    move(value_T, k, logit_T, k, slope_T, mean_T, k, full_step)
+                    move(value_T, k, logit_T, k, slope_T, mean_T, k, full_step, logit_T, k)
             _copy(logits_VP[v, a : a + width], logit_T[:width])
 
 
@@ -285,7 +284,7 @@ def _bits_of(value_T: Any, width: Any, slopes_TT: Any, means_TT: Any, training: 
     for t in range(slopes_TT.shape[0]):
         slope_T, mean_T = slopes_TT[t], means_TT[t]
         for k in range(0, width, WIDE):
-            move(value_T, k, logit_T, k, slope_T, mean_T, k, training[1])
+            move(value_T, k, logit_T, k, slope_T, mean_T, k, training[1], logit_T, k)
     _above_threshold(logit_T[:width], training[2], bit_T)
 
 

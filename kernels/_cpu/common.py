@@ -5,7 +5,6 @@ Numba's cache on disk notices a change of the file a kernel stands in, not of th
 
 import ctypes
 import itertools
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,21 +15,10 @@ import llvmlite.ir as llvm
 import numpy as np
 import torch
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from torch import Tensor
 
 JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": {"contract"}, "cache": True}
-
-MINUS_LOG2_E = np.float32(-1.4426950408889634)
-ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer and leaves that in the low bits
-LARGEST = np.float32(87.0)  # exp(87) is still a normal float32
-# 2**f on |f| <= 1/2, highest power first: the polynomial through the Chebyshev nodes, error below 1e-8 relative
-POWER_OF_2 = tuple(
-    np.float32(c)
-    for c in (1.545316295e-04, 1.339086336e-03, 9.618082557e-03, 5.550357114e-02, 2.402265076e-01, 6.931471880e-01, 1.0)
-)
-_C6, _C5, _C4, _C3, _C2, _C1, _ = POWER_OF_2
-_ONE = np.float32(1.0)
 
 # Shares of the columns a thread: a thread that is late, because something else runs on its core, takes fewer.
 SHARES_PER_THREAD = 4
@@ -38,18 +26,6 @@ _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 # --- scalar building blocks (inlined, vectorised by LLVM) --------------------------------------------------------------
-
-
-@intrinsic
-def _as_float(typingctx: Any, bits: Any) -> Any:
-    """The float32 whose bits these 32 are."""
-    return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], llvm.FloatType())
-
-
-@intrinsic
-def _as_bits(typingctx: Any, value: Any) -> Any:
-    """The 32 bits of a float32."""
-    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], llvm.IntType(32))
 
 
 @intrinsic
@@ -63,46 +39,6 @@ def widen(typingctx: Any, value: Any) -> Any:
     if value == types.uint16:
         return types.float32(types.uint16), widen_bfloat16
     return value(value), lambda context, builder, sig, args: args[0]
-
-
-@intrinsic
-def clamp(typingctx: Any, value: Any, limit: Any) -> Any:
-    """min(max(value, -limit), limit) as two selects, which vectorise; numba's own min and max test for NaN."""
-
-    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value, limit = args
-        low = builder.fneg(limit)
-        value = builder.select(builder.fcmp_ordered(">", value, low), value, low)
-        return builder.select(builder.fcmp_ordered("<", value, limit), value, limit)
-
-    return value(value, value), code
-
-
-def sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x)) in the type of ``x``; for jitted code only."""
-    raise NotImplementedError
-
-
-@overload(sigmoid, inline="always")
-def _sigmoid_of_type(x: Any) -> Any:
-    if x == types.float64:
-
-        def sigmoid_float64(x: Any) -> Any:
-            return 1.0 / (1.0 + math.exp(-x))
-
-        return sigmoid_float64
-
-    def sigmoid_float32(x: Any) -> Any:
-        y = clamp(x, LARGEST)
-        exponent = y * MINUS_LOG2_E
-        rounded = exponent + ROUND
-        f = exponent - (rounded - ROUND)
-        p = (((((_C6 * f + _C5) * f + _C4) * f + _C3) * f + _C2) * f + _C1) * f + _ONE
-        # multiply by 2**power: add it to the exponent field
-        e = _as_float(np.int32(_as_bits(p) + np.int32(_as_bits(rounded) << np.int32(23))))
-        return _ONE / (_ONE + e)
-
-    return sigmoid_float32
 
 
 @cache

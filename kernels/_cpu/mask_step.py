@@ -1,7 +1,6 @@
 """The fused mask step on a CPU: one Numba loop over column tiles that stay in the L2 cache, columns shared among threads.
 
-Eager torch needs nine passes over a tile for the same work. LLVM turns the inner loops into vector code only if it sees few
-arrays, written in place, and no library call: hence the packed (2, tile) buffers and the polynomial exponential below.
+Eager torch needs nine passes over a tile for the same work.
 """
 
 from typing import Any
@@ -11,34 +10,21 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from skymask_gpu.kernels._cpu.common import JIT, clamp, flat, run_on_column_shares, sigmoid, widen
+from skymask_gpu.kernels._cpu.common import JIT, flat, run_on_column_shares
+from skymask_gpu.kernels._cpu.lanes import WIDE
+from skymask_gpu.kernels._cpu.wide_step import move, move_row, pack_above
 
-# Columns a tile: updates, logits and sums of 64 rows fit in 1 MB of L2.
-TILE = 1024
+# Columns a tile: slopes, means and both sums fit in a part of L2 while rows stream by, in pieces that are worth fetching ahead.
+TILE = 8192
 # Rows that are added up before they join the total: keeps float32 rounding from growing with the number of clients.
 ROWS_A_BATCH = 64
+assert TILE % WIDE == 0
 
 # --- the passes -------------------------------------------------------------------------------------------------------
 
 
-# Matrices come flat, row i at i * stride; vectors_2P holds slope and mean.
-
-
-@njit(**JIT)
-def _step_row(update_T: Any, logits_T: Any, vectors_2T: Any, full_step: Any, one: Any) -> None:
-    for k in range(update_T.shape[0]):
-        logit = logits_T[k]
-        gate = sigmoid(logit)
-        gradient = vectors_2T[0, k] * (gate - gate * gate) * (widen(update_T[k]) - vectors_2T[1, k])
-        logits_T[k] = logit - clamp(gradient, one) * full_step
-
-
-@njit(**JIT)
-def _add_row(update_T: Any, logits_T: Any, sums_2T: Any) -> None:
-    for k in range(update_T.shape[0]):
-        gate = sigmoid(logits_T[k])
-        sums_2T[0, k] += gate
-        sums_2T[1, k] += gate * widen(update_T[k])
+# Matrices come flat, row i at i * stride; vectors_2P holds slope and mean. The last columns, fewer than are taken at once, are
+# copied to where there is room.
 
 
 @njit(**JIT)
@@ -56,23 +42,30 @@ def _sums_pass(
     begin: Any,
     end: Any,
 ) -> None:
-    vectors_2T = np.empty((2, TILE), vectors_2P.dtype)
-    batch_2T = np.empty((2, TILE), vectors_2P.dtype)
+    slope_T, mean_T = np.zeros(TILE, vectors_2P.dtype), np.zeros(TILE, vectors_2P.dtype)
+    gate_sum_T, weighted_sum_T = np.zeros(TILE, vectors_2P.dtype), np.zeros(TILE, vectors_2P.dtype)
+    update_W, logit_W = np.zeros(WIDE, updates.dtype), np.zeros(WIDE, vectors_2P.dtype)
     for a in range(begin, end, TILE):
         width = min(TILE, end - a)
-        vectors_2T[:, :width] = vectors_2P[:, a : a + width]
+        whole = width // WIDE * WIDE
+        slope_T[:width], mean_T[:width] = vectors_2P[0, a : a + width], vectors_2P[1, a : a + width]
         sums_2P[:, a : a + width] = 0
-        batch_2T[:] = 0
         for i in range(num_rows):
-            update_T = updates[i * updates_stride + a : i * updates_stride + a + width]
-            logits_T = logits[i * logits_stride + a : i * logits_stride + a + width]
+            at, to = i * updates_stride + a, i * logits_stride + a
             if from_init:
-                logits_T[:] = init
-            _step_row(update_T, logits_T, vectors_2T, full_step, vectors_2P.dtype.type(1))
-            _add_row(update_T, logits_T, batch_2T)
+                logits[to : to + width] = init
+            for k in range(0, whole, WIDE):
+                move_row(updates, at + k, logits, to + k, slope_T, mean_T, gate_sum_T, weighted_sum_T, k, full_step)
+            if whole < width:
+                rest, columns = width - whole, slice(to + whole, to + width)
+                update_W[:rest], logit_W[:rest] = updates[at + whole : at + width], logits[columns]
+                vectors = slope_T[whole:], mean_T[whole:], gate_sum_T[whole:], weighted_sum_T[whole:]
+                move_row(update_W, 0, logit_W, 0, *vectors, 0, full_step)
+                logits[columns] = logit_W[:rest]
             if (i + 1) % ROWS_A_BATCH == 0 or i + 1 == num_rows:
-                sums_2P[:, a : a + width] += batch_2T[:, :width]
-                batch_2T[:] = 0
+                sums_2P[0, a : a + width] += gate_sum_T[:width]
+                sums_2P[1, a : a + width] += weighted_sum_T[:width]
+                gate_sum_T[:], weighted_sum_T[:] = 0, 0
 
 
 @njit(**JIT)
@@ -92,27 +85,30 @@ def _bits_pass(
     begin: Any,
     end: Any,
 ) -> None:
-    vectors_2T = np.empty((2, TILE), vectors_2P.dtype)
-    out_T = np.empty(TILE, vectors_2P.dtype)
+    num_bytes = -(-vectors_2P.shape[1] // 8)  # of a row of bits
+    slope_T, mean_T = np.zeros(TILE, vectors_2P.dtype), np.zeros(TILE, vectors_2P.dtype)
+    init_T, moved_T = np.full(TILE, init, vectors_2P.dtype), np.zeros(TILE, vectors_2P.dtype)
+    update_W, logit_W = np.zeros(WIDE, updates.dtype), np.full(WIDE, init, vectors_2P.dtype)
+    packed_W = np.zeros(WIDE // 8, np.uint8)
     for a in range(begin, end, TILE):
         width = min(TILE, end - a)
-        vectors_2T[:, :width] = vectors_2P[:, a : a + width]
-        out_T[width:] = threshold
+        whole = width // WIDE * WIDE
+        rest = width - whole
+        slope_T[:width], mean_T[:width] = vectors_2P[0, a : a + width], vectors_2P[1, a : a + width]
         for i in range(num_rows):
-            update_T = updates[i * updates_stride + a : i * updates_stride + a + width]
-            logits_T = logits[i * logits_stride + a : i * logits_stride + a + width]
-            if from_init:
-                out_T[:width] = init
-            else:
-                out_T[:width] = logits_T
-            _step_row(update_T, out_T[:width], vectors_2T, full_step, vectors_2P.dtype.type(1))
+            at, to, byte = i * updates_stride + a, i * logits_stride + a, i * num_bytes + a // 8
+            before, start = (init_T, 0) if from_init else (logits, to)
+            for k in range(0, whole, WIDE):
+                move(updates, at + k, before, start + k, slope_T, mean_T, k, full_step, moved_T, k)
+                pack_above(moved_T, k, threshold, bits, byte + k // 8)
+            if rest > 0:
+                update_W[:rest], logit_W[:rest] = updates[at + whole : at + width], before[start + whole : start + width]
+                move(update_W, 0, logit_W, 0, slope_T[whole:], mean_T[whole:], 0, full_step, moved_T, whole)
+                moved_T[width:] = threshold  # no bit beyond the last column
+                pack_above(moved_T, whole, threshold, packed_W, 0)
+                bits[byte + whole // 8 : byte + (width + 7) // 8] = packed_W[: (rest + 7) // 8]
             if keep:
-                logits_T[:] = out_T[:width]
-            for byte in range((width + 7) // 8):
-                packed = 0
-                for j in range(8):
-                    packed |= np.int64(out_T[8 * byte + j] > threshold) << j
-                bits[i, a // 8 + byte] = packed
+                logits[to : to + width] = moved_T[:width]
 
 
 # --- called with checked arguments from kernels/mask_step.py ------------------------------------------------------------
@@ -146,7 +142,7 @@ def _sums(
         real(full_step),
         sums_2P.numpy(),
     )
-    run_on_column_shares(lambda begin, end: _sums_pass(*arguments, begin, end), slope_P.numel(), TILE)
+    run_on_column_shares(lambda begin, end: _sums_pass(*arguments, begin, end), slope_P.numel(), WIDE)
     return sums_2P[0], sums_2P[1]
 
 
@@ -180,7 +176,7 @@ def last_step(
         vectors_2P,
         real(full_step),
         real(threshold),
-        bits.numpy(),
+        bits.view(-1).numpy(),
     )
-    run_on_column_shares(lambda begin, end: _bits_pass(*arguments, begin, end), num_params, TILE)
+    run_on_column_shares(lambda begin, end: _bits_pass(*arguments, begin, end), num_params, WIDE)
     return bits
