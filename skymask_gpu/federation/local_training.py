@@ -1,6 +1,6 @@
 """Local SGD of many clients at once.
 
-Two ways, same result within rounding: ``vmap`` over blocks of clients, or one client after the other. On a CPU, where a
+Two ways, same result within rounding: ``vmap(grad)`` over blocks of clients, or one client after the other. On a CPU, where a
 client's step is small, the loop's time is PyTorch's overhead, and ``vmap`` is many times faster; where it is large, or where
 there are convolutions, each with a weight of its own a client, the loop is (``python -m skymask_gpu.bench.local_training``
 measures it).
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -200,7 +200,7 @@ def train_clients(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             continue
-        updates_CP.index_copy_(0, torch.tensor(clients, device=device), params_CP.sub_(start_P))
+        updates_CP[clients] = params_CP - start_P
         for name, value in trained.items():
             buffers_C[name][clients] = value
         begin = end
@@ -239,8 +239,8 @@ class _Trainer:
     def at_once(
         self, start_P: Tensor, start_buffers: dict[str, Tensor], index_CSB: Tensor, steps_C: Tensor, poisoned: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Parameters ``(C, P)`` and buffers of C clients, most steps first: one ``vmap`` and one backward pass a step."""
-        losses = vmap(self._loss, randomness="different")
+        """Parameters ``(C, P)`` and buffers of C clients, most steps first, by one ``vmap(grad)`` a step."""
+        gradients = vmap(grad(self._loss), randomness="different")
         params_C = _for_each(self.flat.unflatten(start_P), len(index_CSB))
         momentum_C = {name: torch.zeros_like(value) for name, value in params_C.items()} if self._config.momentum else {}
         buffers_C = _for_each(start_buffers, len(index_CSB))
@@ -251,17 +251,14 @@ class _Trainer:
             params, buffers, momentum = (
                 {name: value[:active] for name, value in x.items()} for x in (params_C, buffers_C, momentum_C)
             )
-            leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
             try:
-                # no client's loss depends on another's parameters, so the gradient of the sum is each one's own
-                total = losses(leaves, buffers, *batch).sum()
-                gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+                gradient = gradients(params, buffers, *batch)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
                 raise ValueError(f"local.batching: the model does not run under vmap, use 'loop': {error}") from error
-            for (name, value), gradient in zip(params.items(), gradients, strict=True):
-                self._descend(value, gradient, momentum.get(name))
+            for name, value in params.items():
+                self._descend(value, gradient[name], momentum.get(name))
         return torch.cat([params_C[name].flatten(1) for name in self.flat.shapes], 1), buffers_C
 
     def in_a_loop(
@@ -297,7 +294,7 @@ class _Trainer:
             step = step.add(params, alpha=config.weight_decay)
         if momentum is not None:
             step = momentum.mul_(config.momentum).add_(step)
-        params.sub_(step, alpha=config.lr)
+        params.sub_(step * config.lr)
 
     def _loss(self, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         mixed = self._config.autocast == "bfloat16"
