@@ -1,10 +1,13 @@
 """Time and peak memory of a call."""
 
+import ctypes
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -14,17 +17,19 @@ import torch
 
 from skymask_gpu.engine.peak_memory import peak_bytes, proc_field, resident, start_peak
 
-__all__ = ["Measured", "free_memory", "limited_memory", "measure", "measure_steadily"]
+__all__ = ["Measured", "free_memory", "keep_freed_memory", "limited_memory", "measure", "measure_steadily"]
 
 T = TypeVar("T")
 
 _MEMINFO = Path("/proc/meminfo")
 
-# Shorter calls are timed several at once.
-_SHORTEST = 0.01
-# A call longer than this is not repeated.
-_LONG = 5.0
-_LEAST_REPEATS, _MOST_REPEATS = 3, 50
+# Shorter calls are timed several times for one repeat: on a CPU one by one, at most so often, on a GPU together.
+_SHORTEST, _MOST_SAMPLES = 0.01, 9
+# A call longer than the first is not repeated, one longer than the second less often.
+_LONG, _LESS_OFTEN = 5.0, 0.2
+_LEAST_REPEATS, _FEWER_REPEATS, _MOST_REPEATS = 5, 3, 50
+_CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True)
@@ -65,37 +70,70 @@ def measure_steadily(
     seconds: float,
     floors: Mapping[str, Callable[[], object]] = MappingProxyType({}),
 ) -> Measured:
-    """What a call costs, repeated until that took so many seconds: 3 to 50 times, a long call not at all; warm up before.
+    """What a call costs, repeated until that took so many seconds: at least 5 times, 3 from 0.2 s on, a long one not.
 
     After each repeat each floor is timed too: what else a machine does comes and goes; ratios are of what lies side by side.
+    On a CPU each call begins with empty caches: whether the updates are still there from the call before is chance.
     """
+    _empty_caches(device)
     held = start_peak(device)
-    times = [_time(call, 1, device)]
+    first = _time(call, device)
     peak = _peak_above(held, device)  # before a floor could raise it
-    calls = _calls_at_once(call, times[0], device)
-    if calls > 1:
-        times = [_time(call, calls, device)]
-    floor_calls = {name: _calls_at_once(floor, _time(floor, 1, device), device) for name, floor in floors.items()}
+    times: list[float] = []
     ratios: dict[str, list[float]] = {name: [] for name in floors}
 
-    def compare() -> None:
+    def note(seconds_of_call: float) -> None:
+        times.append(seconds_of_call)
         for name, floor in floors.items():
-            ratios[name].append(times[-1] / _time(floor, floor_calls[name], device))
+            ratios[name].append(seconds_of_call / _sample(floor, device))
 
-    compare()
-    least = 1 if times[0] > _LONG else _LEAST_REPEATS
-    while len(times) < least or (len(times) < _MOST_REPEATS and sum(times) * calls < seconds):
-        times.append(_time(call, calls, device))
-        compare()
+    if first > _LESS_OFTEN:
+        note(first)
+    least = 1 if first > _LONG else _FEWER_REPEATS if first > _LESS_OFTEN else _LEAST_REPEATS
+    start = time.perf_counter()
+    while len(times) < least or (first <= _LONG and len(times) < _MOST_REPEATS and time.perf_counter() - start < seconds):
+        note(_sample(call, device))
     return Measured(times, peak, ratios)
 
 
-def _calls_at_once(call: Callable[[], object], first: float, device: torch.device) -> int:
-    """How many calls to time together, so that they take long enough; ``first``: the seconds of one."""
-    if first >= _SHORTEST:
-        return 1
-    shortest = min(first, *(_time(call, 1, device) for _ in range(3)))
-    return math.ceil(_SHORTEST / max(shortest, _SHORTEST / 10_000))
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees, until it ends; elsewhere nothing happens.
+
+    By default large blocks go back to Linux at once, and the next call pays for each page of new ones, in a virtual machine
+    sometimes more than for its work; how many they are depends on what was freed before. Peaks of memory stay what they are:
+    :func:`measure_steadily` gives back what is free before it looks.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _sample(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call; short ones are called several times: on a CPU each with empty caches, on a GPU all together."""
+    if device.type != "cpu":
+        seconds = _time(call, device)
+        return seconds if seconds >= _SHORTEST else _time(call, device, math.ceil(_SHORTEST / seconds))
+    samples: list[float] = []
+    while sum(samples) < _SHORTEST and len(samples) < _MOST_SAMPLES:
+        _empty_caches(device)
+        samples.append(_time(call, device))
+    return statistics.median(samples)
+
+
+def _empty_caches(device: torch.device) -> None:
+    """Overwrite twice what the last cache of a CPU holds."""
+    if device.type == "cpu":
+        _filler().add_(1)
+
+
+@cache
+def _filler() -> torch.Tensor:
+    size = _CACHE_SIZE.read_text().strip() if _CACHE_SIZE.exists() else ""
+    kibibytes = int(size[:-1]) if size.endswith("K") and size[:-1].isdecimal() else 32 * 1024
+    return torch.zeros(2 * kibibytes * 1024 // 4)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -124,8 +162,8 @@ def limited_memory(device: torch.device) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _time(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds of one call; no result outlives its call, so that none counts as the next one's memory."""
+def _time(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one of so many calls; no result outlives its call, so that none counts as the next one's memory."""
     _synchronise(device)
     start = time.perf_counter()
     for _ in range(calls):

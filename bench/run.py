@@ -45,7 +45,7 @@ class Limits:
         dtypes: of the updates, where a case has them.
         total_seconds: once so many are spent, what is left is skipped.
         call_seconds: a call that is expected to take longer is skipped; a first one that takes three times as long is stopped.
-        repeat_seconds: a measurement is repeated until so many are spent.
+        repeat_seconds: a measurement, its floors with it, is repeated until so many are spent.
         compiles: whether torch.compile is tried.
     """
 
@@ -59,7 +59,7 @@ class Limits:
 
 
 FULL = Limits()
-QUICK = Limits((50,), ("logreg", "rules", "cnn"), ("float32",), 40.0, 3.0, 0.2, compiles=False)
+QUICK = Limits((50,), ("logreg", "cnn", "rules"), ("float32",), 50.0, 3.0, 0.2, compiles=False)
 
 
 @dataclass(kw_only=True)
@@ -74,8 +74,8 @@ class Row:
         median_s: and ``p20_s``, ``p80_s``: quantiles over the ``repeats``.
         peak_bytes: above what was held before the call, the inputs among it; empty where the system does not tell.
         to_mean: the time of a repeat over that of a mean of the same rows right after it, the median over the repeats;
-            ``to_passes`` so over the model's passes, ``to_reference`` median over that of solver reference in the same run;
-            empty where those have no time.
+            ``to_passes`` so over the model's passes, ``to_reference``: ``to_passes`` over that of solver reference in the same
+            run, each by the passes beside it; empty where those have no time.
         split: JSON of the median seconds of each phase, of SkyMask's round.
     """
 
@@ -212,15 +212,15 @@ class _Run:
             problem = problem.to(dtype)
             problem.agreed = self.agreed.setdefault((case.name, dtype), {})
             floors: dict[str, Callable[[], Any]] = {}
-            reference: float | None = None
+            reference: Row | None = None
             for provider in providers(case):
                 self.started(f"{case.name}, N = {num_clients:,}, {dtype}: {provider.name}")
                 row = self._row(case, num_clients, dtype, provider, **self._measured(problem, provider, floors))
                 if row.median_s is not None:
                     if provider.name in (MEAN, PASSES):
                         floors[provider.name] = provider.prepare(problem)
-                    reference = row.median_s if provider.name == "reference" else reference
-                    row.to_reference = row.median_s / reference if reference else None
+                    reference = row if provider.name == "reference" else reference
+                    row.to_reference = _to(row, reference)
                 yield row
 
     def _measured(self, problem: Problem, provider: Provider, floors: dict[str, Callable[[], Any]]) -> dict[str, Any]:
@@ -270,7 +270,8 @@ class _Run:
             return {"status": "wrong", "detail": wrong}
         del result
         phases = _Phases(call)
-        measured = measure_steadily(phases, self.device, self.limits.repeat_seconds, floors)
+        wanted = {name: floor for name, floor in floors.items() if name in provider.floors}
+        measured = measure_steadily(phases, self.device, self.limits.repeat_seconds, wanted)
         self.paces[key] = (problem.num_clients, measured.median)
         compared_with = provider.compared_with(problem)
         to_floors = {name: statistics.median(ratios) for name, ratios in measured.ratios.items()} | {provider.name: 1.0}
@@ -326,6 +327,13 @@ class _Phases:
         phases = {name: statistics.median(seconds[name] for seconds in self._seconds) for name in self._seconds[0]}
         total = phases.pop("total")
         return json.dumps({**phases, "other": max(0.0, total - sum(phases.values()))})
+
+
+def _to(row: Row, reference: Row | None) -> float | None:
+    """How long a call takes in units of the reference's, each in units of the model's passes right after it."""
+    if reference is None or not reference.to_passes or row.to_passes is None:
+        return None
+    return row.to_passes / reference.to_passes
 
 
 def _columns(measured: Measured) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def bench(
     except ModuleNotFoundError as error:
         raise ValueError(f"this command needs {error.name}: pip install 'skymask-gpu[run]'") from error
     from skymask_gpu.bench.cases import CASES
+    from skymask_gpu.bench.measure import keep_freed_memory
     from skymask_gpu.bench.summary import write_summary
 
     limits = QUICK if quick else FULL
@@ -47,6 +48,7 @@ def bench(
     if (folder / "bench.csv").exists():
         raise ValueError(f"--out: {folder} holds results already; name another folder")
 
+    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
     stopped = False

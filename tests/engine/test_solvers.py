@@ -218,9 +218,8 @@ def test_out_of_memory_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) 
 
 CASES = ["none", "min-max", "sign-flip", "noise", "scaled"]
 # The steps for which float32 is stable. Later, rounding decides on which side of a kink (ReLU, max pooling) some root sample
-# lies, and from then on up to 5e-5 of the bits differ, whoever computes them; where noise of 40 standard deviations or an update
-# scaled by 1,000 rules the mean, after 20 steps 1e-4 to 1e-2. There float32 solvers are compared on the first steps only; all
-# 20 steps are compared in float64.
+# lies, and from then on up to 5e-5 of the bits differ, whoever computes them; where noise of 40 standard deviations or an
+# update scaled by 1,000 rules the mean, after 20 steps 1e-4 to 1e-2. All 20 steps are compared in float64.
 STABLE_STEPS = {"noise": 3, "scaled": 6}
 MOST_STABLE_STEPS = 10
 
