@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -28,6 +29,8 @@ _SHORTEST, _MOST_SAMPLES = 0.01, 9
 # A call longer than the first is not repeated, one longer than the second less often.
 _LONG, _LESS_OFTEN = 5.0, 0.2
 _LEAST_REPEATS, _FEWER_REPEATS, _MOST_REPEATS = 5, 3, 50
+# Of a call's time: how long a floor is timed beside it. A floor shorter than a millisecond is threads waking up, no yardstick.
+_FLOOR_SHARE, _SHORTEST_FLOOR = 0.1, 1e-3
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -36,7 +39,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 class Measured:
     """``seconds`` of each repeat, and the peak of memory in bytes above what was held before the first (None: unknown).
 
-    ``ratios``: by the name of each floor, the seconds of each repeat over those of the floor right after it.
+    ``ratios``: by the name of each floor, the seconds of each repeat over those of the floor right before and after it.
     """
 
     seconds: list[float]
@@ -72,20 +75,21 @@ def measure_steadily(
 ) -> Measured:
     """What a call costs, repeated until that took so many seconds: at least 5 times, 3 from 0.2 s on, a long one not.
 
-    After each repeat each floor is timed too: what else a machine does comes and goes; ratios are of what lies side by side.
+    Before and after each repeat each floor is timed too, for a tenth of the call: what else a machine does comes and goes, and
+    ratios are of what lies side by side.
     On a CPU each call begins with empty caches: whether the updates are still there from the call before is chance.
     """
+    beside = {name: [_sample(floor, device)] for name, floor in floors.items()}
     _empty_caches(device)
     held = start_peak(device)
     first = _time(call, device)
     peak = _peak_above(held, device)  # before a floor could raise it
     times: list[float] = []
-    ratios: dict[str, list[float]] = {name: [] for name in floors}
 
     def note(seconds_of_call: float) -> None:
         times.append(seconds_of_call)
         for name, floor in floors.items():
-            ratios[name].append(seconds_of_call / _sample(floor, device))
+            beside[name].append(_sample(floor, device, first * _FLOOR_SHARE))
 
     if first > _LESS_OFTEN:
         note(first)
@@ -93,6 +97,11 @@ def measure_steadily(
     start = time.perf_counter()
     while len(times) < least or (first <= _LONG and len(times) < _MOST_REPEATS and time.perf_counter() - start < seconds):
         note(_sample(call, device))
+    ratios = {
+        name: [2 * own / (before + after) for own, (before, after) in zip(times, pairwise(found), strict=True)]
+        for name, found in beside.items()
+        if statistics.median(found) >= _SHORTEST_FLOOR
+    }
     return Measured(times, peak, ratios)
 
 
@@ -111,13 +120,14 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _sample(call: Callable[[], object], device: torch.device) -> float:
+def _sample(call: Callable[[], object], device: torch.device, least_seconds: float = 0.0) -> float:
     """Seconds of a call; short ones are called several times: on a CPU each with empty caches, on a GPU all together."""
+    wanted = max(_SHORTEST, least_seconds)
     if device.type != "cpu":
         seconds = _time(call, device)
-        return seconds if seconds >= _SHORTEST else _time(call, device, math.ceil(_SHORTEST / seconds))
+        return seconds if seconds >= wanted else _time(call, device, math.ceil(wanted / seconds))
     samples: list[float] = []
-    while sum(samples) < _SHORTEST and len(samples) < _MOST_SAMPLES:
+    while sum(samples) < wanted and len(samples) < _MOST_SAMPLES:
         _empty_caches(device)
         samples.append(_time(call, device))
     return statistics.median(samples)

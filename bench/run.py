@@ -73,9 +73,9 @@ class Row:
         first_s: of the first call, compilation included.
         median_s: and ``p20_s``, ``p80_s``: quantiles over the ``repeats``.
         peak_bytes: above what was held before the call, the inputs among it; empty where the system does not tell.
-        to_mean: the time of a repeat over that of a mean of the same rows right after it, the median over the repeats;
+        to_mean: the time of a repeat over that of a mean of the same rows beside it, the median over the repeats;
             ``to_passes`` so over the model's passes, ``to_reference``: ``to_passes`` over that of solver reference in the same
-            run, each by the passes beside it; empty where those have no time.
+            run, each by the passes beside it; empty where those have no time or one below a millisecond.
         split: JSON of the median seconds of each phase, of SkyMask's round.
     """
 
@@ -330,7 +330,7 @@ class _Phases:
 
 
 def _to(row: Row, reference: Row | None) -> float | None:
-    """How long a call takes in units of the reference's, each in units of the model's passes right after it."""
+    """How long a call takes in units of the reference's, each in units of the model's passes beside it."""
     if reference is None or not reference.to_passes or row.to_passes is None:
         return None
     return row.to_passes / reference.to_passes
