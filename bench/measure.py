@@ -18,7 +18,7 @@ import torch
 
 from skymask_gpu.engine.peak_memory import peak_bytes, proc_field, resident, start_peak
 
-__all__ = ["Measured", "free_memory", "keep_freed_memory", "limited_memory", "measure", "measure_steadily"]
+__all__ = ["Measured", "free_memory", "freed_memory_kept", "limited_memory", "measure", "measure_steadily"]
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ _LEAST_REPEATS, _FEWER_REPEATS, _MOST_REPEATS = 5, 3, 50
 # Of a call's time: how long a floor is timed beside it. A floor shorter than a millisecond is threads waking up, no yardstick.
 _FLOOR_SHARE, _SHORTEST_FLOOR = 0.1, 1e-3
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 @dataclass(frozen=True)
@@ -105,19 +105,28 @@ def measure_steadily(
     return Measured(times, peak, ratios)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees, until it ends; elsewhere nothing happens.
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Have glibc keep what this process frees meanwhile; elsewhere nothing happens.
 
     By default large blocks go back to Linux at once, and the next call pays for each page of new ones, in a virtual machine
     sometimes more than for its work; how many they are depends on what was freed before. Peaks of memory stay what they are:
     :func:`measure_steadily` gives back what is free before it looks.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        library = ctypes.CDLL(None)
+        mallopt, trim = library.mallopt, library.malloc_trim
     except (OSError, AttributeError):
+        yield
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        for option, default in ((_M_MMAP_MAX, 2**16), (_M_TRIM_THRESHOLD, 2**17), (_M_MMAP_THRESHOLD, 2**17)):
+            mallopt(option, default)
+        trim(0)
 
 
 def _sample(call: Callable[[], object], device: torch.device, least_seconds: float = 0.0) -> float:

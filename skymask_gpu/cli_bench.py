@@ -35,7 +35,7 @@ def bench(
     except ModuleNotFoundError as error:
         raise ValueError(f"this command needs {error.name}: pip install 'skymask-gpu[run]'") from error
     from skymask_gpu.bench.cases import CASES
-    from skymask_gpu.bench.measure import keep_freed_memory
+    from skymask_gpu.bench.measure import freed_memory_kept
     from skymask_gpu.bench.summary import write_summary
 
     limits = QUICK if quick else FULL
@@ -48,13 +48,12 @@ def bench(
     if (folder / "bench.csv").exists():
         raise ValueError(f"--out: {folder} holds results already; name another folder")
 
-    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Row] = []
     stopped = False
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     try:
-        with Progress(*columns, console=console) as progress:
+        with freed_memory_kept(), Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=count_rows(limits))
             for row in measure_cases(limits, device, lambda what: progress.update(task, description=what)):
                 rows.append(row)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from skymask_gpu.bench import accuracy, costs, large, many_clients, plots, providers, rules, run, solvers
 from skymask_gpu.bench.cases import CASES, Case, Model, Problem, TooLargeError
-from skymask_gpu.bench.measure import Measured, free_memory, limited_memory, measure, measure_steadily
+from skymask_gpu.bench.measure import Measured, free_memory, freed_memory_kept, limited_memory, measure, measure_steadily
 from skymask_gpu.bench.providers import COMPILED, MEAN, PASSES, CannotRunError, Provider
 from skymask_gpu.bench.run import Limits, Row
 from skymask_gpu.bench.summary import write_summary
@@ -354,6 +354,31 @@ def test_memory_is_limited_for_a_while_only() -> None:
         with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
             torch.empty(free, dtype=torch.uint8)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_freed_memory_is_kept_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """glibc's M_MMAP_MAX is -4 and M_TRIM_THRESHOLD -1; the defaults are mallopt(3)'s."""
+
+    class Library:
+        options: ClassVar[dict[int, int]] = {}
+        trimmed = False
+
+        def mallopt(self, option: int, value: int) -> None:
+            self.options[option] = value
+
+        def malloc_trim(self, pad: int) -> None:
+            Library.trimmed = True
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Library())
+    with pytest.raises(KeyboardInterrupt), freed_memory_kept():
+        assert Library.options == {-4: 0, -1: 2**31 - 1}
+        assert not Library.trimmed
+        raise KeyboardInterrupt
+    assert Library.options == {-4: 65536, -1: 128 * 1024, -3: 128 * 1024}
+    assert Library.trimmed
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # no glibc
+    with freed_memory_kept():
+        pass
 
 
 def test_peak_memory_is_what_a_call_takes_beyond_what_was_held() -> None:
