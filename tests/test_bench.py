@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +40,12 @@ def measured(limits: Limits) -> dict[tuple[int, str], Row]:
 
 def make_provider(name: str, call: Callable[[Problem], Any]) -> Provider:
     return Provider(name, lambda problem: lambda: call(problem), lambda *_: None, lambda _: "nothing")
+
+
+@pytest.fixture(autouse=True)
+def freed_memory_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command within this process must not leave it a heap that other tests' peaks of memory would show."""
+    monkeypatch.setattr("skymask_gpu.bench.measure.freed_memory_kept", nullcontext)
 
 
 # --- solvers ------------------------------------------------------------------------------------------------------------
