@@ -65,7 +65,7 @@ class _Costs:
 
 
 _COSTS = {
-    # nanoseconds, as python -m skymask_gpu.bench.costs prints them
+    # nanoseconds, from python -m skymask_gpu.bench.costs; the last, which varies most, so that both cost the same at 60 rows
     "cpu": _Costs(0.68, 1.25, 0.68, 300.0, "by costs measured on a 2-core CPU"),
     # bytes moved: float32 logits are read and written and updates read; bins have logits, means and counts; samples and cuts
     "cuda": _Costs(12.0, 8.0, 14.0, 1000.0, "by the bytes they move (not measured on a GPU)"),

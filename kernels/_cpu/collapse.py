@@ -22,7 +22,7 @@ from skymask_gpu.kernels._cpu.lanes import (
     pack_below,
     take_updates,
 )
-from skymask_gpu.kernels._cpu.wide_step import move, move_bin
+from skymask_gpu.kernels._cpu.wide_step import move, move_and_add
 from skymask_gpu.kernels.collapse import BISECTIONS, GUARD, WIDEST_GAP
 
 # Columns a tile: edges, counts and sums of 32 bins and the rows at hand fit in L2.
@@ -205,24 +205,14 @@ def _step_pass(
         for b in range(num_bins):
             at = b * num_params + a
             for k in range(0, whole, WIDE):
-                move_bin(centres, counts, logits, at + k, slope_T, mean_T, gate_sum_T, weighted_sum_T, k, full_step)
+                move_and_add(centres, at + k, counts, logits, at + k, slope_T, mean_T, gate_sum_T, weighted_sum_T, k, full_step)
             if rest > 0:
                 columns = slice(at + whole, at + width)
                 _copy(logit_W[:rest], logits[columns])
                 _copy(centre_W[:rest], centres[columns])
                 _copy(count_W[:rest], counts[columns])
-                move_bin(
-                    centre_W,
-                    count_W,
-                    logit_W,
-                    0,
-                    slope_T[whole:],
-                    mean_T[whole:],
-                    gate_sum_T[whole:],
-                    weighted_sum_T[whole:],
-                    0,
-                    full_step,
-                )
+                vectors = slope_T[whole:], mean_T[whole:], gate_sum_T[whole:], weighted_sum_T[whole:]
+                move_and_add(centre_W, 0, count_W, logit_W, 0, *vectors, 0, full_step)
                 _copy(logits[columns], logit_W[:rest])
         _copy(gate_sums[a : a + width], gate_sum_T[:width])
         _copy(weighted_sums[a : a + width], weighted_sum_T[:width])
@@ -399,7 +389,7 @@ def bin_step(
 ) -> tuple[Tensor, Tensor]:
     num_params = slope_P.numel()
     gate_sum_P, weighted_sum_P = torch.empty(num_params), torch.empty(num_params)
-    bins = (x.numpy().reshape(-1) for x in (logits_BP, centres_BP, counts_BP))
+    bins = (x.view(-1).numpy() for x in (logits_BP, centres_BP, counts_BP))  # logits are written: never a copy
     vectors = (slope_P.numpy(), mean_P.numpy(), np.float32(full_step), gate_sum_P.numpy(), weighted_sum_P.numpy())
     arguments = (num_params, *bins, *vectors)
     run_on_column_shares(lambda begin, end: _step_pass(*arguments, begin, end), num_params, TILE)

@@ -1,4 +1,4 @@
-"""What the Numba kernels share: vectorisable scalar functions, tiles shared among threads, and flat views of tensors.
+"""What the Numba kernels share: stored updates as floats, tiles shared among threads, and flat views of tensors.
 
 Numba's cache on disk notices a change of the file a kernel stands in, not of this one: after changing it, `make clean`.
 """
@@ -23,9 +23,6 @@ JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": 
 # Shares of the columns a thread: a thread that is late, because something else runs on its core, takes fewer.
 SHARES_PER_THREAD = 4
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-# --- scalar building blocks (inlined, vectorised by LLVM) --------------------------------------------------------------
 
 
 @intrinsic

@@ -49,8 +49,16 @@ def store(builder: Any, value: Any, data: Any, position: Any) -> None:
     builder.store(value, _at(builder, data, position, value.type), align=_BYTES_OF[value.type.element])
 
 
+def spread(builder: Any, value: Any, vector: Any) -> Any:
+    """The value in every lane."""
+    everywhere = llvm.Constant(vector, llvm.Undefined)
+    for lane in range(vector.count):
+        everywhere = builder.insert_element(everywhere, value, llvm.IntType(32)(lane))
+    return everywhere
+
+
 def load_updates(builder: Any, array_type: Any, data: Any, position: Any, floats: Any) -> Any:
-    """Stored updates as float32: bfloat16 arrives as uint16 and is the upper half of a float32."""
+    """Stored updates as ``floats``: bfloat16 arrives as uint16 and is the upper half of a float32."""
     if array_type.dtype != types.uint16:
         return load(builder, data, position, floats)
     halves, words = (llvm.VectorType(llvm.IntType(bits), floats.count) for bits in (16, 32))
@@ -181,15 +189,10 @@ def inner_edges(
         ordered, reached, edges = (data_of(context, builder, sig.args[n], args[n]) for n in (0, 1, 7))
         stride, num_rows, column, to = args[2], args[3], args[4], args[8]
         last = builder.add(column, builder.mul(stride, builder.sub(num_rows, _INDEX(1))))
-        shares = llvm.Constant(_FLOATS, llvm.Undefined)
-        for lane in range(LANES):
-            shares = builder.insert_element(shares, args[5], llvm.IntType(32)(lane))
-        target = builder.fmul(load(builder, reached, last, _FLOATS), shares)
+        target = builder.fmul(load(builder, reached, last, _FLOATS), spread(builder, args[5], _FLOATS))
 
         # the number of rows before the last that lie below the target; row 0 does, or all are equal
-        counts = llvm.Constant(_WORDS, llvm.Undefined)
-        for lane in range(LANES):
-            counts = builder.insert_element(counts, builder.trunc(args[6], llvm.IntType(32)), llvm.IntType(32)(lane))
+        counts = spread(builder, builder.trunc(args[6], llvm.IntType(32)), _WORDS)
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         start = builder.add(column, builder.mul(stride, args[6]))
         builder.cbranch(builder.icmp_signed("<", start, last), loop, after)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skymask_gpu.kernels._cpu.common import JIT, flat, run_on_column_shares
 from skymask_gpu.kernels._cpu.lanes import WIDE
-from skymask_gpu.kernels._cpu.wide_step import move, move_row, pack_above
+from skymask_gpu.kernels._cpu.wide_step import move, move_and_add, pack_above
 
 # Columns a tile: slopes, means and both sums fit in a part of L2 while rows stream by, in pieces that are worth fetching ahead.
 TILE = 8192
@@ -55,12 +55,12 @@ def _sums_pass(
             if from_init:
                 logits[to : to + width] = init
             for k in range(0, whole, WIDE):
-                move_row(updates, at + k, logits, to + k, slope_T, mean_T, gate_sum_T, weighted_sum_T, k, full_step)
+                move_and_add(updates, at + k, None, logits, to + k, slope_T, mean_T, gate_sum_T, weighted_sum_T, k, full_step)
             if whole < width:
                 rest, columns = width - whole, slice(to + whole, to + width)
                 update_W[:rest], logit_W[:rest] = updates[at + whole : at + width], logits[columns]
                 vectors = slope_T[whole:], mean_T[whole:], gate_sum_T[whole:], weighted_sum_T[whole:]
-                move_row(update_W, 0, logit_W, 0, *vectors, 0, full_step)
+                move_and_add(update_W, 0, None, logit_W, 0, *vectors, 0, full_step)
                 logits[columns] = logit_W[:rest]
             if (i + 1) % ROWS_A_BATCH == 0 or i + 1 == num_rows:
                 sums_2P[0, a : a + width] += gate_sum_T[:width]

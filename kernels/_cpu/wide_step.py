@@ -12,7 +12,7 @@ from numba import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
-from skymask_gpu.kernels._cpu.lanes import WIDE, data_of, load, load_updates, store
+from skymask_gpu.kernels._cpu.lanes import WIDE, data_of, load, load_updates, spread, store
 
 _WORDS = llvm.VectorType(llvm.IntType(32), WIDE)
 _HALVES = llvm.VectorType(llvm.IntType(16), WIDE)
@@ -32,13 +32,6 @@ def _vector_of(array_type: Any) -> Any:
 
 def _all(value: float, vector: Any) -> Any:
     return llvm.Constant(vector, [float(np.float32(value))] * WIDE)
-
-
-def _spread(builder: Any, value: Any, vector: Any) -> Any:
-    spread = llvm.Constant(vector, llvm.Undefined)
-    for lane in range(WIDE):
-        spread = builder.insert_element(spread, value, llvm.IntType(32)(lane))
-    return spread
 
 
 def _call(builder: Any, name: str, arguments: list[Any]) -> Any:
@@ -83,14 +76,8 @@ def _moved(builder: Any, logit: Any, update: Any, slope: Any, mean: Any, full_st
     gate = _sigmoid(builder, logit)
     slope_of_gate = _times_plus(builder, builder.fneg(gate), gate, gate)
     gradient = builder.fmul(builder.fmul(slope, slope_of_gate), builder.fsub(update, mean))
-    step = builder.fneg(_spread(builder, full_step, logit.type))
+    step = builder.fneg(spread(builder, full_step, logit.type))
     return _times_plus(builder, _clamp(builder, gradient, 1.0), step, logit)
-
-
-def _add(builder: Any, weight: Any, update: Any, gate_sums: Any, weighted_sums: Any, column: Any) -> None:
-    store(builder, builder.fadd(load(builder, gate_sums, column, weight.type), weight), gate_sums, column)
-    total = _times_plus(builder, weight, update, load(builder, weighted_sums, column, weight.type))
-    store(builder, total, weighted_sums, column)
 
 
 @intrinsic
@@ -122,10 +109,11 @@ def move(
 
 
 @intrinsic
-def move_row(
+def move_and_add(
     typingctx: Any,
     updates: Any,
     at: Any,
+    counts: Any,
     logits: Any,
     to: Any,
     slopes: Any,
@@ -135,50 +123,29 @@ def move_row(
     column: Any,
     full_step: Any,
 ) -> Any:
-    """As ``move``, in place, and the row's part in both sums of each column, which are added to."""
+    """As ``move``, in place, and the part in both sums of each column, which are added to.
+
+    ``counts``: None for a row; uint16 for a bin that stands for ``counts[to:]`` rows.
+    """
 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        arrays = (data_of(context, builder, sig.args[n], args[n]) for n in (0, 2, 4, 5, 6, 7))
+        arrays = (data_of(context, builder, sig.args[n], args[n]) for n in (0, 3, 5, 6, 7, 8))
         updates, logits, slopes, means, gate_sums, weighted_sums = arrays
-        to, column, vector = args[3], args[8], _vector_of(sig.args[2])
+        to, column, vector = args[4], args[9], _vector_of(sig.args[3])
         update = load_updates(builder, sig.args[0], updates, args[1], vector)
         slope, mean = (load(builder, x, column, vector) for x in (slopes, means))
-        logit = _moved(builder, load(builder, logits, to, vector), update, slope, mean, args[9])
+        logit = _moved(builder, load(builder, logits, to, vector), update, slope, mean, args[10])
         store(builder, logit, logits, to)
-        _add(builder, _sigmoid(builder, logit), update, gate_sums, weighted_sums, column)
+        weight = _sigmoid(builder, logit)
+        if sig.args[2] != types.none:
+            count = load(builder, data_of(context, builder, sig.args[2], args[2]), to, _HALVES)
+            weight = builder.fmul(weight, builder.uitofp(count, vector))
+        store(builder, builder.fadd(load(builder, gate_sums, column, vector), weight), gate_sums, column)
+        total = _times_plus(builder, weight, update, load(builder, weighted_sums, column, vector))
+        store(builder, total, weighted_sums, column)
         return context.get_dummy_value()
 
-    return types.void(updates, at, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step), code
-
-
-@intrinsic
-def move_bin(
-    typingctx: Any,
-    centres: Any,
-    counts: Any,
-    logits: Any,
-    at: Any,
-    slopes: Any,
-    means: Any,
-    gate_sums: Any,
-    weighted_sums: Any,
-    column: Any,
-    full_step: Any,
-) -> Any:
-    """As ``move_row``, for a bin that stands for ``counts[at:]`` (uint16) rows in each column; float32."""
-
-    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        arrays = (data_of(context, builder, sig.args[n], args[n]) for n in (0, 1, 2, 4, 5, 6, 7))
-        centres, counts, logits, slopes, means, gate_sums, weighted_sums = arrays
-        at, column = args[3], args[8]
-        centre, slope, mean = (load(builder, *x, _FLOATS) for x in ((centres, at), (slopes, column), (means, column)))
-        logit = _moved(builder, load(builder, logits, at, _FLOATS), centre, slope, mean, args[9])
-        store(builder, logit, logits, at)
-        count = builder.uitofp(load(builder, counts, at, _HALVES), _FLOATS)
-        _add(builder, builder.fmul(_sigmoid(builder, logit), count), centre, gate_sums, weighted_sums, column)
-        return context.get_dummy_value()
-
-    return types.void(centres, counts, logits, at, slopes, means, gate_sums, weighted_sums, column, full_step), code
+    return types.void(updates, at, counts, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step), code
 
 
 @intrinsic
@@ -188,7 +155,7 @@ def pack_above(typingctx: Any, logits: Any, at: Any, threshold: Any, bits: Any, 
     def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         logits, bits = (data_of(context, builder, sig.args[n], args[n]) for n in (0, 3))
         vector = _vector_of(sig.args[0])
-        above = builder.fcmp_ordered(">", load(builder, logits, args[1], vector), _spread(builder, args[2], vector))
+        above = builder.fcmp_ordered(">", load(builder, logits, args[1], vector), spread(builder, args[2], vector))
         flags = builder.bitcast(above, llvm.IntType(WIDE))
         builder.store(flags, builder.bitcast(builder.gep(bits, [args[4]]), flags.type.as_pointer()), align=1)
         return context.get_dummy_value()
