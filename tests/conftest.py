@@ -1,5 +1,6 @@
 """Fixtures for all tests: Triton's interpreter where there is no GPU, real data, poisoned memory, threads."""
 
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -63,6 +64,22 @@ def mnist_dir(data_dir: Path) -> Path:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def touch_memory() -> Callable[[int], mmap.mmap]:
+    """Takes bytes from the system and gives them back when the result is dropped.
+
+    A tensor may not: where an earlier test left a hole of its size in the heap, its memory stays with the process.
+    """
+
+    def touch(num_bytes: int) -> mmap.mmap:
+        memory = mmap.mmap(-1, num_bytes)
+        for page in range(0, num_bytes, mmap.PAGESIZE):
+            memory[page] = 1
+        return memory
+
+    return touch
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Recording phases: times that add up, bytes, peaks of memory, and nothing at all while nobody records."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -84,16 +85,16 @@ def test_a_phase_that_fails_is_recorded_and_closed(ticks: None) -> None:
     assert phase("d") is profiling._OFF
 
 
-def test_the_peak_of_memory_is_that_of_the_phase_that_held_it() -> None:
+def test_the_peak_of_memory_is_that_of_the_phase_that_held_it(touch_memory: Callable[[int], object]) -> None:
     with recording(CPU) as record:
         with phase("before"):
-            torch.ones(4 * MIB // 4)
+            touch_memory(4 * MIB)
         with phase("outer"):
             with phase("inner"):
-                torch.ones(64 * MIB // 4)
-            torch.ones(4 * MIB // 4)
+                touch_memory(64 * MIB)
+            touch_memory(4 * MIB)
         with phase("after"):
-            torch.ones(4 * MIB // 4)
+            touch_memory(4 * MIB)
     peaks = {name: cost.peak_bytes for name, cost in record.profile(1.0).phases.items()}
     if peaks[OTHER] is None:
         pytest.skip("this system does not tell the peak of resident memory")
