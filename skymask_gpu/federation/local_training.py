@@ -25,8 +25,8 @@ from skymask_gpu.engine.memory import is_out_of_memory
 
 __all__ = ["Batches", "LocalTraining", "LocalUpdates", "batching_for", "draw_batches", "train_clients"]
 
-# What a block of clients may keep for its backward pass: on a CPU what its cache holds, on a GPU half of what is free.
-_CPU_BLOCK_BYTES, _CPU_BLOCK_LEAST = 2**22, 5
+# What a block of clients may keep for its backward pass: on a CPU what its cache holds about, on a GPU half of what is free.
+_CPU_BLOCK_BYTES, _CPU_BLOCK_LEAST = 2**24, 5
 _GPU_SHARE = 0.5
 # Of one client's forward pass on a CPU. Measured: an MLP on 28x28 images, 3e6, is 4 times faster by vmap, a ViT, 1.5e8, slower.
 _VMAP_FLOPS = 2e7
@@ -200,7 +200,7 @@ def train_clients(
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             continue
-        updates_CP[clients] = params_CP - start_P
+        updates_CP[clients] = params_CP.sub_(start_P)
         for name, value in trained.items():
             buffers_C[name][clients] = value
         begin = end
@@ -283,7 +283,8 @@ class _Trainer:
         return params_CP, buffers_C
 
     def _batch(self, index_CB: Tensor, poisoned: bool) -> tuple[Tensor, Tensor]:
-        inputs, labels = self._inputs[index_CB], self._labels[index_CB]
+        # index_select: several times faster than indexing by a tensor
+        inputs, labels = (x.index_select(0, index_CB.flatten()).unflatten(0, index_CB.shape) for x in (self._inputs, self._labels))
         return self._poison(inputs, labels) if poisoned and self._poison is not None else (inputs, labels)
 
     def _descend(self, params: Tensor, gradient: Tensor, momentum: Tensor | None) -> None:
