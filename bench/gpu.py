@@ -418,7 +418,9 @@ def _measured(figure: Figure, problem: Problem, wrong: str | None, repeat_second
         reason = provider.check(problem, call())
         if reason is not None:
             return {"status": "wrong", "detail": reason}
-        measured = measure_steadily(call, problem.updates.device, repeat_seconds)
+        measured = measure_steadily({figure.name: call}, problem.updates.device, repeat_seconds)[figure.name]
+        if isinstance(measured, Exception):
+            raise measured
     except CannotRunError as error:
         return {"status": "cannot run", "detail": str(error)}
     except NoCheckError as error:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -25,11 +24,11 @@ T = TypeVar("T")
 _MEMINFO = Path("/proc/meminfo")
 
 # Shorter calls are timed several times for one repeat: on a CPU one by one, at most so often, on a GPU together.
-_SHORTEST, _MOST_SAMPLES = 0.01, 9
-# A call longer than the first is not repeated, one longer than the second less often.
-_LONG, _LESS_OFTEN = 5.0, 0.2
-_LEAST_REPEATS, _FEWER_REPEATS, _MOST_REPEATS = 5, 3, 50
-# Of a call's time: how long a floor is timed beside it. A floor shorter than a millisecond is threads waking up, no yardstick.
+_SHORTEST, _MOST_SAMPLES = 0.01, 5
+# A call longer than this is not repeated, for it spans many spells itself.
+_LONG = 3.0
+_LEAST_REPEATS, _MOST_REPEATS = 7, 50
+# Of all time: how long each floor is timed at most. A floor shorter than a millisecond is threads waking up, no yardstick.
 _FLOOR_SHARE, _SHORTEST_FLOOR = 0.1, 1e-3
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -39,7 +38,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 class Measured:
     """``seconds`` of each repeat, and the peak of memory in bytes above what was held before the first (None: unknown).
 
-    ``ratios``: by the name of each floor, the seconds of each repeat over those of the floor right before and after it.
+    ``ratios``: by the name of each floor, the seconds of each repeat over those of the floor before and after it.
     """
 
     seconds: list[float]
@@ -68,41 +67,118 @@ def measure(call: Callable[[], T], repeats: int, device: torch.device) -> tuple[
 
 
 def measure_steadily(
-    call: Callable[[], object],
+    calls: Mapping[str, Callable[[], object]],
     device: torch.device,
     seconds: float,
     floors: Mapping[str, Callable[[], object]] = MappingProxyType({}),
-) -> Measured:
-    """What a call costs, repeated until that took so many seconds: at least 5 times, 3 from 0.2 s on, a long one not.
+    *,
+    is_over: Callable[[], bool] = lambda: False,
+    started: Callable[[str], None] = lambda name: None,
+) -> dict[str, Measured | Exception]:
+    """What each call costs, or what it raised: in rounds, so that no call's repeats all fall into one spell of a busy machine.
 
-    Before and after each repeat each floor is timed too, for a tenth of the call: what else a machine does comes and goes, and
-    ratios are of what lies side by side.
+    A call takes part until its repeats took so many seconds, at least in 7 rounds, a long one in none but the
+    first; once ``is_over()``, in one at least. Floors are timed in between, each for a tenth of the time, and a repeat is held
+    against what they took before and after it: what else a machine does comes and goes.
     On a CPU each call begins with empty caches: whether the updates are still there from the call before is chance.
+    ``started`` is told each call's name.
     """
-    beside = {name: [_sample(floor, device)] for name, floor in floors.items()}
-    _empty_caches(device)
-    held = start_peak(device)
-    first = _time(call, device)
-    peak = _peak_above(held, device)  # before a floor could raise it
-    times: list[float] = []
+    timed = [_Floor(name, floor, device) for name, floor in floors.items()]
+    yardsticks = [floor for floor in timed if floor.is_yardstick]
+    timings = {name: _Timing(call, device) for name, call in calls.items()}
 
-    def note(seconds_of_call: float) -> None:
-        times.append(seconds_of_call)
-        for name, floor in floors.items():
-            beside[name].append(_sample(floor, device, first * _FLOOR_SHARE))
+    def note(timing: _Timing, taken: float) -> None:
+        timing.seconds.append(taken)
+        for floor in yardsticks:
+            floor.note(timing, taken)
 
-    if first > _LESS_OFTEN:
-        note(first)
-    least = 1 if first > _LONG else _FEWER_REPEATS if first > _LESS_OFTEN else _LEAST_REPEATS
-    start = time.perf_counter()
-    while len(times) < least or (first <= _LONG and len(times) < _MOST_REPEATS and time.perf_counter() - start < seconds):
-        note(_sample(call, device))
-    ratios = {
-        name: [2 * own / (before + after) for own, (before, after) in zip(times, pairwise(found), strict=True)]
-        for name, found in beside.items()
-        if statistics.median(found) >= _SHORTEST_FLOOR
-    }
-    return Measured(times, peak, ratios)
+    for name, timing in timings.items():
+        started(name)
+        if timing.begin() > _LONG:
+            note(timing, timing.first)
+    while active := [name for name, timing in timings.items() if timing.wants_more(seconds, is_over())]:
+        for name in active:
+            started(name)
+            taken = timings[name].repeat()
+            if taken is not None:
+                note(timings[name], taken)
+    for floor in yardsticks:
+        floor.settle()
+    return {name: timing.error or Measured(timing.seconds, timing.peak, timing.ratios) for name, timing in timings.items()}
+
+
+@dataclass
+class _Timing:
+    """One call, the first time and its repeats."""
+
+    call: Callable[[], object]
+    device: torch.device
+    first: float = 0.0
+    peak: int | None = None
+    spent: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    error: Exception | None = None
+
+    def begin(self) -> float:
+        """Seconds of the first call, whose peak of memory is kept."""
+        try:
+            _empty_caches(self.device)
+            held = start_peak(self.device)
+            self.first = _time(self.call, self.device)
+            self.peak = _peak_above(held, self.device)
+        except Exception as error:
+            self.error = error
+        return self.first
+
+    def repeat(self) -> float | None:
+        start = time.perf_counter()
+        try:
+            return _sample(self.call, self.device)
+        except Exception as error:
+            self.error = error
+            return None
+        finally:
+            self.spent += time.perf_counter() - start
+
+    def wants_more(self, seconds: float, is_over: bool) -> bool:
+        if self.error is not None or self.first > _LONG:
+            return False
+        least = 1 if is_over else _LEAST_REPEATS
+        if len(self.seconds) < least:
+            return True
+        return not is_over and len(self.seconds) < _MOST_REPEATS and self.spent < seconds
+
+
+class _Floor:
+    """Times of a floor again and again, and what was measured since the last of them."""
+
+    def __init__(self, name: str, call: Callable[[], object], device: torch.device) -> None:
+        self._name, self._call, self._device = name, call, device
+        self._waiting: list[tuple[_Timing, float]] = []
+        self._time(0.0)
+        self.is_yardstick = self._before >= _SHORTEST_FLOOR
+
+    def note(self, timing: _Timing, seconds: float) -> None:
+        """A repeat; its ratio follows with the floor's next time."""
+        self._waiting.append((timing, seconds))
+        passed = time.perf_counter() - self._end
+        if passed * _FLOOR_SHARE >= self._took:
+            self.settle(passed * _FLOOR_SHARE)
+
+    def settle(self, least_seconds: float = 0.0) -> None:
+        if self._waiting:
+            before, waiting = self._before, self._waiting
+            self._time(least_seconds)
+            for timing, seconds in waiting:
+                timing.ratios.setdefault(self._name, []).append(2 * seconds / (before + self._before))
+            self._waiting = []
+
+    def _time(self, least_seconds: float) -> None:
+        start = time.perf_counter()
+        self._before = _sample(self._call, self._device, least_seconds)
+        self._end = time.perf_counter()
+        self._took = self._end - start
 
 
 @contextmanager

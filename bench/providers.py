@@ -72,6 +72,7 @@ def _mean() -> Provider:
         lambda problem: lambda: RuleResult(problem.updates[:-1].mean(0), None),
         check,
         _always(compared_with),
+        floors=(MEAN,),
     )
 
 

@@ -9,7 +9,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -45,7 +45,7 @@ class Limits:
         dtypes: of the updates, where a case has them.
         total_seconds: once so many are spent, what is left is skipped.
         call_seconds: a call that is expected to take longer is skipped; a first one that takes three times as long is stopped.
-        repeat_seconds: a measurement, its floors with it, is repeated until so many are spent.
+        repeat_seconds: a measurement is repeated until so many are spent.
         compiles: whether torch.compile is tried.
     """
 
@@ -59,7 +59,7 @@ class Limits:
 
 
 FULL = Limits()
-QUICK = Limits((50,), ("logreg", "cnn", "rules"), ("float32",), 50.0, 3.0, 0.2, compiles=False)
+QUICK = Limits((50,), ("cnn",), ("float32",), 45.0, 3.0, 3.0, compiles=False)
 
 
 @dataclass(kw_only=True)
@@ -211,24 +211,48 @@ class _Run:
         for dtype in dtypes:
             problem = problem.to(dtype)
             problem.agreed = self.agreed.setdefault((case.name, dtype), {})
-            floors: dict[str, Callable[[], Any]] = {}
-            reference: Row | None = None
-            for provider in providers(case):
-                self.started(f"{case.name}, N = {num_clients:,}, {dtype}: {provider.name}")
-                row = self._row(case, num_clients, dtype, provider, **self._measured(problem, provider, floors))
-                if row.median_s is not None:
-                    if provider.name in (MEAN, PASSES):
-                        floors[provider.name] = provider.prepare(problem)
-                    reference = row if provider.name == "reference" else reference
-                    row.to_reference = _to(row, reference)
-                yield row
+            yield from self._side_by_side(problem)
 
-    def _measured(self, problem: Problem, provider: Provider, floors: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-        """The columns that come from running one provider."""
+    def _side_by_side(self, problem: Problem) -> Iterator[Row]:
+        """The rows of all providers: first each result is checked, then those that are right are timed in rounds."""
+        case, dtype = problem.case, problem.dtype
+        point = f"{case.name}, N = {problem.num_clients:,}, {dtype}"
+        known = {provider.name: provider for provider in providers(case)}
+        columns, calls = {}, {}
+        for name, provider in known.items():
+            self.started(f"{point}: {name}")
+            columns[name], call = self._checked(problem, provider)
+            if call is not None:
+                calls[name] = _Phases(call)
+        measured: Mapping[str, Measured | Exception]
+        try:
+            with limited_memory(self.device):
+                measured = measure_steadily(
+                    calls,
+                    self.device,
+                    self.limits.repeat_seconds,
+                    {name: call for name, call in calls.items() if name in (MEAN, PASSES)},
+                    is_over=self._is_over,
+                    started=lambda name: self.started(f"{point}: {name}"),
+                )
+        except Exception as error:  # of a floor
+            measured = dict.fromkeys(calls, error)
+        reference: Row | None = None
+        for name, provider in known.items():
+            if name in calls:
+                columns[name] |= self._timed(problem, provider, calls[name], measured[name])
+            row = self._row(case, problem.num_clients, dtype, provider, **columns[name])
+            if row.median_s is not None:
+                reference = row if name == "reference" else reference
+                row.to_reference = _to(row, reference)
+            yield row
+
+    def _checked(self, problem: Problem, provider: Provider) -> tuple[dict[str, Any], Callable[[], Any] | None]:
+        """The columns that are known before it is timed, and the call if it may be."""
         if provider.name == COMPILED and not self.limits.compiles:
-            return {"status": "skipped", "detail": "compiling takes too long for a quick run"}
+            return {"status": "skipped", "detail": "compiling takes too long for a quick run"}, None
         if self._is_over():
-            return {"status": "skipped", "detail": self._over()}
+            return {"status": "skipped", "detail": self._over()}, None
         key = (problem.case.name, problem.dtype, provider.name)
         if key in self.paces:
             clients, seconds = self.paces[key]
@@ -237,48 +261,41 @@ class _Run:
                 detail = (
                     f"about {expected:.2g} s a call expected from N = {clients:,}, the limit is {self.limits.call_seconds:g} s"
                 )
-                return {"status": "skipped", "detail": detail}
+                return {"status": "skipped", "detail": detail}, None
         try:
             with limited_memory(self.device):
-                return self._checked_and_timed(problem, provider, floors, key)
+                call = provider.prepare(problem)
+                start = time.perf_counter()
+                with _at_most(_STOPPED_AFTER * self.limits.call_seconds):
+                    result = call()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                first = time.perf_counter() - start
+                self.paces[key] = (problem.num_clients, first)
+                wrong = provider.check(problem, result)
         except CannotRunError as reason:
-            return {"status": "skipped", "detail": str(reason)}
+            return {"status": "skipped", "detail": str(reason)}, None
         except NoCheckError as reason:
-            return {"status": "no check", "detail": str(reason)}
+            return {"status": "no check", "detail": str(reason)}, None
         except _SlowError:
             stopped = _STOPPED_AFTER * self.limits.call_seconds
             self.paces[key] = (problem.num_clients, stopped)
-            return {"status": "skipped", "detail": f"stopped after {stopped:g} s"}
+            return {"status": "skipped", "detail": f"stopped after {stopped:g} s"}, None
         except Exception as error:
-            if is_out_of_memory(error):
-                return {"status": "out of memory", "detail": str(error).splitlines()[0][:200]}
-            return {"status": "failed", "detail": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-
-    def _checked_and_timed(
-        self, problem: Problem, provider: Provider, floors: dict[str, Callable[[], Any]], key: tuple[str, str, str]
-    ) -> dict[str, Any]:
-        call = provider.prepare(problem)
-        start = time.perf_counter()
-        with _at_most(_STOPPED_AFTER * self.limits.call_seconds):
-            result = call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        first = time.perf_counter() - start
-        self.paces[key] = (problem.num_clients, first)
-        wrong = provider.check(problem, result)
+            return _failure(error), None
         if wrong is not None:
-            return {"status": "wrong", "detail": wrong}
-        del result
-        phases = _Phases(call)
-        wanted = {name: floor for name, floor in floors.items() if name in provider.floors}
-        measured = measure_steadily(phases, self.device, self.limits.repeat_seconds, wanted)
-        self.paces[key] = (problem.num_clients, measured.median)
-        compared_with = provider.compared_with(problem)
-        to_floors = {name: statistics.median(ratios) for name, ratios in measured.ratios.items()} | {provider.name: 1.0}
+            return {"status": "wrong", "detail": wrong}, None
+        return {"first_s": first, "compared_with": provider.compared_with(problem)}, call
+
+    def _timed(self, problem: Problem, provider: Provider, phases: "_Phases", measured: Measured | Exception) -> dict[str, Any]:
+        """The columns of one whose result is right."""
+        if isinstance(measured, Exception):
+            return {"first_s": None, "compared_with": "", **_failure(measured)}
+        self.paces[problem.case.name, problem.dtype, provider.name] = (problem.num_clients, measured.median)
+        to_floors = {name: statistics.median(measured.ratios[name]) for name in provider.floors if name in measured.ratios}
+        to_floors |= {provider.name: 1.0}
         return {
             "status": "ok",
-            "compared_with": compared_with,
-            "first_s": first,
             "split": phases.split(),
             "to_mean": to_floors.get(MEAN),
             "to_passes": to_floors.get(PASSES),
@@ -307,6 +324,12 @@ class _Run:
 
     def _over(self) -> str:
         return f"the {self.limits.total_seconds:g} s of this run were spent"
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if is_out_of_memory(error):
+        return {"status": "out of memory", "detail": str(error).splitlines()[0][:200]}
+    return {"status": "failed", "detail": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
 class _Phases:

@@ -25,8 +25,9 @@ def _lines(rows: list[Row]) -> list[str]:
         "",
         "Every result was compared before it was timed (client labels up to N = 5,000). Medians; in brackets the 20th and",
         "the 80th percentile. Ratios are to what was measured in this run on the same updates: `x mean` to a plain mean of",
-        "the rows and `x passes` to the model's own forward and backward passes, each timed before and after every repeat too",
-        "(medians of these ratios), `x reference` to that solver, both in passes. Memory: the peak above what was held before.",
+        "the rows and `x passes` to the model's own forward and backward passes, which are timed again and again in between",
+        "(medians of the ratios to the times before and after), `x reference` to that solver, both in passes. What is in one",
+        "table is repeated in rounds. Memory: the peak above what was held before.",
         "On a CPU every timed call begins with empty caches, and the process keeps the memory that it frees (glibc).",
     ]
     for (case, dtype, clients), group in groupby(rows, lambda row: (row.case, row.dtype, row.clients)):

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Few clients only: within a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="50 clients, by default of the CNN only: within a minute.")] = False,
     case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default bench-out/TIME.")] = None,
 ) -> None:

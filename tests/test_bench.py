@@ -68,26 +68,6 @@ def test_agreeing_solvers_get_times_and_floors(monkeypatch: pytest.MonkeyPatch) 
         assert fused.params == 3372
 
 
-def test_a_ratio_is_to_the_floor_beside_each_repeat() -> None:
-    """A machine that gets slower and slower: times differ threefold, ratios do not."""
-    slower = [0.0]
-
-    def sleep(seconds: float) -> None:
-        slower[0] += 0.1
-        time.sleep(seconds * (1 + slower[0]))
-
-    floors = {"floor": lambda: sleep(0.02)}
-    measured = measure_steadily(lambda: sleep(0.06), torch.device("cpu"), 1.0, floors)
-    assert max(measured.seconds) > 1.5 * min(measured.seconds)
-    assert len(measured.ratios["floor"]) == len(measured.seconds)
-    assert all(2.8 < ratio < 3.2 for ratio in measured.ratios["floor"])
-
-
-def test_a_floor_below_a_millisecond_is_no_yardstick() -> None:
-    floors = {"short": lambda: None, "long": lambda: time.sleep(0.002)}
-    assert list(measure_steadily(lambda: time.sleep(0.02), torch.device("cpu"), 0.0, floors).ratios) == ["long"]
-
-
 def test_a_wrong_solver_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit in 843 flipped."""
     honest = providers.train_masks
@@ -301,43 +281,121 @@ def test_once_the_time_is_spent_all_rows_say_so() -> None:
 # --- measuring ----------------------------------------------------------------------------------------------------------
 
 
-def test_repeats_follow_the_time_a_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+CPU = torch.device("cpu")
 
-    def call(seconds: float) -> Measured:
-        calls.clear()
-        return measure_steadily(lambda: (calls.append(0), time.sleep(seconds)), torch.device("cpu"), 0.1)
 
-    short = call(0.06)
-    assert len(short.seconds) == 5
-    assert len(calls) == 6, "once more for the peak of memory"
-    shortest = call(0.0005)
-    assert len(calls) > 4 * len(shortest.seconds), "several calls a repeat"
-    assert 0.0005 <= shortest.median < 0.01
-    long = call(0.25)
-    assert len(long.seconds) == len(calls) == 3
-    monkeypatch.setattr("skymask_gpu.bench.measure._LONG", 0.05)
-    assert len(call(0.22).seconds) == len(calls) == 1
+class Clock:
+    """Time that goes on only when somebody spends it."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def spending(self, seconds: float) -> Callable[[], None]:
+        def spend() -> None:
+            self.now += seconds
+
+        return spend
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("skymask_gpu.bench.measure.time", clock)
+    return clock
+
+
+def measured_alone(call: Callable[[], Any], seconds: float = 0.0, **floors: Callable[[], Any]) -> Measured:
+    measured = measure_steadily({"call": call}, CPU, seconds, floors)["call"]
+    assert isinstance(measured, Measured)
+    return measured
+
+
+def test_a_ratio_is_to_the_floor_before_and_after_each_repeat(clock: Clock) -> None:
+    """A machine that gets slower and slower: times differ threefold, ratios do not."""
+
+    def slower(seconds: float) -> None:
+        clock.now += seconds * (1 + 0.3 * clock.now)
+
+    measured = measured_alone(lambda: slower(0.6), 8.0, floor=lambda: slower(0.02))
+    assert max(measured.seconds) > 2.5 * min(measured.seconds)
+    ratios = measured.ratios["floor"]
+    assert len(ratios) == len(measured.seconds)
+    assert max(ratios) < 1.2 * min(ratios)
+
+
+def test_a_floor_below_a_millisecond_is_no_yardstick(clock: Clock) -> None:
+    measured = measured_alone(clock.spending(0.02), short=clock.spending(0.0009), long=clock.spending(0.002))
+    assert measured.ratios == {"long": pytest.approx([10.0] * 7)}
+
+
+def test_calls_are_measured_in_rounds_with_floors_in_between(clock: Clock) -> None:
+    """All begin before any is repeated; a floor is timed again, for a tenth of what has passed, once that is its own time."""
+    events: list[str] = []
+
+    def calling(name: str, seconds: float) -> Callable[[], object]:
+        return lambda: (events.append(name), clock.spending(seconds)())
+
+    calls = {"a": calling("a", 0.06), "b": calling("b", 0.06)}
+    floors = {"often": calling("o", 0.01), "seldom": calling("s", 0.03)}
+    measured = measure_steadily(calls, CPU, 0.0, floors, started=lambda name: events.append(f"({name})"))
+    rounds = (
+        "os(a)a(b)b",
+        "(a)aooo(b)b",
+        "(a)ass(b)b",
+        "(a)aooo(b)b",
+        "(a)a(b)b",
+        "(a)a(b)booo",
+        "(a)a(b)b",
+        "(a)asss(b)b",
+        "oooos",
+    )
+    assert "".join(events) == "".join(rounds)
+    for of_call in measured.values():
+        assert isinstance(of_call, Measured)
+        assert of_call.ratios == {"often": pytest.approx([6.0] * 7), "seldom": pytest.approx([2.0] * 7)}
+
+
+def test_a_call_that_fails_later_leaves_the_others_alone(clock: Clock) -> None:
+    times = iter(range(3))
+    measured = measure_steadily({"fails": lambda: next(times), "works": clock.spending(0.02)}, CPU, 0.0)
+    assert isinstance(measured["fails"], StopIteration)
+    assert isinstance(measured["works"], Measured)
+    assert len(measured["works"].seconds) == 7
+
+
+def test_repeats_follow_the_time_a_call_takes(clock: Clock) -> None:
+    assert len(measured_alone(clock.spending(0.3), 1.0).seconds) == 7, "at least"
+    assert len(measured_alone(clock.spending(0.1), 0.95).seconds) == 10
+    assert len(measured_alone(clock.spending(0.01), 1.0).seconds) == 50, "at most"
+    assert len(measured_alone(clock.spending(2.9), 1.0).seconds) == 7
+    start = clock.now
+    assert measured_alone(clock.spending(3.1), 100.0).seconds == pytest.approx([3.1])
+    assert clock.now == pytest.approx(start + 3.1), "a long call is called once"
+    start = clock.now
+    assert measured_alone(clock.spending(0.003), 0.0).seconds == pytest.approx([0.003] * 7)
+    assert clock.now == pytest.approx(start + 0.003 * (1 + 7 * 4)), "several calls a repeat, and one for the peak of memory"
+    over = measure_steadily({name: clock.spending(0.3) for name in "ab"}, CPU, 1.0, is_over=lambda: True)
+    assert [len(of_call.seconds) for of_call in over.values() if isinstance(of_call, Measured)] == [1, 1]
     assert Measured([3.0, 1.0, 2.0, 5.0, 4.0], None).median == 3.0
     assert Measured([3.0, 1.0, 2.0, 5.0, 4.0, 6.0], None).quantile(0.2) == 2.0
 
 
-def test_a_call_on_a_cpu_begins_with_empty_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_on_a_cpu_begins_with_empty_caches(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
     monkeypatch.setattr("skymask_gpu.bench.measure._empty_caches", lambda device: events.append("empty"))
-    measured = measure_steadily(
-        lambda: (events.append("call"), time.sleep(0.03)),
-        torch.device("cpu"),
-        0.0,
-        {"floor": lambda: (events.append("floor"), time.sleep(0.03))},
+    measured = measured_alone(
+        lambda: (events.append("call"), clock.spending(0.03)()),
+        floor=lambda: (events.append("floor"), clock.spending(0.03)()),
     )
-    assert len(measured.seconds) == 5
-    assert events[:4] == ["empty", "floor", "empty", "call"]
-    assert events[4:] == ["empty", "call", "empty", "floor"] * 5
+    assert len(measured.seconds) == 7
+    assert events[::2] == ["empty"] * (len(events) // 2)
+    assert set(events[1::2]) == {"call", "floor"}
 
 
 def test_a_result_is_gone_before_the_next_call() -> None:
-    measured = measure_steadily(lambda: torch.ones(16 * 2**20), torch.device("cpu"), 0.0)
+    measured = measured_alone(lambda: torch.ones(16 * 2**20))
     if measured.peak_bytes is None:
         pytest.skip("this system does not tell the peak of resident memory")
     assert 60 * 2**20 < measured.peak_bytes < 100 * 2**20

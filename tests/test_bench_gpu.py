@@ -37,10 +37,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "wrong_kernels", lambda device: iter([("next_step", None)]))
 
 
-def once(call: Callable[[], object], device: torch.device, seconds: float) -> Measured:
-    start = time.perf_counter()
-    call()
-    return Measured([time.perf_counter() - start], None)
+def once(calls: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, Measured]:
+    taken = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        taken[name] = Measured([time.perf_counter() - start], None)
+    return taken
 
 
 @pytest.fixture

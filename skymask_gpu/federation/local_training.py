@@ -284,7 +284,8 @@ class _Trainer:
 
     def _batch(self, index_CB: Tensor, poisoned: bool) -> tuple[Tensor, Tensor]:
         # index_select: several times faster than indexing by a tensor
-        inputs, labels = (x.index_select(0, index_CB.flatten()).unflatten(0, index_CB.shape) for x in (self._inputs, self._labels))
+        chosen, shape = index_CB.flatten(), index_CB.shape
+        inputs, labels = (x.index_select(0, chosen).unflatten(0, shape) for x in (self._inputs, self._labels))
         return self._poison(inputs, labels) if poisoned and self._poison is not None else (inputs, labels)
 
     def _descend(self, params: Tensor, gradient: Tensor, momentum: Tensor | None) -> None:
