@@ -25,7 +25,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 # Shorter calls are timed several times for one repeat: on a CPU one by one, at most so often, on a GPU together.
 _SHORTEST, _MOST_SAMPLES = 0.01, 5
-# A call longer than this is not repeated, for it spans many spells itself.
+# A call longer than this is repeated once, for it spans many spells itself.
 _LONG = 3.0
 _LEAST_REPEATS, _MOST_REPEATS = 7, 50
 # Of all time: how long each floor is timed at most. A floor shorter than a millisecond is threads waking up, no yardstick.
@@ -77,9 +77,9 @@ def measure_steadily(
 ) -> dict[str, Measured | Exception]:
     """What each call costs, or what it raised: in rounds, so that no call's repeats all fall into one spell of a busy machine.
 
-    A call takes part until its repeats took so many seconds, at least in 7 rounds, a long one in none but the
-    first; once ``is_over()``, in one at least. Floors are timed in between, each for a tenth of the time, and a repeat is held
-    against what they took before and after it: what else a machine does comes and goes.
+    A call takes part until its repeats took so many seconds, at least in 7 rounds; a long one in one, and so do all once
+    ``is_over()``. Floors are timed in between, each for a tenth of the time, and a repeat is held against what they took before
+    and after it: what else a machine does comes and goes.
     On a CPU each call begins with empty caches: whether the updates are still there from the call before is chance.
     ``started`` is told each call's name.
     """
@@ -94,8 +94,7 @@ def measure_steadily(
 
     for name, timing in timings.items():
         started(name)
-        if timing.begin() > _LONG:
-            note(timing, timing.first)
+        timing.begin()
     while active := [name for name, timing in timings.items() if timing.wants_more(seconds, is_over())]:
         for name in active:
             started(name)
@@ -120,8 +119,8 @@ class _Timing:
     ratios: dict[str, list[float]] = field(default_factory=dict)
     error: Exception | None = None
 
-    def begin(self) -> float:
-        """Seconds of the first call, whose peak of memory is kept."""
+    def begin(self) -> None:
+        """The first call, for its peak of memory; it pays for pages that were given back before, so its time does not count."""
         try:
             _empty_caches(self.device)
             held = start_peak(self.device)
@@ -129,7 +128,6 @@ class _Timing:
             self.peak = _peak_above(held, self.device)
         except Exception as error:
             self.error = error
-        return self.first
 
     def repeat(self) -> float | None:
         start = time.perf_counter()
@@ -142,12 +140,11 @@ class _Timing:
             self.spent += time.perf_counter() - start
 
     def wants_more(self, seconds: float, is_over: bool) -> bool:
-        if self.error is not None or self.first > _LONG:
+        if self.error is not None:
             return False
-        least = 1 if is_over else _LEAST_REPEATS
-        if len(self.seconds) < least:
-            return True
-        return not is_over and len(self.seconds) < _MOST_REPEATS and self.spent < seconds
+        if is_over or self.first > _LONG:
+            return not self.seconds
+        return len(self.seconds) < _LEAST_REPEATS or (len(self.seconds) < _MOST_REPEATS and self.spent < seconds)
 
 
 class _Floor:
