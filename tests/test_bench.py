@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,12 +17,21 @@ from typer.testing import CliRunner
 
 from skymask_gpu.bench import accuracy, costs, large, many_clients, plots, providers, rules, run, solvers
 from skymask_gpu.bench.cases import CASES, Case, Model, Problem, TooLargeError
-from skymask_gpu.bench.measure import Measured, free_memory, freed_memory_kept, limited_memory, measure, measure_steadily
+from skymask_gpu.bench.measure import (
+    Measured,
+    _time,
+    free_memory,
+    freed_memory_kept,
+    limited_memory,
+    measure,
+    measure_steadily,
+)
 from skymask_gpu.bench.providers import COMPILED, MEAN, PASSES, CannotRunError, Provider
 from skymask_gpu.bench.run import Limits, Row
 from skymask_gpu.bench.summary import write_summary
 from skymask_gpu.cli import app
 from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine.peak_memory import peak_bytes, start_peak
 from skymask_gpu.root import RootTraining, root_direction
 
 
@@ -245,6 +255,25 @@ def test_what_fails_or_runs_out_of_memory_is_a_row_and_the_next_goes_on(monkeypa
     assert rows[5, "modest"].status == "ok"
 
 
+@pytest.mark.parametrize("failing", [MEAN, "sometimes"])
+def test_what_fails_only_later_has_no_time(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a floor nobody has one."""
+    calls: list[str] = []
+
+    def at_last(problem: Problem) -> None:
+        calls.append(failing)
+        if len(calls) == 3:
+            raise IndexError("no such thing")
+
+    chosen = [make_provider(failing, at_last), make_provider("always", lambda problem: None)]
+    monkeypatch.setattr(run, "providers", lambda case: chosen)
+    rows = measured(small_limits(5))
+    row = rows[5, failing]
+    assert (row.status, row.detail) == ("failed", "IndexError: no such thing")
+    assert not any((row.median_s, row.repeats, row.first_s, row.compared_with, row.to_mean))
+    assert rows[5, "always"].status == ("failed" if failing == MEAN else "ok")
+
+
 def test_slow_calls_are_stopped_and_not_tried_with_more_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -325,6 +354,18 @@ def test_a_ratio_is_to_the_floor_before_and_after_each_repeat(clock: Clock) -> N
     assert max(ratios) < 1.2 * min(ratios)
 
 
+def test_the_floor_of_a_ratio_is_the_mean_of_its_times_before_and_after(clock: Clock) -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(0)
+        clock.now += 2.0
+
+    ratios = measured_alone(call, floor=lambda: clock.spending(0.05 * (1 + len(calls)))()).ratios["floor"]
+    # before any call, after two (one is for the peak of memory) and, as they take longer, not before three more
+    assert ratios[:4] == pytest.approx([2 / 0.1, *[2 / 0.225] * 3])
+
+
 def test_a_floor_below_a_millisecond_is_no_yardstick(clock: Clock) -> None:
     measured = measured_alone(clock.spending(0.02), short=clock.spending(0.0009), long=clock.spending(0.002))
     assert measured.ratios == {"long": pytest.approx([10.0] * 7)}
@@ -394,11 +435,18 @@ def test_a_call_on_a_cpu_begins_with_empty_caches(clock: Clock, monkeypatch: pyt
     assert set(events[1::2]) == {"call", "floor"}
 
 
-def test_a_result_is_gone_before_the_next_call() -> None:
-    measured = measured_alone(lambda: torch.ones(16 * 2**20))
-    if measured.peak_bytes is None:
+def test_a_result_is_gone_before_the_next_call(touch_memory: Callable[[int], object]) -> None:
+    def call() -> object:
+        return touch_memory(64 * 2**20)
+
+    held = start_peak(CPU)
+    _time(call, CPU, calls=2)
+    if held is None:
         pytest.skip("this system does not tell the peak of resident memory")
-    assert 60 * 2**20 < measured.peak_bytes < 100 * 2**20
+    assert 60 * 2**20 < peak_bytes(CPU) - held < 100 * 2**20
+    peak = measured_alone(call).peak_bytes
+    assert peak is not None
+    assert 60 * 2**20 < peak < 100 * 2**20
 
 
 def test_memory_is_limited_for_a_while_only() -> None:
@@ -513,13 +561,26 @@ def test_plots_are_files_and_nothing_is_drawn_of_nothing(tmp_path: Path) -> None
 
 
 def test_the_command_keeps_what_is_there_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+
+    @contextmanager
+    def memory_kept() -> Iterator[None]:
+        events.append("kept")
+        try:
+            yield
+        finally:
+            events.append("given back")
+
     def stopped(*_: Any) -> Iterator[Row]:
+        events.append("measuring")
         yield made_rows()[0]
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("skymask_gpu.bench.measure.freed_memory_kept", memory_kept)
     monkeypatch.setattr(run, "measure_cases", stopped)
     done = CliRunner().invoke(app, ["bench", "--quick", "--out", str(tmp_path / "bench")])
     assert done.exit_code == 130
+    assert events == ["kept", "measuring", "given back"]
     assert run.read_rows(tmp_path / "bench" / "bench.csv") == made_rows()[:1]
     assert (tmp_path / "bench" / "time.png").exists()
     again = CliRunner().invoke(app, ["bench", "--quick", "--out", str(tmp_path / "bench")])

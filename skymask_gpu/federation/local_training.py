@@ -25,10 +25,10 @@ from skymask_gpu.engine.memory import is_out_of_memory
 
 __all__ = ["Batches", "LocalTraining", "LocalUpdates", "batching_for", "draw_batches", "train_clients"]
 
-# What a block of clients may keep for its backward pass: on a CPU what its cache holds about, on a GPU half of what is free.
+# What a block of clients may keep for its backward pass: on a CPU about what its cache holds, on a GPU half of what is free.
 _CPU_BLOCK_BYTES, _CPU_BLOCK_LEAST = 2**24, 5
 _GPU_SHARE = 0.5
-# Of one client's forward pass on a CPU. Measured: an MLP on 28x28 images, 3e6, is 4 times faster by vmap, a ViT, 1.5e8, slower.
+# Of one client's forward pass on a CPU. Measured: an MLP on 28x28 images, 3e6, is 3 times faster by vmap, a ViT, 1.5e8, slower.
 _VMAP_FLOPS = 2e7
 
 Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
