@@ -15,9 +15,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.engine.peak_memory import peak_bytes, proc_field, resident, start_peak
 
-__all__ = ["Measured", "free_memory", "freed_memory_kept", "limited_memory", "measure", "measure_steadily"]
+__all__ = ["Measured", "StoppedError", "free_memory", "freed_memory_kept", "limited_memory", "measure", "measure_steadily"]
 
 T = TypeVar("T")
 
@@ -25,9 +26,11 @@ _MEMINFO = Path("/proc/meminfo")
 
 # Shorter calls are timed several times for one repeat: on a CPU one by one, at most so often, on a GPU together.
 _SHORTEST, _MOST_SAMPLES = 0.01, 5
-# A call longer than this is repeated once, for it spans many spells itself.
-_LONG = 3.0
-_LEAST_REPEATS, _MOST_REPEATS = 7, 50
+_LEAST_REPEATS, _MOST_REPEATS = 7, 200
+# A call longer than this spans many spells itself.
+_LONG, _LEAST_LONG_REPEATS = 3.0, 3
+# A ratio that is known so well is not measured any further.
+_KNOWN_WITHIN = 0.05
 # Of all time: how long each floor is timed at most. A floor shorter than a millisecond is threads waking up, no yardstick.
 _FLOOR_SHARE, _SHORTEST_FLOOR = 0.1, 1e-3
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -51,6 +54,14 @@ class Measured:
 
     def quantile(self, share: float) -> float:
         return float(np.quantile(self.seconds, share))
+
+
+class StoppedError(KeyboardInterrupt):
+    """Somebody pressed Ctrl-C; ``measured`` is what was measured until then."""
+
+    def __init__(self, measured: "dict[str, Measured | Exception]") -> None:
+        super().__init__()
+        self.measured = measured
 
 
 def measure(call: Callable[[], T], repeats: int, device: torch.device) -> tuple[T, Measured]:
@@ -77,33 +88,57 @@ def measure_steadily(
 ) -> dict[str, Measured | Exception]:
     """What each call costs, or what it raised: in rounds, so that no call's repeats all fall into one spell of a busy machine.
 
-    A call takes part until its repeats took so many seconds, at least in 7 rounds; a long one in one, and so do all once
-    ``is_over()``. Floors are timed in between, each for a tenth of the time, and a repeat is held against what they took before
-    and after it: what else a machine does comes and goes.
+    A call takes part in at least 7 rounds (a long one in 3), then until its ratios are known within 5% or its repeats took so
+    many seconds. Once ``is_over()`` no repeat begins; calls without any are missing in what is returned. Floors are timed in
+    between, each for a tenth of the time, and a repeat is held against what they took before and after it: what else a machine
+    does comes and goes.
     On a CPU each call begins with empty caches: whether the updates are still there from the call before is chance.
     ``started`` is told each call's name.
+
+    Raises:
+        StoppedError: a Ctrl-C meanwhile.
     """
-    timed = [_Floor(name, floor, device) for name, floor in floors.items()]
-    yardsticks = [floor for floor in timed if floor.is_yardstick]
     timings = {name: _Timing(call, device) for name, call in calls.items()}
 
-    def note(timing: _Timing, taken: float) -> None:
-        timing.seconds.append(taken)
-        for floor in yardsticks:
-            floor.note(timing, taken)
+    def measured() -> dict[str, Measured | Exception]:
+        return {
+            name: timing.error or Measured(timing.seconds, timing.peak, timing.ratios)
+            for name, timing in timings.items()
+            if timing.error or timing.seconds
+        }
 
+    try:
+        _repeat_in_rounds(timings, device, seconds, floors, is_over, started)
+    except KeyboardInterrupt:
+        raise StoppedError(measured()) from None
+    return measured()
+
+
+def _repeat_in_rounds(
+    timings: "dict[str, _Timing]",
+    device: torch.device,
+    seconds: float,
+    floors: Mapping[str, Callable[[], object]],
+    is_over: Callable[[], bool],
+    started: Callable[[str], None],
+) -> None:
+    timed = [_Floor(name, floor, device) for name, floor in floors.items()]
+    yardsticks = [floor for floor in timed if floor.is_yardstick]
     for name, timing in timings.items():
-        started(name)
-        timing.begin()
-    while active := [name for name, timing in timings.items() if timing.wants_more(seconds, is_over())]:
+        if not is_over():
+            started(name)
+            timing.begin()
+    while (active := [name for name, timing in timings.items() if timing.wants_more(seconds)]) and not is_over():
         for name in active:
+            if is_over():
+                break
             started(name)
             taken = timings[name].repeat()
             if taken is not None:
-                note(timings[name], taken)
+                for floor in yardsticks:
+                    floor.note(timings[name], taken)
     for floor in yardsticks:
         floor.settle()
-    return {name: timing.error or Measured(timing.seconds, timing.peak, timing.ratios) for name, timing in timings.items()}
 
 
 @dataclass
@@ -132,19 +167,25 @@ class _Timing:
     def repeat(self) -> float | None:
         start = time.perf_counter()
         try:
-            return _sample(self.call, self.device)
+            taken = _sample(self.call, self.device)
         except Exception as error:
             self.error = error
             return None
-        finally:
-            self.spent += time.perf_counter() - start
+        self.seconds.append(taken)
+        self.spent += time.perf_counter() - start
+        return taken
 
-    def wants_more(self, seconds: float, is_over: bool) -> bool:
+    def wants_more(self, seconds: float) -> bool:
         if self.error is not None:
             return False
-        if is_over or self.first > _LONG:
-            return not self.seconds
-        return len(self.seconds) < _LEAST_REPEATS or (len(self.seconds) < _MOST_REPEATS and self.spent < seconds)
+        repeats = len(self.seconds)
+        if repeats < (_LEAST_LONG_REPEATS if self.first > _LONG else _LEAST_REPEATS):
+            return True
+        return repeats < _MOST_REPEATS and self.spent < seconds and not self._is_known()
+
+    def _is_known(self) -> bool:
+        known = [Ratio.of(ratios) for ratios in self.ratios.values()]
+        return bool(known) and all(ratio is not None and ratio.is_within(_KNOWN_WITHIN) for ratio in known)
 
 
 class _Floor:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from skymask_gpu.bench.cases import CASES, CLIENTS, DTYPES, Case, Model, Problem, TooLargeError
-from skymask_gpu.bench.measure import Measured, free_memory, limited_memory, measure_steadily
+from skymask_gpu.bench.measure import Measured, StoppedError, free_memory, limited_memory, measure_steadily
 from skymask_gpu.bench.providers import COMPILED, MEAN, PASSES, CannotRunError, NoCheckError, Provider, providers
+from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.engine.memory import is_out_of_memory
 from skymask_gpu.federation.rules import RuleResult
 from skymask_gpu.files import write_text
@@ -44,8 +45,8 @@ class Limits:
         cases: their names.
         dtypes: of the updates, where a case has them.
         total_seconds: once so many are spent, what is left is skipped.
-        call_seconds: a call that is expected to take longer is skipped; a first one that takes three times as long is stopped.
-        repeat_seconds: a measurement is repeated until so many are spent.
+        call_seconds: a call that takes longer, or is expected to, gets no time; one that takes three times as long is stopped.
+        repeat_seconds: a measurement is repeated until its ratios are known or so many are spent.
         compiles: whether torch.compile is tried.
     """
 
@@ -54,12 +55,12 @@ class Limits:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     total_seconds: float = 480.0
     call_seconds: float = 20.0
-    repeat_seconds: float = 1.0
+    repeat_seconds: float = 4.0
     compiles: bool = True
 
 
 FULL = Limits()
-QUICK = Limits((50,), ("cnn",), ("float32",), 45.0, 3.0, 3.0, compiles=False)
+QUICK = Limits((50,), ("cnn",), ("float32",), 45.0, 3.0, 4.0, compiles=False)
 
 
 @dataclass(kw_only=True)
@@ -73,9 +74,10 @@ class Row:
         first_s: of the first call, compilation included.
         median_s: and ``p20_s``, ``p80_s``: quantiles over the ``repeats``.
         peak_bytes: above what was held before the call, the inputs among it; empty where the system does not tell.
-        to_mean: the time of a repeat over that of a mean of the same rows beside it, the median over the repeats;
-            ``to_passes`` so over the model's passes, ``to_reference``: ``to_passes`` over that of solver reference in the same
-            run, each by the passes beside it; empty where those have no time or one below a millisecond.
+        to_mean: the time of a repeat over that of a mean of the same rows beside it; ``to_passes`` so over the model's passes,
+            ``to_reference`` over solver reference in the same round, each in units of the passes beside it; empty where those
+            have no time or one below a millisecond, and after fewer than three repeats. With 95% confidence, so far as one run
+            can tell, they lie between ``..._low`` and ``..._high``.
         split: JSON of the median seconds of each phase, of SkyMask's round.
     """
 
@@ -98,8 +100,14 @@ class Row:
     repeats: int | None = None
     peak_bytes: int | None = None
     to_mean: float | None = None
+    to_mean_low: float | None = None
+    to_mean_high: float | None = None
     to_passes: float | None = None
+    to_passes_low: float | None = None
+    to_passes_high: float | None = None
     to_reference: float | None = None
+    to_reference_low: float | None = None
+    to_reference_high: float | None = None
     split: str = ""
     device: str = ""
     threads: int | None = None
@@ -224,6 +232,7 @@ class _Run:
             columns[name], call = self._checked(problem, provider)
             if call is not None:
                 calls[name] = _Phases(call)
+        stopped: StoppedError | None = None
         measured: Mapping[str, Measured | Exception]
         try:
             with limited_memory(self.device):
@@ -235,17 +244,19 @@ class _Run:
                     is_over=self._is_over,
                     started=lambda name: self.started(f"{point}: {name}"),
                 )
+        except StoppedError as reason:
+            measured, stopped = reason.measured, reason
         except Exception as error:  # of a floor
             measured = dict.fromkeys(calls, error)
-        reference: Row | None = None
+        reference = measured.get("reference")
         for name, provider in known.items():
-            if name in calls:
-                columns[name] |= self._timed(problem, provider, calls[name], measured[name])
-            row = self._row(case, problem.num_clients, dtype, provider, **columns[name])
-            if row.median_s is not None:
-                reference = row if name == "reference" else reference
-                row.to_reference = _to(row, reference)
-            yield row
+            if name in measured:
+                columns[name] |= self._timed(problem, provider, calls[name], measured[name], reference)
+            elif name in calls:
+                columns[name] = {"status": "skipped", "detail": "stopped" if stopped else self._over()}
+            yield self._row(case, problem.num_clients, dtype, provider, **columns[name])
+        if stopped is not None:
+            raise stopped
 
     def _checked(self, problem: Problem, provider: Provider) -> tuple[dict[str, Any], Callable[[], Any] | None]:
         """The columns that are known before it is timed, and the call if it may be."""
@@ -265,14 +276,12 @@ class _Run:
         try:
             with limited_memory(self.device):
                 call = provider.prepare(problem)
-                start = time.perf_counter()
-                with _at_most(_STOPPED_AFTER * self.limits.call_seconds):
-                    result = call()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                first = time.perf_counter() - start
-                self.paces[key] = (problem.num_clients, first)
+                result, first = self._call(call)
                 wrong = provider.check(problem, result)
+                del result
+                # the first may have compiled
+                pace = first if wrong or first <= self.limits.call_seconds else self._call(call)[1]
+                self.paces[key] = (problem.num_clients, pace)
         except CannotRunError as reason:
             return {"status": "skipped", "detail": str(reason)}, None
         except NoCheckError as reason:
@@ -285,20 +294,45 @@ class _Run:
             return _failure(error), None
         if wrong is not None:
             return {"status": "wrong", "detail": wrong}, None
+        if pace > self.limits.call_seconds:
+            return {"status": "skipped", "detail": f"{pace:.2g} s a call, the limit is {self.limits.call_seconds:g} s"}, None
         return {"first_s": first, "compared_with": provider.compared_with(problem)}, call
 
-    def _timed(self, problem: Problem, provider: Provider, phases: "_Phases", measured: Measured | Exception) -> dict[str, Any]:
+    def _call(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        """A call's result and its seconds.
+
+        Raises:
+            _SlowError: it takes too long.
+        """
+        start = time.perf_counter()
+        with _at_most(_STOPPED_AFTER * self.limits.call_seconds):
+            result = call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return result, time.perf_counter() - start
+
+    def _timed(
+        self,
+        problem: Problem,
+        provider: Provider,
+        phases: "_Phases",
+        measured: Measured | Exception,
+        reference: Measured | Exception | None,
+    ) -> dict[str, Any]:
         """The columns of one whose result is right."""
         if isinstance(measured, Exception):
             return {"first_s": None, "compared_with": "", **_failure(measured)}
         self.paces[problem.case.name, problem.dtype, provider.name] = (problem.num_clients, measured.median)
-        to_floors = {name: statistics.median(measured.ratios[name]) for name in provider.floors if name in measured.ratios}
-        to_floors |= {provider.name: 1.0}
+        ratios = {name: Ratio.of(measured.ratios.get(name, [])) for name in provider.floors}
+        is_floor = provider.name in (MEAN, PASSES)
+        if is_floor:
+            ratios[provider.name] = Ratio(1.0, 1.0, 1.0)
         return {
             "status": "ok",
             "split": phases.split(),
-            "to_mean": to_floors.get(MEAN),
-            "to_passes": to_floors.get(PASSES),
+            **_ratio_columns("to_mean", ratios.get(MEAN)),
+            **_ratio_columns("to_passes", ratios.get(PASSES)),
+            **_ratio_columns("to_reference", None if is_floor else _to_reference(measured, reference)),
             **_columns(measured),
         }
 
@@ -352,11 +386,18 @@ class _Phases:
         return json.dumps({**phases, "other": max(0.0, total - sum(phases.values()))})
 
 
-def _to(row: Row, reference: Row | None) -> float | None:
-    """How long a call takes in units of the reference's, each in units of the model's passes beside it."""
-    if reference is None or not reference.to_passes or row.to_passes is None:
+def _to_reference(measured: Measured, reference: Measured | Exception | None) -> Ratio | None:
+    """How long a call takes in units of the reference's in the same round, each in units of the model's passes beside it."""
+    if not isinstance(reference, Measured):
         return None
-    return row.to_passes / reference.to_passes
+    repeats = zip(measured.ratios.get(PASSES, []), reference.ratios.get(PASSES, []), strict=False)
+    return Ratio.of([own / others for own, others in repeats])
+
+
+def _ratio_columns(name: str, ratio: Ratio | None) -> dict[str, float | None]:
+    if ratio is None:
+        return {name: None}
+    return {name: ratio.value, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
 
 
 def _columns(measured: Measured) -> dict[str, Any]:

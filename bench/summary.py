@@ -3,10 +3,14 @@
 from itertools import groupby
 from pathlib import Path
 
+from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.bench.run import Row
 from skymask_gpu.files import write_text
 
 __all__ = ["write_summary"]
+
+# A ratio's interval reaches at most so much above it where the ratio is given as a number.
+KNOWN = 0.1
 
 
 def write_summary(rows: list[Row], path: Path) -> None:
@@ -23,11 +27,15 @@ def _lines(rows: list[Row]) -> list[str]:
         "",
         f"{first.device}; {first.threads} threads; {first.versions}; commit {first.commit}; seed {first.seed}; {first.time}",
         "",
-        "Every result was compared before it was timed (client labels up to N = 5,000). Medians; in brackets the 20th and",
-        "the 80th percentile. Ratios are to what was measured in this run on the same updates: `x mean` to a plain mean of",
-        "the rows and `x passes` to the model's own forward and backward passes, which are timed again and again in between",
-        "(medians of the ratios to the times before and after), `x reference` to that solver, both in passes. What is in one",
-        "table is repeated in rounds. Memory: the peak above what was held before.",
+        "Every result was compared before it was timed (client labels up to N = 5,000). Times are medians; in brackets the",
+        "20th and the 80th percentile. Memory: the peak above what was held before.",
+        "",
+        "Ratios are to what was measured in this run on the same updates: `x mean` to a plain mean of the rows and `x passes`",
+        "to the model's own forward and backward passes, which are timed again and again in between (a repeat is held against",
+        "the times before and after it), `x reference` to that solver in the same round, both in passes. A number is a ratio",
+        f"that this run knows to within {KNOWN:.0%}, with 95% confidence; of others the interval stands there: more repeats",
+        "would narrow it.",
+        "",
         "On a CPU every timed call begins with empty caches, and the process keeps the memory that it frees (glibc).",
     ]
     for (case, dtype, clients), group in groupby(rows, lambda row: (row.case, row.dtype, row.clients)):
@@ -57,11 +65,21 @@ def _table_row(row: Row) -> str:
     assert row.median_s is not None
     assert row.p20_s is not None
     assert row.p80_s is not None
-    ratios = (f"{ratio:.3g}" if ratio is not None else "" for ratio in (row.to_reference, row.to_passes, row.to_mean))
+    ratios = (
+        _ratio(row.to_reference, row.to_reference_low, row.to_reference_high),
+        _ratio(row.to_passes, row.to_passes_low, row.to_passes_high),
+        _ratio(row.to_mean, row.to_mean_low, row.to_mean_high),
+    )
     memory = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "unknown"
     times = f"{seconds(row.median_s)} ({seconds(row.p20_s)} - {seconds(row.p80_s)})"
     cells = [row.provider, times, *ratios, memory, seconds(row.first_s or 0.0), row.compared_with]
     return "| " + " | ".join(cells) + " |"
+
+
+def _ratio(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None or low is None or high is None:
+        return ""
+    return f"{value:.3g}" if Ratio(value, low, high).is_within(KNOWN) else f"{low:.3g} to {high:.3g}"
 
 
 def seconds(value: float) -> str:

@@ -1,0 +1,44 @@
+"""A ratio of times, and how well it is known."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Self
+
+__all__ = ["Ratio"]
+
+# Repeats that follow each other are alike, so they are joined to at most so many blocks, of which each counts once.
+_MOST_BLOCKS = 8
+# Student's t, 97.5th percentile, by degrees of freedom: one less than blocks.
+_STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """What a ratio is, and between what it lies with 95% confidence, so far as one run can tell.
+
+    The method of batch means: Schmeiser, "Batch size effects in the analysis of simulation output", Operations Research 30
+    (1982). Of logarithms, with the median of each batch instead of its mean, for single repeats can be off by a lot.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, repeats: Sequence[float]) -> Self | None:
+        """Of the ratio of each repeat, in the order of time; None of fewer than three."""
+        num_blocks = min(len(repeats), _MOST_BLOCKS)
+        if num_blocks - 1 not in _STUDENT:
+            return None
+        edges = [round(block * len(repeats) / num_blocks) for block in range(num_blocks + 1)]
+        blocks = [math.log(statistics.median(repeats[start:end])) for start, end in pairwise(edges)]
+        middle = statistics.mean(blocks)
+        half = _STUDENT[num_blocks - 1] * statistics.stdev(blocks) / math.sqrt(num_blocks)
+        return cls(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
+
+    def is_within(self, share: float) -> bool:
+        """Whether the interval reaches no farther than so much of the value."""
+        return self.high <= self.value * (1 + share)
