@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from skymask_gpu.bench.solvers import honest_rows, make_model
 from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
+from skymask_gpu.federation.models import build_model
 
 __all__ = ["CASES", "CLIENTS", "DTYPES", "Case", "Model", "Problem", "TooLargeError"]
 
@@ -46,6 +47,11 @@ class Case:
     trained_steps: int = 0
     mask_steps: int = 20
     dtypes: tuple[str, ...] = ("float32",)
+
+    @cached_property
+    def num_params(self) -> int:
+        model = build_model(self.model, self.input_shape, self.num_classes, seed=0)
+        return sum(param.numel() for param in model.parameters())
 
 
 CASES = {

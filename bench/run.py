@@ -25,12 +25,15 @@ from skymask_gpu.bench.measure import Measured, StoppedError, free_memory, limit
 from skymask_gpu.bench.providers import COMPILED, MEAN, PASSES, CannotRunError, NoCheckError, Provider, providers
 from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.engine.memory import is_out_of_memory
+from skymask_gpu.engine.peak_memory import give_back_freed
 from skymask_gpu.federation.rules import RuleResult
 from skymask_gpu.files import write_text
 
 __all__ = ["FULL", "QUICK", "Limits", "Row", "count_rows", "measure_cases", "read_rows", "write_rows"]
 
 _SEED = 0
+# Bytes in float32; what has more comes last, for it takes as long as much else together.
+_LARGE_UPDATES = 2**30
 # A first call, which may compile, is stopped after so many times the longest call that is expected to do.
 _STOPPED_AFTER = 3
 _PACKAGES = ("torch", "numba", "triton", "numpy", "byzfl")
@@ -53,9 +56,9 @@ class Limits:
     clients: tuple[int, ...] = CLIENTS
     cases: tuple[str, ...] = tuple(CASES)
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    total_seconds: float = 480.0
+    total_seconds: float = 510.0
     call_seconds: float = 20.0
-    repeat_seconds: float = 4.0
+    repeat_seconds: float = 3.0
     compiles: bool = True
 
 
@@ -118,16 +121,21 @@ class Row:
 
 
 def count_rows(limits: Limits) -> int:
-    points = [(CASES[name], dtype) for name in limits.cases for dtype in limits.dtypes if dtype in CASES[name].dtypes]
-    return sum(len(providers(case)) for case, _ in points) * len(limits.clients)
+    return sum(len(providers(case)) for case, _, _ in _points(limits))
 
 
 def measure_cases(limits: Limits, device: torch.device, started: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
-    """Rows as they are measured: all cases with few clients first. ``started`` is told what comes next."""
+    """Rows as they are measured; ``started`` is told what comes next."""
     run = _Run(limits, device, started)
-    for num_clients in limits.clients:
-        for name in limits.cases:
-            yield from run.point(CASES[name], num_clients)
+    for case, num_clients, dtype in _points(limits):
+        yield from run.point(case, num_clients, dtype)
+
+
+def _points(limits: Limits) -> list[tuple[Case, int, str]]:
+    """Cases, clients and dtypes in the order of measuring: few clients first, of these float32 first; large updates last."""
+    cases = [CASES[name] for name in limits.cases]
+    points = [(case, n, dtype) for n in limits.clients for dtype in limits.dtypes for case in cases if dtype in case.dtypes]
+    return sorted(points, key=lambda point: 4 * point[1] * point[0].num_params > _LARGE_UPDATES)
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
@@ -200,26 +208,23 @@ class _Run:
             "seed": _SEED,
         }
 
-    def point(self, case: Case, num_clients: int) -> Iterator[Row]:
-        """All rows of one case with one number of clients."""
-        self.started(f"{case.name}, N = {num_clients:,}: updates")
-        dtypes = [dtype for dtype in case.dtypes if dtype in self.limits.dtypes]
+    def point(self, case: Case, num_clients: int, dtype: str) -> Iterator[Row]:
+        """All rows of one case with so many clients whose updates are of ``dtype``."""
+        self.started(f"{case.name}, N = {num_clients:,}, {dtype}: updates")
+        give_back_freed()
         try:
             if self._is_over():
                 raise CannotRunError(self._over())
             with limited_memory(self.device):
                 if case.name not in self.models:
                     self.models[case.name] = Model.build(case, self.device)
-                problem = Problem.build(case, self.models[case.name], num_clients, _SEED, free_memory(self.device))
+                problem = Problem.build(case, self.models[case.name], num_clients, _SEED, free_memory(self.device)).to(dtype)
         except (CannotRunError, TooLargeError) as reason:
-            for dtype in dtypes:
-                for provider in providers(case):
-                    yield self._row(case, num_clients, dtype, provider, status="skipped", detail=str(reason))
+            for provider in providers(case):
+                yield self._row(case, num_clients, dtype, provider, status="skipped", detail=str(reason))
             return
-        for dtype in dtypes:
-            problem = problem.to(dtype)
-            problem.agreed = self.agreed.setdefault((case.name, dtype), {})
-            yield from self._side_by_side(problem)
+        problem.agreed = self.agreed.setdefault((case.name, dtype), {})
+        yield from self._side_by_side(problem)
 
     def _side_by_side(self, problem: Problem) -> Iterator[Row]:
         """The rows of all providers: first each result is checked, then those that are right are timed in rounds."""
@@ -304,6 +309,7 @@ class _Run:
         Raises:
             _SlowError: it takes too long.
         """
+        give_back_freed()  # in pieces, it might not do where memory is short
         start = time.perf_counter()
         with _at_most(_STOPPED_AFTER * self.limits.call_seconds):
             result = call()

@@ -6,24 +6,35 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["peak_bytes", "proc_field", "resident", "restart_peak", "start_peak"]
+__all__ = ["give_back_freed", "peak_bytes", "proc_field", "resident", "restart_peak", "start_peak"]
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def start_peak(device: torch.device) -> int | None:
     """Give back what was freed, start counting the peak anew, and return the bytes held now; None: the system does not tell."""
-    gc.collect()
+    given_back = give_back_freed()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    if not given_back:
+        # the peak would be measured from memory that is not in use
+        return None
     try:
-        # glibc keeps what was freed: without this the peak would be measured from memory that is not in use
-        ctypes.CDLL(None).malloc_trim(0)
         restart_peak(device)
-    except (OSError, AttributeError):
+    except OSError:
         return None
     return resident("VmRSS")
+
+
+def give_back_freed() -> bool:
+    """Have the process give back to the system what it freed; glibc keeps much of it. False: this C library cannot be asked."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def restart_peak(device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """The benchmark refuses a time to a solver that is wrong, and measures what it says."""
 
+import ctypes
 import json
 import random
 import re
@@ -36,7 +37,7 @@ from skymask_gpu.bench.run import Limits, Row
 from skymask_gpu.bench.summary import write_summary
 from skymask_gpu.cli import app
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.engine.peak_memory import peak_bytes, start_peak
+from skymask_gpu.engine.peak_memory import give_back_freed, peak_bytes, start_peak
 from skymask_gpu.root import RootTraining, root_direction
 
 
@@ -396,6 +397,24 @@ def test_updates_that_leave_no_room_are_not_made() -> None:
         Problem.build(CASES["logreg"], model, 10**8, seed=0, free_bytes=2**30)
 
 
+def test_points_come_in_the_order_that_a_reader_needs_them() -> None:
+    """Few clients first, of these float32 first; over a gigabyte of updates last."""
+    limits = Limits((50, 500, 5_000), ("cnn", "resnet18"), ("float32", "bfloat16"))
+    points = [(case.name, clients, dtype) for case, clients, dtype in run._points(limits)]
+    assert points == [
+        ("cnn", 50, "float32"),
+        ("cnn", 50, "bfloat16"),
+        ("cnn", 500, "float32"),
+        ("cnn", 500, "bfloat16"),
+        ("resnet18", 50, "float32"),
+        ("resnet18", 500, "float32"),
+        ("cnn", 5_000, "float32"),
+        ("resnet18", 5_000, "float32"),
+        ("cnn", 5_000, "bfloat16"),
+    ]
+    assert CASES["logreg"].num_params == Model.build(CASES["logreg"], CPU).loss.num_params
+
+
 def test_once_the_time_is_spent_all_rows_say_so() -> None:
     rows = measured(small_limits(5, 10, total_seconds=-1.0))
     assert len(rows) == run.count_rows(small_limits(5, 10))
@@ -639,6 +658,23 @@ def test_freed_memory_is_kept_for_a_while_only(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # no glibc
     with freed_memory_kept():
         pass
+
+
+def test_freed_memory_is_given_back_before_each_table_and_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what was freed and kept in pieces, a call that takes most of the memory would fail."""
+    events: list[str] = []
+    monkeypatch.setattr(run, "give_back_freed", lambda: events.append("given back"))
+    chosen = [make_provider(name, lambda problem, name=name: events.append(name)) for name in "ab"]
+    monkeypatch.setattr(run, "providers", lambda case: chosen)
+    measured(small_limits(5))
+    assert events[:5] == ["given back", "given back", "a", "given back", "b"]
+
+
+def test_a_c_library_that_cannot_give_memory_back_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert give_back_freed() == hasattr(ctypes.CDLL(None), "malloc_trim")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert not give_back_freed()
+    assert start_peak(CPU) is None
 
 
 def test_peak_memory_is_what_a_call_takes_beyond_what_was_held(touch_memory: Callable[[int], object]) -> None:
