@@ -27,8 +27,8 @@ _MEMINFO = Path("/proc/meminfo")
 # Shorter calls are timed several times for one repeat: on a CPU one by one, at most so often, on a GPU together.
 _SHORTEST, _MOST_SAMPLES = 0.01, 5
 _LEAST_REPEATS, _MOST_REPEATS = 7, 200
-# A call longer than this spans many spells itself.
-_LONG, _LEAST_LONG_REPEATS = 3.0, 3
+# A call longer than this spans many spells itself, and to get anew the memory that was given back is little of it.
+_LONG, _LEAST_LONG_REPEATS = 3.0, 5
 # A ratio that is known so well is not measured any further.
 _KNOWN_WITHIN = 0.05
 # Of all time: how long each floor is timed at most. A floor shorter than a millisecond is threads waking up, no yardstick.
@@ -88,7 +88,7 @@ def measure_steadily(
 ) -> dict[str, Measured | Exception]:
     """What each call costs, or what it raised: in rounds, so that no call's repeats all fall into one spell of a busy machine.
 
-    A call takes part in at least 7 rounds (a long one in 3), then until its ratios are known within 5% or its repeats took so
+    A call takes part in at least 7 rounds (a long one in 5), then until its ratios are known within 5% or its repeats took so
     many seconds. Once ``is_over()`` no repeat begins; calls without any are missing in what is returned. Floors are timed in
     between, each for a tenth of the time, and a repeat is held against what they took before and after it: what else a machine
     does comes and goes.
@@ -124,19 +124,22 @@ def _repeat_in_rounds(
 ) -> None:
     timed = [_Floor(name, floor, device) for name, floor in floors.items()]
     yardsticks = [floor for floor in timed if floor.is_yardstick]
+
+    def note(timing: _Timing, taken: float | None) -> None:
+        if taken is not None:
+            for floor in yardsticks:
+                floor.note(timing, taken)
+
     for name, timing in timings.items():
         if not is_over():
             started(name)
-            timing.begin()
+            note(timing, timing.begin())
     while (active := [name for name, timing in timings.items() if timing.wants_more(seconds)]) and not is_over():
         for name in active:
             if is_over():
                 break
             started(name)
-            taken = timings[name].repeat()
-            if taken is not None:
-                for floor in yardsticks:
-                    floor.note(timings[name], taken)
+            note(timings[name], timings[name].repeat())
     for floor in yardsticks:
         floor.settle()
 
@@ -154,8 +157,9 @@ class _Timing:
     ratios: dict[str, list[float]] = field(default_factory=dict)
     error: Exception | None = None
 
-    def begin(self) -> None:
-        """The first call, for its peak of memory; it pays for pages that were given back before, so its time does not count."""
+    def begin(self) -> float | None:
+        """The first call, for its peak of memory; it pays for pages that were given back before, so only of a long one the time
+        counts, which is returned then."""
         try:
             _empty_caches(self.device)
             held = start_peak(self.device)
@@ -163,6 +167,11 @@ class _Timing:
             self.peak = _peak_above(held, self.device)
         except Exception as error:
             self.error = error
+            return None
+        if self.first <= _LONG:
+            return None
+        self.seconds.append(self.first)
+        return self.first
 
     def repeat(self) -> float | None:
         start = time.perf_counter()
