@@ -32,7 +32,7 @@ _LONG, _LEAST_LONG_REPEATS = 3.0, 5
 # A ratio that is known so well is not measured any further.
 _KNOWN_WITHIN = 0.05
 # Of all time: how long each floor is timed at most. A floor shorter than a millisecond is threads waking up, no yardstick.
-_FLOOR_SHARE, _SHORTEST_FLOOR = 0.1, 1e-3
+_FLOOR_SHARE, _SHORTEST_FLOOR = 0.2, 1e-3
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
@@ -90,7 +90,7 @@ def measure_steadily(
 
     A call takes part in at least 7 rounds (a long one in 5), then until its ratios are known within 5% or its repeats took so
     many seconds. Once ``is_over()`` no repeat begins; calls without any are missing in what is returned. Floors are timed in
-    between, each for a tenth of the time, and a repeat is held against what they took before and after it: what else a machine
+    between, each for a fifth of the time, and a repeat is held against what they took before and after it: what else a machine
     does comes and goes.
     On a CPU each call begins with empty caches: whether the updates are still there from the call before is chance.
     ``started`` is told each call's name.
@@ -204,13 +204,14 @@ class _Floor:
         self._name, self._call, self._device = name, call, device
         self._waiting: list[tuple[_Timing, float]] = []
         self._time(0.0)
+        self._took_least = self._took
         self.is_yardstick = self._before >= _SHORTEST_FLOOR
 
     def note(self, timing: _Timing, seconds: float) -> None:
         """A repeat; its ratio follows with the floor's next time."""
         self._waiting.append((timing, seconds))
         passed = time.perf_counter() - self._end
-        if passed * _FLOOR_SHARE >= self._took:
+        if passed * _FLOOR_SHARE >= self._took_least:
             self.settle(passed * _FLOOR_SHARE)
 
     def settle(self, least_seconds: float = 0.0) -> None:

@@ -50,7 +50,7 @@ class Limits:
         total_seconds: once so many are spent, what is left is skipped.
         call_seconds: a call that takes longer, or is expected to, gets no time; one that takes three times as long is stopped.
         repeat_seconds: a measurement is repeated until its ratios are known or so many are spent.
-        compiles: whether torch.compile is tried.
+        left_out: providers that would take too long.
     """
 
     clients: tuple[int, ...] = CLIENTS
@@ -59,11 +59,11 @@ class Limits:
     total_seconds: float = 510.0
     call_seconds: float = 20.0
     repeat_seconds: float = 3.0
-    compiles: bool = True
+    left_out: tuple[str, ...] = ()
 
 
 FULL = Limits()
-QUICK = Limits((50,), ("cnn",), ("float32",), 45.0, 3.0, 4.0, compiles=False)
+QUICK = Limits((50,), ("cnn",), ("float32",), 45.0, 3.0, 15.0, left_out=(COMPILED, "vmap"))
 
 
 @dataclass(kw_only=True)
@@ -265,8 +265,8 @@ class _Run:
 
     def _checked(self, problem: Problem, provider: Provider) -> tuple[dict[str, Any], Callable[[], Any] | None]:
         """The columns that are known before it is timed, and the call if it may be."""
-        if provider.name == COMPILED and not self.limits.compiles:
-            return {"status": "skipped", "detail": "compiling takes too long for a quick run"}, None
+        if provider.name in self.limits.left_out:
+            return {"status": "skipped", "detail": "it takes too long for a quick run"}, None
         if self._is_over():
             return {"status": "skipped", "detail": self._over()}, None
         key = (problem.case.name, problem.dtype, provider.name)
