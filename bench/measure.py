@@ -89,9 +89,9 @@ def measure_steadily(
     """What each call costs, or what it raised: in rounds, so that no call's repeats all fall into one spell of a busy machine.
 
     A call takes part in at least 7 rounds (a long one in 5), then until its ratios are known within 5% or its repeats took so
-    many seconds. Once ``is_over()`` no repeat begins; calls without any are missing in what is returned. Floors are timed in
-    between, each for a fifth of the time, and a repeat is held against what they took before and after it: what else a machine
-    does comes and goes.
+    many seconds, or as many as the longest call, beside which that is little. Once ``is_over()`` no repeat begins; calls
+    without any are missing in what is returned. Floors are timed in between, each for a fifth of the time, and a repeat is held
+    against what they took before and after it: what else a machine does comes and goes.
     On a CPU each call begins with empty caches: whether the updates are still there from the call before is chance.
     ``started`` is told each call's name.
 
@@ -134,6 +134,7 @@ def _repeat_in_rounds(
         if not is_over():
             started(name)
             note(timing, timing.begin())
+    seconds = max([seconds, *(timing.first for timing in timings.values())])
     while (active := [name for name, timing in timings.items() if timing.wants_more(seconds)]) and not is_over():
         for name in active:
             if is_over():

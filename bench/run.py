@@ -29,7 +29,9 @@ from skymask_gpu.engine.peak_memory import give_back_freed
 from skymask_gpu.federation.rules import RuleResult
 from skymask_gpu.files import write_text
 
-__all__ = ["FULL", "QUICK", "Limits", "Row", "count_rows", "measure_cases", "read_rows", "write_rows"]
+__all__ = ["FULL", "QUICK", "RATIOS", "Limits", "Row", "count_rows", "measure_cases", "read_rows", "write_rows"]
+
+RATIOS = ("to_reference", "to_passes", "to_mean")
 
 _SEED = 0
 # Bytes in float32; what has more comes last, for it takes as long as much else together.
@@ -56,7 +58,7 @@ class Limits:
     clients: tuple[int, ...] = CLIENTS
     cases: tuple[str, ...] = tuple(CASES)
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    total_seconds: float = 510.0
+    total_seconds: float = 530.0
     call_seconds: float = 20.0
     repeat_seconds: float = 3.0
     left_out: tuple[str, ...] = ()
@@ -118,6 +120,11 @@ class Row:
     commit: str = ""
     seed: int | None = None
     time: str = ""
+
+    def ratio(self, name: str) -> Ratio | None:
+        """One of ``RATIOS`` with its interval."""
+        value, low, high = (getattr(self, column) for column in (name, f"{name}_low", f"{name}_high"))
+        return None if value is None else Ratio(value, low, high)
 
 
 def count_rows(limits: Limits) -> int:

@@ -4,13 +4,13 @@ from itertools import groupby
 from pathlib import Path
 
 from skymask_gpu.bench.ratio import Ratio
-from skymask_gpu.bench.run import Row
+from skymask_gpu.bench.run import RATIOS, Row
 from skymask_gpu.files import write_text
 
-__all__ = ["write_summary"]
+__all__ = ["is_known", "ratio_text", "write_summary"]
 
 # A ratio's interval reaches at most so much above it where the ratio is given as a number.
-KNOWN = 0.1
+_KNOWN = 0.1
 
 
 def write_summary(rows: list[Row], path: Path) -> None:
@@ -33,7 +33,7 @@ def _lines(rows: list[Row]) -> list[str]:
         "Ratios are to what was measured in this run on the same updates: `x mean` to a plain mean of the rows and `x passes`",
         "to the model's own forward and backward passes, which are timed again and again in between (a repeat is held against",
         "the times before and after it), `x reference` to that solver in the same round, both in passes. A number is a ratio",
-        f"that this run knows to within {KNOWN:.0%}, with 95% confidence; of others the interval stands there: more repeats",
+        f"that this run knows to within {_KNOWN:.0%}, with 95% confidence; of others the interval stands there: more repeats",
         "would narrow it.",
         "",
         "On a CPU every timed call begins with empty caches, and the process keeps the memory that it frees (glibc).",
@@ -65,21 +65,27 @@ def _table_row(row: Row) -> str:
     assert row.median_s is not None
     assert row.p20_s is not None
     assert row.p80_s is not None
-    ratios = (
-        _ratio(row.to_reference, row.to_reference_low, row.to_reference_high),
-        _ratio(row.to_passes, row.to_passes_low, row.to_passes_high),
-        _ratio(row.to_mean, row.to_mean_low, row.to_mean_high),
-    )
+    ratios = (ratio_text(row.ratio(name)) for name in RATIOS)
     memory = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "unknown"
     times = f"{seconds(row.median_s)} ({seconds(row.p20_s)} - {seconds(row.p80_s)})"
     cells = [row.provider, times, *ratios, memory, seconds(row.first_s or 0.0), row.compared_with]
     return "| " + " | ".join(cells) + " |"
 
 
-def _ratio(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None or low is None or high is None:
+def is_known(ratio: Ratio) -> bool:
+    """Whether a run knows the ratio well enough to give it as a number."""
+    return ratio.is_within(_KNOWN)
+
+
+def ratio_text(ratio: Ratio | None) -> str:
+    """A number, or the interval of one that is not known; empty for None."""
+    if ratio is None:
         return ""
-    return f"{value:.3g}" if Ratio(value, low, high).is_within(KNOWN) else f"{low:.3g} to {high:.3g}"
+    return _number(ratio.value) if is_known(ratio) else f"{_number(ratio.low)} to {_number(ratio.high)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def seconds(value: float) -> str:

@@ -19,7 +19,7 @@ import scipy.stats
 import torch
 from typer.testing import CliRunner
 
-from skymask_gpu.bench import accuracy, costs, large, many_clients, plots, providers, rules, run, solvers
+from skymask_gpu.bench import accuracy, compare, costs, large, many_clients, plots, providers, rules, run, solvers
 from skymask_gpu.bench.cases import CASES, Case, Model, Problem, TooLargeError
 from skymask_gpu.bench.measure import (
     Measured,
@@ -526,6 +526,11 @@ def test_repeats_follow_the_time_a_call_takes(clock: Clock) -> None:
     assert Measured([3.0, 1.0, 2.0, 5.0, 4.0, 6.0], None).quantile(0.2) == 2.0
 
 
+def test_a_short_call_is_repeated_while_a_long_one_takes_anyway(clock: Clock) -> None:
+    measured = measure_steadily({"short": clock.spending(0.5), "long": clock.spending(12.0)}, CPU, 1.0)
+    assert [len(of_call.seconds) for of_call in measured.values() if isinstance(of_call, Measured)] == [24, 5]
+
+
 def test_what_is_known_well_is_not_repeated_any_more(clock: Clock) -> None:
     """One call is as steady as its floor, the other is not; both may take three seconds."""
     shares = random.Random(0)
@@ -717,6 +722,33 @@ def test_the_summary_has_every_row_with_a_time_or_a_reason(tmp_path: Path) -> No
     assert "| cnn, float32 | 5,000 | reference | out of memory | you tried to / allocate |" in text
     write_summary([], tmp_path / "summary.md")
     assert "Nothing was measured" in (tmp_path / "summary.md").read_text()
+
+
+def test_runs_are_held_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What both know is compared; what only one timed, or knows, is not."""
+    rows = [row for row in made_rows() if row.clients == 500 and row.case == "cnn"]
+    slower = [replace(row) for row in rows if row.provider != PASSES]
+    for row in slower:
+        if row.provider == "collapsed":
+            row.to_mean, row.to_mean_low, row.to_mean_high = 250.0, 240.0, 260.0
+        if row.provider == "reference":
+            row.to_mean, row.to_mean_low, row.to_mean_high = 1100.0, 1050.0, 1150.0
+    run.write_rows(tmp_path / "a" / "bench.csv", rows)
+    run.write_rows(tmp_path / "b" / "bench.csv", slower)
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    *table, empty, last = capsys.readouterr().out.splitlines()
+    assert not empty
+    assert table[2:] == [
+        f"| cnn | 500 | float32 | {MEAN} |  | 0.008 to 0.012, 0.008 to 0.012 |  |",
+        "| cnn | 500 | float32 | reference |  | 8 to 12, 8 to 12 | 1,000, 1,100 (10%) |",
+        "| cnn | 500 | float32 | collapsed |  | 1.6 to 2.4, 1.6 to 2.4 | 200, 250 (25%) |",
+    ]
+    assert last == (
+        "2 ratios that each run knows, at most 25% apart, 1 of them within 15%; 3 that some run gives as an interval."
+    )
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "a")])
+    assert "name two runs at least" in capsys.readouterr().err
 
 
 def test_plots_are_drawn_with_a_line_a_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

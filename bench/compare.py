@@ -1,0 +1,62 @@
+"""How far the ratios of several runs of the benchmark lie apart: ``python -m skymask_gpu.bench.compare DIR DIR [DIR ...]``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from skymask_gpu.bench.run import RATIOS, Row, read_rows
+from skymask_gpu.bench.summary import is_known, ratio_text
+
+__all__ = ["main"]
+
+_Key = tuple[str, int, str, str]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="what `skymask-gpu bench --out DIR` wrote")
+    options = parser.parse_args(arguments)
+    if len(options.folders) < 2:
+        parser.error("DIR: name two runs at least")
+    runs = [
+        {(row.case, row.clients, row.dtype, row.provider): row for row in read_rows(folder / "bench.csv") if row.status == "ok"}
+        for folder in options.folders
+    ]
+    print("\n".join(_lines(runs)))
+    return 0
+
+
+def _lines(runs: list[dict[_Key, Row]]) -> list[str]:
+    """A table of what all runs timed; in brackets by how much the largest number is above the smallest."""
+    lines = ["| case | N | dtype | what | x reference | x passes | x mean |", "|" + " --- |" * 7]
+    spreads: list[float] = []
+    num_intervals = 0
+    for key in [key for key in runs[0] if all(key in run for run in runs)]:
+        cells = []
+        for name in RATIOS:
+            ratios = [run[key].ratio(name) for run in runs]
+            known = [ratio.value for ratio in ratios if ratio is not None and is_known(ratio)]
+            cell = ", ".join(ratio_text(ratio) for ratio in ratios)
+            if not any(ratios) or set(known) == {1.0}:  # of something to itself
+                cells.append("")
+                continue
+            if len(known) == len(runs):
+                spreads.append(max(known) / min(known) - 1)
+                cell += f" ({spreads[-1]:.0%})"
+            else:
+                num_intervals += 1
+            cells.append(cell)
+        case, clients, dtype, provider = key
+        lines.append("| " + " | ".join([case, f"{clients:,}", dtype, provider, *cells]) + " |")
+    apart = f", at most {max(spreads):.0%} apart" if spreads else ""
+    within = sum(spread <= 0.15 for spread in spreads)
+    return [
+        *lines,
+        "",
+        f"{len(spreads)} ratios that each run knows{apart}, {within} of them within 15%; "
+        f"{num_intervals} that some run gives as an interval.",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
