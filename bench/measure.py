@@ -18,7 +18,16 @@ import torch
 from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.engine.peak_memory import peak_bytes, proc_field, resident, start_peak
 
-__all__ = ["Measured", "StoppedError", "free_memory", "freed_memory_kept", "limited_memory", "measure", "measure_steadily"]
+__all__ = [
+    "Floor",
+    "Measured",
+    "StoppedError",
+    "free_memory",
+    "freed_memory_kept",
+    "limited_memory",
+    "measure",
+    "measure_steadily",
+]
 
 T = TypeVar("T")
 
@@ -31,7 +40,7 @@ _LEAST_REPEATS, _MOST_REPEATS = 7, 200
 _LONG, _LEAST_LONG_REPEATS = 3.0, 5
 # A ratio that is known so well is not measured any further.
 _KNOWN_WITHIN = 0.05
-# Of all time: how long each floor is timed at most. A floor shorter than a millisecond is threads waking up, no yardstick.
+# Of all time: how long each floor is timed at most. Less than a millisecond is threads waking up, no yardstick.
 _FLOOR_SHARE, _SHORTEST_FLOOR = 0.2, 1e-3
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -54,6 +63,14 @@ class Measured:
 
     def quantile(self, share: float) -> float:
         return float(np.quantile(self.seconds, share))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What others are held against: a call that does the same thing so many times, each for a millisecond or it is none."""
+
+    call: Callable[[], object]
+    parts: int = 1
 
 
 class StoppedError(KeyboardInterrupt):
@@ -81,7 +98,7 @@ def measure_steadily(
     calls: Mapping[str, Callable[[], object]],
     device: torch.device,
     seconds: float,
-    floors: Mapping[str, Callable[[], object]] = MappingProxyType({}),
+    floors: Mapping[str, Floor] = MappingProxyType({}),
     *,
     is_over: Callable[[], bool] = lambda: False,
     started: Callable[[str], None] = lambda name: None,
@@ -118,11 +135,11 @@ def _repeat_in_rounds(
     timings: "dict[str, _Timing]",
     device: torch.device,
     seconds: float,
-    floors: Mapping[str, Callable[[], object]],
+    floors: Mapping[str, Floor],
     is_over: Callable[[], bool],
     started: Callable[[str], None],
 ) -> None:
-    timed = [_Floor(name, floor, device) for name, floor in floors.items()]
+    timed = [_TimedFloor(name, floor, device) for name, floor in floors.items()]
     yardsticks = [floor for floor in timed if floor.is_yardstick]
 
     def note(timing: _Timing, taken: float | None) -> None:
@@ -198,15 +215,15 @@ class _Timing:
         return bool(known) and all(ratio is not None and ratio.is_within(_KNOWN_WITHIN) for ratio in known)
 
 
-class _Floor:
+class _TimedFloor:
     """Times of a floor again and again, and what was measured since the last of them."""
 
-    def __init__(self, name: str, call: Callable[[], object], device: torch.device) -> None:
-        self._name, self._call, self._device = name, call, device
+    def __init__(self, name: str, floor: Floor, device: torch.device) -> None:
+        self._name, self._call, self._device = name, floor.call, device
         self._waiting: list[tuple[_Timing, float]] = []
         self._time(0.0)
         self._took_least = self._took
-        self.is_yardstick = self._before >= _SHORTEST_FLOOR
+        self.is_yardstick = self._before >= floor.parts * _SHORTEST_FLOOR
 
     def note(self, timing: _Timing, seconds: float) -> None:
         """A repeat; its ratio follows with the floor's next time."""

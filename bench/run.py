@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from skymask_gpu.bench.cases import CASES, CLIENTS, DTYPES, Case, Model, Problem, TooLargeError
-from skymask_gpu.bench.measure import Measured, StoppedError, free_memory, limited_memory, measure_steadily
+from skymask_gpu.bench.measure import Floor, Measured, StoppedError, free_memory, limited_memory, measure_steadily
 from skymask_gpu.bench.providers import COMPILED, MEAN, PASSES, CannotRunError, NoCheckError, Provider, providers
 from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.engine.memory import is_out_of_memory
@@ -80,9 +80,9 @@ class Row:
         median_s: and ``p20_s``, ``p80_s``: quantiles over the ``repeats``.
         peak_bytes: above what was held before the call, the inputs among it; empty where the system does not tell.
         to_mean: the time of a repeat over that of a mean of the same rows beside it; ``to_passes`` so over the model's passes,
-            ``to_reference`` over solver reference in the same round, each in units of the passes beside it; empty where those
-            have no time or one below a millisecond, and after fewer than three repeats. With 95% confidence, so far as one run
-            can tell, they lie between ``..._low`` and ``..._high``.
+            ``to_reference`` over solver reference in the same round, each in units of the passes beside it if these are a
+            yardstick; empty where a mean or a pass takes less than a millisecond, and after fewer than three repeats. With 95%
+            confidence, so far as one run can tell, they lie between ``..._low`` and ``..._high``.
         split: JSON of the median seconds of each phase, of SkyMask's round.
     """
 
@@ -252,7 +252,11 @@ class _Run:
                     calls,
                     self.device,
                     self.limits.repeat_seconds,
-                    {name: call for name, call in calls.items() if name in (MEAN, PASSES)},
+                    {
+                        name: Floor(calls[name], parts)
+                        for name, parts in ((MEAN, 1), (PASSES, case.mask_steps))
+                        if name in calls
+                    },
                     is_over=self._is_over,
                     started=lambda name: self.started(f"{point}: {name}"),
                 )
@@ -400,11 +404,11 @@ class _Phases:
 
 
 def _to_reference(measured: Measured, reference: Measured | Exception | None) -> Ratio | None:
-    """How long a call takes in units of the reference's in the same round, each in units of the model's passes beside it."""
+    """To the reference in the same round, each in units of the passes beside it if these are a yardstick."""
     if not isinstance(reference, Measured):
         return None
-    repeats = zip(measured.ratios.get(PASSES, []), reference.ratios.get(PASSES, []), strict=False)
-    return Ratio.of([own / others for own, others in repeats])
+    own, others = (of_call.ratios.get(PASSES, of_call.seconds) for of_call in (measured, reference))
+    return Ratio.of([mine / its for mine, its in zip(own, others, strict=False)])
 
 
 def _ratio_columns(name: str, ratio: Ratio | None) -> dict[str, float | None]:

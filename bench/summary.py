@@ -32,9 +32,9 @@ def _lines(rows: list[Row]) -> list[str]:
         "",
         "Ratios are to what was measured in this run on the same updates: `x mean` to a plain mean of the rows and `x passes`",
         "to the model's own forward and backward passes, which are timed again and again in between (a repeat is held against",
-        "the times before and after it), `x reference` to that solver in the same round, both in passes. A number is a ratio",
-        f"that this run knows to within {_KNOWN:.0%}, with 95% confidence; of others the interval stands there: more repeats",
-        "would narrow it.",
+        "the times before and after it; a mean or a pass of less than a millisecond is no yardstick), `x reference` to that",
+        "solver in the same round, both in passes if these are a yardstick. A number is a ratio that this run knows to within",
+        f"{_KNOWN:.0%}, with 95% confidence; of others the interval stands there: more repeats would narrow it.",
         "",
         "On a CPU every timed call begins with empty caches, and the process keeps the memory that it frees (glibc).",
     ]

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from skymask_gpu.bench import accuracy, compare, costs, large, many_clients, plots, providers, rules, run, solvers
 from skymask_gpu.bench.cases import CASES, Case, Model, Problem, TooLargeError
 from skymask_gpu.bench.measure import (
+    Floor,
     Measured,
     StoppedError,
     _time,
@@ -57,9 +58,16 @@ def make_provider(name: str, call: Callable[[Problem], Any]) -> Provider:
     return Provider(name, lambda problem: lambda: call(problem), lambda *_: None, lambda _: "nothing")
 
 
+@pytest.fixture
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as give a ratio."""
+    monkeypatch.setattr("skymask_gpu.bench.measure._LEAST_REPEATS", 3)
+
+
 # --- solvers ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("few_repeats")
 def test_agreeing_solvers_get_times_and_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skymask_gpu.bench.measure._SHORTEST_FLOOR", 0.0)
     monkeypatch.setitem(CASES, "logreg", replace(CASES["logreg"], dtypes=("float32", "bfloat16")))
@@ -89,6 +97,15 @@ def test_agreeing_solvers_get_times_and_floors(monkeypatch: pytest.MonkeyPatch) 
         assert fused.params == 3372
 
 
+@pytest.mark.usefixtures("few_repeats")
+def test_passes_below_a_millisecond_are_no_yardstick_but_solvers_are_compared() -> None:
+    rows = measured(small_limits(20))
+    assert {row.to_passes for row in rows.values() if row.provider != PASSES} == {None}
+    fused, reference = rows[20, "fused"], rows[20, "reference"]
+    assert fused.to_reference == pytest.approx(fused.median_s / reference.median_s, rel=0.5)
+
+
+@pytest.mark.usefixtures("few_repeats")
 def test_a_wrong_solver_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit in 843 flipped."""
     honest = providers.train_masks
@@ -112,6 +129,7 @@ def test_a_wrong_solver_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "1.2e-03 of the bits differ" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.usefixtures("few_repeats")
 @pytest.mark.parametrize(
     ("wrong", "is_right"),
     [
@@ -149,6 +167,7 @@ def test_a_solver_that_cannot_run_is_a_row_with_the_reason(monkeypatch: pytest.M
         assert (rows[10, solver].status, rows[10, solver].detail) == ("skipped", "no kernels here")
 
 
+@pytest.mark.usefixtures("few_repeats")
 def test_where_reference_is_too_slow_fused_is_the_truth_if_it_agreed_before(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_reference(clients: int) -> Callable[[Case], list[Provider]]:
         def slow_from(problem: Problem) -> Callable[[], Any]:
@@ -171,6 +190,7 @@ def test_where_reference_is_too_slow_fused_is_the_truth_if_it_agreed_before(monk
     assert rows[20, "fused"].median_s is None
 
 
+@pytest.mark.usefixtures("few_repeats")
 def test_torch_compile_is_compared_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it would compile is run as it is: compiling takes 20 seconds."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
@@ -451,7 +471,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def measured_alone(call: Callable[[], Any], seconds: float = 0.0, **floors: Callable[[], Any]) -> Measured:
-    measured = measure_steadily({"call": call}, CPU, seconds, floors)["call"]
+    measured = measure_steadily({"call": call}, CPU, seconds, {name: Floor(floor) for name, floor in floors.items()})["call"]
     assert isinstance(measured, Measured)
     return measured
 
@@ -484,6 +504,10 @@ def test_the_floor_of_a_ratio_is_the_mean_of_its_times_before_and_after(clock: C
 def test_a_floor_below_a_millisecond_is_no_yardstick(clock: Clock) -> None:
     measured = measured_alone(clock.spending(0.02), short=clock.spending(0.0009), long=clock.spending(0.002))
     assert measured.ratios == {"long": pytest.approx([10.0] * 7)}
+    floors = {"short": Floor(clock.spending(0.009), parts=10), "long": Floor(clock.spending(0.01), parts=10)}
+    in_parts = measure_steadily({"call": clock.spending(0.02)}, CPU, 0.0, floors)["call"]
+    assert isinstance(in_parts, Measured)
+    assert in_parts.ratios == {"long": pytest.approx([2.0] * 7)}
 
 
 def test_calls_are_measured_in_rounds_with_floors_in_between(clock: Clock) -> None:
@@ -494,7 +518,7 @@ def test_calls_are_measured_in_rounds_with_floors_in_between(clock: Clock) -> No
         return lambda: (events.append(name), clock.spending(seconds)())
 
     calls = {"a": calling("a", 0.06), "b": calling("b", 0.06)}
-    floors = {"often": calling("o", 0.01), "seldom": calling("s", 0.03)}
+    floors = {"often": Floor(calling("o", 0.01)), "seldom": Floor(calling("s", 0.03))}
     measured = measure_steadily(calls, CPU, 0.0, floors, started=lambda name: events.append(f"({name})"))
     rounds = ["os(a)a(b)b", "(a)aoooooss(b)booo", *["(a)aooss(b)booo"] * 6, "s"]
     assert "".join(events) == "".join(rounds)
@@ -538,7 +562,7 @@ def test_what_is_known_well_is_not_repeated_any_more(clock: Clock) -> None:
         {"steady": clock.spending(0.1), "restless": lambda: clock.spending(0.1 * shares.uniform(0.5, 2.0))()},
         CPU,
         3.0,
-        {"floor": clock.spending(0.01)},
+        {"floor": Floor(clock.spending(0.01))},
     )
     steady, restless = measured.values()
     assert isinstance(steady, Measured)
@@ -834,7 +858,7 @@ def test_a_wrong_label_of_a_client_from_disk_is_counted(tmp_path: Path, monkeypa
 
 
 def test_a_row_of_the_accuracy_table_is_measured_and_drawn(tmp_path: Path) -> None:
-    loss = FlatModel(*solvers.make_model())
+    loss = FlatModel(*solvers.make_model(num_samples=20))
     updates_RP = solvers.honest_rows(loss, 31, seed=0)
     direction_P = root_direction(loss, loss.initial_params, RootTraining(steps=3))
     (row,) = accuracy.measure_case(updates_RP, loss, "sign-flip", direction_P)
@@ -851,7 +875,7 @@ def test_a_row_of_the_accuracy_table_is_measured_and_drawn(tmp_path: Path) -> No
 
 
 def test_where_float32_is_not_stable_another_row_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = FlatModel(*solvers.make_model())
+    loss = FlatModel(*solvers.make_model(num_samples=20))
     updates_RP = solvers.honest_rows(loss, 11, seed=0)
     monkeypatch.setattr(accuracy, "float32_error", lambda updates, loss, steps: 1e-5 if steps <= 4 else 1e-3)
     rows = accuracy.measure_case(updates_RP, loss, "none", torch.zeros(loss.num_params))
