@@ -10,7 +10,7 @@ from skymask_gpu.files import write_text
 __all__ = ["is_known", "ratio_text", "write_summary"]
 
 # A ratio's interval reaches at most so much above it where the ratio is given as a number.
-_KNOWN = 0.1
+_KNOWN = 0.075
 
 
 def write_summary(rows: list[Row], path: Path) -> None:
@@ -34,7 +34,7 @@ def _lines(rows: list[Row]) -> list[str]:
         "to the model's own forward and backward passes, which are timed again and again in between (a repeat is held against",
         "the times before and after it; a mean or a pass of less than a millisecond is no yardstick), `x reference` to that",
         "solver in the same round, both in passes if these are a yardstick. A number is a ratio that this run knows to within",
-        f"{_KNOWN:.0%}, with 95% confidence; of others the interval stands there: more repeats would narrow it.",
+        f"{_KNOWN:.1%}, with 95% confidence; of others the interval stands there: more repeats would narrow it.",
         "",
         "On a CPU every timed call begins with empty caches, and the process keeps the memory that it frees (glibc).",
     ]

@@ -419,16 +419,19 @@ def test_updates_that_leave_no_room_are_not_made() -> None:
 
 
 def test_points_come_in_the_order_that_a_reader_needs_them() -> None:
-    """Few clients first, of these float32 first; over a gigabyte of updates last."""
-    limits = Limits((50, 500, 5_000), ("cnn", "resnet18"), ("float32", "bfloat16"))
+    """Few clients first, of these float32 first, but what most come for before all; over a gigabyte of updates last."""
+    limits = Limits((50, 500, 5_000), ("rules", "cnn", "resnet18"), ("float32", "bfloat16"))
     points = [(case.name, clients, dtype) for case, clients, dtype in run._points(limits)]
     assert points == [
         ("cnn", 50, "float32"),
-        ("cnn", 50, "bfloat16"),
         ("cnn", 500, "float32"),
+        ("rules", 50, "float32"),
+        ("cnn", 50, "bfloat16"),
+        ("rules", 500, "float32"),
         ("cnn", 500, "bfloat16"),
         ("resnet18", 50, "float32"),
         ("resnet18", 500, "float32"),
+        ("rules", 5_000, "float32"),
         ("cnn", 5_000, "float32"),
         ("resnet18", 5_000, "float32"),
         ("cnn", 5_000, "bfloat16"),
