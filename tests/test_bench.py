@@ -60,8 +60,12 @@ def make_provider(name: str, call: Callable[[Problem], Any]) -> Provider:
 
 @pytest.fixture
 def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As few as give a ratio."""
+    """As few as give a ratio, of one call each, whatever is in the caches and was freed."""
     monkeypatch.setattr("skymask_gpu.bench.measure._LEAST_REPEATS", 3)
+    monkeypatch.setattr("skymask_gpu.bench.measure._MOST_SAMPLES", 1)
+    monkeypatch.setattr("skymask_gpu.bench.measure._empty_caches", lambda device: None)
+    monkeypatch.setattr("skymask_gpu.bench.measure.start_peak", lambda device: None)
+    monkeypatch.setattr(run, "give_back_freed", lambda: None)
 
 
 # --- solvers ------------------------------------------------------------------------------------------------------------
@@ -159,6 +163,7 @@ def test_what_rounding_alone_explains_is_not_wrong(
         assert (row.status, row.detail) == ("wrong", "3.0e-04 of the bits differ")
 
 
+@pytest.mark.usefixtures("few_repeats")
 def test_a_solver_that_cannot_run_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "why_not_solver", lambda solver, *_: None if solver == "reference" else "no kernels here")
     rows = measured(small_limits(10))
@@ -262,6 +267,7 @@ def test_the_checks_of_krum_count_neighbours_as_krum_does(rules_problem: Problem
             assert any(other_check(problem, result) for problem, result in zip(problems, results, strict=True))
 
 
+@pytest.mark.usefixtures("few_repeats")
 def test_a_rule_without_a_check_is_never_timed(monkeypatch: pytest.MonkeyPatch, rules_problem: Problem) -> None:
     chosen = [p for p in providers.providers(CASES["rules"]) if p.name in ("flame", "krum", "ByzFL Median")]
     monkeypatch.setattr(run, "providers", lambda case: chosen)
