@@ -18,10 +18,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if len(options.folders) < 2:
         parser.error("DIR: name two runs at least")
-    runs = [
-        {(row.case, row.clients, row.dtype, row.provider): row for row in read_rows(folder / "bench.csv") if row.status == "ok"}
-        for folder in options.folders
-    ]
+    try:
+        runs = [
+            {
+                (row.case, row.clients, row.dtype, row.provider): row
+                for row in read_rows(folder / "bench.csv")
+                if row.status == "ok"
+            }
+            for folder in options.folders
+        ]
+    except (OSError, ValueError) as error:
+        parser.error(f"DIR: {error}; name folders that `skymask-gpu bench --out DIR` wrote")
     print("\n".join(_lines(runs)))
     return 0
 
@@ -29,33 +36,35 @@ def main(arguments: list[str] | None = None) -> int:
 def _lines(runs: list[dict[_Key, Row]]) -> list[str]:
     """A table of what all runs timed; in brackets by how much the largest number is above the smallest."""
     lines = ["| case | N | dtype | what | x reference | x passes | x mean |", "|" + " --- |" * 7]
-    spreads: list[float] = []
-    num_intervals = 0
+    known: list[float] = []
+    values: list[float] = []
     for key in [key for key in runs[0] if all(key in run for run in runs)]:
         cells = []
         for name in RATIOS:
             ratios = [run[key].ratio(name) for run in runs]
-            known = [ratio.value for ratio in ratios if ratio is not None and is_known(ratio)]
-            cell = ", ".join(ratio_text(ratio) for ratio in ratios)
-            if not any(ratios) or set(known) == {1.0}:  # of something to itself
+            there = [ratio for ratio in ratios if ratio is not None]
+            if {ratio.value for ratio in there} <= {1.0}:  # of something to itself
                 cells.append("")
                 continue
-            if len(known) == len(runs):
-                spreads.append(max(known) / min(known) - 1)
-                cell += f" ({spreads[-1]:.0%})"
-            else:
-                num_intervals += 1
+            cell = ", ".join(ratio_text(ratio) or "none" for ratio in ratios)
+            if len(there) == len(runs):
+                values.append(max(ratio.value for ratio in there) / min(ratio.value for ratio in there) - 1)
+                if all(map(is_known, there)):
+                    known.append(values[-1])
+                    cell += f" ({known[-1]:.0%})"
             cells.append(cell)
         case, clients, dtype, provider = key
         lines.append("| " + " | ".join([case, f"{clients:,}", dtype, provider, *cells]) + " |")
-    apart = f", at most {max(spreads):.0%} apart" if spreads else ""
-    within = sum(spread <= 0.15 for spread in spreads)
     return [
         *lines,
         "",
-        f"{len(spreads)} ratios that each run knows{apart}, {within} of them within 15%; "
-        f"{num_intervals} that some run gives as an interval.",
+        f"Numbers in each run: {_apart(known)}. Numbers and middles of intervals: {_apart(values)}.",
     ]
+
+
+def _apart(spreads: list[float]) -> str:
+    most = f", at most {max(spreads):.0%} apart" if spreads else ""
+    return f"{len(spreads)} ratios{most}, {sum(spread <= 0.15 for spread in spreads)} of them within 15%"
 
 
 if __name__ == "__main__":

@@ -414,7 +414,9 @@ def _to_reference(measured: Measured, reference: Measured | Exception | None) ->
     """To the reference in the same round, each in units of the passes beside it if these are a yardstick."""
     if not isinstance(reference, Measured):
         return None
-    own, others = (of_call.ratios.get(PASSES, of_call.seconds) for of_call in (measured, reference))
+    own, others = (of_call.ratios.get(PASSES) for of_call in (measured, reference))
+    if own is None or others is None:
+        own, others = measured.seconds, reference.seconds
     return Ratio.of([mine / its for mine, its in zip(own, others, strict=False)])
 
 

@@ -135,32 +135,43 @@ def test_a_wrong_solver_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("few_repeats")
 @pytest.mark.parametrize(
-    ("wrong", "is_right"),
+    ("wrong", "bytes_of_a_row", "detail"),
     [
-        (lambda dtype, steps: dtype == torch.float32 and steps == 20, True),
-        (lambda dtype, steps: steps == 20, False),
-        (lambda dtype, steps: dtype == torch.float32, False),
+        (lambda dtype, steps: dtype == torch.float32 and steps == 20, slice(100, 101), None),
+        (lambda dtype, steps: dtype == torch.float32 and steps == 20, slice(None, None, 125), "1.2e-03 of the bits differ"),
+        (lambda dtype, steps: steps == 20, slice(100, 101), "3.0e-04 of the bits differ"),
+        (lambda dtype, steps: dtype == torch.float32, slice(100, 101), "3.0e-04 of the bits differ"),
     ],
-    ids=["late and in float32", "in float64 too", "in the first steps too"],
+    ids=["late and in float32", "by much", "in float64 too", "in the first steps too"],
 )
 def test_what_rounding_alone_explains_is_not_wrong(
-    wrong: Callable[[torch.dtype, int], bool], is_right: bool, monkeypatch: pytest.MonkeyPatch
+    wrong: Callable[[torch.dtype, int], bool], bytes_of_a_row: slice, detail: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kink's worth of bits: 21 of 70,812."""
+    """A kink's worth of bits is 21 of 70,812."""
     honest = providers.train_masks
 
     def with_a_kink(updates_RP: torch.Tensor, *arguments: Any, config: Any, solver: str) -> Any:
         masks = honest(updates_RP, *arguments, config=config, solver=solver)
         if solver == "fused" and wrong(updates_RP.dtype, config.steps):
-            masks.bits[:, 100] ^= 1
+            masks.bits[:, bytes_of_a_row] ^= 1
         return masks
 
     monkeypatch.setattr(providers, "train_masks", with_a_kink)
     row = measured(small_limits(20))[20, "fused"]
-    if is_right:
+    if detail is None:
         assert (row.status, row.compared_with) == ("ok", "reference in float64, 3 steps in float32")
     else:
-        assert (row.status, row.detail) == ("wrong", "3.0e-04 of the bits differ")
+        assert (row.status, row.detail) == ("wrong", detail)
+
+
+def test_a_ratio_to_reference_is_of_the_same_round_and_unit() -> None:
+    """The machine slows down; the reference takes part in fewer rounds; without both in passes it is seconds."""
+    own = Measured([1.0, 2.0, 4.0, 80.0], None, {PASSES: [3.0, 6.0, 9.0, 90.0]})
+    reference = Measured([4.0, 8.0, 16.0], None, {PASSES: [6.0, 12.0, 18.0]})
+    assert run._to_reference(own, reference) == Ratio(0.5, 0.5, 0.5)
+    assert run._to_reference(own, replace(reference, ratios={})) == Ratio(0.25, 0.25, 0.25)
+    assert run._to_reference(replace(own, ratios={}), reference) == Ratio(0.25, 0.25, 0.25)
+    assert run._to_reference(own, None) is run._to_reference(own, IndexError()) is None
 
 
 @pytest.mark.usefixtures("few_repeats")
@@ -777,8 +788,15 @@ def test_runs_are_held_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtur
         "| cnn | 500 | float32 | collapsed |  | 1.6 to 2.4, 1.6 to 2.4 | 200, 250 (25%) |",
     ]
     assert last == (
-        "2 ratios that each run knows, at most 25% apart, 1 of them within 15%; 3 that some run gives as an interval."
+        "Numbers in each run: 2 ratios, at most 25% apart, 1 of them within 15%. "
+        "Numbers and middles of intervals: 5 ratios, at most 25% apart, 4 of them within 15%."
     )
+    run.write_rows(tmp_path / "c" / "bench.csv", [replace(row, to_passes=None) for row in rows])
+    compare.main([str(tmp_path / "a"), str(tmp_path / "c")])
+    assert "| reference |  | 8 to 12, none | 1,000, 1,000 (0%) |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "a"), str(tmp_path / "missing")])
+    assert "name folders that `skymask-gpu bench --out DIR` wrote" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "a")])
     assert "name two runs at least" in capsys.readouterr().err
