@@ -118,7 +118,8 @@ def hamming_gram_kernel(
         for bit in tl.static_range(8):
             ones_i = _spread(words_i, bit, BLOCK_R, UNIT_WORDS)
             ones_j = _spread(words_j, bit, BLOCK_R, UNIT_WORDS)
-            gram = tl.dot(ones_i, tl.trans(ones_j), gram)
+            # until Triton 3.7 the result is float32 unless it is said
+            gram = tl.dot(ones_i, tl.trans(ones_j), gram, out_dtype=tl.int32)
     at = offs_i.to(tl.int64)[:, None] * num_rows + offs_j[None, :]
     tl.atomic_add(sums_ptr + at, gram, mask=(offs_i < num_rows)[:, None] & (offs_j < num_rows)[None, :], sem="relaxed")
 
