@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skymask_gpu.kernels._triton.common import moved, on_device_of, vector_elements
+from skymask_gpu.kernels._triton.common import kernel, launch_options, moved, on_device_of, vector_elements
 from skymask_gpu.kernels.collapse import BISECTIONS, GUARD, WIDEST_GAP
 
 # Columns whose sample a program sorts: 16 values a thread.
@@ -34,13 +34,14 @@ BITS_WARPS = 8
 BITS_ROWS = 64
 
 
-@triton.jit
+@kernel
 def bin_edges_kernel(
     # pointers
     rows_ptr,  # (R, P) float32 or bfloat16
     sampled_ptr,  # (S,) int64
     edges_ptr,  # (E, P) float32, written
     # sizes; columns and strides in units of VEC elements, so that the compiler knows their alignment
+    num_rows,
     num_sampled,
     num_edges,
     num_col_units,
@@ -59,6 +60,8 @@ def bin_edges_kernel(
     mask_s = offs_s < num_sampled
     last = num_sampled - 1
     row = tl.load(sampled_ptr + offs_s, mask=mask_s, other=0)  # [BLOCK_S]
+    # no host has looked at the numbers: one that is no row must not read other memory
+    row = tl.minimum(tl.maximum(row, 0), num_rows - 1)
     value = tl.load(
         rows_ptr + row[None, :] * rows_stride_units * VEC + offs_p[:, None],
         mask=mask_p[:, None] & mask_s[None, :],
@@ -95,7 +98,7 @@ def bin_edges_kernel(
     tl.store(edges_ptr + tl.cast(num_edges - 1, tl.int64) * num_cols + offs_p, highest + GUARD * spread, mask=mask_p)
 
 
-@triton.jit
+@kernel
 def bin_rows_kernel(
     # pointers
     rows_ptr,  # (R, P) float32 or bfloat16
@@ -148,7 +151,7 @@ def bin_rows_kernel(
     tl.store(ends_ptr + num_cols + offs_p, highest, mask=mask_p)
 
 
-@triton.jit
+@kernel
 def bin_step_kernel(
     # pointers
     logits_ptr,  # (B, P) float32, overwritten
@@ -191,7 +194,7 @@ def bin_step_kernel(
     tl.store(weighted_sum_ptr + offs_p, tl.sum(weighted_sum, axis=0), mask=mask_p)
 
 
-@triton.jit
+@kernel
 def replay_kernel(
     # pointers
     values_ptr,  # (V, P) float32 or bfloat16
@@ -248,7 +251,7 @@ def _note_crossing(changed, last, probe, below, above, crossings):
     return tl.where(first, last, below), tl.where(first, probe, above), crossings + changed.to(tl.int32)
 
 
-@triton.jit
+@kernel
 def find_cuts_kernel(
     # pointers
     logits_ptr,  # (B, P) float32
@@ -303,7 +306,7 @@ def find_cuts_kernel(
     tl.store(crossings_ptr + offs_p, crossings, mask=mask_p)
 
 
-@triton.jit
+@kernel
 def cut_bits_kernel(
     # pointers
     rows_ptr,  # (R, P) float32 or bfloat16
@@ -347,7 +350,7 @@ def cut_bits_kernel(
         )
 
 
-# --- launchers; called from kernels/collapse.py -------------------------------------------------------------------------
+# --- launchers; called with checked arguments from kernels/collapse.py --------------------------------------------------
 
 
 def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
@@ -357,8 +360,9 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
     with on_device_of(rows_RP):
         bin_edges_kernel[(triton.cdiv(num_params, EDGES_BLOCK_P),)](
             rows_RP,
-            sampled_S.to(rows_RP.device),
+            sampled_S,
             edges_EP,
+            len(rows_RP),
             len(sampled_S),
             num_bins - 1,
             num_params // vec,
@@ -368,8 +372,7 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
             VEC=vec,
             BLOCK_S=max(2, triton.next_power_of_2(len(sampled_S))),
             BLOCK_P=EDGES_BLOCK_P,
-            num_warps=EDGES_WARPS,
-            enable_fp_fusion=True,
+            **launch_options(EDGES_WARPS),
         )
     return edges_EP
 
@@ -400,8 +403,7 @@ def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tens
             ROWS_AT_ONCE=ROWS_AT_ONCE,
             BLOCK_B=block_b,
             BLOCK_P=block_p,
-            num_warps=num_warps,
-            enable_fp_fusion=True,
+            **launch_options(num_warps),
         )
 
 
@@ -426,8 +428,7 @@ def bin_step(
             VEC=vec,
             BLOCK_B=STEP_BLOCK_B,
             BLOCK_P=STEP_BLOCK_P,
-            num_warps=STEP_WARPS,
-            enable_fp_fusion=True,
+            **launch_options(STEP_WARPS),
         )
     return gate_sum_P, weighted_sum_P
 
@@ -451,8 +452,7 @@ def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: floa
             VEC=vec,
             BLOCK_V=REPLAY_BLOCK_V,
             BLOCK_P=REPLAY_BLOCK_P,
-            num_warps=REPLAY_WARPS,
-            enable_fp_fusion=True,
+            **launch_options(REPLAY_WARPS),
         )
     return logits_VP
 
@@ -495,8 +495,7 @@ def find_cuts(
             BISECTIONS=BISECTIONS,
             VEC=vec,
             BLOCK_P=CUTS_BLOCK_P,
-            num_warps=CUTS_WARPS,
-            enable_fp_fusion=True,
+            **launch_options(CUTS_WARPS),
         )
     return position_P, left_P, crossings_P
 
@@ -518,6 +517,5 @@ def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> No
             ROWS=BITS_ROWS,
             BLOCK_R=BITS_BLOCK_R,
             BLOCK_P=BITS_BLOCK_P,
-            num_warps=BITS_WARPS,
-            enable_fp_fusion=True,
+            **launch_options(BITS_WARPS),
         )

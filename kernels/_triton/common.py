@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the move of a logit, the width of loads, the device to launch on."""
+"""What the Triton kernels share: the move of a logit, the width of loads, how to compile and launch."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,6 +6,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# Triton compiles a kernel again for integers that are 1 or a multiple of 16, to use that. Columns and their strides profit and
+# stay the same from round to round; these change whenever a client drops out, and no load depends on them.
+VARYING = ("num_rows", "rows_per_split", "num_sampled", "num_values", "num_steps", "stored_stride")
+# It does so too for pointers to multiples of 16 bytes. These point into a tensor, behind as many rows as came before.
+VARYING_POINTERS = ("bits_ptr", "chosen_ptr")
+
+# Decorates every kernel that is launched.
+kernel = triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=VARYING_POINTERS)
+
+# The last column that 32-bit offsets reach, with room for the largest block beyond it.
+MOST_COLUMNS = 2**31 - 2**16
+
+
+def launch_options(num_warps: int) -> dict[str, int | bool]:
+    """Options of every launch, and of every compilation ahead of it in ``offline.py``: the same code in both."""
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -18,6 +35,8 @@ def moved(logit, update, slope, mean, full_step):
 
 def vector_elements(num_params: int, *tensors: Tensor | None) -> int:
     """The most elements (8, 4, 2, 1) by which P, every row stride and every pointer can be divided."""
+    if num_params > MOST_COLUMNS:
+        raise ValueError(f"P must be at most {MOST_COLUMNS:,} on a GPU, got {num_params:,}; divide the columns among processes")
     for vec in (8, 4, 2):
         if num_params % vec == 0 and all(
             x is None or (x.stride(0) % vec == 0 and x.data_ptr() % (vec * x.element_size()) == 0) for x in tensors

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skymask_gpu.kernels._triton.common import on_device_of
+from skymask_gpu.kernels._triton.common import kernel, launch_options, on_device_of
 
 # Words of 32 columns that a program looks at in one go; rows are padded to a multiple of them.
 UNIT_WORDS = 8
@@ -59,7 +59,7 @@ def _spread(words, bit, ROWS: tl.constexpr, WORDS: tl.constexpr):
     return tl.reshape(flags, [ROWS, 4 * WORDS]).to(tl.int8)
 
 
-@triton.jit
+@kernel
 def hamming_popcount_kernel(
     # pointers
     words_ptr,  # (R, W) uint32
@@ -90,7 +90,7 @@ def hamming_popcount_kernel(
     tl.atomic_add(sums_ptr + at, differing, mask=(offs_i < num_rows)[:, None] & (offs_j < num_rows)[None, :], sem="relaxed")
 
 
-@triton.jit
+@kernel
 def hamming_gram_kernel(
     # pointers
     words_ptr,  # (R, W) uint32
@@ -124,7 +124,7 @@ def hamming_gram_kernel(
     tl.atomic_add(sums_ptr + at, gram, mask=(offs_i < num_rows)[:, None] & (offs_j < num_rows)[None, :], sem="relaxed")
 
 
-# --- launchers; called from kernels/hamming.py --------------------------------------------------------------------------
+# --- launchers; called with checked arguments from kernels/hamming.py -----------------------------------------------------
 
 
 def hamming_counts(bits: Tensor, unit: int, dtype: torch.dtype) -> Tensor:
@@ -153,7 +153,7 @@ def gram_counts(bits: Tensor, columns: Tensor | None = None) -> Tensor:
     return gram_RR.mul_(-2).add_(ones_R[:, None]).add_(ones_R)
 
 
-def _sum_over_units(kernel: object, bits: Tensor, columns: Tensor | None, block_r: int, num_warps: int) -> Tensor:
+def _sum_over_units(counting_kernel: object, bits: Tensor, columns: Tensor | None, block_r: int, num_warps: int) -> Tensor:
     num_rows = len(bits)
     words_RW, units_1 = _words(bits, columns)
     row_units = words_RW.shape[1] // UNIT_WORDS
@@ -161,7 +161,7 @@ def _sum_over_units(kernel: object, bits: Tensor, columns: Tensor | None, block_
     num_splits = max(1, min(row_units, ENOUGH_PROGRAMS // (num_tiles * (num_tiles + 1) // 2)))
     sums_RR = torch.zeros(num_rows, num_rows, dtype=torch.int32, device=bits.device)
     with on_device_of(bits):
-        kernel[(num_tiles, num_tiles, num_splits)](
+        counting_kernel[(num_tiles, num_tiles, num_splits)](
             words_RW,
             units_1,
             sums_RR,
@@ -169,7 +169,7 @@ def _sum_over_units(kernel: object, bits: Tensor, columns: Tensor | None, block_
             row_units,
             UNIT_WORDS=UNIT_WORDS,
             BLOCK_R=block_r,
-            num_warps=num_warps,
+            **launch_options(num_warps),
         )
     sums_RR.triu_()
     return sums_RR.add_(sums_RR.triu(1).T)

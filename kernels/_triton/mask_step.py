@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skymask_gpu.kernels._triton.common import moved, on_device_of, vector_elements
+from skymask_gpu.kernels._triton.common import kernel, launch_options, moved, on_device_of, vector_elements
 
 BLOCK_R = 8
 BLOCK_P = 256
@@ -19,7 +19,7 @@ NUM_WARPS = 8
 ENOUGH_PROGRAMS = 2048
 
 
-@triton.jit
+@kernel
 def mask_step_kernel(
     # pointers
     updates_ptr,  # (R, P) float32 or bfloat16
@@ -158,7 +158,10 @@ def _launch_sums(
 ) -> tuple[Tensor, Tensor]:
     num_rows, num_params = updates_RP.shape
     num_splits = _num_splits(num_rows, num_params)
-    sums_2SP = torch.empty(2, num_splits, num_params, dtype=torch.float32, device=updates_RP.device)
+    # both begin at multiples of 16 bytes, whatever the number of splits: the compiler looks at that too
+    num_sums = num_splits * num_params
+    sums_2SP = torch.empty(2, -(-num_sums // 4) * 4, dtype=torch.float32, device=updates_RP.device)[:, :num_sums]
+    sums_2SP = sums_2SP.view(2, num_splits, num_params)
     _launch(
         updates_RP,
         logits_in_RP,
@@ -232,6 +235,5 @@ def _launch(
             EMIT_BITS=bits is not None,
             BLOCK_R=BLOCK_R,
             BLOCK_P=BLOCK_P,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            **launch_options(NUM_WARPS),
         )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skymask_gpu.kernels._triton.common import on_device_of, vector_elements
+from skymask_gpu.kernels._triton.common import kernel, launch_options, on_device_of, vector_elements
 
 BLOCK_R = 32
 BLOCK_P = 256
@@ -18,7 +18,7 @@ NUM_WARPS = 8
 ENOUGH_PROGRAMS = 2048
 
 
-@triton.jit
+@kernel
 def chosen_mean_kernel(
     # pointers
     rows_ptr,  # (R, P) float32 or bfloat16
@@ -75,6 +75,6 @@ def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
             VEC=vec,
             BLOCK_R=BLOCK_R,
             BLOCK_P=BLOCK_P,
-            num_warps=NUM_WARPS,
+            **launch_options(NUM_WARPS),
         )
     return sums_SP.sum(0, dtype=torch.float64) / chosen_R.sum()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skymask_gpu.kernels._triton.common import on_device_of
+from skymask_gpu.kernels._triton.common import kernel, launch_options, on_device_of
 from skymask_gpu.kernels.mixture import MOST_STEPS, REGULARISATION, TOLERANCE, best_cut
 
 BLOCK_R = 256
@@ -42,7 +42,7 @@ def _members(x, label, step, scale_0, mean_0, sharpness_0, scale_1, mean_1, shar
     return member_0, member_1
 
 
-@triton.jit
+@kernel
 def two_normals_kernel(
     # pointers
     x_ptr,  # (R,) float64
@@ -129,7 +129,7 @@ def _whitening(weight, rows, xx, yx, yy):
     return tl.log(weight / rows) - tl.log(root_x) - tl.log(root_y) - _LOG_2PI, 1.0 / root_x, slope, 1.0 / root_y
 
 
-@triton.jit
+@kernel
 def gaussian_mixture_kernel(
     # pointers
     x_ptr,  # (2, R) float64
@@ -229,8 +229,7 @@ def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
             len(x_R),
             max_steps,
             BLOCK_R=BLOCK_R,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            **launch_options(NUM_WARPS),
         )
     return labels_R
 
@@ -246,7 +245,6 @@ def gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
             REGULARISATION=REGULARISATION,
             TOLERANCE=TOLERANCE,
             BLOCK_R=BLOCK_R,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
+            **launch_options(NUM_WARPS),
         )
     return labels_R

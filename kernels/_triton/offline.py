@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from skymask_gpu.kernels._triton import collapse, hamming, mask_step, mean, mixture, tree
+from skymask_gpu.kernels._triton.common import VARYING_POINTERS, launch_options
 
 # Of the collapsed kernels: the defaults of training.
 NUM_BINS = 32
@@ -102,9 +103,8 @@ def mask_step_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, obje
                 **dict.fromkeys(("init", "full_step", "threshold"), "fp32"),
                 **dict.fromkeys(constants, "constexpr"),
             }
-            attrs = {(i,): [["tt.divisibility", 16]] for i in range(8)}
-            source = ASTSource(mask_step.mask_step_kernel, signature=signature, constexprs=constants, attrs=attrs)
-            yield f"{name}[{dtype}]", source, {"num_warps": mask_step.NUM_WARPS, "enable_fp_fusion": True}
+            source = _aligned(mask_step.mask_step_kernel, signature, constants)
+            yield f"{name}[{dtype}]", source, launch_options(mask_step.NUM_WARPS)
 
 
 def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, object]]]:
@@ -118,7 +118,7 @@ def collapse_sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, objec
             f"bin_edges[{dtype}]",
             collapse.bin_edges_kernel,
             {**rows, "sampled_ptr": "*i64", "edges_ptr": "*fp32"},
-            ("num_sampled", "num_edges", columns, "rows_stride_units"),
+            ("num_rows", "num_sampled", "num_edges", columns, "rows_stride_units"),
             {},
             {
                 "VEC": vec,
@@ -260,9 +260,17 @@ def _source(
     """Arguments in the kernel's order but for the constants; strides stay plain i32, as above."""
     signature = {**pointers, **dict.fromkeys(integers, "i32"), **scalars, **dict.fromkeys(constants, "constexpr")}
     ordered = {argument: signature[argument] for argument in kernel.arg_names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
-    source = ASTSource(kernel, signature=ordered, constexprs=constants, attrs=attrs)
-    return name, source, {"num_warps": num_warps, "enable_fp_fusion": True}
+    return name, _aligned(kernel, ordered, constants), launch_options(num_warps)
+
+
+def _aligned(kernel: object, signature: dict[str, str], constants: dict[str, object]) -> ASTSource:
+    """All pointers are to multiples of 16 bytes, but for those that the kernels do not rely on."""
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") and argument not in VARYING_POINTERS
+    }
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
 
 
 def compile_variant(name: str, source: ASTSource, options: dict[str, object], sm: int) -> CompiledVariant:

@@ -5,17 +5,16 @@ heights they lead to lie in memory between the steps, which is the cache for as 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from skymask_gpu.kernels._triton.common import on_device_of
+from skymask_gpu.kernels._triton.common import kernel, launch_options, on_device_of
 
 BLOCK_R = 1024
 NUM_WARPS = 8
 
 
-@triton.jit
+@kernel
 def path_maxima_kernel(
     # pointers
     stored_ptr,  # (R, R) float64, float32, int32 or uint16
@@ -81,6 +80,6 @@ def path_maxima(stored_RR: Tensor, kept_N: Tensor, unit: float) -> Tensor:
             len(stored_RR),
             stored_RR.stride(0),
             BLOCK_R=BLOCK_R,
-            num_warps=NUM_WARPS,
+            **launch_options(NUM_WARPS),
         )
     return heights_R[:-1]
