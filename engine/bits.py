@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from skymask_gpu.kernels.hamming import hamming_counts
+from skymask_gpu.kernels.anywhere import hamming_counts
 
 __all__ = ["hamming_shares", "pack_bits", "unpack_bits"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.sharding import ColumnShards
-from skymask_gpu.kernels.hamming import hamming_counts
+from skymask_gpu.kernels.anywhere import hamming_counts
 
 __all__ = ["Distances", "mask_distances", "sharded_distances"]
 

@@ -11,10 +11,13 @@ stand beside the public functions. Rows: float32 or bfloat16, any row stride, un
 counts uint16.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from skymask_gpu.kernels.mask_step import why_not
+from skymask_gpu.kernels._backends import compiled
+from skymask_gpu.kernels._checks import REALS, check_number, check_tensor
 
 __all__ = [
     "bin_edges",
@@ -36,6 +39,8 @@ __all__ = [
 WIDEST_GAP = 2.0
 # Beyond the sampled range by this many interquartile ranges lie the two bins for outliers.
 GUARD = 1.0
+# Bins count in uint16.
+MOST_ROWS = 2**16 - 1
 # Halvings of the interval between two probes in which a column's bits change.
 BISECTIONS = 10
 
@@ -158,31 +163,57 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
 
     Args:
         rows_RP: ``(R, P)`` float32 or bfloat16.
-        sampled_S: ``(S,)`` int64, the rows to look at, S >= 1.
+        sampled_S: ``(S,)`` int64, the rows to look at, S >= 1, from 0 to R - 1. A CPU checks that; a GPU, which would have to
+            wait for it, takes the first or the last row instead of one beyond them.
         num_bins: B >= 4.
+
+    Raises:
+        ValueError: a shape, a dtype, a device, a stride or a number does not fit, or no kernel exists for the device. So do
+            the functions below.
     """
-    return _backend(rows_RP).bin_edges(rows_RP, sampled_S, num_bins)
+    _check_rows(rows_RP)
+    check_tensor("sampled", sampled_S, ("S",), (torch.int64,), device=rows_RP.device)
+    check_number("num_bins", num_bins, 4)
+    if rows_RP.device.type == "cpu":
+        lowest, highest = (int(row) for row in sampled_S.aminmax())
+        if lowest < 0 or highest >= len(rows_RP):
+            raise ValueError(f"sampled must be rows from 0 to {len(rows_RP) - 1}, got {lowest} to {highest}")
+    return _backend("rows", rows_RP).bin_edges(rows_RP, sampled_S, num_bins)
 
 
 def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
-    """Add rows to bins: ``counts_BP`` (uint16), ``sums_BP`` (float32), and each column's smallest and largest value so far.
+    """Add rows, at most 65,535 in all, to bins: ``counts_BP`` (uint16), ``sums_BP``, each column's smallest and largest value.
 
     A value that equals an edge is in the bin above it. Rows are added one after the other: blocks of rows in turn give the same
-    sums, to the bit, as all rows at once.
+    sums, to the bit, as all rows at once. The caller sees to it that they are 65,535 at most, which is what uint16 holds.
     """
-    _backend(rows_RP).bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+    _check_rows(rows_RP)
+    if len(rows_RP) > MOST_ROWS:
+        raise ValueError(f"rows must be at most {MOST_ROWS:,}, which counts in uint16 can hold, got {len(rows_RP):,}")
+    num_params, device = rows_RP.shape[1], rows_RP.device
+    num_bins = _check_bins(num_params, device, counts=counts_BP, sums=sums_BP)
+    check_tensor("edges", edges_EP, (num_bins - 1, num_params), (torch.float32,), device=device)
+    check_tensor("ends", ends_2P, (2, num_params), (torch.float32,), device=device)
+    _backend("rows", rows_RP).bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
 
 
 def bin_step(
     logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
     """The step of :mod:`skymask_gpu.kernels.mask_step` on bins: overwrites the logits, returns the weighted sums ``(P,)``."""
-    return _backend(logits_BP).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=full_step)
+    check_tensor("logits", logits_BP, ("B", "P"), (torch.float32,))
+    num_params, device = logits_BP.shape[1], logits_BP.device
+    _check_bins(num_params, device, logits=logits_BP, centres=centres_BP, counts=counts_BP)
+    check_tensor("slope", slope_P, (num_params,), (torch.float32,), device=device)
+    check_tensor("mean", mean_P, (num_params,), (torch.float32,), device=device)
+    return _backend("logits", logits_BP).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=full_step)
 
 
 def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: float, full_step: float) -> Tensor:
-    """The final logits, ``(V, P)`` float32, of rows with these updates, from the history of T steps."""
-    return _backend(values_VP).replay(values_VP, slopes_TP, means_TP, init=init, full_step=full_step)
+    """The final logits, ``(V, P)`` float32, of rows with these updates, from the history of T >= 1 steps."""
+    check_tensor("values", values_VP, ("V", "P"), REALS, "unit column stride")
+    _check_history(slopes_TP, means_TP, values_VP.shape[1], values_VP.device)
+    return _backend("values", values_VP).replay(values_VP, slopes_TP, means_TP, init=init, full_step=full_step)
 
 
 def find_cuts(
@@ -206,7 +237,12 @@ def find_cuts(
         The position of the first change (inf: none), float32, the bit to the left of it, bool, and the number of changes,
         int32; all ``(P,)``.
     """
-    return _backend(logits_BP).find_cuts(
+    check_tensor("logits", logits_BP, ("B", "P"), (torch.float32,))
+    num_params, device = logits_BP.shape[1], logits_BP.device
+    _check_bins(num_params, device, logits=logits_BP, centres=centres_BP, counts=counts_BP)
+    check_tensor("ends", ends_2P, (2, num_params), (torch.float32,), device=device)
+    _check_history(slopes_TP, means_TP, num_params, device)
+    return _backend("logits", logits_BP).find_cuts(
         logits_BP,
         centres_BP,
         counts_BP,
@@ -221,17 +257,33 @@ def find_cuts(
 
 def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> None:
     """Write the packed bits ``(update < cut) == left``, ``(R, ceil(P / 8))`` uint8, one compare an element."""
-    _backend(rows_RP).cut_bits(rows_RP, cut_P, left_P, bits)
+    _check_rows(rows_RP)
+    num_rows, num_params = rows_RP.shape
+    check_tensor("cut", cut_P, (num_params,), (torch.float32,), device=rows_RP.device)
+    check_tensor("left", left_P, (num_params,), (torch.bool,), device=rows_RP.device)
+    check_tensor("bits", bits, (num_rows, -(-num_params // 8)), (torch.uint8,), device=rows_RP.device)
+    _backend("rows", rows_RP).cut_bits(rows_RP, cut_P, left_P, bits)
 
 
-def _backend(tensor: Tensor):  # type: ignore[no-untyped-def]  # a module: either implementation
-    reason = why_not(tensor.device, tensor.dtype)
-    if reason is not None:
-        raise ValueError(f"the collapsed kernels cannot run: {reason}")
-    if tensor.is_cuda:
-        from skymask_gpu.kernels._triton import collapse
+_backend = partial(compiled, "collapse")
 
-        return collapse
-    from skymask_gpu.kernels._cpu import collapse as cpu_collapse
 
-    return cpu_collapse
+def _check_rows(rows_RP: Tensor) -> None:
+    check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")
+
+
+def _check_bins(num_params: int, device: torch.device, **bins: Tensor) -> int:
+    """The number of bins of tensors ``(B, P)`` under their names: uint16 counts, all else float32; at least 2 bins."""
+    num_bins = 0
+    for name, tensor in bins.items():
+        dtypes = (torch.uint16,) if name == "counts" else (torch.float32,)
+        check_tensor(name, tensor, (num_bins or "B", num_params), dtypes, device=device)
+        num_bins = len(tensor)
+    if num_bins < 2:
+        raise ValueError(f"{next(iter(bins))} must be of at least 2 bins, got {num_bins}")
+    return num_bins
+
+
+def _check_history(slopes_TP: Tensor, means_TP: Tensor, num_params: int, device: torch.device) -> None:
+    check_tensor("slopes", slopes_TP, ("T", num_params), (torch.float32,), device=device)
+    check_tensor("means", means_TP, (len(slopes_TP), num_params), (torch.float32,), device=device)

@@ -8,19 +8,23 @@ bits, which is also the population count of their exclusive or. Counts are integ
 which all rows agree add nothing: of many rows only the others are looked at (in masks of 500 clients, a CNN on MNIST, 19 to 30%
 of the columns vary, under noise 72%; those lie in 48 to 67%, under noise 94%, of the bytes).
 
-Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA through Triton, CPU through Numba; the plain twin where there
-is no Triton and on any other device.
+Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA through Triton, CPU through Numba.
 """
 
-from importlib.util import find_spec
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from skymask_gpu.kernels._backends import compiled
+from skymask_gpu.kernels._checks import check_number, check_tensor
 
 __all__ = ["hamming_counts", "hamming_counts_reference"]
 
 # Bytes unpacked at a time by the twin: few enough bits that float32 counts are exact.
 _TILE = 512
+# The largest number that a result can hold.
+_MOST = {torch.int32: 2**31 - 1, torch.uint16: 2**16 - 1}
 
 
 def hamming_counts_reference(bits: Tensor, unit: int = 1, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -42,23 +46,23 @@ def hamming_counts(bits: Tensor, unit: int = 1, dtype: torch.dtype = torch.int32
     """``(R, R)``: the number of bits in which two rows differ, in units of ``unit``, rounded.
 
     Args:
-        bits: ``(R, bytes)`` uint8, contiguous; padding bits are equal in all rows.
+        bits: ``(R, bytes)`` uint8, of any strides; padding bits, at most 7, are equal in all rows.
         unit: at least 1.
-        dtype: of the result, int32 or uint16; the counts must fit.
+        dtype: of the result, int32 or uint16; rows that differ in all bits must have a count that fits.
 
     Raises:
-        ValueError: a shape or a dtype does not fit.
+        ValueError: a shape or a dtype does not fit, or no kernel exists for the device.
     """
-    if bits.dim() != 2 or bits.dtype != torch.uint8 or 0 in bits.shape:
-        raise ValueError(f"bits must be non-empty (R, bytes) uint8, got {tuple(bits.shape)} {bits.dtype}")
-    if unit < 1 or dtype not in (torch.int32, torch.uint16):
-        raise ValueError(f"unit must be at least 1 and dtype int32 or uint16, got {unit} and {dtype}")
-    if bits.is_cuda and find_spec("triton"):
-        from skymask_gpu.kernels._triton.hamming import hamming_counts as on_triton
+    check_tensor("bits", bits, ("R", "bytes"), (torch.uint8,), "any strides")
+    check_number("unit", unit, 1)
+    if dtype not in _MOST:
+        raise ValueError(f"dtype must be torch.int32 or torch.uint16, got {dtype}")
+    # the last byte holds one bit at least that is no padding; counts are int32 before they are divided
+    most = 8 * bits.shape[1] - 7
+    if most > _MOST[torch.int32] or (most + unit // 2) // unit > _MOST[dtype]:
+        raise ValueError(f"dtype must hold counts of {most:,} bits in units of {unit}, got {dtype}; use a larger unit")
+    counts_RR: Tensor = _backend("bits", bits).hamming_counts(bits, unit, dtype)
+    return counts_RR
 
-        return on_triton(bits, unit, dtype)
-    if bits.device.type == "cpu":
-        from skymask_gpu.kernels._cpu.hamming import hamming_counts as compiled
 
-        return compiled(bits, unit, dtype)
-    return hamming_counts_reference(bits, unit, dtype)
+_backend = partial(compiled, "hamming")

@@ -18,10 +18,13 @@ column stride; sums and logits in float32 (float64 for float64 updates). A GPU l
 and the pointers are multiples of 8 elements; any other shape is right, and slower.
 """
 
-import importlib.util
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from skymask_gpu.kernels._backends import compiled, why_not
+from skymask_gpu.kernels._checks import REALS, check_tensor
 
 __all__ = [
     "first_step",
@@ -30,23 +33,7 @@ __all__ = [
     "last_step_reference",
     "next_step",
     "next_step_reference",
-    "why_not",
 ]
-
-_REQUIRED_MODULE = {"cuda": "triton", "cpu": "numba"}
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these kernels cannot run on ``device`` with updates of ``dtype``; ``None`` if they can."""
-    module = _REQUIRED_MODULE.get(device.type)
-    if module is None:
-        return f"no kernel for device type {device.type!r} (cuda and cpu have one)"
-    if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed (pip install {module})"
-    supported = {torch.float32, torch.bfloat16} | ({torch.float64} if device.type == "cpu" else set())
-    if dtype not in supported:
-        return f"no {device.type} kernel for {dtype} updates (wanted one of {sorted(map(str, supported))})"
-    return None
 
 
 def compute_dtype(updates_dtype: torch.dtype) -> torch.dtype:
@@ -131,16 +118,16 @@ def first_step(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or no kernel exists for the device.
     """
-    _check(updates_RP, slope_P, mean_P, logits_RP)
-    return _backend(updates_RP).first_step(updates_RP, logits_RP, slope_P, mean_P, init=init, full_step=full_step)
+    _check(updates_RP, slope_P, mean_P, logits=logits_RP)
+    return _backend("updates", updates_RP).first_step(updates_RP, logits_RP, slope_P, mean_P, init=init, full_step=full_step)
 
 
 def next_step(
     updates_RP: Tensor, logits_RP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
     """A step from stored logits: reads and overwrites ``logits_RP``. Arguments, result and errors as in :func:`first_step`."""
-    _check(updates_RP, slope_P, mean_P, logits_RP)
-    return _backend(updates_RP).next_step(updates_RP, logits_RP, slope_P, mean_P, full_step=full_step)
+    _check(updates_RP, slope_P, mean_P, logits=logits_RP)
+    return _backend("updates", updates_RP).next_step(updates_RP, logits_RP, slope_P, mean_P, full_step=full_step)
 
 
 def last_step(
@@ -164,8 +151,9 @@ def last_step(
     Returns:
         ``(R, ceil(P / 8))`` uint8, bit j of byte b is parameter 8 b + j (little-endian); padding bits are 0.
     """
-    _check(updates_RP, slope_P, mean_P, *(x for x in (logits_RP, logits_out_RP) if x is not None))
-    return _backend(updates_RP).last_step(
+    stored = {"logits": logits_RP, "logits_out": logits_out_RP}
+    _check(updates_RP, slope_P, mean_P, **{name: tensor for name, tensor in stored.items() if tensor is not None})
+    return _backend("updates", updates_RP).last_step(
         updates_RP,
         logits_RP,
         slope_P,
@@ -177,37 +165,15 @@ def last_step(
     )
 
 
-def _backend(updates_RP: Tensor):  # type: ignore[no-untyped-def]  # a module: either implementation
-    reason = why_not(updates_RP.device, updates_RP.dtype)
-    if reason is not None:
-        raise ValueError(f"updates: {reason}")
-    if updates_RP.is_cuda:
-        from skymask_gpu.kernels._triton import mask_step
-
-        return mask_step
-    from skymask_gpu.kernels._cpu import mask_step as cpu_mask_step
-
-    return cpu_mask_step
+_backend = partial(compiled, "mask_step")
 
 
-def _check(updates_RP: Tensor, slope_P: Tensor, mean_P: Tensor, *logits: Tensor) -> None:
-    if updates_RP.dim() != 2 or 0 in updates_RP.shape:
-        raise ValueError(f"updates must be a non-empty (R, P) tensor, got shape {tuple(updates_RP.shape)}")
-    dtype = compute_dtype(updates_RP.dtype)
-    num_params = updates_RP.shape[1]
-    wanted: list[tuple[str, Tensor, tuple[int, ...]]] = [("slope", slope_P, (num_params,)), ("mean", mean_P, (num_params,))]
-    wanted += [("logits", x, tuple(updates_RP.shape)) for x in logits]
-    for name, tensor, shape in wanted:
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != updates_RP.device:
-            raise ValueError(
-                f"{name} must have shape {shape}, dtype {dtype} and device {updates_RP.device}, "
-                f"got {tuple(tensor.shape)}, {tensor.dtype} and {tensor.device}"
-            )
-    for name, tensor in (
-        ("updates", updates_RP),
-        ("slope", slope_P),
-        ("mean", mean_P),
-        *(("logits", x) for x in logits),
-    ):
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name} must have unit column stride, got strides {tensor.stride()}; call .contiguous()")
+def _check(updates_RP: Tensor, slope_P: Tensor, mean_P: Tensor, **logits: Tensor) -> None:
+    check_tensor("updates", updates_RP, ("R", "P"), (*REALS, torch.float64), "unit column stride")
+    shape, device, dtypes = tuple(updates_RP.shape), updates_RP.device, (compute_dtype(updates_RP.dtype),)
+    if device.type != "cpu" and updates_RP.dtype == torch.float64:
+        raise ValueError(f"updates: {why_not(device, torch.float64)}")
+    check_tensor("slope", slope_P, shape[1:], dtypes, device=device)
+    check_tensor("mean", mean_P, shape[1:], dtypes, device=device)
+    for name, tensor in logits.items():
+        check_tensor(name, tensor, shape, dtypes, "unit column stride and rows that do not overlap", device=device)

@@ -7,14 +7,16 @@ in an earlier pass over the updates: who is benign is known only after clusterin
 all would let one large hostile row destroy the mean by cancellation.
 
 Sums are float64 on a CPU, on a GPU float32 within a share of the rows and float64 over the shares. Shapes: R rows, P columns.
-Rows: float32 or bfloat16, any row stride, unit column stride. Devices: CUDA through Triton, CPU through Numba; the plain twin
-where there is no Triton and on any other device.
+Rows: float32 or bfloat16, any row stride, unit column stride. Devices: CUDA through Triton, CPU through Numba.
 """
 
-from importlib.util import find_spec
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from skymask_gpu.kernels._backends import compiled
+from skymask_gpu.kernels._checks import REALS, check_tensor
 
 __all__ = ["chosen_mean", "chosen_mean_reference"]
 
@@ -38,20 +40,12 @@ def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
         chosen_R: ``(R,)`` bool.
 
     Raises:
-        ValueError: a shape, a dtype or a stride does not fit.
+        ValueError: a shape, a dtype, a device or a stride does not fit, or no kernel exists for the device.
     """
-    if rows_RP.dim() != 2 or 0 in rows_RP.shape or rows_RP.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"rows must be non-empty (R, P) float32 or bfloat16, got {tuple(rows_RP.shape)} {rows_RP.dtype}")
-    if rows_RP.stride(1) != 1 and rows_RP.shape[1] > 1:
-        raise ValueError(f"rows must have unit column stride, got strides {rows_RP.stride()}; call .contiguous()")
-    if chosen_R.shape != rows_RP.shape[:1] or chosen_R.dtype != torch.bool:
-        raise ValueError(f"chosen must be ({len(rows_RP)},) bool, got {tuple(chosen_R.shape)} {chosen_R.dtype}")
-    if rows_RP.is_cuda and find_spec("triton"):
-        from skymask_gpu.kernels._triton.mean import chosen_mean as on_triton
+    check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")
+    check_tensor("chosen", chosen_R, (len(rows_RP),), (torch.bool,), "any strides", device=rows_RP.device)
+    mean_P: Tensor = _backend("rows", rows_RP).chosen_mean(rows_RP, chosen_R)
+    return mean_P
 
-        return on_triton(rows_RP, chosen_R)
-    if rows_RP.device.type == "cpu":
-        from skymask_gpu.kernels._cpu.mean import chosen_mean as compiled
 
-        return compiled(rows_RP, chosen_R)
-    return chosen_mean_reference(rows_RP, chosen_R)
+_backend = partial(compiled, "mean")

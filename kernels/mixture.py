@@ -8,16 +8,19 @@ With weights w, means and (co)variances of the two, and p[i, c] the probability 
 
 (Dempster, Laird & Rubin 1977). All of it in float64. Shapes: R rows, K dimensions.
 
-Devices: CUDA through Triton, all steps to convergence in one launch and without the host; the plain twins, ``*_reference``,
-where there is no Triton and on any other device. Triton's sums are rounded in another order, so a row that belongs to both
+Devices: CUDA through Triton, all steps to convergence in one launch and without the host; on a CPU plain torch, the twins
+``*_reference``. Triton's sums are rounded in another order, so a row that belongs to both
 components alike may come out on the other side.
 """
 
 import math
-from importlib.util import find_spec
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from skymask_gpu.kernels._backends import compiled
+from skymask_gpu.kernels._checks import check_number, check_tensor
 
 __all__ = ["gaussian_mixture", "gaussian_mixture_reference", "two_normals", "two_normals_reference"]
 
@@ -95,17 +98,16 @@ def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
         variance_floor: of each normal, as a share of the variance of all of ``x_R``.
 
     Raises:
-        ValueError: a shape or a dtype does not fit, or ``max_steps`` is less than 1.
+        ValueError: a shape or a dtype does not fit, ``max_steps`` is less than 1, or no kernel exists for the device.
     """
-    if x_R.dim() != 1 or len(x_R) < 2 or x_R.dtype != torch.float64:
-        raise ValueError(f"x must be (R,) float64 with R >= 2, got {tuple(x_R.shape)} {x_R.dtype}")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
-    if x_R.is_cuda and find_spec("triton"):
-        from skymask_gpu.kernels._triton.mixture import two_normals as on_triton
-
-        return on_triton(x_R, max_steps, variance_floor)
-    return two_normals_reference(x_R, max_steps, variance_floor)
+    check_tensor("x", x_R, ("R",), (torch.float64,), "any strides")
+    if len(x_R) < 2:
+        raise ValueError("x must have at least 2 rows, got 1")
+    check_number("max_steps", max_steps, 1)
+    if x_R.device.type == "cpu":
+        return two_normals_reference(x_R, max_steps, variance_floor)
+    labels_R: Tensor = _backend("x", x_R).two_normals(x_R, max_steps, variance_floor)
+    return labels_R
 
 
 def gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
@@ -116,17 +118,21 @@ def gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
 
     Args:
         x_RK: ``(R, 2)`` float64.
-        labels_R: ``(R,)`` int64, 0 or 1.
+        labels_R: ``(R,)`` int64, 0 or 1; a GPU gives a row with another label to neither.
 
     Raises:
-        ValueError: a shape or a dtype does not fit.
+        ValueError: a shape, a dtype or a device does not fit, on a CPU a label is neither 0 nor 1, or no kernel exists for the
+            device.
     """
-    if x_RK.dim() != 2 or x_RK.shape[1] != 2 or len(x_RK) == 0 or x_RK.dtype != torch.float64:
-        raise ValueError(f"x must be non-empty (R, 2) float64, got {tuple(x_RK.shape)} {x_RK.dtype}")
-    if labels_R.shape != x_RK.shape[:1] or labels_R.dtype != torch.int64:
-        raise ValueError(f"labels must be ({len(x_RK)},) int64, got {tuple(labels_R.shape)} {labels_R.dtype}")
-    if x_RK.is_cuda and find_spec("triton"):
-        from skymask_gpu.kernels._triton.mixture import gaussian_mixture as on_triton
+    check_tensor("x", x_RK, ("R", 2), (torch.float64,), "any strides")
+    check_tensor("labels", labels_R, (len(x_RK),), (torch.int64,), "any strides", device=x_RK.device)
+    if x_RK.device.type == "cpu":
+        lowest, highest = (int(label) for label in labels_R.aminmax())
+        if lowest < 0 or highest > 1:
+            raise ValueError(f"labels must be 0 or 1, got {lowest} to {highest}")
+        return gaussian_mixture_reference(x_RK, labels_R)
+    fitted_R: Tensor = _backend("x", x_RK).gaussian_mixture(x_RK, labels_R)
+    return fitted_R
 
-        return on_triton(x_RK, labels_R)
-    return gaussian_mixture_reference(x_RK, labels_R)
+
+_backend = partial(compiled, "mixture")

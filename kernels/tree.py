@@ -9,14 +9,17 @@ after which rows that lie nearer to it have e[i] = distance[row, i], h[i] = heig
 lowest number comes first (as ``torch.argmin`` promises); the heights are the same whichever does, since they are the
 bottlenecks of the best ways to the root.
 
-Shapes: N rows and the root, R = N + 1. Devices: CUDA through Triton, the whole tree in one launch and without the host; the
-plain twin where there is no Triton and on any other device.
+Shapes: N rows and the root, R = N + 1. Devices: CUDA through Triton, the whole tree in one launch and without the host; on a
+CPU plain torch.
 """
 
-from importlib.util import find_spec
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from skymask_gpu.kernels._backends import compiled
+from skymask_gpu.kernels._checks import check_tensor
 
 __all__ = ["path_maxima", "path_maxima_reference"]
 
@@ -56,15 +59,17 @@ def path_maxima(stored_RR: Tensor, kept_N: Tensor, unit: float = 1.0) -> Tensor:
         unit: what one of ``stored_RR`` is worth.
 
     Raises:
-        ValueError: a shape or a dtype does not fit.
+        ValueError: a shape, a dtype or a device does not fit, or no kernel exists for the device.
     """
-    shape, dtype = tuple(stored_RR.shape), stored_RR.dtype
-    if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1 or dtype not in _DTYPES:
-        raise ValueError(f"distances must be (R, R) of one of {', '.join(map(str, _DTYPES))}, got {shape} {dtype}")
-    if kept_N.shape != (shape[0] - 1,) or kept_N.dtype != torch.bool:
-        raise ValueError(f"kept must be ({shape[0] - 1},) bool, got {tuple(kept_N.shape)} {kept_N.dtype}")
-    if stored_RR.is_cuda and find_spec("triton"):
-        from skymask_gpu.kernels._triton.tree import path_maxima as on_triton
+    check_tensor("distances", stored_RR, ("R", "R"), _DTYPES, "any strides")
+    num_rows, num_columns = stored_RR.shape
+    if num_rows != num_columns:
+        raise ValueError(f"distances must be square (R, R), got {tuple(stored_RR.shape)}")
+    check_tensor("kept", kept_N, (num_rows - 1,), (torch.bool,), "any strides", device=stored_RR.device)
+    if stored_RR.device.type == "cpu":
+        return path_maxima_reference(stored_RR, kept_N, unit)
+    heights_N: Tensor = _backend("distances", stored_RR).path_maxima(stored_RR, kept_N, unit)
+    return heights_N
 
-        return on_triton(stored_RR, kept_N, unit)
-    return path_maxima_reference(stored_RR, kept_N, unit)
+
+_backend = partial(compiled, "tree")

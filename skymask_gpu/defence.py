@@ -28,7 +28,7 @@ from skymask_gpu.engine.distances import sharded_distances
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.profiling import Profile, copy_bandwidth, phase, recording
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss, own_columns
-from skymask_gpu.kernels.mean import chosen_mean
+from skymask_gpu.kernels.anywhere import chosen_mean
 from skymask_gpu.root import RootTraining, root_direction
 
 __all__ = ["Aggregation", "SkyMask", "mean_buffers", "mean_of_rows"]

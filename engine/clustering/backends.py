@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skymask_gpu.engine.clustering import k_means, spectrum
 from skymask_gpu.engine.distances import Distances
-from skymask_gpu.kernels.mixture import gaussian_mixture, two_normals
+from skymask_gpu.kernels.anywhere import gaussian_mixture, two_normals
 
 __all__ = ["BACKENDS", "Backend", "dense_backend", "pick_backend", "why_not_backend"]
 

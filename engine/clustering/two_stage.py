@@ -11,7 +11,7 @@ from torch import Tensor
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separation
 from skymask_gpu.engine.distances import Distances
-from skymask_gpu.kernels.tree import path_maxima
+from skymask_gpu.kernels.anywhere import path_maxima
 
 __all__ = ["two_stage"]
 

@@ -12,12 +12,10 @@ from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, MaskedModel, Solution, stops
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.engine.training_config import MaskTraining
-from skymask_gpu.kernels.collapse import bin_edges, bin_rows, bin_step, cut_bits, find_cuts, replay
+from skymask_gpu.kernels.collapse import MOST_ROWS, bin_edges, bin_rows, bin_step, cut_bits, find_cuts, replay
 
 # Rows, evenly spaced, from which the bins' edges are found.
 SAMPLED_ROWS = 64
-# Bins count in uint16.
-MOST_ROWS = 2**16 - 1
 # Bins whose sums become means at once.
 _BINS_AT_ONCE = 4
 # Elements of a temporary made from a few columns of all rows.

@@ -366,7 +366,7 @@ def _cut_pass(num_rows: Any, rows: Any, stride: Any, cut_P: Any, flips: Any, bit
                 bits[to + byte] = packed ^ flips[byte]
 
 
-# --- called from kernels/collapse.py --------------------------------------------------------------------------------------
+# --- called with checked arguments from kernels/collapse.py -------------------------------------------------------------
 
 
 def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:

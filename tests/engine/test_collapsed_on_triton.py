@@ -17,7 +17,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels as on a GPU, whatever the device: on a CPU in Triton's interpreter."""
     from skymask_gpu.kernels._triton import collapse as triton_collapse
 
-    monkeypatch.setattr(collapse, "_backend", lambda tensor: triton_collapse)
+    monkeypatch.setattr(collapse, "_backend", lambda *_: triton_collapse)
 
 
 def masks_of(

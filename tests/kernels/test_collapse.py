@@ -116,6 +116,14 @@ def test_only_sampled_rows_are_looked_at(name: str) -> None:
     assert torch.equal(backend(name).bin_edges(rows_RP, sampled_S, NUM_BINS), want)
 
 
+def test_triton_reads_no_row_that_is_not_there() -> None:
+    """A GPU does not wait to look at the numbers: one beyond the rows is taken for the nearest."""
+    rows_RP = make_rows((64, 20), device=device_of("triton"))[20:30]
+    sampled_S = torch.tensor([-(2**40), -1, 3, 10, 2**40], device=rows_RP.device)
+    got = backend("triton").bin_edges(rows_RP, sampled_S, NUM_BINS)
+    assert torch.equal(got, backend("triton").bin_edges(rows_RP, sampled_S.clamp(0, 9), NUM_BINS))
+
+
 @backends
 def test_one_outlier_does_not_widen_the_inner_bins(name: str) -> None:
     rows_RP = torch.randn(64, 30, generator=torch.Generator().manual_seed(0)).to(device_of(name))
@@ -318,6 +326,16 @@ def test_addresses_beyond_two_to_the_31_elements(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_other_devices_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no kernel for device type 'meta'"):
-        collapse.bin_edges(torch.zeros(3, 4, device="meta"), torch.arange(3), NUM_BINS)
+def test_what_counts_cannot_hold_is_refused_by_name() -> None:
+    """Values of row numbers and numbers of rows; shapes, dtypes and strides are the matter of test_hostile_arguments.py."""
+    rows_RP = make_rows((5, 4))
+    for wrong in (torch.tensor([0, 5]), torch.tensor([-1, 2])):
+        with pytest.raises(ValueError, match="sampled must be rows from 0 to 4, got"):
+            collapse.bin_edges(rows_RP, wrong, NUM_BINS)
+    many_RP = torch.zeros(1, 4).expand(65_536, 4)
+    edges_EP = torch.zeros(NUM_BINS - 1, 4)
+    with pytest.raises(ValueError, match="rows must be at most 65,535, which counts in uint16 can hold, got 65,536"):
+        collapse.bin_rows(many_RP, edges_EP, *empty_bins(4))
+    counts_BP, sums_BP, ends_2P = empty_bins(4)
+    collapse.bin_rows(many_RP[1:], edges_EP, counts_BP, sums_BP, ends_2P)
+    assert counts_BP[-1].tolist() == [65_535] * 4

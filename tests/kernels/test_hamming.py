@@ -166,5 +166,18 @@ def test_bad_arguments_are_named() -> None:
     for wrong in (bits[0], bits.int(), bits[:0]):
         with pytest.raises(ValueError, match=r"bits must be non-empty \(R, bytes\) uint8, got"):
             hamming_counts(wrong)
-    with pytest.raises(ValueError, match=r"unit must be at least 1 and dtype int32 or uint16, got 0 and torch\.int64"):
-        hamming_counts(bits, 0, torch.int64)
+    with pytest.raises(ValueError, match="unit must be an integer of at least 1, got 0"):
+        hamming_counts(bits, 0)
+    with pytest.raises(ValueError, match=r"dtype must be torch.int32 or torch.uint16, got torch\.int64"):
+        hamming_counts(bits, 1, torch.int64)
+
+
+def test_counts_that_might_not_fit_are_refused() -> None:
+    """The last byte may hold 7 bits of padding, which are equal in all rows."""
+    bits = torch.zeros(2, 8192, dtype=torch.uint8)
+    bits[1] = 255
+    bits[1, -1] = 1
+    assert hamming_counts(bits, 1, torch.uint16).tolist() == [[0, 65_529], [65_529, 0]]
+    with pytest.raises(ValueError, match=r"dtype must hold counts of 65,537 bits in units of 1, got torch.uint16"):
+        hamming_counts(torch.zeros(2, 8193, dtype=torch.uint8), 1, torch.uint16)
+    assert hamming_counts(torch.zeros(2, 8193, dtype=torch.uint8), 2, torch.uint16).count_nonzero() == 0

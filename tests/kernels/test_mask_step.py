@@ -218,14 +218,19 @@ def _swap(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_swap(slope_P=torch.zeros(4)), "slope must have shape"),
-        (_swap(mean_P=torch.zeros(5, dtype=torch.float64)), "mean must have shape"),
-        (_swap(logits_RP=torch.zeros(3, 4)), "logits must have shape"),
-        (_swap(updates_RP=torch.zeros(5)), "updates must be a non-empty"),
-        (_swap(updates_RP=torch.zeros(3, 5, dtype=torch.int32)), "no cpu kernel for torch.int32"),
+        (_swap(slope_P=torch.zeros(4)), r"slope must be \(5,\) float32, got \(4,\)"),
+        (
+            _swap(mean_P=torch.zeros(5, dtype=torch.float64)),
+            r"mean must be \(5,\) float32, got \(5,\) torch.float64; use .to\(torch.float32\)",
+        ),
+        (_swap(logits_RP=torch.zeros(3, 4)), r"logits must be \(3, 5\) float32, got \(3, 4\)"),
+        (_swap(updates_RP=torch.zeros(5)), "updates must be non-empty"),
+        (_swap(updates_RP=torch.zeros(3, 5, dtype=torch.int32)), "updates must be .*float32.*, got .*torch.int32"),
         (_swap(updates_RP=torch.zeros(5, 3).T), "updates must have unit column stride"),
+        (_swap(logits_RP=torch.zeros(5).expand(3, 5)), "logits must have .* rows that do not overlap"),
+        (_swap(slope_P=torch.zeros(10)[::2]), "slope must be contiguous, got strides"),
     ],
-    ids=["slope", "mean", "logits", "one-dimensional", "integers", "transposed"],
+    ids=["slope", "mean", "logits", "one-dimensional", "integers", "transposed", "overlapping", "every second"],
 )
 def test_bad_arguments_are_named(change: Callable[[dict[str, Any]], dict[str, Any]], message: str) -> None:
     inputs = change(make_inputs((3, 5), torch.float32, "cpu"))

@@ -109,5 +109,5 @@ def test_bad_arguments_are_named() -> None:
             chosen_mean(wrong, chosen_R)
     with pytest.raises(ValueError, match=r"rows must have unit column stride, got strides \(1, 6\)"):
         chosen_mean(rows_RP.T, torch.ones(6, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"chosen must be \(4,\) bool, got \(4,\) torch.int64"):
+    with pytest.raises(ValueError, match=r"chosen must be \(4,\) bool, got \(4,\) torch.int64; use .to\(torch.bool\)"):
         chosen_mean(rows_RP, torch.arange(4))

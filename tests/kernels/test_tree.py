@@ -99,7 +99,7 @@ def test_a_real_set_of_masks(mask_matrices) -> None:  # type: ignore[no-untyped-
 def test_bad_arguments_are_named() -> None:
     distances, kept = symmetric(5), torch.ones(4, dtype=torch.bool)
     for wrong in (distances[:4], distances[0], distances.bool()):
-        with pytest.raises(ValueError, match=r"distances must be \(R, R\) of one of torch.float64, .*, got"):
+        with pytest.raises(ValueError, match=r"distances must be .*\(R, R\).*, got"):
             path_maxima(wrong, kept)
     with pytest.raises(ValueError, match=r"kept must be \(4,\) bool, got \(5,\) torch.bool"):
         path_maxima(distances, torch.ones(5, dtype=torch.bool))

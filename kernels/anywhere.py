@@ -1,0 +1,36 @@
+"""The kernels of clustering and averaging for any device: the one place where a plain twin takes a compiled kernel's part.
+
+Masks may be trained in plain torch on any device (``mps``, CUDA without Triton), and must be compared and averaged there too.
+Mask training itself has no such choice: its solvers ``fused`` and ``collapsed`` say why they cannot run, and ``reference`` can.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec
+
+from torch import Tensor
+
+from skymask_gpu.kernels import hamming, mean, mixture, tree
+from skymask_gpu.kernels._backends import why_not
+
+__all__ = ["chosen_mean", "gaussian_mixture", "hamming_counts", "path_maxima", "two_normals"]
+
+P = ParamSpec("P")
+Kernel = Callable[Concatenate[Tensor, P], Tensor]
+
+
+def _or_twin(kernel: Kernel[P], twin: Kernel[P]) -> Kernel[P]:
+    """The kernel where compiled code can run on the device of its first argument, else its plain twin."""
+
+    @wraps(kernel)
+    def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        return (kernel if why_not(tensor.device) is None else twin)(tensor, *args, **kwargs)
+
+    return run
+
+
+chosen_mean = _or_twin(mean.chosen_mean, mean.chosen_mean_reference)
+gaussian_mixture = _or_twin(mixture.gaussian_mixture, mixture.gaussian_mixture_reference)
+hamming_counts = _or_twin(hamming.hamming_counts, hamming.hamming_counts_reference)
+path_maxima = _or_twin(tree.path_maxima, tree.path_maxima_reference)
+two_normals = _or_twin(mixture.two_normals, mixture.two_normals_reference)

@@ -1,0 +1,77 @@
+"""Where kernels run, the same for all of them: compiled or a ValueError with the reason; a twin only for who asks for it."""
+
+import importlib.util
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from skymask_gpu.kernels import anywhere, collapse, hamming, mask_step, mean, mixture, tree
+
+META = torch.device("meta")
+
+
+def calls(device: torch.device) -> dict[str, Callable[[], object]]:
+    """A call that fits of each public kernel, with tensors on a device."""
+    rows, bins, history = (torch.zeros(size, 5, device=device) for size in (4, 6, 3))
+    row, ends, counts = rows[0], rows[:2], torch.zeros(6, 5, dtype=torch.uint16, device=device)
+    bits, x = torch.zeros(4, 1, dtype=torch.uint8, device=device), torch.zeros(4, 2, dtype=torch.float64, device=device)
+    chosen, indices = torch.ones(4, dtype=torch.bool, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    training = {"init": 1.0, "full_step": 1.0}
+    return {
+        "first_step": lambda: mask_step.first_step(rows, rows.clone(), row, row, **training),
+        "next_step": lambda: mask_step.next_step(rows, rows.clone(), row, row, full_step=1.0),
+        "last_step": lambda: mask_step.last_step(rows, None, row, row, **training, threshold=0.0),
+        "bin_edges": lambda: collapse.bin_edges(rows, indices, 6),
+        "bin_rows": lambda: collapse.bin_rows(rows, bins[:5], counts, bins.clone(), ends.clone()),
+        "bin_step": lambda: collapse.bin_step(bins.clone(), bins, counts, row, row, full_step=1.0),
+        "replay": lambda: collapse.replay(rows, history, history, **training),
+        "find_cuts": lambda: collapse.find_cuts(bins, bins, counts, ends, history, history, **training, threshold=0.0),
+        "cut_bits": lambda: collapse.cut_bits(rows, row, row > 0, bits),
+        "hamming_counts": lambda: hamming.hamming_counts(bits),
+        "chosen_mean": lambda: mean.chosen_mean(rows, chosen),
+        "two_normals": lambda: mixture.two_normals(x[:, 0], 2, 1e-3),
+        "gaussian_mixture": lambda: mixture.gaussian_mixture(x, indices),
+        "path_maxima": lambda: tree.path_maxima(x @ x.T, chosen[1:]),
+    }
+
+
+@pytest.mark.parametrize("kernel", calls(META))
+def test_a_device_without_a_kernel_is_refused_with_the_reason(kernel: str) -> None:
+    with pytest.raises(ValueError, match=r"^\w+: no kernel for device type 'meta' .*; the plain twin \*_reference runs on any"):
+        calls(META)[kernel]()
+
+
+@pytest.mark.parametrize("kernel", calls(META))
+def test_a_missing_compiler_is_a_reason_and_not_a_fallback(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    call = calls(torch.device("cpu"))[kernel]
+    if kernel in ("two_normals", "gaussian_mixture", "path_maxima"):
+        call()  # of these plain torch is the CPU's version
+        return
+    with pytest.raises(ValueError, match="numba is not installed"):
+        call()
+
+
+@pytest.mark.parametrize("name", anywhere.__all__)
+def test_anywhere_takes_the_twin_only_where_no_kernel_can_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def kernel(tensor: Tensor) -> Tensor:
+        ran.append("kernel")
+        return tensor
+
+    def twin(tensor: Tensor) -> Tensor:
+        ran.append("twin")
+        return tensor
+
+    run = anywhere._or_twin(kernel, twin)
+    run(torch.zeros(1))
+    run(torch.zeros(1, device=META))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run(torch.zeros(1))
+    assert ran == ["kernel", "twin", "twin"]
+    # each is made of its own kernel and twin
+    pair = {cell.cell_contents.__name__ for cell in getattr(anywhere, name).__closure__}
+    assert pair == {name, f"{name}_reference"}
