@@ -11,6 +11,7 @@ from torch import Tensor
 
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.memory import explain_out_of_memory
+from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers import collapsed, fused, reference, vmap
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, Solution
@@ -110,6 +111,7 @@ def why_not_solver(solver: str, device: torch.device, dtype: torch.dtype) -> str
     return why_not(device, dtype) if solver in ("fused", "collapsed") else None
 
 
+@without_tf32()
 def train_masks(
     updates: Tensor | ClientBlocks,
     global_params: Tensor,

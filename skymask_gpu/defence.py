@@ -26,6 +26,7 @@ from skymask_gpu.engine import (
 from skymask_gpu.engine.clustering.verdict import cluster
 from skymask_gpu.engine.distances import sharded_distances
 from skymask_gpu.engine.memory import explain_out_of_memory
+from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.profiling import Profile, copy_bandwidth, phase, recording
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss, own_columns
 from skymask_gpu.kernels.anywhere import chosen_mean
@@ -148,6 +149,7 @@ class SkyMask:
         """The aggregated update alone, ``(N, P) -> (P,)``: the form of ByzFL's aggregators."""
         return self.aggregate(updates).update
 
+    @without_tf32()
     def aggregate(
         self, updates: Updates, global_params: Tensor | None = None, root_update: Tensor | None = None
     ) -> Aggregation:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine.numerics import without_tf32
 
 __all__ = ["RootTraining", "root_direction"]
 
@@ -36,6 +37,7 @@ class RootTraining:
             raise ValueError(f"RootTraining.grad_clip must be above 0 (inf: no clipping), got {self.grad_clip!r}")
 
 
+@without_tf32()
 def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining) -> Tensor:
     """The update, ``(P,)``, of the global model after training on the root data.
 
