@@ -1,5 +1,6 @@
 """A step of mask training again and again: on a GPU captured once in a CUDA graph and replayed, on a CPU called."""
 
+import contextlib
 import functools
 import threading
 import warnings
@@ -19,6 +20,8 @@ class StepLoop:
     On a GPU the first repeat runs on a side stream: it compiles kernels and makes the libraries' handles, which a capture must
     not do, and shows whether anything in it synchronises. The second is captured; it and all that follow are replays, one
     launch each. A step that cannot be captured is launched operation by operation, and the reason is kept.
+
+    Graphs share one pool of memory, kept as long as the process: a pool of its own for each would stay reserved after it.
 
     Attributes:
         not_captured: why a step on a GPU is launched operation by operation; None where it is captured, and on a CPU.
@@ -59,20 +62,22 @@ class StepLoop:
             self._graph.replay()
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # torch.cuda.graph would synchronise, empty the cache, and after an error leave another stream current
-            with _CAPTURING, torch.cuda.stream(_side_stream(self._device)):
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    self._step()
-                finally:
-                    graph.capture_end()
-        except RuntimeError as error:
-            # where the step failed, ending the capture fails too, and says less
-            self.not_captured = str(error.__context__ or error).splitlines()[0]
-        else:
-            self._graph = graph
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        with _CAPTURING:
+            try:
+                # torch.cuda.graph would synchronise, empty the cache, and after an error leave another stream current
+                with torch.cuda.stream(_side_stream(self._device)):
+                    graph.capture_begin(pool=_pool(here).id, capture_error_mode="thread_local")
+                    try:
+                        self._step()
+                    finally:
+                        graph.capture_end()
+            except RuntimeError as error:
+                # where the step failed, ending the capture fails too, and says less
+                self.not_captured = str(error.__context__ or error).splitlines()[0]
+                _stop_recording(here)
+            else:
+                self._graph = graph
 
 
 @functools.cache
@@ -81,20 +86,38 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@functools.cache
+def _pool(stream: torch.cuda.Stream) -> torch.cuda.MemPool:
+    """The memory of all graphs that are replayed on this stream: one after the other, so that none is in another's way."""
+    with torch.cuda.device(stream.device):
+        return torch.cuda.MemPool()
+
+
+def _stop_recording(stream: torch.cuda.Stream) -> None:
+    """What the end of a failed capture leaves undone in torch 2.11 and 2.12, where ``empty_cache`` would then raise ever after:
+    the allocator still gives out the pool's memory, on behalf of a graph that must therefore be alive until here.
+    """
+    index, pool = stream.device.index, _pool(stream)
+    # a newer torch has done it, or the capture never began
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(index, pool.id)
+        torch._C._cuda_releasePool(index, pool.id)
+
+
 def _synchronisation(step: Callable[[], None]) -> str | None:
     """Run the step; what in it made the host wait for the GPU, or None."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             step()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
     found = None
     for warning in caught:
         if "synchronizing CUDA operation" in str(warning.message):
             found = found or f"the loss makes the host wait for the GPU, at {warning.filename}, line {warning.lineno}"
-        else:
+        elif "Synchronization debug mode is a prototype feature" not in str(warning.message):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return found

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks, train_masks
+from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks, step_loop, train_masks
 from skymask_gpu.engine.solvers import collapsed, fused
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.kernels import next_step_reference
@@ -65,17 +65,26 @@ class RecordedGraph(TorchDispatchMode):
         self._before: list[tuple[Tensor, Tensor]] = []
         RecordedGraph.made.append(self)
 
-    def capture_begin(self, capture_error_mode: str) -> None:
+    def capture_begin(self, pool: tuple[int, int], capture_error_mode: str) -> None:
+        Allocator.begin(pool, self)
+        self._pool, self._invalid = pool, False
         self.__enter__()
 
     def capture_end(self) -> None:
         self.__exit__(None, None, None)
         for tensor, value in reversed(self._before):
             tensor.detach().copy_(value)
+        if self._invalid and Allocator.leaves_failures_begun:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        Allocator.end(0, self._pool)
+        if self._invalid:
+            Allocator.release(0, self._pool)
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self._invalid = True
             raise RuntimeError("operation not permitted when stream is capturing")
         named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         for argument in func._schema.arguments:
@@ -99,27 +108,84 @@ class RecordedGraph(TorchDispatchMode):
 
 
 class Stream:
+    device = torch.device("cuda", 0)
+
     def __init__(self, device: torch.device) -> None: ...
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
     def wait_stream(self, other: object) -> None: ...
+
+
+class Allocator:
+    """Who may allocate from which pool, and how many hold one: as in torch 2.11, where the end of a capture that failed leaves
+    both as they are, or as in a newer torch."""
+
+    leaves_failures_begun = True
+    underway: ClassVar[list[tuple[tuple[int, int], RecordedGraph]]] = []
+    holders: ClassVar[Counter[tuple[int, int]]] = Counter()
+
+    class MemPool:
+        def __init__(self) -> None:
+            self.id = (len(Allocator.holders), 0)
+            Allocator.holders[self.id] = 1
+
+    @classmethod
+    def begin(cls, pool: tuple[int, int], graph: RecordedGraph) -> None:
+        assert cls.holders[pool] > 0
+        cls.underway.append((pool, graph))
+        cls.holders[pool] += 1
+
+    @classmethod
+    def end(cls, device: int, pool: tuple[int, int]) -> None:
+        assert device == 0
+        if pool not in [id for id, _ in cls.underway]:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        cls.underway = [of for of in cls.underway if of[0] != pool]
+
+    @classmethod
+    def release(cls, device: int, pool: tuple[int, int]) -> None:
+        assert device == 0
+        cls.holders[pool] -= 1
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedGraph]]:
     """Solvers loop as on a GPU; the graphs that they made. The kernels are their twins, whose operations can be recorded."""
-    RecordedGraph.made = []
+    RecordedGraph.made, Allocator.underway, Allocator.holders = [], [], Counter()
     mode = ["default"]
+
+    def set_mode(value: str) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=1)
+        mode.append(value)
+
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(torch.cuda, "MemPool", Allocator.MemPool)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", Allocator.end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", Allocator.release, raising=False)
+    for cached in (step_loop._pool, step_loop._side_stream):
+        cached.cache_clear()
     with_twins(monkeypatch)
     for solver in (fused, collapsed):
         monkeypatch.setattr(solver, "StepLoop", lambda step, _: StepLoop(step, torch.device("cuda")))
     yield RecordedGraph.made
     assert mode[-1] == "default"
+    # one pool, of which the process, and each graph that was captured, has a hold; none is being recorded to
+    captured = sum(graph.replays > 0 for graph in RecordedGraph.made)
+    assert list(Allocator.holders.values()) == [1 + captured] * (len(RecordedGraph.made) > 0)
+    assert not Allocator.underway
+    for cached in (step_loop._pool, step_loop._side_stream):
+        cached.cache_clear()
 
 
 def with_twins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +237,12 @@ def test_a_loss_that_waits_is_not_captured_and_the_result_says_so(solver: str, r
     assert_equal(got, want)
 
 
+@pytest.mark.parametrize("leaves_failures_begun", [True, False], ids=["torch-2.11", "newer"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_capture_that_fails_leaves_no_trace_but_the_reason(solver: str, recorded: list[RecordedGraph]) -> None:
+def test_a_capture_that_fails_leaves_no_trace_but_the_reason(
+    solver: str, leaves_failures_begun: bool, recorded: list[RecordedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Allocator, "leaves_failures_begun", leaves_failures_begun)
     own_loss = small_problem()[1]
 
     def reading(params_P: Tensor) -> Tensor:
@@ -184,6 +254,16 @@ def test_a_capture_that_fails_leaves_no_trace_but_the_reason(solver: str, record
     assert got.solver_reason == "asked for; not captured: operation not permitted when stream is capturing"
     assert [graph.replays > 0 for graph in recorded] == [True, False]
     assert_equal(got, want)
+
+
+def test_rounds_share_one_pool_and_no_warning_is_of_ours(recorded: list[RecordedGraph]) -> None:
+    """Whatever is captured, round after round; where a warning is an error, too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for solver in SOLVERS * 2:
+            assert train(solver).solver_reason == "asked for"
+    assert len(recorded) == 4
+    assert len(Allocator.holders) == 1
 
 
 def test_an_error_of_the_loss_is_the_callers(recorded: list[RecordedGraph]) -> None:
