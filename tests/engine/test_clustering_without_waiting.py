@@ -153,6 +153,16 @@ def test_degenerate_sets_cost_one_look_too(rule: str, request: pytest.FixtureReq
         assert same(got, expected)
 
 
+def test_a_quantile_is_torchs_own_to_the_bit(generator: torch.Generator) -> None:
+    for number in [*range(1, 60), 997]:
+        x_N = torch.rand(number, dtype=torch.float64, generator=generator)
+        for q in (0.0, 0.1, 0.5, 0.77, 0.9, 1.0):
+            with Waits() as mode:
+                got = two_stage.quantile(x_N, q)
+            assert torch.equal(got, x_N.quantile(q))
+            assert not mode.seen
+
+
 def test_bad_values_are_refused_at_the_one_look(waits: Waits) -> None:
     spread = torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     spread = (spread + spread.T).fill_diagonal_(0)
