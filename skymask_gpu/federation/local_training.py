@@ -3,7 +3,9 @@
 Two ways, same result within rounding: ``vmap(grad)`` over blocks of clients, or one client after the other. On a CPU, where a
 client's step is small, the loop's time is PyTorch's overhead, and ``vmap`` is many times faster; where it is large, or where
 there are convolutions, each with a weight of its own a client, the loop is (``python -m skymask_gpu.bench.local_training``
-measures it).
+measures it). Which of them is faster on a GPU is not measured: ``"auto"`` takes ``vmap`` there, for the loop launches every
+operation once a client, but ``vmap`` makes a convolution one of as many groups as there are clients, which may well be slower
+for a ResNet. Measure yours, and set ``batching``.
 """
 
 import copy
@@ -25,7 +27,9 @@ from skymask_gpu.engine.memory import is_out_of_memory
 
 __all__ = ["Batches", "LocalTraining", "LocalUpdates", "batching_for", "draw_batches", "train_clients"]
 
-# What a block of clients may keep for its backward pass: on a CPU about what its cache holds, on a GPU half of what is free.
+# What a block of clients may keep for its backward pass: on a CPU about what its cache holds, on a GPU half of its memory. Not
+# half of what is free: PyTorch keeps what it once had, so that a resumed run would find more free, take larger blocks, and
+# round otherwise.
 _CPU_BLOCK_BYTES, _CPU_BLOCK_LEAST = 2**24, 5
 _GPU_SHARE = 0.5
 # Of one client's forward pass on a CPU. Measured: an MLP on 28x28 images, 3e6, is 3 times faster by vmap, a ViT, 1.5e8, slower.
@@ -48,7 +52,7 @@ class LocalTraining:
         momentum: of PyTorch's SGD, from 0; each round starts without.
         weight_decay: of PyTorch's SGD, added to the clipped gradient.
         autocast: ``"bfloat16"`` runs the model's passes in mixed precision; parameters stay float32.
-        batching: ``"vmap"``, ``"loop"`` or ``"auto"``.
+        batching: ``"vmap"``, ``"loop"`` or ``"auto"``: on a CPU what is faster, on a GPU, where that is not measured, ``vmap``.
     """
 
     steps: int = 10
@@ -115,7 +119,8 @@ def draw_batches(parts: list[Tensor], config: LocalTraining, generator: torch.Ge
 
 
 def batching_for(module: nn.Module, batch_inputs: Tensor, config: LocalTraining) -> str:
-    """``"vmap"`` or ``"loop"``: what ``config.batching`` asks for or, if that is ``"auto"``, what is faster and works.
+    """``"vmap"`` or ``"loop"``: what ``config.batching`` asks for or, if that is ``"auto"``, what is faster and works; on a GPU
+    what works, for there it is not measured.
 
     Decided by the model and the shape of a client's batch, ``(batch, ...)``, not by a clock, so that a repeat decides alike.
     """
@@ -234,7 +239,8 @@ class _Trainer:
             return max(_CPU_BLOCK_LEAST, _CPU_BLOCK_BYTES // max(1, kept_bytes))
         # besides: the parameters, their gradient as leaves and as one vector, the momentum
         kept_bytes += 4 * start_P.numel() * start_P.element_size()
-        return max(1, int(_GPU_SHARE * torch.cuda.mem_get_info(start_P.device)[0]) // kept_bytes)
+        whole_bytes = torch.cuda.get_device_properties(start_P.device).total_memory
+        return max(1, int(_GPU_SHARE * whole_bytes) // kept_bytes)
 
     def at_once(
         self, start_P: Tensor, start_buffers: dict[str, Tensor], index_CSB: Tensor, steps_C: Tensor, poisoned: bool

@@ -3,7 +3,10 @@
 A run's folder holds ``config.json``, ``metrics.jsonl`` (one line a round, the same in every repeat), ``times.jsonl`` (one line
 a round), ``checkpoint.safetensors`` (what the next round starts from) and, for SkyMask, ``masks.safetensors`` (the last round's
 PCA scores and evidence). All randomness is drawn from (seed, round), so a run that was stopped and resumed is the same as one
-that was not.
+that was not. What "the same" means: on a CPU with the same number of threads, to the byte. On a GPU of the same kind with the
+same versions of PyTorch and cuDNN convolutions are told to be deterministic, and blocks of clients do not depend on what ran
+before, unless memory runs out; other operations of a model of your own, and sums over more than 2,000 clients in clustering,
+may still add in another order and change the last digits (not measured).
 """
 
 import json
@@ -21,6 +24,7 @@ from torch.func import functional_call
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import fast_layout
+from skymask_gpu.engine.numerics import deterministic_convolutions
 from skymask_gpu.federation.attacks import Threat, add_trigger, attack, has_backdoor, poison_batch, poisoned_columns
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.data import Dataset, load_dataset, split_root
@@ -260,10 +264,11 @@ def run_rounds(federation: Federation, folder: Path, progress: Progress = lambda
     first, model = _resume(federation, folder)
     write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
     for number in range(first, config.rounds):
-        played = federation.play_round(number, model, progress)
+        with deterministic_convolutions():
+            played = federation.play_round(number, model, progress)
+            progress("testing")
+            record = _record(federation, number, played)
         model = played.model
-        progress("testing")
-        record = _record(federation, number, played)
         # The lines first: a checkpoint is never ahead of the metrics, and lines ahead of the checkpoint are dropped on resume.
         append_line(folder / TIMES, _times(number, played))
         append_line(folder / METRICS, record)

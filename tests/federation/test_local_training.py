@@ -1,6 +1,7 @@
 """Local training of all clients at once equals a plain loop with PyTorch's own optimiser, for every option and both ways."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -216,6 +217,29 @@ def test_the_block_follows_from_what_a_client_keeps(generator: torch.Generator) 
     small = trainer.block_size(flat(make("mlp")), {}, torch.arange(6))
     large = trainer.block_size(flat(make("mlp")), {}, torch.arange(60))
     assert small > large > 1
+
+
+class OnGPU(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_the_block_on_a_gpu_does_not_depend_on_what_ran_before(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was stopped and resumed finds memory free that it had kept; its blocks, and so its rounding, are the same."""
+    inputs, labels = samples("mlp", generator)
+    trainer = local_training._Trainer(make("mlp"), inputs, labels, RECIPE, None)
+    start_P, whole = flat(make("mlp")).as_subclass(OnGPU), 80 * 2**30
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=whole))
+    blocks = []
+    for kept, used in ((0, 0), (50 * 2**30, 2**30)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, kept=kept: (whole - kept, whole))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, kept=kept: kept)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device, used=used: used)
+        blocks.append(trainer.block_size(start_P, {}, torch.arange(6)))
+    assert blocks[0] == blocks[1] > 1000
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import multiprocessing
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from skymask_gpu.federation import rounds
 from skymask_gpu.federation.attacks import AttackConfig, add_trigger
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
 from skymask_gpu.federation.local_training import LocalTraining
@@ -132,6 +134,21 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path)
     _play(config, tmp_path / "killed")
     assert metrics.read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
     assert_same_checkpoints(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_convolutions_are_deterministic_during_a_round_and_not_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, seen = torch.backends.cudnn, []
+    train = rounds.train_clients
+
+    def noting(*arguments: Any, **settings: Any) -> Any:
+        seen.append((cudnn.deterministic, cudnn.benchmark))
+        return train(*arguments, **settings)
+
+    monkeypatch.setattr(rounds, "train_clients", noting)
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    for _ in run_rounds(Federation.build(dataclasses.replace(SMALL, rounds=2)), tmp_path / "run"):
+        assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+    assert seen == [(True, False)] * 2
 
 
 def test_only_some_clients_take_part(tmp_path: Path) -> None:
