@@ -115,10 +115,16 @@ class FlatModel:
 
 
 def fast_layout(tensor: Tensor) -> Tensor:
-    """Images and filters with their channels last in memory on a CPU, where that halves the time of the paper's CNN."""
-    if tensor.dim() != 4:
-        return tensor
-    return tensor.to(memory_format=torch.channels_last if tensor.device.type == "cpu" else torch.contiguous_format)
+    """Images and filters with their channels last in memory on a CPU, where that halves the time of the paper's CNN.
+
+    On a GPU, filters and matrices that begin at a multiple of 16 bytes: those of a flat vector need not, and cuDNN and cuBLAS
+    take slower kernels for them.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+    tensor = tensor.contiguous() if tensor.dim() == 4 else tensor
+    unaligned = tensor.dim() > 1 and tensor.storage_offset() * tensor.element_size() % 16 != 0
+    return tensor.clone() if unaligned else tensor
 
 
 def _outputs(module: nn.Module, params: dict[str, Tensor], inputs: Tensor) -> Any:

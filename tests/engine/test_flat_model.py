@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine.flat_model import fast_layout
 
 
 def net_with_norm() -> nn.Module:
@@ -127,3 +128,22 @@ def test_images_have_channels_last_on_a_cpu_and_the_loss_is_the_models_own() -> 
     want_grad = torch.cat([g.flatten() for g in torch.autograd.grad(want, list(module.parameters()))])
     torch.testing.assert_close(value, want)
     torch.testing.assert_close(grad, want_grad)
+
+
+def test_weights_begin_at_multiples_of_16_bytes_on_a_gpu() -> None:
+    """Whatever is not a CPU: the meta device has places in memory, but no values."""
+    vector_P = torch.empty(100, device="meta")
+    for shape, first, moved in [
+        ((5, 5), 4, False),
+        ((5, 5), 5, True),
+        ((1, 1, 5, 5), 7, True),
+        ((1, 1, 5, 5), 8, False),
+        ((25,), 5, False),
+    ]:
+        part = vector_P[first : first + 25].view(shape)
+        fast = fast_layout(part)
+        assert fast.storage_offset() == (0 if moved else first)
+        assert fast.shape == part.shape
+    assert fast_layout(torch.empty(100, dtype=torch.float64, device="meta")[2:6].view(2, 2)).storage_offset() == 2
+    # on a CPU a copy would cost time and save none
+    assert fast_layout(torch.empty(100)[5:30].view(5, 5)).storage_offset() == 5
