@@ -1,5 +1,6 @@
 """From what clients sent to the rows the engine can take: parsing, and rejecting by name what cannot be used."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from skymask_gpu.engine import ClientBlocks, FlatModel
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.sharding import ColumnShards
 from skymask_gpu.engine.solvers.solution import Loss
+from skymask_gpu.engine.step_loop import StepLoop
 
 __all__ = [
     "Collected",
@@ -140,22 +142,52 @@ def drives_loss_out_of_range(
 ) -> dict[int, str]:
     """Those of the candidate rows that alone make the root loss or its gradient Inf or NaN, with the reason.
 
+    A candidate costs a forward and a backward pass, on a GPU replayed from a graph, and all of them together one wait for the
+    device: whoever sends many scaled updates does not make the server wait for each.
+
     Of sharded updates, parameters and loss are those of this rank's own columns.
     """
-    reasons = {}
+    if not candidates:
+        return {}
     # a candidate's update and the parameters are read, the gradient is written
     with phase("suspects", 3 * len(candidates) * global_params_P.nbytes):
-        for row, update_P in collected.rows.each(candidates):
-            params_P = (global_params_P + update_P.to(global_params_P.dtype)).requires_grad_()
-            value = loss(params_P)
-            (grad_P,) = torch.autograd.grad(value, params_P)
-            if not torch.isfinite(value):
-                reasons[row] = f"its update drives the root loss to {value.item()}"
-            elif not torch.isfinite(grad_P).all():
-                reasons[row] = "its update drives the gradient of the root loss to NaN or Inf"
-            elif not torch.isfinite(collected.norms[row]):
-                reasons[row] = "its update is so large that its norm overflows float32"
+        found_K2 = _losses_alone(collected.rows, candidates, global_params_P, loss)
+        norms_K1 = collected.norms[candidates].to(found_K2.dtype)[:, None]
+        facts = torch.cat([found_K2, norms_K1], 1).tolist()
+    reasons = {}
+    for row, (value, is_finite, norm) in zip(candidates, facts, strict=True):
+        if not math.isfinite(value):
+            reasons[row] = f"its update drives the root loss to {value}"
+        elif not is_finite:
+            reasons[row] = "its update drives the gradient of the root loss to NaN or Inf"
+        elif not math.isfinite(norm):
+            reasons[row] = "its update is so large that its norm overflows float32"
     return reasons
+
+
+def _losses_alone(rows: ClientBlocks, candidates: list[int], global_params_P: Tensor, loss: Loss) -> Tensor:
+    """The root loss with each candidate's update alone, and 1 where its gradient is finite, else 0: ``(K, 2)`` float64."""
+    device = global_params_P.device
+    found_K2 = torch.zeros(len(candidates), 2, dtype=torch.float64, device=device)
+    # which candidate it is, and its parameters, are where a replayed graph finds them
+    number_1 = torch.zeros(1, dtype=torch.int64, device=device)
+    params_P = torch.empty_like(global_params_P)
+
+    def evaluate() -> None:
+        leaf_P = params_P.detach().requires_grad_()
+        value = loss(leaf_P)
+        (grad_P,) = torch.autograd.grad(value, leaf_P)
+        lowest, highest = grad_P.aminmax()  # both NaN where an element is
+        is_finite = lowest.isfinite() & highest.isfinite()
+        fact_2 = torch.stack([value.detach().reshape(()).double(), is_finite.double()])
+        found_K2.index_copy_(0, number_1, fact_2[None])
+        number_1.add_(1)
+
+    loop = StepLoop(evaluate, device)
+    for _, update_P in rows.each(candidates):
+        torch.add(global_params_P, update_P.to(global_params_P.dtype), out=params_P)
+        loop.run(1)
+    return found_K2
 
 
 def _check_stacked(updates: Tensor | ClientBlocks, num_params: int) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks, step_loop, train_masks
+from skymask_gpu import collect as collecting
+from skymask_gpu.engine import ClientBlocks, FlatModel, MaskTraining, TrainedMasks, step_loop, train_masks
 from skymask_gpu.engine.solvers import collapsed, fused
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.kernels import next_step_reference
@@ -326,6 +327,64 @@ def test_the_host_waits_at_checks_and_at_the_end_only(
         masks = train(solver, config, loss=loss)
     assert masks.steps == len(calls) == config.steps
     assert waiting.counts == {"tolist": waits, **({"nonzero": 1} if solver == "collapsed" else {})}
+
+
+# --- suspects, one pass each --------------------------------------------------------------------------------------------
+
+
+def suspects(number: int) -> tuple[collecting.Collected, FlatModel, Callable[[Tensor], Tensor]]:
+    """Clients that are harmless, or of one of the three harmful kinds, in turn; a loss whose slope is infinite at one place."""
+    updates_RP, own_loss = small_problem()
+    updates_NP = updates_RP.repeat(number // len(updates_RP) + 1, 1)[:number].clone()
+    updates_NP[1::4] = 3e38  # the loss
+    updates_NP[2::4, 0] = -own_loss.initial_params[0]  # the gradient
+    norms_N = torch.linalg.vector_norm(updates_NP, dim=1)
+    norms_N[3::4] = torch.inf
+
+    def loss(params_P: Tensor) -> Tensor:
+        return own_loss(params_P) + params_P[0].abs().sqrt()
+
+    rows, numbers = ClientBlocks([updates_NP[:5], updates_NP[5:]]), torch.arange(number)
+    collected = collecting.Collected(rows, norms_N, torch.zeros(number), numbers, number, [{} for _ in numbers], {})
+    return collected, own_loss, loss
+
+
+def one_by_one(collected: collecting.Collected, candidates: list[int], params_P: Tensor, loss: Any) -> dict[int, str]:
+    """The plain twin: look at each candidate, and wait for the answer."""
+    reasons = {}
+    for row, update_P in collected.rows.each(candidates):
+        leaf_P = (params_P + update_P).requires_grad_()
+        value = loss(leaf_P)
+        (grad_P,) = torch.autograd.grad(value, leaf_P)
+        if not value.isfinite():
+            reasons[row] = f"its update drives the root loss to {value.item()}"
+        elif not grad_P.isfinite().all():
+            reasons[row] = "its update drives the gradient of the root loss to NaN or Inf"
+        elif not collected.norms[row].isfinite():
+            reasons[row] = "its update is so large that its norm overflows float32"
+    return reasons
+
+
+@pytest.mark.parametrize("played", ["on a CPU", "on a GPU"])
+def test_suspects_are_judged_with_one_wait_for_all(
+    played: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+    if played == "on a GPU":
+        graphs = request.getfixturevalue("recorded")
+        monkeypatch.setattr(collecting, "StepLoop", lambda step, _: StepLoop(step, torch.device("cuda")))
+    for number in (6, 23):
+        collected, own_loss, loss = suspects(number)
+        params_P, candidates = own_loss.initial_params, list(range(0, number - 1))
+        want = one_by_one(collected, candidates, params_P, loss)
+        with Waits() as waiting:
+            got = collecting.drives_loss_out_of_range(collected, candidates, params_P, loss)
+        assert got == want
+        assert list(got) == [row for row in candidates if row % 4]
+        assert len({reason.rpartition(" to ")[0] or reason for reason in got.values()}) == 3
+        assert waiting.counts == {"tolist": 1}
+    assert [graph.replays for graph in graphs] == ([4, 21] if graphs else [])
+    assert collecting.drives_loss_out_of_range(collected, [], params_P, loss) == {}
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------------------
