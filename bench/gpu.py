@@ -2,7 +2,8 @@
 
 ``python -m skymask_gpu.bench.gpu --out bench/results`` writes DEVICE.csv there, a row as soon as it is measured. Started again,
 it goes on with the points (a model and a number of clients) that are not complete; move the file away to measure all anew.
-A result is compared before it is timed.
+A result is compared before it is timed, and that without TF32. The solvers run without it, too; what it would make of the
+model's passes, in convolutions and matrix products, is a row of its own, whose result is only compared without it.
 
 Exit codes: 0 all points are there, 1 something is wrong or failed, 2 no CUDA GPU, 3 the time is up and points are left.
 """
@@ -34,6 +35,7 @@ from skymask_gpu.bench.solvers import MOST_DIFFERING, MOST_LOSS_ERROR, differing
 from skymask_gpu.defence import SkyMask, mean_of_rows
 from skymask_gpu.engine import ClientBlocks, Clustering, FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks
 from skymask_gpu.engine.memory import is_out_of_memory
+from skymask_gpu.engine.numerics import with_tf32, without_tf32
 from skymask_gpu.engine.solvers.solution import loss_and_gradient
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
@@ -47,6 +49,7 @@ MODELS = ("cnn", "resnet20", "resnet18")
 CLIENTS = (100, 500, 2_000, 10_000)
 STEPS = 20
 COPY, MEAN, CAPTURED, COMPILED = "copy", "mean of the rows", "model passes, captured", "model passes, captured, torch.compile"
+CAPTURED_TF32 = "model passes, captured, TF32"
 # Compiling does not depend on the clients.
 _COMPILED_AT = CLIENTS[0]
 _VERIFIED_CLIENTS = 50
@@ -65,6 +68,7 @@ class Row:
         figure: its name, one of ``FIGURES``.
         status: ok, wrong (then it has no time), no check, cannot run, out of memory, or failed; ``detail`` says why.
         compared_with: what its result agreed with.
+        tf32: "on" or "off", while it was timed.
         median_s: and ``p20_s``, ``p80_s``: quantiles over the ``repeats``.
         peak_bytes: above what was held before the call.
         moved_bytes: what the operation has to read and write.
@@ -80,6 +84,7 @@ class Row:
     status: str
     detail: str = ""
     compared_with: str = ""
+    tf32: str = "off"
     median_s: float | None = None
     p20_s: float | None = None
     p80_s: float | None = None
@@ -99,11 +104,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Figure:
-    """What is checked and timed, and the bytes that it has to move."""
+    """What is checked and timed, and the bytes that it has to move; ``tf32``: it is timed with TF32, but checked without."""
 
     provider: Provider
     moved_bytes: Callable[[Problem], int] | None = None
     most_clients: int | None = None
+    tf32: bool = False
 
     @property
     def name(self) -> str:
@@ -113,6 +119,7 @@ class Figure:
 # --- problems -----------------------------------------------------------------------------------------------------------
 
 
+@without_tf32()
 def make_problem(model: Model, case: Case, num_clients: int, agreed: dict[str, int]) -> Problem:
     """The benchmark's updates, made on the device: noisy steps downhill, a fifth of the clients sends "a little is enough"."""
     loss, params_P = model.loss, model.loss.initial_params.clone()
@@ -243,6 +250,7 @@ def _as_expected(masks: TrainedMasks, *, captured: bool) -> bool:
     return not masks.bits.is_cuda or ("not captured" not in masks.solver_reason) == captured
 
 
+@without_tf32()
 def verify_solvers(model: Model, case: Case, agreed: dict[str, int]) -> str | None:
     """With few clients: `fused` and `collapsed` agree with `reference`; captured steps with launched ones as these with
     themselves."""
@@ -360,6 +368,13 @@ FIGURES = [
         moved_bytes=_row_bytes(4),
     ),
     _figure(CAPTURED, partial(_captured_passes, False), _check_passes, "the gradient in float64"),
+    _figure(
+        CAPTURED_TF32,
+        partial(_captured_passes, False),
+        _check_passes,
+        "without TF32, the gradient in float64",
+        tf32=True,
+    ),
     _figure("model passes, launched", _launched_passes, _check_passes, "the gradient in float64"),
     _figure(
         COMPILED, partial(_captured_passes, True), _check_passes, "the gradient in float64", most_clients=_COMPILED_AT
@@ -390,6 +405,7 @@ def measure_point(problem: Problem, wrong: str | None, repeat_seconds: float = _
             model=problem.case.name,
             clients=problem.num_clients,
             params=problem.updates.shape[1],
+            tf32="on" if figure.tf32 else "off",
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             **_measured(figure, problem, wrong, repeat_seconds),
         )
@@ -414,11 +430,15 @@ def _measured(figure: Figure, problem: Problem, wrong: str | None, repeat_second
         return {"status": "wrong", "detail": wrong}
     provider = figure.provider
     try:
-        call = provider.prepare(problem)
-        reason = provider.check(problem, call())
+        with without_tf32():
+            call = provider.prepare(problem)
+            reason = provider.check(problem, call())
         if reason is not None:
             return {"status": "wrong", "detail": reason}
-        measured = measure_steadily({figure.name: call}, problem.updates.device, repeat_seconds)[figure.name]
+        with with_tf32() if figure.tf32 else without_tf32():
+            if figure.tf32:
+                call = provider.prepare(problem)  # a captured graph keeps the setting that it was captured with
+            measured = measure_steadily({figure.name: call}, problem.updates.device, repeat_seconds)[figure.name]
         if isinstance(measured, Exception):
             raise measured
     except CannotRunError as error:
@@ -519,6 +539,7 @@ class _Run:
                         model=name,
                         clients=num_clients,
                         params=model.loss.num_params,
+                        tf32="on" if figure.tf32 else "off",
                         status="out of memory",
                         detail=f"the updates alone: {reason}",
                     )

@@ -25,6 +25,7 @@ from skymask_gpu.bench.measure import Floor, Measured, StoppedError, free_memory
 from skymask_gpu.bench.providers import COMPILED, MEAN, PASSES, CannotRunError, NoCheckError, Provider, providers
 from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.engine.memory import is_out_of_memory
+from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.peak_memory import give_back_freed
 from skymask_gpu.federation.rules import RuleResult
 from skymask_gpu.files import write_text
@@ -254,7 +255,7 @@ class _Run:
         stopped: StoppedError | None = None
         measured: Mapping[str, Measured | Exception]
         try:
-            with limited_memory(self.device):
+            with limited_memory(self.device), without_tf32():
                 measured = measure_steadily(
                     calls,
                     self.device,
@@ -281,6 +282,7 @@ class _Run:
         if stopped is not None:
             raise stopped
 
+    @without_tf32()
     def _checked(self, problem: Problem, provider: Provider) -> tuple[dict[str, Any], Callable[[], Any] | None]:
         """The columns that are known before it is timed, and the call if it may be."""
         if provider.name in self.limits.left_out:

@@ -68,6 +68,25 @@ def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "give_back_freed", lambda: None)
 
 
+@pytest.mark.usefixtures("few_repeats")
+def test_results_are_checked_and_timed_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    convolutions, seen = torch.backends.cudnn.conv, []
+
+    def call(problem: Problem) -> None:
+        seen.append(convolutions.fp32_precision)
+
+    def check(problem: Problem, result: None) -> None:
+        seen.append(f"checked in {convolutions.fp32_precision}")
+
+    provider = Provider("noting", lambda problem: lambda: call(problem), check, lambda _: "nothing", floors=())
+    monkeypatch.setattr(run, "providers", lambda case: [provider])
+    assert convolutions.fp32_precision == "tf32"
+    assert [row.status for row in run.measure_cases(small_limits(5), torch.device("cpu"))] == ["ok"]
+    assert len(seen) > 3
+    assert set(seen) == {"ieee", "checked in ieee"}
+    assert convolutions.fp32_precision == "tf32"
+
+
 # --- solvers ------------------------------------------------------------------------------------------------------------
 
 

@@ -133,6 +133,38 @@ def test_all_figures_have_times_and_ratios() -> None:
     assert all(row.p20_s <= row.median_s <= row.p80_s for row in rows.values())
 
 
+def test_tf32_is_off_in_every_check_and_on_in_one_timed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's default is on for convolutions, where a check for float32 would fail."""
+    convolutions, checked, timed = torch.backends.cudnn.conv, [], {}
+    assert convolutions.fp32_precision == "tf32"
+    honest_measure, honest_train = gpu.measure_steadily, providers.train_masks
+
+    def noting_measure(calls: dict[str, Callable[[], object]], *rest: Any) -> Any:
+        timed.update(dict.fromkeys(calls, convolutions.fp32_precision))
+        return honest_measure(calls, *rest)
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            checked.append(convolutions.fp32_precision)
+            return function(*arguments, **settings)
+
+        return call
+
+    monkeypatch.setattr(gpu, "measure_steadily", noting_measure)
+    monkeypatch.setattr(providers, "train_masks", noting(honest_train))
+    figures = [
+        replace(figure, provider=replace(figure.provider, check=noting(figure.provider.check))) for figure in gpu.FIGURES
+    ]
+    monkeypatch.setattr(gpu, "FIGURES", figures)
+    problem, wrong = make_problem()
+    rows = list(gpu.measure_point(problem, wrong))
+    assert len(checked) > len(figures)
+    assert set(checked) == {"ieee"}
+    assert timed == {figure.name: "tf32" if figure.name == gpu.CAPTURED_TF32 else "ieee" for figure in figures}
+    assert {row.figure for row in rows if row.tf32 == "on"} == {gpu.CAPTURED_TF32}
+    assert convolutions.fp32_precision == "tf32"
+
+
 def test_updates_are_the_same_in_any_number_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, _ = make_problem(20)
     malicious, honest = problem.updates[:4], problem.updates[4:-1]
