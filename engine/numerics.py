@@ -7,7 +7,7 @@ back.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -46,7 +46,8 @@ def _set_float32(precision: str) -> _Restore:
     PyTorch has this setting twice, and raises where the older form is read while it contradicts the newer one; so both are set.
     What PyTorch computes with is the newer one; an older one that cannot be read, nor be put back therefore, is left alone.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends: Any = torch.backends  # the newer form is not typed
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
     newer = [(owner, owner.fp32_precision) for owner in (matmul, cudnn.conv, cudnn.rnn)]
     older_matmul, older_cudnn = _readable(torch.get_float32_matmul_precision), _readable(lambda: cudnn.allow_tf32)
 

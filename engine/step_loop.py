@@ -5,6 +5,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -63,11 +64,12 @@ class StepLoop:
 
     def _capture(self) -> None:
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        pool: Any = _pool(here).id  # torch has a type of its own for it
         with _CAPTURING:
             try:
                 # torch.cuda.graph would synchronise, empty the cache, and after an error leave another stream current
                 with torch.cuda.stream(_side_stream(self._device)):
-                    graph.capture_begin(pool=_pool(here).id, capture_error_mode="thread_local")
+                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
                         self._step()
                     finally:
