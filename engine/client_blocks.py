@@ -23,8 +23,8 @@ class ClientBlocks:
     """Updates of many clients, block by block: iterate over it for ``(n, P)`` tensors, as often as needed.
 
     Args:
-        blocks: a list of ``(n, P)`` tensors, float32 or bfloat16, all of one dtype and device; see :meth:`from_folder` for
-            rows that stay on disk.
+        blocks: a list of ``(n, P)`` tensors, float32 or bfloat16, all of one dtype and device, of any strides; see
+            :meth:`from_folder` for rows that stay on disk.
 
     Attributes:
         sizes: the number of rows of each block.
@@ -34,7 +34,8 @@ class ClientBlocks:
         in_memory: whether reading a block costs nothing.
 
     Raises:
-        ValueError: there is no row, or the blocks do not fit together.
+        ValueError: there is no row, or the blocks do not fit together; later, where a block that is read anew is not what it
+            was announced as, by its number and file.
 
     Example:
         >>> blocks = ClientBlocks([torch.zeros(3, 5), torch.ones(2, 5)])
@@ -43,13 +44,14 @@ class ClientBlocks:
     """
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
-        if not blocks or not all(isinstance(block, Tensor) and block.dim() == 2 and 0 not in block.shape for block in blocks):
-            got = [tuple(b.shape) if isinstance(b, Tensor) else type(b).__name__ for b in blocks]
-            raise ValueError(f"blocks must be non-empty (n, P) tensors, got {got or 'none'}")
+        if len(blocks) == 0 or not all(_is_dense(block) and block.dim() == 2 and 0 not in block.shape for block in blocks):
+            got = [_form(block) for block in blocks]
+            raise ValueError(f"blocks must be non-empty, dense (n, P) tensors, got {'; '.join(got) or 'none'}")
         kinds = {(block.shape[1], block.dtype, block.device) for block in blocks}
         if len(kinds) > 1:
             raise ValueError(f"blocks must agree in P, dtype and device, got {sorted(map(str, kinds))}")
-        self._read: Callable[[int], Tensor] = blocks.__getitem__
+        self._read_unchecked: Callable[[int], Tensor] = [_plain_rows(block) for block in blocks].__getitem__
+        self._names: Sequence[str] | None = None
         self.sizes: tuple[int, ...] = tuple(len(block) for block in blocks)
         ((self.num_params, self.dtype, self.device),) = kinds
         self.in_memory = True
@@ -61,12 +63,23 @@ class ClientBlocks:
         num_params: int,
         dtype: torch.dtype,
         read: Callable[[int], Tensor],
-        device: torch.device = torch.device("cpu"),
+        device: torch.device | str = "cpu",
+        names: Sequence[str] | None = None,
     ) -> Self:
-        """Blocks that ``read(b)`` makes, ``(sizes[b], num_params)`` each, anew whenever they are needed."""
+        """Blocks that ``read(b)`` makes, ``(sizes[b], num_params)`` each, anew whenever they are needed.
+
+        Args:
+            names: what errors call each block, beside its number: its file, say.
+
+        Raises:
+            ValueError: there is no row.
+        """
+        if not sizes or min(sizes) < 1 or num_params < 1:
+            raise ValueError(f"sizes and num_params must be at least 1, got {list(sizes)} rows of {num_params} parameters")
         blocks = cls.__new__(cls)
-        blocks._read, blocks.sizes = read, tuple(sizes)
-        blocks.num_params, blocks.dtype, blocks.device = num_params, dtype, device
+        blocks._read_unchecked, blocks._names, blocks.sizes = read, names, tuple(sizes)
+        # "cuda" is the device that is current now, as tensors there say it: "cuda:0"
+        blocks.num_params, blocks.dtype, blocks.device = num_params, dtype, torch.empty(0, device=device).device
         blocks.in_memory = False
         return blocks
 
@@ -75,13 +88,14 @@ class ClientBlocks:
         """The safetensors files of a folder in the order of their names, each with one ``(n, P)`` tensor, memory-mapped.
 
         Raises:
-            ValueError: no such file, or one that is not readable, or that does not fit the others.
+            ValueError: no such file, or one that is not readable, or that does not fit the others; later, one that changed.
         """
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise ValueError(f"folder: no *.safetensors file in {folder}")
         pieces: list[tuple[Path, int, int]] = []
         kinds = {}
+        stamps = {file: _stamp(file) for file in files}
         for file in files:
             with _stacked(file) as rows:
                 num_rows, num_params = rows.get_shape()
@@ -98,11 +112,16 @@ class ClientBlocks:
 
         def read(number: int) -> Tensor:
             file, first, end = pieces[number]
+            _refuse_changed(file, stamps[file])
             with _stacked(file) as rows:
                 block: Tensor = rows[first:end]
+            _refuse_changed(file, stamps[file])
             return block
 
-        return cls.from_reader([end - first for _, first, end in pieces], num_params, dtypes[dtype_name], read)
+        names = [f"rows {first} to {end} of {file}" for file, first, end in pieces]
+        return cls.from_reader(
+            [end - first for _, first, end in pieces], num_params, dtypes[dtype_name], read, torch.device("cpu"), names
+        )
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -112,6 +131,18 @@ class ClientBlocks:
     def nbytes(self) -> int:
         """The bytes of all rows, wherever they are."""
         return len(self) * self.num_params * self.dtype.itemsize
+
+    def _read(self, number: int) -> Tensor:
+        """A block, once it is known to be what was announced: compiled code that checks no bounds works on it."""
+        block = self._read_unchecked(number)
+        wanted = (self.sizes[number], self.num_params)
+        if not _is_dense(block) or (tuple(block.shape), block.dtype, block.device) != (wanted, self.dtype, self.device):
+            name = "" if self._names is None else f" ({self._names[number]})"
+            raise ValueError(
+                f"updates: block {number}{name} must be a dense {wanted} tensor of {self.dtype} on {self.device} at each "
+                f"reading, got {_form(block)}; what is read must not change during a round"
+            )
+        return _plain_rows(block)
 
     def __iter__(self) -> Iterator[Tensor]:
         for number in range(len(self.sizes)):
@@ -139,14 +170,25 @@ class ClientBlocks:
 
         return self.from_reader(sizes, self.num_params, self.dtype, read_kept, self.device)
 
-    def to(self, device: torch.device) -> "ClientBlocks":
+    def to(self, device: torch.device | str) -> "ClientBlocks":
         """The same rows on another device; those on disk are moved when they are read."""
+        device = torch.empty(0, device=device).device
         if device == self.device:
             return self
         if self.in_memory:
             return ClientBlocks([block.to(device) for block in self])
         read = self._read
         return self.from_reader(self.sizes, self.num_params, self.dtype, lambda number: read(number).to(device), device)
+
+    def minus(self, row_P: Tensor) -> "ClientBlocks":
+        """Every row less this one, float32; those on disk are subtracted from when they are read."""
+        row_P = row_P.to(self.device, torch.float32)
+        if self.in_memory:
+            return ClientBlocks([block.float() - row_P for block in self])
+        read = self._read
+        return self.from_reader(
+            self.sizes, self.num_params, torch.float32, lambda number: read(number).float() - row_P, self.device
+        )
 
     def with_last(self, row_P: Tensor) -> "ClientBlocks":
         """These rows and one more."""
@@ -172,6 +214,42 @@ class ClientBlocks:
                 stacked_NP[first : first + len(block)] = block
                 first += len(block)
         return stacked_NP
+
+
+def _is_dense(block: object) -> bool:
+    return isinstance(block, Tensor) and block.layout == torch.strided and not block.is_nested
+
+
+def _form(block: object) -> str:
+    """What errors say of something that was to be a block."""
+    if not isinstance(block, Tensor):
+        return f"a {type(block).__name__}"
+    if not _is_dense(block):
+        return f"a {'nested' if block.is_nested else block.layout} tensor"
+    return f"{tuple(block.shape)} {block.dtype} on {block.device}"
+
+
+def _plain_rows(block: Tensor) -> Tensor:
+    """As compiled code reads memory: no gradient, no sign that is still to be applied, a row's values side by side."""
+    block = block.detach().resolve_neg()
+    return block if block.stride(1) == 1 else block.clone(memory_format=torch.contiguous_format)
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """What differs once a file is replaced or written to; None where it is gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _refuse_changed(file: Path, stamp: tuple[int, int, int] | None) -> None:
+    if _stamp(file) != stamp:
+        raise ValueError(
+            f"folder: {file} has changed since it was first read; all passes over the updates must see the same ones, "
+            "so write what comes in during a round into another folder"
+        )
 
 
 @contextmanager

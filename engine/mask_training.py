@@ -144,7 +144,7 @@ def train_masks(
         torch.OutOfMemoryError: the device has too little memory; the message says how much is needed.
     """
     _check(updates, global_params)
-    blocks = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates.detach()])
+    blocks = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates])
     name, reason = _choose(solver, blocks, config)
     num_rows, num_params = len(blocks), blocks.num_params
     config = config.for_clients(num_rows - 1)

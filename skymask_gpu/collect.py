@@ -93,7 +93,7 @@ def collect(updates: Updates, model: FlatModel, module: nn.Module, direction_P: 
     """
     rejected: dict[int, str] = {}
     if isinstance(updates, Tensor | ClientBlocks):
-        rows: ClientBlocks | None = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates.detach()])
+        rows: ClientBlocks | None = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates])
         clients = list(range(len(updates)))
         buffers: list[dict[str, Tensor]] = [{} for _ in clients]
     else:
