@@ -20,11 +20,12 @@ class FlatModel:
     """``loss(params) -> ()`` for a module and root data, differentiable in the flat ``(P,)`` vector ``params``.
 
     Parameters are the trainable ones, flattened in ``named_parameters()`` order; frozen ones and buffers stay as they are in
-    ``module``, which is copied, never modified. Dropout is off.
+    ``module``, which is copied, never modified. Dropout is off. The copy computes in float32, whatever the module's parameters
+    are (float16, bfloat16, some of each), and in float64 where all of them are float64.
 
     Args:
         module: any ``nn.Module`` whose output ``loss_fn`` takes.
-        inputs: ``(n, ...)`` root inputs, n >= 1; floating ones are cast to the parameters' dtype.
+        inputs: ``(n, ...)`` root inputs, n >= 1; floating ones are cast to the dtype that the copy computes in.
         labels: ``(n, ...)`` root labels.
         loss_fn: ``loss_fn(outputs, labels) -> ()``.
         buffers: what batch norm normalises with: ``"batch"`` the statistics of the root batch, ``"fixed"`` mean 0 and
@@ -33,9 +34,11 @@ class FlatModel:
             later ones faster on a GPU is not measured. On a CPU this needs a C++ compiler.
 
     Raises:
-        ValueError: no trainable parameter, root data that are missing or do not fit the module, unknown ``buffers``.
+        ValueError: no trainable parameter or complex ones, root data that are missing or do not fit the module, no callable
+            ``loss_fn``, unknown ``buffers``.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         module: nn.Module,
@@ -46,33 +49,42 @@ class FlatModel:
         buffers: Buffers = "batch",
         compile: bool = False,
     ) -> None:
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"module must be a torch.nn.Module, got {_named(module)}")
+        if not callable(loss_fn):
+            raise ValueError(f"loss_fn must be a function loss_fn(outputs, labels) -> (), got {_named(loss_fn)}")
         if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
             raise ValueError(
                 f"root_inputs and root_labels must be tensors, got {type(inputs).__name__} and {type(labels).__name__}; "
                 "use torch.from_numpy for arrays"
             )
-        if len(inputs) == 0 or len(inputs) != len(labels):
+        num_inputs, num_labels = (len(tensor) if tensor.dim() else 0 for tensor in (inputs, labels))
+        if num_inputs == 0 or num_inputs != num_labels:
             raise ValueError(
                 f"root_inputs and root_labels must have the same number of samples, at least 1, "
-                f"got {len(inputs)} and {len(labels)}; without trusted root data there is no verdict"
+                f"got {num_inputs} and {num_labels}; without trusted root data there is no verdict"
             )
         if buffers not in ("batch", "fixed"):
             raise ValueError(f"buffers must be 'batch' or 'fixed', got {buffers!r}")
-        self._module = copy.deepcopy(module).eval()
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError("module must have at least one parameter with requires_grad=True, got none")
+        if any(p.is_complex() for p in module.parameters()):
+            raise ValueError("module must have real parameters, got complex ones; masks are made of real updates only")
+        dtype = torch.float64 if all(p.dtype == torch.float64 for p in trainable.values()) else torch.float32
+        self._module = copy.deepcopy(module).eval().to(dtype)
         _set_norm_statistics(self._module, buffers)
         self._loss_fn = loss_fn
         self._outputs = torch.compile(_outputs) if compile else _outputs
-        shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
-        if not shapes:
-            raise ValueError("module must have at least one parameter with requires_grad=True, got none")
-        self.shapes: dict[str, torch.Size] = shapes
-        self.layer_sizes: tuple[int, ...] = tuple(math.prod(shape) for shape in shapes.values())
+        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in trainable.items()}
+        self.layer_sizes: tuple[int, ...] = tuple(math.prod(shape) for shape in self.shapes.values())
         self.num_params: int = sum(self.layer_sizes)
-        self.initial_params: Tensor = self.flatten(dict(module.named_parameters()))
+        self.initial_params: Tensor = self.flatten({name: p.to(dtype) for name, p in trainable.items()})
         # as the model's parameters are, and class labels as PyTorch's losses want them
         like = self.initial_params
-        self._inputs = fast_layout(inputs.detach().to(like) if inputs.is_floating_point() else inputs.detach().to(like.device))
-        self._labels = labels.detach().to(like.device, labels.dtype if labels.is_floating_point() else torch.long)
+        inputs, labels = _for_autograd(inputs), _for_autograd(labels)
+        self._inputs = fast_layout(inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device))
+        self._labels = labels.to(like.device, like.dtype if labels.is_floating_point() else torch.long)
         try:
             with torch.no_grad():
                 self(self.initial_params)
@@ -112,6 +124,15 @@ class FlatModel:
         device = other.initial_params.device
         other._labels = self._labels.to(*args, **kwargs) if self._labels.is_floating_point() else self._labels.to(device)
         return other
+
+
+def _named(thing: object) -> str:
+    return f"{thing.__name__} itself, not one of it" if isinstance(thing, type) else f"a {type(thing).__name__}"
+
+
+def _for_autograd(tensor: Tensor) -> Tensor:
+    """Without a gradient of its own; copied if it was made under ``torch.inference_mode()``: autograd keeps no such tensor."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def fast_layout(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """FlatModel: order, batch norm, and that the user's module is left alone."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -147,3 +149,51 @@ def test_weights_begin_at_multiples_of_16_bytes_on_a_gpu() -> None:
     assert fast_layout(torch.empty(100, dtype=torch.float64, device="meta")[2:6].view(2, 2)).storage_offset() == 2
     # on a CPU a copy would cost time and save none
     assert fast_layout(torch.empty(100)[5:30].view(5, 5)).storage_offset() == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_module_of_any_floating_dtype_has_the_loss_of_its_float32_copy(dtype: torch.dtype) -> None:
+    rounded = net_with_norm().to(dtype)
+    before = {name: value.clone() for name, value in rounded.state_dict().items()}
+    flat = FlatModel(rounded, *root_data())
+    want = FlatModel(copy.deepcopy(rounded).float(), *root_data())
+    assert flat.initial_params.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(flat(flat.initial_params).float(), want(want.initial_params))
+    for name, value in rounded.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+
+
+def test_a_module_of_several_dtypes_computes_in_float32() -> None:
+    module = net_with_norm()
+    module[0].half()
+    module[1].bfloat16()
+    module[4].double()
+    module[4].bias.requires_grad_(False)
+    flat = FlatModel(module, *root_data())
+    assert flat.initial_params.dtype == torch.float32
+    want = FlatModel(copy.deepcopy(module).float(), *root_data())
+    torch.testing.assert_close(flat(flat.initial_params), want(want.initial_params))
+
+
+def test_what_was_made_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        module, (inputs, labels) = net_with_norm(), root_data()
+        module[0].weight.requires_grad_(False)
+        inside = FlatModel(module, inputs, labels)
+    for flat in (FlatModel(module, inputs, labels), inside):
+        params = flat.initial_params.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(flat(params), params)
+        assert grad.abs().sum() > 0
+
+
+def test_what_is_no_module_or_no_loss_is_named() -> None:
+    inputs, labels = root_data()
+    with pytest.raises(ValueError, match=r"module must be a torch\.nn\.Module, got ReLU itself"):
+        FlatModel(nn.ReLU, inputs, labels)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"loss_fn must be a function .* got a str"):
+        FlatModel(net_with_norm(), inputs, labels, loss_fn="mse")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="module must have real parameters"):
+        FlatModel(nn.Linear(4, 3, dtype=torch.complex64), inputs, labels)
+    with pytest.raises(ValueError, match="the same number of samples, at least 1, got 20 and 0"):
+        FlatModel(net_with_norm(), inputs, torch.tensor(1))
