@@ -32,6 +32,14 @@ class Evidence:
     layers: list[str]
     varying: list[int]
 
+    def __repr__(self) -> str:
+        row, layer = divmod(int(self.shares.argmax()), len(self.layers))
+        return (
+            f"Evidence({len(self.clients)} clients by {len(self.layers)} layers; most unlike the benign majority: client "
+            f"{self.clients[row]} in {self.layers[layer]}, in {self.shares[row, layer]:.0%} of {self.varying[layer]:,} bits "
+            "that vary)"
+        )
+
 
 def layer_evidence(
     bits: Tensor, benign: Tensor, clients: list[int], layers: dict[str, int], shards: ColumnShards | None = None

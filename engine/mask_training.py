@@ -1,5 +1,6 @@
 """``train_masks``: checks, choice of the solver, and the result."""
 
+import difflib
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from skymask_gpu.engine.solvers.solution import Cuts, Loss, Solution
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import why_not
 
-__all__ = ["SOLVERS", "NonFiniteLossError", "TrainedMasks", "train_masks", "why_not_solver"]
+__all__ = ["SOLVERS", "NonFiniteLossError", "TrainedMasks", "check_solver", "train_masks", "why_not_solver"]
 
 
 class _Train(Protocol):
@@ -103,6 +104,22 @@ class TrainedMasks:
     seconds: dict[str, float]
     cuts: Cuts | None = None
 
+    def __repr__(self) -> str:
+        losses = f"root loss {self.losses[0]:.4g} -> {self.losses[-1]:.4g}"
+        return (
+            f"TrainedMasks({len(self.bits)} rows of {self.num_params:,} parameters, {self.steps} steps of {self.solver} "
+            f"({self.solver_reason}), {losses}, {self.seconds['mask_training']:.2f} s)"
+        )
+
+
+def check_solver(solver: object) -> None:
+    """Raise a ValueError if there is no solver of this name; it names the nearest one."""
+    if solver == "auto" or solver in SOLVERS:
+        return
+    nearest = difflib.get_close_matches(str(solver), [*SOLVERS, "auto"], n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"solver must be one of {', '.join(SOLVERS)} or auto, got {solver!r}{hint}")
+
 
 def why_not_solver(solver: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``solver`` cannot run on ``device`` with updates of ``dtype``; None if it can."""
@@ -154,6 +171,8 @@ def train_masks(
     start = time.perf_counter()
     # what a solver does between its phases is a mask step's
     with (
+        torch.inference_mode(False),
+        torch.enable_grad(),  # a server may well work under no_grad
         phase("mask steps"),
         explain_out_of_memory(
             f"solver {name!r} on {num_rows} rows of {num_params} parameters",
@@ -186,10 +205,9 @@ def train_masks(
 
 def _choose(solver: str, blocks: ClientBlocks, config: MaskTraining) -> tuple[str, str]:
     """The solver to run and why."""
+    check_solver(solver)
     if solver == "auto":
         return _fastest(blocks, config)
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)} or auto, got {solver!r}")
     reason = why_not_solver(solver, blocks.device, blocks.dtype)
     if reason is not None:
         raise ValueError(f"solver {solver!r} cannot run here: {reason}; solver='auto' picks one that can")

@@ -27,11 +27,25 @@ __all__ = [
 
 Updates = Tensor | ClientBlocks | Sequence[Mapping[str, Tensor]]
 
+# A local model is the global model and a little more: nearly its direction, and its length. Honest updates of a model of more
+# than a few parameters have neither.
+_LIKE_MODEL = 0.9  # cosine with the global model, in absolute value
+_LIKE_LENGTH = (0.5, 2.0)  # of the global model's
+# Clearly away from the root direction: a cosine that chance does not give.
+_OPPOSED = -0.1
+# The attack model allows 80% attackers: what more clients do is not an attack but a mistake of the caller. A lower limit would
+# let attackers stop every round by sending multiples of the global model; "all clients" would let one of them hide the mistake.
+_MOST_ATTACKERS = 0.8
+# From this share on a suspicion is a warning: attackers may be behind it, or so many honest clients as there always are.
+_FEWEST_HONEST = 0.2
+
 # An honest update is far shorter than the model it changes; a longer one is looked at more closely.
 _FAR_OUT = 1.0
 # What a client's tensors may be stored in: kinds that every operation here supports.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Less than the length of any vector that is not 0.
+_TINY = 1e-300
 # Elements of a temporary made from rows of the updates.
 _CHUNK_ELEMENTS = 2**22
 # Clients of a block whose state dicts are read when they are needed.
@@ -67,6 +81,24 @@ class Collected:
         self.clients = self.clients[keep_K]
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """``norms`` ``(K,)`` float32, and inner products, ``(K,)`` float64, with the root direction and the global model's."""
+
+    norms: Tensor
+    alignments: Tensor
+    along_model: Tensor  # with its unit vector
+
+    def flags(self, direction_P: Tensor, global_params_P: Tensor) -> Tensor:
+        """``(4, K)`` bool: norm not finite; like the global model; like it with the opposite sign; against the root."""
+        direction, length = _length(direction_P), _length(global_params_P)
+        low, high = _LIKE_LENGTH
+        long = (self.norms > low * length) & (self.norms < high * length)
+        against = self.alignments < _OPPOSED * self.norms * direction
+        like, unlike = self.along_model > _LIKE_MODEL * self.norms, self.along_model < -_LIKE_MODEL * self.norms
+        return torch.stack([~torch.isfinite(self.norms), long & like, long & unlike, against])
+
+
 def check_form(updates: Updates, num_params: int) -> None:
     """What can be said of the updates as a whole before any work.
 
@@ -83,29 +115,50 @@ def check_form(updates: Updates, num_params: int) -> None:
         raise ValueError("updates must hold at least one client's state dict, got an empty list")
 
 
-def collect(updates: Updates, model: FlatModel, module: nn.Module, direction_P: Tensor, shards: ColumnShards) -> Collected:
+def collect(
+    updates: Updates,
+    model: FlatModel,
+    module: nn.Module,
+    direction_P: Tensor,
+    global_params_P: Tensor,
+    shards: ColumnShards,
+    local_models: bool = False,
+) -> Collected:
     """Rows from a stacked tensor, blocks or state dicts; whatever is malformed or not finite is rejected by name.
 
-    Of sharded updates each rank passes its own columns, and all reject the same clients.
+    Of sharded updates each rank passes its own columns, and all reject the same clients. From local models the global
+    parameters are subtracted.
 
     Raises:
-        ValueError: no usable client is left.
+        ValueError: no usable client is left, or more than 80% of them are local models (or updates where those were announced).
     """
     rejected: dict[int, str] = {}
+    rows: ClientBlocks | None
     if isinstance(updates, Tensor | ClientBlocks):
-        rows: ClientBlocks | None = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates])
+        rows = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates])
+        if local_models:
+            rows = rows.minus(shards.own(global_params_P))
         clients = list(range(len(updates)))
         buffers: list[dict[str, Tensor]] = [{} for _ in clients]
     else:
-        rows, clients, buffers = _from_state_dicts(updates, model, module, rejected)
+        rows, clients, buffers = _from_state_dicts(updates, model, module, rejected, global_params_P if local_models else None)
     if rows is None:
         raise_none_left(rejected)
-    norms_K, alignments_K = _measure(rows, direction_P, shards)
+    measured = _measure(rows, direction_P, global_params_P, shards)
     numbers_K = torch.tensor(clients, dtype=torch.long, device=rows.device)
-    collected = Collected(rows, norms_K, alignments_K, numbers_K, len(updates), buffers, rejected)
-    _reject_non_finite(collected, shards)
+    collected = Collected(rows, measured.norms, measured.alignments, numbers_K, len(updates), buffers, rejected)
+    # all that is asked about single rows in one transfer
+    doubtful, like, unlike, against = measured.flags(direction_P, global_params_P).tolist()
+    _reject_non_finite(collected, [row for row, is_doubtful in enumerate(doubtful) if is_doubtful], shards)
+    _refuse_local_models(sum(like), sum(unlike), len(doubtful) - sum(doubtful), local_models)
+    if sum(against) > _MOST_ATTACKERS * len(collected.rows):
+        warnings.warn(
+            f"{sum(against)} of {len(collected.rows)} updates point away from the root direction, more than can be attackers; "
+            "updates are local minus global parameters, were they subtracted the other way round? Or do the root data not fit?",
+            stacklevel=6,
+        )
     if 2 * len(rejected) > len(updates):
-        warnings.warn(f"{len(rejected)} of {len(updates)} clients sent an unusable update and were rejected", stacklevel=4)
+        warnings.warn(f"{len(rejected)} of {len(updates)} clients sent an unusable update and were rejected", stacklevel=6)
     return collected
 
 
@@ -114,21 +167,48 @@ def raise_none_left(rejected: dict[int, str]) -> NoReturn:
     raise ValueError(f"updates: none of {len(rejected)} clients sent a usable update; the first one: {first}")
 
 
-def _measure(rows: ClientBlocks, direction_P: Tensor, shards: ColumnShards) -> tuple[Tensor, Tensor]:
-    """Norms, ``(K,)`` float32, and inner products with the direction, ``(K,)`` float64.
+def _measure(rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, shards: ColumnShards) -> _Measured:
+    """Norms and inner products, in one pass over the rows.
 
     A norm is NaN or Inf where a row has one, Inf also where its square overflows.
     """
-    length = torch.linalg.vector_norm(direction_P.double())
-    unit_L = shards.own((direction_P / length).float() if length > 0 else direction_P.float())
+    direction, model = _length(direction_P), _length(global_params_P)
+    # a vector of length 0 stays one
+    unit_L = shards.own((direction_P / direction.clamp_min(_TINY)).float())
+    model_L = shards.own((global_params_P / model.clamp_min(_TINY)).float())
     chunk = max(1, _CHUNK_ELEMENTS // rows.num_params)
-    norms, products = [], []
+    norms, products, along = [], [], []
     for block in rows:
         for part in block.split(chunk):
             part = part.float()
             norms.append(torch.linalg.vector_norm(part, dim=1))
             products.append(part @ unit_L)
-    return shards.norms(torch.cat(norms)), shards.sum(torch.cat(products).double()) * length
+            along.append(part @ model_L)
+    products_2K = torch.stack([torch.cat(products), torch.cat(along)]).double()
+    alignments_K, along_K = shards.sum(products_2K)
+    return _Measured(shards.norms(torch.cat(norms)), alignments_K * direction, along_K)
+
+
+def _length(vector_P: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vector_P.double())
+
+
+def _refuse_local_models(num_like: int, num_unlike: int, num_usable: int, local_models: bool) -> None:
+    num_suspects = num_like + num_unlike
+    what = f"updates: {num_suspects} of {num_usable} are as long as the global model and lie along it (cosine beyond 0.9)"
+    if local_models:
+        remedy = "they look like updates already: leave local_models=True out"
+    elif num_like >= num_unlike:
+        remedy = (
+            "they look like local models: pass local_models=True (on the command line --local-models), or subtract the global "
+            "parameters before"
+        )
+    else:
+        remedy = "with the opposite sign: pass local minus global parameters, subtracted once"
+    if num_suspects > _MOST_ATTACKERS * num_usable:
+        raise ValueError(f"{what}; {remedy}")
+    if num_suspects >= _FEWEST_HONEST * num_usable and num_suspects:
+        warnings.warn(f"{what}; if these are the honest ones, {remedy}", stacklevel=7)
 
 
 def far_out(collected: Collected, global_params_P: Tensor, direction_P: Tensor) -> list[int]:
@@ -191,6 +271,9 @@ def _losses_alone(rows: ClientBlocks, candidates: list[int], global_params_P: Te
 
 
 def _check_stacked(updates: Tensor | ClientBlocks, num_params: int) -> None:
+    if isinstance(updates, Tensor) and (updates.is_nested or updates.layout != torch.strided or updates.is_meta):
+        kind = "nested" if updates.is_nested else "meta" if updates.is_meta else updates.layout
+        raise ValueError(f"updates must be a plain dense (N, P) tensor, got a {kind} tensor; call .to_dense() if it is sparse")
     shape = (len(updates), updates.num_params) if isinstance(updates, ClientBlocks) else tuple(updates.shape)
     if len(shape) != 2 or shape[0] == 0 or shape[1] != num_params:
         raise ValueError(
@@ -202,7 +285,11 @@ def _check_stacked(updates: Tensor | ClientBlocks, num_params: int) -> None:
 
 
 def _from_state_dicts(
-    updates: Sequence[Mapping[str, Tensor]], model: FlatModel, module: nn.Module, rejected: dict[int, str]
+    updates: Sequence[Mapping[str, Tensor]],
+    model: FlatModel,
+    module: nn.Module,
+    rejected: dict[int, str],
+    subtracted_P: Tensor | None,
 ) -> tuple[ClientBlocks | None, list[int], list[dict[str, Tensor]]]:
     """Rows (None: there is none), who sent each, and the buffers sent; faults go to ``rejected``.
 
@@ -223,9 +310,17 @@ def _from_state_dicts(
     if not clients:
         return None, clients, buffers
 
+    subtracted = None if subtracted_P is None else model.unflatten(subtracted_P)
+
     def flat(client: int) -> Tensor:
         state = updates[client]
-        return model.flatten({name: state[name].to(device, torch.float32) for name in model.shapes})
+        reason = state_dict_fault(state, model, known)
+        if reason is not None:
+            raise ValueError(f"updates: client {client}'s state dict changed after it was first read: {reason}")
+        tensors = {name: state[name].to(device) for name in model.shapes}
+        if subtracted is not None:
+            tensors = {name: value.double() - subtracted[name] for name, value in tensors.items()}
+        return model.flatten({name: value.float() for name, value in tensors.items()})
 
     if isinstance(updates, list | tuple):
         return ClientBlocks([torch.stack([flat(client) for client in clients])]), clients, buffers
@@ -250,6 +345,8 @@ def state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: Mappi
     for name, value in state.items():
         if not isinstance(value, Tensor):
             return f"{name} is a {type(value).__name__} instead of a tensor"
+        if value.is_nested:
+            return f"{name} must be a plain dense tensor, got a nested tensor"
         if value.shape != known[name].shape:
             return f"{name} must have shape {tuple(known[name].shape)}, got {tuple(value.shape)}"
         if value.layout != torch.strided or value.is_meta:
@@ -262,9 +359,8 @@ def state_dict_fault(state: Mapping[str, Tensor], model: FlatModel, known: Mappi
     return None
 
 
-def _reject_non_finite(collected: Collected, shards: ColumnShards) -> None:
-    # the norm is finite for almost every row; only the others are read a second time
-    doubtful = (~torch.isfinite(collected.norms)).nonzero().flatten().tolist()
+def _reject_non_finite(collected: Collected, doubtful: list[int], shards: ColumnShards) -> None:
+    """``doubtful`` are the rows (by position) without a finite norm: only these are read a second time."""
     reasons = {}
     for row, update_L in collected.rows.each(doubtful):
         num_bad = int(shards.sum((~torch.isfinite(update_L)).sum()))

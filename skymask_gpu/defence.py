@@ -1,112 +1,61 @@
 """``SkyMask``: clients' updates in, the mean of the benign ones and a verdict on each client out."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skymask_gpu.aggregation import Aggregation, Stopwatch
+from skymask_gpu.arguments import check_kind, check_loss, check_same_device, flat_state, usable_device
 from skymask_gpu.collect import Collected, Updates, check_form, collect, drives_loss_out_of_range, far_out
 from skymask_gpu.engine import (
     ClientBlocks,
     ClusteredMasks,
     Clustering,
-    Evidence,
     FlatModel,
     MaskTraining,
     NonFiniteLossError,
     TrainedMasks,
-    layer_evidence,
     train_masks,
 )
 from skymask_gpu.engine.clustering.verdict import cluster
 from skymask_gpu.engine.distances import sharded_distances
+from skymask_gpu.engine.mask_training import check_solver
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
-from skymask_gpu.engine.profiling import Profile, copy_bandwidth, phase, recording
+from skymask_gpu.engine.profiling import copy_bandwidth, phase, recording
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss, own_columns
 from skymask_gpu.kernels.anywhere import chosen_mean
 from skymask_gpu.root import RootTraining, root_direction
 
-__all__ = ["Aggregation", "SkyMask", "mean_buffers", "mean_of_rows"]
-
-
-@dataclass(frozen=True)
-class Aggregation:
-    """One round's verdict.
-
-    Attributes:
-        update: ``(P,)`` float32, the mean update of the benign clients; the server adds ``server_lr`` times it.
-        benign: ``(N,)`` bool, on ``device``.
-        rejected: client -> reason, for every client that is not benign.
-        masks: the trained masks; rows are ``clients`` in order, then the root model. Of sharded updates, those of this rank's
-            own columns, ``shards.columns``; all else is the same on every rank.
-        clusters: the verdict on the clients that have a mask.
-        clients: ``(K,)`` the numbers of the clients that have a mask.
-        buffers: mean over the benign clients of the buffers (batch-norm statistics) they sent, by name.
-        seconds: wall time by phase.
-        layers: name -> number of parameters, in the order of ``update``.
-        device: where it ran.
-        shards: the columns that ``masks`` are of: all, unless the updates were sharded.
-        profile: time, bytes and memory by phase; None unless asked for.
-    """
-
-    update: Tensor
-    benign: Tensor
-    rejected: dict[int, str]
-    masks: TrainedMasks
-    clusters: ClusteredMasks
-    clients: Tensor
-    buffers: dict[str, Tensor]
-    seconds: dict[str, float]
-    layers: dict[str, int]
-    device: torch.device
-    shards: ColumnShards
-    profile: Profile | None = None
-
-    def evidence(self) -> Evidence:
-        """In which layers each client's mask differs from that of the benign majority; computed when asked for.
-
-        Of sharded updates: to be called on every rank, while the process group is there.
-        """
-        benign_K = self.clusters.benign
-        return layer_evidence(self.masks.bits, benign_K, self.clients.tolist(), self.layers, self.shards)
-
-
-@dataclass
-class _Stopwatch:
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
+__all__ = ["Aggregation", "SkyMask", "mean_buffer", "mean_buffers", "mean_of_rows"]
 
 
 class SkyMask:
     """The SkyMask defence (Yan et al., ECCV 2024, arXiv 2312.12484).
 
     Args:
-        module: the model; its trainable parameters are those of an update, in ``named_parameters()`` order. Not modified.
+        module: the model; its trainable parameters are those of an update, in ``named_parameters()`` order. Not modified: the
+            defence computes on a copy in float32, whatever floating dtypes the module has.
         root_inputs: ``(n, ...)`` clean samples the server trusts (the paper uses 100).
         root_labels: ``(n, ...)``.
         training: how masks are trained.
         clustering: how masks become a verdict.
         root_training: how the server trains the root direction.
         solver: see :func:`skymask_gpu.engine.train_masks`.
-        device: where to work; None: where each call's updates are (state dicts: where the module is).
-        loss_fn: ``loss_fn(outputs, labels) -> ()``.
+        device: where to work; None: where each call's updates are (state dicts: where the module is). ``"cuda"`` is the GPU
+            that is current now.
+        loss_fn: ``loss_fn(outputs, labels) -> ()``, differentiable.
         buffers: what batch norm normalises with, see :class:`skymask_gpu.engine.FlatModel`.
         compile: run the model under ``torch.compile``, see :class:`skymask_gpu.engine.FlatModel`.
         profile: whether to measure each call: its result then has a ``profile``. Without it nothing waits for the device.
 
     Raises:
-        ValueError: the root data are empty or do not match, or an argument is out of range.
+        ValueError: the root data are empty or do not match, or an argument is out of range or of another kind.
 
     Example:
         >>> import torch
@@ -116,6 +65,7 @@ class SkyMask:
         torch.Size([15])
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         module: nn.Module,
@@ -132,8 +82,15 @@ class SkyMask:
         compile: bool = False,
         profile: bool = False,
     ) -> None:
+        check_solver(solver)
+        check_kind("training", training, MaskTraining)
+        check_kind("clustering", clustering, Clustering)
+        check_kind("root_training", root_training, RootTraining)
+        self._device = None if device is None else usable_device(device)
         self._module = module
-        self._flat = FlatModel(module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers, compile=compile)
+        flat = FlatModel(module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers, compile=compile)
+        self._flat = flat if flat.initial_params.dtype == torch.float32 else flat.to(torch.float32)
+        check_loss(self._flat)
         if not (torch.isfinite(root_inputs).all() and torch.isfinite(root_labels).all()):
             raise ValueError(
                 "root_inputs and root_labels must be finite, got NaN or Inf; without a trusted root there is no verdict"
@@ -142,16 +99,30 @@ class SkyMask:
         self._clustering = clustering
         self._root_training = root_training
         self._solver = solver
-        self._device = None if device is None else torch.device(device)
         self._profile = profile
 
-    def __call__(self, updates: Tensor) -> Tensor:
-        """The aggregated update alone, ``(N, P) -> (P,)``: the form of ByzFL's aggregators."""
-        return self.aggregate(updates).update
+    def __repr__(self) -> str:
+        where = "where the updates are" if self._device is None else self._device
+        return (
+            f"SkyMask({type(self._module).__name__} of {self._flat.num_params:,} parameters, rule {self._clustering.rule!r}, "
+            f"{self._training.steps} mask steps, solver {self._solver!r}, device: {where})"
+        )
 
-    @without_tf32()
+    def __call__(self, updates: Updates, global_params: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
+        """The aggregated update alone, ``(N, P) -> (P,)``: the form of ByzFL's aggregators.
+
+        Pass ``global_params`` in every round but the first: without, the clients are judged at the parameters that the module
+        had when this object was made.
+        """
+        return self._aggregate(updates, global_params, None, local_models=False).update
+
     def aggregate(
-        self, updates: Updates, global_params: Tensor | None = None, root_update: Tensor | None = None
+        self,
+        updates: Updates,
+        global_params: Tensor | Mapping[str, Tensor] | None = None,
+        root_update: Tensor | None = None,
+        *,
+        local_models: bool = False,
     ) -> Aggregation:
         """Judge the clients and average the benign ones.
 
@@ -161,18 +132,56 @@ class SkyMask:
                 whenever it is needed), or :class:`ClientBlocks`, whose rows may stay on disk. Not modified. For several GPUs
                 or machines: a ``torch.distributed.tensor.DTensor`` ``(N, P)`` with placements ``[Shard(1)]`` over a 1-D
                 ``DeviceMesh``, passed on every rank; each then works on its own columns, and all else is the same on all.
-            global_params: ``(P,)`` the model before the round; None: the module's parameters when this object was made.
+            global_params: the model before the round, ``(P,)`` or a state dict, of which the trainable parameters are taken;
+                None: the module's parameters when this object was made. Pass it in every round but the first.
             root_update: ``(P,)`` the root row, an update trained on the root data like a client's; None: the root direction,
                 scaled to the clients' median norm.
+            local_models: ``updates`` are the clients' models after training (and ``root_update`` still an update): the global
+                parameters are subtracted, of a tensor and of blocks in memory in one float32 copy, else when rows are read.
 
         Returns:
             The mean update, and the verdict with its reasons and measurements.
 
         Raises:
-            ValueError: ``updates`` as a whole does not fit, no client is usable, or the root is not. A single client's bad
-                update is no error: that client is rejected with the reason.
+            ValueError: ``updates`` as a whole does not fit, no client is usable, or the root is not; more than 80% of the
+                updates are local models. A single client's bad update is no error: that client is rejected with the reason.
             torch.OutOfMemoryError: with the bytes that were needed.
+
+        Warns:
+            UserWarning: there is no verdict, or most clients are rejected (see :attr:`Aggregation.verdict`); the updates look
+                as if they had the wrong sign; the root data teach nothing.
         """
+        return self._aggregate(updates, global_params, root_update, local_models=local_models)
+
+    def _aggregate(
+        self,
+        updates: Updates,
+        global_params: Tensor | Mapping[str, Tensor] | None,
+        root_update: Tensor | None,
+        *,
+        local_models: bool,
+    ) -> Aggregation:
+        # a server may well work under no_grad; masks and the root need gradients
+        with without_tf32(), torch.inference_mode(False), torch.enable_grad():
+            result = self._profiled(updates, global_params, root_update, local_models)
+        if result.verdict == "no verdict":
+            warnings.warn(f"the clients could not be judged: {result.clusters.reason}", stacklevel=3)
+        elif result.verdict == "most rejected":
+            warnings.warn(
+                f"{len(result.rejected)} of {len(result.benign)} clients were rejected; if most of them should be honest, the "
+                "root data or RootTraining are not like theirs",
+                stacklevel=3,
+            )
+        return result
+
+    def _profiled(
+        self,
+        updates: Updates,
+        global_params: Tensor | Mapping[str, Tensor] | None,
+        root_update: Tensor | None,
+        local_models: bool,
+    ) -> Aggregation:
+        """The verdict, with a profile if that was asked for."""
         shards, own_updates = own_columns(updates, self._flat.num_params)
         check_form(updates, self._flat.num_params)
         updates = own_updates
@@ -181,20 +190,21 @@ class SkyMask:
         if shards.group is not None and device != where:
             raise ValueError(f"device must be {where}, where this rank's columns of updates are, got {device}; or pass None")
         if not self._profile:
-            return self._judge(updates, shards, global_params, root_update, device)
+            return self._judge(updates, shards, global_params, root_update, local_models, device)
         with recording(device) as record:
-            result = self._judge(updates, shards, global_params, root_update, device)
+            result = self._judge(updates, shards, global_params, root_update, local_models, device)
         return replace(result, profile=record.profile(copy_bandwidth(device)))
 
     def _judge(
         self,
         updates: Updates,
         shards: ColumnShards,
-        global_params: Tensor | None,
+        global_params: Tensor | Mapping[str, Tensor] | None,
         root_update: Tensor | None,
+        local_models: bool,
         device: torch.device,
     ) -> Aggregation:
-        watch = _Stopwatch()
+        watch = Stopwatch()
         # the masks' bits, and the distances of all pairs
         num_clients = len(updates)
         num_bytes = num_clients * self._flat.num_params // 8 + 4 * num_clients**2
@@ -213,7 +223,7 @@ class SkyMask:
                 )
             sent = updates if isinstance(updates, Tensor | ClientBlocks) else num_clients * global_params_P.nbytes
             with watch.phase("collect"), phase("collect", sent):
-                collected = collect(updates, loss, self._module, direction_P, shards)
+                collected = collect(updates, loss, self._module, direction_P, global_params_P, shards, local_models)
                 suspects = far_out(collected, global_params_P, direction_P)
                 own_params_L = shards.own(global_params_P)
                 _reject_or_raise(collected, drives_loss_out_of_range(collected, suspects, own_params_L, own_loss))
@@ -224,10 +234,15 @@ class SkyMask:
             with watch.phase("average"), phase("average"):
                 update_P = shards.gather(mean_of_rows(collected.rows, clusters.benign))
                 buffers = mean_buffers(collected.buffers, clusters.benign)
+                if not (collected.rows.in_memory or torch.isfinite(update_P).all()):
+                    raise ValueError("updates: some became NaN or Inf after they were first read; read the same in every pass")
+                benign_N = _on_all_clients(clusters.benign, collected)
+                # the host's last look comes after all that was started, so that the seconds are wall time
+                rejected = _reasons(clusters, collected)
         return Aggregation(
             update=update_P,
-            benign=_on_all_clients(clusters.benign, collected),
-            rejected=_reasons(clusters, collected),
+            benign=benign_N,
+            rejected=rejected,
             masks=masks,
             clusters=clusters,
             clients=collected.clients,
@@ -267,13 +282,15 @@ class SkyMask:
         _reject_or_raise(collected, reasons)
         return train()
 
-    def _global_params(self, global_params: Tensor | None, loss: FlatModel) -> Tensor:
+    def _global_params(self, global_params: Tensor | Mapping[str, Tensor] | None, loss: FlatModel) -> Tensor:
         if global_params is None:
-            return loss.initial_params.float()
+            return loss.initial_params
+        if isinstance(global_params, Mapping):
+            return flat_state(global_params, loss)
         if not isinstance(global_params, Tensor) or tuple(global_params.shape) != (loss.num_params,):
             got = tuple(global_params.shape) if isinstance(global_params, Tensor) else type(global_params).__name__
             raise ValueError(f"global_params must have shape ({loss.num_params},), one a trainable parameter, got {got}")
-        _same_device("global_params", global_params, loss, self._device)
+        check_same_device("global_params", global_params, loss, self._device)
         return global_params.detach().to(loss.initial_params.device, torch.float32)
 
     def _root_row(self, root_update: Tensor | None, direction_P: Tensor, collected: Collected) -> Tensor:
@@ -295,12 +312,6 @@ class SkyMask:
         return row_P
 
 
-def _same_device(name: str, tensor: Tensor, loss: FlatModel, asked_for: torch.device | None) -> None:
-    device = loss.initial_params.device
-    if asked_for is None and tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like updates, got {tensor.device}; move it with .to({str(device)!r})")
-
-
 def _reject_or_raise(collected: Collected, reasons: dict[int, str]) -> None:
     if reasons and len(reasons) == len(collected.rows):
         raise ValueError(f"updates: no client is left to aggregate; the first one: {next(iter(reasons.values()))}")
@@ -319,13 +330,15 @@ def mean_of_rows(rows: ClientBlocks, chosen_K: Tensor) -> Tensor:
 
 
 def mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor) -> dict[str, Tensor]:
-    """Means over the benign clients; counters (integers) take the largest value."""
+    """Each buffer that benign clients sent, over those: see :func:`mean_buffer`."""
     chosen = [row for row, benign in zip(buffers, benign_K.tolist(), strict=True) if benign]
-    means = {}
-    for name in sorted({name for row in chosen for name in row}):
-        stacked = torch.stack([row[name] for row in chosen if name in row])
-        means[name] = stacked.mean(0) if stacked.is_floating_point() else stacked.max(0).values
-    return means
+    names = sorted({name for row in chosen for name in row})
+    return {name: mean_buffer(torch.stack([row[name] for row in chosen if name in row])) for name in names}
+
+
+def mean_buffer(values: Tensor) -> Tensor:
+    """The mean of a buffer over clients, ``(M, ...) -> (...)``, M >= 1; counters (whole numbers) take the largest value."""
+    return values.mean(0) if values.is_floating_point() else values.amax(0)
 
 
 def _on_all_clients(benign_K: Tensor, collected: Collected) -> Tensor:

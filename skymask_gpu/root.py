@@ -1,6 +1,7 @@
 """The root direction: an update that the server trains itself on its clean root data."""
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class RootTraining:
 
 @without_tf32()
 def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining) -> Tensor:
-    """The update, ``(P,)``, of the global model after training on the root data.
+    """The update, ``(P,)``, of the global model after training on the root data; with a warning if that is zero.
 
     Raises:
         ValueError: the root loss or its gradient is not finite at the global model, or training diverges.
@@ -55,8 +56,16 @@ def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining)
         params_P.requires_grad_()
         (grad_P,) = torch.autograd.grad(loss(params_P), params_P)
         params_P = params_P.detach() - config.lr * grad_P.clamp(-config.grad_clip, config.grad_clip)
-    if not torch.isfinite(params_P).all():
+    finite, moved = torch.stack([torch.isfinite(params_P).all(), (params_P != global_params).any()]).tolist()
+    if not finite:
         raise ValueError(
             "root_training: training on the root data from global_params diverged to NaN or Inf; use a smaller RootTraining.lr"
+        )
+    if not moved:
+        warnings.warn(
+            "root_training: training on the root data moved no parameter, the root loss has no gradient, so masks cannot be "
+            "trained and there is no verdict; check that loss_fn fits the model's outputs (the default, cross entropy, is "
+            "always 0 for a single output) and that the model's units are not all dead",
+            stacklevel=2,
         )
     return params_P - global_params

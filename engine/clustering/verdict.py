@@ -32,6 +32,7 @@ class ClusteredMasks:
         scores: ``(R, 2)`` float64, the first two principal components of the masks, root last: the picture of the paper.
         separation: squared distance of the two sides' centroids over their pooled variance (0 if there is one side).
         reason: one sentence: why these clients were rejected, or why nobody was.
+        judged: False where everyone is kept because the masks could not be compared.
     """
 
     benign: Tensor
@@ -39,6 +40,11 @@ class ClusteredMasks:
     scores: Tensor
     separation: float
     reason: str
+    judged: bool = True
+
+    def __repr__(self) -> str:
+        kept = f"{int(self.benign.sum())} of {len(self.benign)} clients benign, {self.num_clusters} clusters"
+        return f"ClusteredMasks({kept}, separation {self.separation:.3g}: {self.reason})"
 
 
 def cluster_masks(
@@ -113,7 +119,7 @@ def _judge(
     if backend.waits:
         nothing = _nothing_to_compare(distances)
         if nothing is not None:
-            return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, nothing)
+            return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, nothing, judged=False)
 
     if config.rule == "published":
         ruling = published(distances, scores_R2, config.seed, backend)
@@ -133,9 +139,11 @@ def _judge(
     if not facts["sure"]:
         return None
     if not facts["masks differ"]:
-        return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, _ALL_EQUAL)
+        return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, _ALL_EQUAL, judged=False)
     num_clusters = 1 if facts["keeps all"] else 2
-    return ClusteredMasks(ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts))
+    # where the root's mask lies apart from all, only outliers and copies can be told
+    judged = num_clusters == 2 or not facts.get("root alone", False)
+    return ClusteredMasks(ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts), judged)
 
 
 def _on_host(facts: Mapping[str, Tensor | bool]) -> Facts:

@@ -14,6 +14,8 @@ from skymask_gpu.engine.training_config import MaskTraining
 def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
     dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
     layer_sizes = getattr(loss, "layer_sizes", (updates_RP.shape[1],))
+    if updates_RP.is_inference():
+        updates_RP = updates_RP.clone()  # autograd keeps no tensor that was made in inference mode
     updates = [[layer.to(dtype) for layer in row.split(layer_sizes)] for row in updates_RP]  # [client][layer]
     logits = [[torch.full_like(layer, config.init).requires_grad_() for layer in client] for client in updates]
     all_logits = [layer_logits for client in logits for layer_logits in client]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from skymask_gpu.defence import mean_buffer
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import fast_layout
 from skymask_gpu.engine.numerics import deterministic_convolutions
@@ -235,11 +236,10 @@ class Federation:
 
 
 def _mean_buffers(model: GlobalModel, sent: LocalUpdates, kept_M: Tensor) -> dict[str, Tensor]:
-    """Means over the clients that the step is made of; counters (of whole numbers) of the first of them."""
+    """Means over the clients that the step is made of, see :func:`skymask_gpu.defence.mean_buffer`."""
     if not kept_M.any():
         return model.buffers
-    kept = {name: value[:-1][kept_M.to(value.device)] for name, value in sent.buffers.items()}
-    return {name: value.mean(0) if value.is_floating_point() else value[0] for name, value in kept.items()}
+    return {name: mean_buffer(value[:-1][kept_M.to(value.device)]) for name, value in sent.buffers.items()}
 
 
 def has_results(folder: Path) -> bool:

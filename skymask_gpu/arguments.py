@@ -1,0 +1,55 @@
+"""What ``SkyMask`` asks of its arguments before any work: each fault is one error that names the argument and the remedy."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine import FlatModel
+
+__all__ = ["check_kind", "check_loss", "check_same_device", "flat_state", "usable_device"]
+
+
+def check_kind(name: str, setting: object, kind: type) -> None:
+    if not isinstance(setting, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}, got {setting!r}; pass {kind.__name__}(...)")
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device as tensors on it say it: with an index, where it has one."""
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"device must be one that PyTorch can use here, got {device!r}: {str(error).splitlines()[0]}"
+        ) from error
+    if found.type == "meta":
+        raise ValueError("device must be one that holds values, got 'meta'; use 'cpu', 'cuda' or None")
+    return found
+
+
+def check_loss(loss: FlatModel) -> None:
+    with torch.enable_grad():
+        value: object = loss(loss.initial_params.clone().requires_grad_())
+    if not isinstance(value, Tensor):
+        raise ValueError(f"loss_fn must return a tensor of shape (), got a {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(f"loss_fn must return one number, shape (), got shape {tuple(value.shape)}; use reduction='mean'")
+    if not value.requires_grad:
+        raise ValueError("loss_fn must be differentiable in the outputs, got a value without a gradient; no .item(), .detach()")
+
+
+def flat_state(state: Mapping[str, Tensor], loss: FlatModel) -> Tensor:
+    strangers = [name for name in loss.shapes if name in state and not isinstance(state[name], Tensor)]
+    if strangers:
+        raise ValueError(f"global_params: {strangers[0]} must be a tensor, got a {type(state[strangers[0]]).__name__}")
+    try:
+        return loss.flatten({name: state[name].to(loss.initial_params) for name in loss.shapes if name in state})
+    except ValueError as error:
+        raise ValueError(f"global_params as a state dict: {error}") from error
+
+
+def check_same_device(name: str, tensor: Tensor, loss: FlatModel, asked_for: torch.device | None) -> None:
+    device = loss.initial_params.device
+    if asked_for is None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like updates, got {tensor.device}; move it with .to({str(device)!r})")
