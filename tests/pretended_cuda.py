@@ -13,7 +13,7 @@ emulated: what is captured is noted and undone, and a replay does exactly the sa
 that depends on a Python variable goes wrong here as it does on a GPU. Triton's launchers are either replaced by the kernels
 of the CPU (quick), or run as they are, with their kernels in Triton's interpreter (``interpreter=True``).
 
-What it finds, each a :class:`PretendedFault` at once:
+What it finds, each a :class:`PretendedError` at once:
 
 * a CPU tensor beside a CUDA tensor, unless it is a number or indexes; a CUDA tensor that indexes a CPU tensor;
 * NumPy on a CUDA tensor;
@@ -27,16 +27,20 @@ copies, in either direction). A wait within a capture is an error, and a warning
 as on a GPU.
 
 What it cannot find: races, since there is one stream; other reasons for which a capture is illegal; what cuDNN, cuBLAS and
-cuSOLVER do or refuse; memory and time; float results other than the CPU's. C++ takes a pretended tensor for one of the CPU:
-where an operation makes a helper tensor in C++ (``quantile``), it is excepted by hand, autocast for CUDA does nothing, and a
-gradient that goes back through a move from CUDA to the CPU stays there. DTensor and NCCL are not covered.
+cuSOLVER do or refuse; memory and time; float results other than the CPU's. C++ takes a pretended tensor for one of the CPU,
+so autocast for CUDA does nothing, operations are those that the CPU would choose, and a gradient that goes back through a move
+from CUDA to the CPU stays there. In a backward pass a ``torch.autograd.Function`` in Python cannot ask for a device. DTensor
+and NCCL are not covered.
 """
 
 import collections
 import contextlib
+import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,16 +50,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skymask_gpu.engine import profiling, step_loop
-from skymask_gpu.kernels import _cpu, mixture, tree
+from skymask_gpu.kernels import mixture, tree
 
-__all__ = ["CUDA", "Pretence", "Pretended", "PretendedFault", "pretended_cuda", "to_cuda"]
+__all__ = ["CUDA", "Pretence", "Pretended", "PretendedError", "pretended_cuda", "to_cuda"]
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 # The name under which operations count that are captured in a graph; each replay is one launch of the phase around it.
 CAPTURED = "captured step"
 
 
-class PretendedFault(AssertionError):
+class PretendedError(AssertionError):
     """What a GPU would refuse. No RuntimeError, so that nobody takes it for one of PyTorch's and goes on."""
 
 
@@ -89,7 +93,7 @@ class Pretended(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise PretendedFault(f"{func} on a pretended tensor, but its pretended GPU is gone")
+        raise PretendedError(f"{func} on a pretended tensor, but its pretended GPU is gone")
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"Pretended({self.inner!r})"
@@ -202,6 +206,7 @@ class Pretence:
         self.operations: collections.Counter[tuple[str, str]] = collections.Counter()
         self.faults: list[str] = []
         self.asked: str | None = None  # the type of device that the running call names
+        self.helpers = False  # whether tensors that it makes of nothing are the GPU's
         self.graph: _Graph | None = None  # being captured
         self.sync_debug = 0
         self._phases = ["no phase"]
@@ -233,25 +238,28 @@ class Pretence:
         self.waits[self.name] += 1
         self.places[f"{self.name}: {why}, at {_place()}"] += 1
         if self.sync_debug:
-            torch.cuda.warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
     def fault(self, text: str) -> None:
         self.faults.append(f"{text}, at {_place()}")
-        raise PretendedFault(self.faults[-1])
+        raise PretendedError(self.faults[-1])
 
     @contextlib.contextmanager
-    def asking(self, device: Any) -> Iterator[None]:
-        before, self.asked = self.asked, torch.device(device).type
+    def asking(self, device: Any, helpers: bool = False) -> Iterator[None]:
+        before = self.asked, self.helpers
+        self.asked, self.helpers = None if device is None else torch.device(device).type, helpers
         try:
             yield
         finally:
-            self.asked = before
+            self.asked, self.helpers = before
 
     def run_kernel(self, name: str, kernel: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A kernel of our own, on what the tensors hold; what it writes is not known, so all of them may be written."""
         tensors = list(_tensors([*args, *kwargs.values()]))
         if not all(type(x) is Pretended for x in tensors):
-            self.fault(f"Triton kernel {name}: shapes {[tuple(x.shape) for x in tensors if type(x) is not Pretended]} on the CPU")
+            self.fault(
+                f"Triton kernel {name}: shapes {[tuple(x.shape) for x in tensors if type(x) is not Pretended]} on the CPU"
+            )
         self.launch(name)
         args, kwargs = _inner(args), {key: _inner(value) for key, value in kwargs.items()}
 
@@ -282,6 +290,18 @@ _DEVICE_QUESTIONS: dict[Any, Any] = {
     Tensor.get_device: 0,
 }
 _MOVES = (Tensor.to, Tensor.cpu, Tensor.cuda)
+_TORCH = Path(torch.__file__).parent
+# Code that may leave it to C++ on which device helper tensors are; and what lies between it and the dispatch mode.
+_OF_TORCH = (str(_TORCH), __file__)
+_BETWEEN = tuple(str(_TORCH / name) for name in ("_compile.py", "_dynamo", "utils/_python_dispatch.py"))
+
+
+def _called_by_torch() -> bool:
+    """Or by somebody's own backward pass, who did not say on which device?"""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame = frame.f_back
+    return frame.f_code.co_filename.startswith(_OF_TORCH)
 
 
 class _Functions(TorchFunctionMode):
@@ -299,14 +319,12 @@ class _Functions(TorchFunctionMode):
             return _DEVICE_QUESTIONS[func]
         if func in _MOVES:
             return self._move(func, *args, **kwargs)
-        if func in (torch.quantile, Tensor.quantile) and _is_pretended(args[0]):
-            # C++ makes the shares on the CPU; on a GPU some twelve launches
-            self._gpu.launch("quantile")
-            return Pretended(func(*map(_inner, args), **{name: _inner(value) for name, value in kwargs.items()}))
         device = kwargs.get("device")
         self._check_generator([*args, *kwargs.values()], device)
         if device is None:
-            return func(*args, **kwargs)
+            # helper tensors, which C++ makes where it takes the arguments to be
+            with self._gpu.asking(None, helpers=any(map(_is_pretended, _tensors([*args, *kwargs.values()])))):
+                return func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor):
             del kwargs["device"]
             return self._moved(func(*args, **kwargs), torch.device(device))
@@ -346,23 +364,29 @@ class _Functions(TorchFunctionMode):
             return torch.ops.aten._to_copy(tensor, dtype=dtype, memory_format=layout)
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Operations that change what a tensor looks like and not what it holds.
+_IN_PLACE_VIEWS = _names("unsqueeze_ squeeze_ t_ transpose_ as_strided_ detach_")
 # Operations that launch nothing.
-_FREE = set(
-    "view _unsafe_view as_strided expand t transpose permute select slice split split_with_sizes unbind unsqueeze squeeze detach "
-    "alias diagonal unfold narrow view_as_real view_as_complex real imag movedim _reshape_alias lift_fresh empty empty_like "
-    "empty_strided new_empty new_empty_strided _local_scalar_dense is_same_size record_stream".split()
+_FREE = _IN_PLACE_VIEWS | _names(
+    "view _unsafe_view as_strided expand t transpose permute select slice split split_with_sizes unbind unsqueeze squeeze "
+    "detach alias diagonal unfold narrow view_as_real view_as_complex real imag movedim _reshape_alias lift_fresh empty "
+    "empty_like empty_strided new_empty new_empty_strided _local_scalar_dense is_same_size record_stream"
 )
 # Operations for which the host waits for the device.
-_WAITING = set(
+_WAITING = _names(
     "_local_scalar_dense is_nonzero equal nonzero masked_select _unique2 unique_dim unique_consecutive repeat_interleave "
-    "multinomial _linalg_eigh linalg_inv_ex linalg_cholesky_ex _linalg_svd linalg_qr bincount histc".split()
+    "multinomial _linalg_eigh linalg_inv_ex linalg_cholesky_ex _linalg_svd linalg_qr bincount histc"
 )
-_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+_INDEXING = _names("index index_put index_put_ _index_put_impl_ _unsafe_index")
 # Operations that want all tensors on one device, numbers too.
-_STRICT = set("cat stack index_select gather scatter scatter_ scatter_add scatter_add_ index_add_ index_copy_ embedding".split())
+_STRICT = _names("cat stack index_select gather scatter scatter_ scatter_add scatter_add_ index_add_ index_copy_ embedding")
 # What CUDA has for uint16, uint32 and uint64.
 _UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}
-_COPIES_FILLS_VIEWS = _FREE | set("_to_copy copy_ clone fill_ zero_ zeros zeros_like new_zeros full full_like".split())
+_COPIES_FILLS_VIEWS = _FREE | _names("_to_copy copy_ clone fill_ zero_ zeros zeros_like new_zeros full full_like")
 
 
 class _Operations(TorchDispatchMode):
@@ -376,7 +400,7 @@ class _Operations(TorchDispatchMode):
         kwargs, gpu = kwargs or {}, self._gpu
         tensors = list(_tensors([*args, *kwargs.values()]))
         pretended = [x for x in tensors if type(x) is Pretended]
-        if not pretended and gpu.asked != "cuda":
+        if not pretended and gpu.asked != "cuda" and (tensors or not gpu.helpers or not _called_by_torch()):
             return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         self._check(func, name, args, tensors, pretended)
@@ -393,6 +417,11 @@ class _Operations(TorchDispatchMode):
             out = run()
         else:
             out = gpu.graph.note(run, written=[_inner(x) for x in written.values()])
+        if name in _IN_PLACE_VIEWS:
+            with torch._C._DisableTorchDispatch():
+                func(*args, **kwargs)  # of the tensor that Python sees, too
+        if any(x.shape != _inner(x).shape for x in _tensors(written.values())):
+            gpu.fault(f"{func} changes the size of a tensor, which is not pretended")
         return _result(func, out, written, to_cuda=gpu.asked != "cpu")
 
     def _check(self, func: Any, name: str, args: Any, tensors: list[Tensor], pretended: list[Tensor]) -> None:
@@ -490,6 +519,7 @@ class _Graph:
 
 
 class _Stream:
+    device = CUDA
     cuda_stream = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -528,17 +558,18 @@ def _fake_cuda(gpu: Pretence) -> dict[str, Any]:
     """What the product uses of ``torch.cuda``, for one GPU of 80 GiB with 60 free."""
 
     def set_sync_debug_mode(mode: int | str) -> None:
-        gpu.sync_debug = {"default": 0, "warn": 1, "error": 2}.get(str(mode), 0) if isinstance(mode, str) else mode
+        gpu.sync_debug = mode if isinstance(mode, int) else ("default", "warn", "error").index(mode)
 
     def nothing(*args: Any, **kwargs: Any) -> None: ...
 
+    stream = _Stream()
     return {
         "CUDAGraph": _Graph,
         "Event": _Event,
         "MemPool": _MemPool,
         "Stream": _Stream,
         "current_device": lambda: 0,
-        "current_stream": _Stream,
+        "current_stream": lambda *args: stream,
         "device": _Context,
         "device_count": lambda: 1,
         "empty_cache": nothing,
@@ -633,6 +664,9 @@ def pretended_cuda(*, interpreter: bool = False) -> Iterator[Pretence]:
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
             for name, value in _fake_cuda(gpu).items():
                 patch.setattr(torch.cuda, name, value)
+            # what a failed capture leaves to be undone
+            for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                patch.setattr(torch._C, name, lambda *args: None, raising=False)
             peak = {"allocated_bytes": {"all": {"peak": 0}}}
             patch.setattr(torch.cuda.memory, "memory_stats_as_nested_dict", lambda *args: peak)
             patch.setattr(torch, "Generator", _EitherGenerator)
