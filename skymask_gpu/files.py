@@ -1,10 +1,13 @@
-"""Files that are whole or not there: written under a temporary name and renamed, or appended a line at a time."""
+"""Files that are whole or not there: written under a temporary name and renamed, or appended line by line. A folder's lock."""
 
+import errno
 import json
 import os
 import secrets
+import stat
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = [
+    "LOCK",
     "append_line",
+    "check_regular",
     "check_tensors",
+    "check_writable",
+    "locked",
     "read_lines",
     "read_metadata",
     "read_tensors",
@@ -23,18 +35,93 @@ __all__ = [
     "write_whole",
 ]
 
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process out of ``folder`` that locks it, too; the folder is made if it is not there.
+
+    The system gives the lock back when this process ends, however it ends. The file ``.lock`` stays: deleting it would let a
+    process that has just opened it and one that makes it anew both think that the folder is theirs. Where the system or the
+    file system has no such locks, a warning says so and nothing is locked.
+
+    Raises:
+        ValueError: another process, or this one, holds the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if fcntl is None:
+            _warn_of_no_lock(folder, "this system has no fcntl.flock")
+        else:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip() or "unknown"
+                raise ValueError(
+                    f"{folder} is in use by another run or sweep (process {holder}); wait until it ends, or name another folder"
+                ) from None
+            except OSError as error:
+                _warn_of_no_lock(folder, str(error))
+            else:
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _warn_of_no_lock(folder: Path, why: str) -> None:
+    warnings.warn(f"{folder} cannot be locked ({why}): do not start another run in it before this one ends", stacklevel=4)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Find out before the work whether :func:`write_whole` can write ``path`` after it: a file beside it is made and removed.
+
+    Raises:
+        ValueError: no file can be written there; ``option`` is what the message calls the setting.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{option} must name a file, {path} is {_kind(path)}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{option}: {path} is write-protected; name another file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = _beside(path)
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        under_a_file = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "a folder of its path is a file" if under_a_file else error.strerror or error
+        raise ValueError(f"{option}: {path} cannot be written: {why}; name another file") from error
+
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` a file under a temporary name beside ``path``, then rename it: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    """``write`` a file under a temporary name beside ``path``, then rename it: readers see the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written (the disk is full, a folder is read-only); the error names ``path``.
+    """
+    temporary = _beside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        # what a write says names the temporary file or none, and safetensors has an error of its own for a full disk
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder is a file, or cannot be looked at: then it was never made
+            temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,28 +160,90 @@ def check_tensors(path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    check_regular(path)
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except FileNotFoundError as error:
-        raise ValueError(f"no file {path}") from error
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
 
 
+def check_regular(path: Path) -> None:
+    """Refuse what is no file with contents of its own; opening a FIFO, for one, waits for ever.
+
+    Raises:
+        ValueError: there is nothing, or something else.
+    """
+    if not path.exists():
+        raise ValueError(f"no file {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a regular file, it is {_kind(path)}")
+
+
+def _kind(path: Path) -> str:
+    mode = path.stat().st_mode
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line in a single write, and wait until it is on disk."""
+    """Append one JSON line in a single write, and wait until it is on disk.
+
+    Raises:
+        OSError: it cannot be written, or (the disk is full) not all of it; the file is then as it was.
+    """
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; a last line without its end (the power went out) is left out."""
+    """The records of a file of JSON lines, each of one round; an empty list if there is no file.
+
+    A last line that the power cut off half-way is left out.
+
+    Raises:
+        ValueError: a line is no JSON object with a whole number ``round`` of at least 0; it is named.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    check_regular(path)
+    *lines, last = path.read_bytes().split(b"\n")
+    records = [_round_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    # whole lines end with a newline, but an editor may have left out the last one
+    if last.strip() and _is_json(last):
+        records.append(_round_record(path, len(lines) + 1, last))
+    return records
+
+
+def _round_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    remedy = "mend the line, or play the run anew with --overwrite"
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number} is no JSON: {error}; {remedy}") from error
+    wanted = 'a JSON object with a whole number "round" of at least 0'
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}, line {number} must be {wanted}, got {line[:60]!r}; {remedy}")
+    if type(record.get("round")) is not int or record["round"] < 0:
+        got = f'"round": {json.dumps(record["round"])}' if "round" in record else "none"
+        raise ValueError(f"{path}, line {number} must be {wanted}, got {got}; {remedy}")
+    return record
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

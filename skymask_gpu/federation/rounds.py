@@ -33,7 +33,22 @@ from skymask_gpu.federation.local_training import LocalUpdates, draw_batches, tr
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.partition import partition
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule
-from skymask_gpu.files import append_line, read_lines, read_metadata, read_tensors, write_tensors, write_text
+from skymask_gpu.federation.run_folder import (
+    CHECKPOINT,
+    CONFIG,
+    MASKS,
+    METRICS,
+    TIMES,
+    check_same_run,
+    clear_results,
+    damaged,
+    has_results,
+    kept_lines,
+    layout,
+    read_checkpoint,
+    write_checkpoint,
+)
+from skymask_gpu.files import append_line, write_tensors, write_text
 from skymask_gpu.root import RootTraining
 
 __all__ = [
@@ -49,13 +64,6 @@ __all__ = [
     "run_rounds",
 ]
 
-CHECKPOINT, CONFIG, MASKS, METRICS, TIMES = (
-    "checkpoint.safetensors",
-    "config.json",
-    "masks.safetensors",
-    "metrics.jsonl",
-    "times.jsonl",
-)
 _TEST_BATCH = 1000
 _BUFFER, _RULE = "buffer/", "rule/"
 
@@ -68,6 +76,10 @@ class GlobalModel:
 
     params: Tensor
     buffers: dict[str, Tensor]
+
+    def is_finite(self) -> bool:
+        """Whether no value is NaN or Inf."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in (self.params, *self.buffers.values()))
 
 
 @dataclass(frozen=True)
@@ -242,48 +254,44 @@ def _mean_buffers(model: GlobalModel, sent: LocalUpdates, kept_M: Tensor) -> dic
     return {name: mean_buffer(value[:-1][kept_M.to(value.device)]) for name, value in sent.buffers.items()}
 
 
-def has_results(folder: Path) -> bool:
-    """Whether rounds were recorded in ``folder``."""
-    return (folder / METRICS).exists() or (folder / CHECKPOINT).exists()
-
-
-def clear_results(folder: Path) -> None:
-    """Remove what a run wrote into ``folder``, and nothing else."""
-    for name in (CHECKPOINT, CONFIG, METRICS, TIMES, MASKS):
-        (folder / name).unlink(missing_ok=True)
-
-
 def run_rounds(federation: Federation, folder: Path, progress: Progress = lambda text: None) -> Iterator[dict[str, Any]]:
     """Play the rounds that ``folder`` does not yet hold, and yield each one's record once it is on disk.
 
+    A round after which the global model holds NaN or Inf is the last one: no later round could mend it. Its record says
+    ``"diverged": true``.
+
     Raises:
-        ValueError: the folder holds another run, or its files do not belong together.
+        ValueError: the folder holds another run, or one of its files is damaged; the error names the file and the remedy.
     """
     config = federation.config
     folder.mkdir(parents=True, exist_ok=True)
-    first, model = _resume(federation, folder)
+    first, model, diverged = _resume(federation, folder)
     write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
     for number in range(first, config.rounds):
+        if diverged:
+            return
         with deterministic_convolutions():
             played = federation.play_round(number, model, progress)
+            model = played.model
+            diverged = not model.is_finite()
             progress("testing")
-            record = _record(federation, number, played)
-        model = played.model
+            is_last = diverged or number + 1 == config.rounds
+            record = _record(federation, number, played, is_last=is_last, diverged=diverged)
         # The lines first: a checkpoint is never ahead of the metrics, and lines ahead of the checkpoint are dropped on resume.
         append_line(folder / TIMES, _times(number, played))
         append_line(folder / METRICS, record)
         if played.rule_result.aggregation is not None:
             _write_masks(folder / MASKS, played, federation.malicious, number)
-        if (number + 1) % config.checkpoint_every == 0 or number + 1 == config.rounds:
+        if (number + 1) % config.checkpoint_every == 0 or is_last:
             tensors = {"global_params": model.params, **_prefixed(_BUFFER, model.buffers)}
             tensors |= _prefixed(_RULE, federation.rule.state())
-            write_tensors(folder / CHECKPOINT, tensors, {"round": str(number), "config": json.dumps(_settings(config))})
+            write_checkpoint(folder, number, config, tensors)
         yield record
 
 
-def _record(federation: Federation, number: int, played: RoundResult) -> dict[str, Any]:
+def _record(federation: Federation, number: int, played: RoundResult, *, is_last: bool, diverged: bool) -> dict[str, Any]:
     config = federation.config
-    tested = (number + 1) % config.evaluate_every == 0 or number + 1 == config.rounds
+    tested = (number + 1) % config.evaluate_every == 0 or is_last
     backdoor = tested and has_backdoor(config.attack.name)
     return {
         "run": config.name,
@@ -291,6 +299,7 @@ def _record(federation: Federation, number: int, played: RoundResult) -> dict[st
         "accuracy": federation.accuracy(played.model) if tested else None,
         "attack_success_rate": federation.attack_success_rate(played.model) if backdoor else None,
         "participants": len(played.clients),
+        "diverged": diverged,
         **_rejection_rates(played, federation.malicious),
         **_skymask_fields(played.rule_result),
     }
@@ -302,45 +311,23 @@ def _times(number: int, played: RoundResult) -> dict[str, Any]:
     return {"round": number, **{name: round(s, 4) for name, s in played.seconds.items()}, **phases}
 
 
-def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel]:
-    """The first round to play and the global model before it; lines of rounds after the checkpoint are dropped."""
-    checkpoint = folder / CHECKPOINT
+def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, bool]:
+    """The first round to play, the global model before it, and whether it has diverged."""
     done, model = -1, federation.first_model()
-    if checkpoint.exists():
-        tensors, metadata = read_tensors(checkpoint)
-        done = int(metadata["round"])
-        _refuse_other_settings(json.loads(metadata["config"]), federation.config, folder)
-        device = model.params.device
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    if (folder / CHECKPOINT).exists():
+        known = layout({"global_params": model.params, **_prefixed(_BUFFER, model.buffers)})
+        done, tensors = read_checkpoint(folder, federation.config, known, _RULE)
+        tensors = {name: tensor.to(model.params.device) for name, tensor in tensors.items()}
         model = GlobalModel(tensors["global_params"], _unprefixed(_BUFFER, tensors))
         federation.rule.restore(_unprefixed(_RULE, tensors))
-    if has_results(folder):
-        for name in (METRICS, TIMES):
-            kept = [record for record in read_lines(folder / name) if record["round"] <= done]
-            if [record["round"] for record in kept] != list(range(done + 1)):
-                raise ValueError(f"{folder / name} lacks rounds that {checkpoint} has; use another folder or --overwrite")
-            write_text(folder / name, "".join(json.dumps(record) + "\n" for record in kept))
-    return done + 1, model
-
-
-def check_same_run(config: RunConfig, folder: Path) -> None:
-    """Raise a ValueError if ``folder`` has a checkpoint of a run with other settings."""
-    if (folder / CHECKPOINT).exists():
-        _refuse_other_settings(json.loads(read_metadata(folder / CHECKPOINT)["config"]), config, folder)
-
-
-def _refuse_other_settings(before: dict[str, Any], config: RunConfig, folder: Path) -> None:
-    now = _settings(config)
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}); use another folder or --overwrite")
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """Those that decide how a run goes on."""
-    settings = config.to_dict()
-    del settings["rounds"], settings["checkpoint_every"], settings["data"]["data_dir"]
-    return settings
+    kept = kept_lines(folder, done, federation.config)
+    diverged = bool(kept[METRICS]) and bool(kept[METRICS][-1].get("diverged", False))
+    if not diverged and not model.is_finite():
+        raise damaged(folder / CHECKPOINT, "the global model holds NaN or Inf, and no line of the metrics says so")
+    for name, records in kept.items():
+        if (folder / name).exists():
+            write_text(folder / name, "".join(json.dumps(record) + "\n" for record in records))
+    return done + 1, model, diverged
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,11 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skymask_gpu.concerns import is_no_verdict
 from skymask_gpu.federation.rounds import CONFIG, METRICS, TIMES
 from skymask_gpu.federation.sweep import ERROR
 from skymask_gpu.files import read_lines
 
-__all__ = ["COLUMNS", "NOTE", "FinishedRun", "failed_cells", "flat_settings", "load_run", "load_runs", "percent"]
+__all__ = [
+    "COLUMNS",
+    "NOTE",
+    "FinishedRun",
+    "concerns",
+    "failed_cells",
+    "flat_settings",
+    "load_run",
+    "load_runs",
+    "percent",
+]
 
 COLUMNS = ("run", "rule", "attack", "accuracy", "FPR", "FNR", "ASR", "s/round")
 NOTE = (
@@ -51,8 +62,13 @@ class FinishedRun:
         return int(self.config.get("rounds", self.rounds_done))
 
     @property
+    def diverged(self) -> bool:
+        """Whether the run ended early with NaN or Inf in the global model."""
+        return bool(self.records[-1].get("diverged", False))
+
+    @property
     def is_complete(self) -> bool:
-        return self.rounds_done >= self.rounds
+        return self.diverged or self.rounds_done >= self.rounds
 
     def last(self, key: str) -> float | None:
         """``key`` in the last round that has it; not every round is evaluated."""
@@ -76,6 +92,8 @@ class FinishedRun:
         settings = flat_settings(self.config)
         seconds = self.median_seconds("aggregation")
         done = "" if self.is_complete else f" ({self.rounds_done} of {self.rounds} rounds)"
+        if self.diverged:
+            done = f" (diverged in round {self.rounds_done})"
         return (
             self.name,
             str(settings.get("defence.rule", "-")),
@@ -92,6 +110,24 @@ class FinishedRun:
         return [record[key] for record in judged if record.get(key) is not None]
 
 
+def concerns(run: FinishedRun) -> list[str]:
+    """What somebody who reads the run's numbers must know besides: a sentence each, none where all is well.
+
+    How many clients are rejected says something of SkyMask only: Krum, for one, keeps a single client by its definition.
+    """
+    sentences = []
+    if run.diverged:
+        sentences.append(f"diverged: after round {run.rounds_done} the global model holds NaN or Inf, and the run ended there")
+    judged = [record for record in run.records if "reason" in record]
+    for what, rounds in (
+        ("most clients were rejected", [r["round"] for r in judged if 2 * r["kept"] < r["participants"]]),
+        ("there was no verdict, so everyone was kept,", [r["round"] for r in judged if is_no_verdict(r["reason"])]),
+    ):
+        if rounds:
+            sentences.append(f"{what} in {len(rounds)} of {len(run.records)} rounds (first: round {rounds[0] + 1})")
+    return sentences
+
+
 def load_run(folder: Path) -> FinishedRun:
     """The run in ``folder``; its records are empty if no round was finished.
 
@@ -106,10 +142,10 @@ def load_run(folder: Path) -> FinishedRun:
         raise ValueError(f"{folder / CONFIG} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} must hold a run's settings, got {type(config).__name__}")
-    records = _read_records(folder / METRICS)
+    records = read_lines(folder / METRICS)
     recorded = {record["round"] for record in records}
     # A run that was killed and resumed may have timed a round twice: the last time counts, like the round that was kept.
-    times = {line["round"]: line for line in _read_records(folder / TIMES) if line["round"] in recorded}
+    times = {line["round"]: line for line in read_lines(folder / TIMES) if line["round"] in recorded}
     return FinishedRun(config, folder, records, [times[number] for number in sorted(times)])
 
 
@@ -164,13 +200,3 @@ def _attack(settings: dict[str, Any]) -> str:
 
 def _of_rates(reduce: Callable[[list[float]], float], rates: list[float]) -> float | None:
     return reduce(rates) if rates else None
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    try:
-        records = read_lines(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is no file of JSON lines: {error}") from error
-    if not all(isinstance(record, dict) and isinstance(record.get("round"), int) for record in records):
-        raise ValueError(f"{path} must hold one JSON object with a round in each line")
-    return records

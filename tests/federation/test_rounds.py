@@ -4,7 +4,9 @@ import dataclasses
 import json
 import multiprocessing
 import random
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from skymask_gpu.federation.rounds import (
     run_rounds,
 )
 from skymask_gpu.federation.sweep import _play
-from skymask_gpu.files import append_line, read_lines, read_tensors, write_whole
+from skymask_gpu.files import append_line, read_lines, read_tensors, write_tensors, write_whole
 
 SMALL = RunConfig(
     rounds=4,
@@ -233,6 +235,105 @@ def test_a_checkpoint_without_its_metrics_is_refused_and_clearing_removes_result
     clear_results(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     assert not has_results(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Path]:
+    """Four rounds of plain averaging and their folder, to be copied and damaged."""
+    config = dataclasses.replace(SMALL, defence=DefenceConfig(rule="fldetector"), local=LocalTraining(steps=1, batch_size=4))
+    federation, folder = Federation.build(config), tmp_path_factory.mktemp("finished")
+    list(run_rounds(federation, folder))
+    return federation, folder
+
+
+def change_line(name: str, line: int, text: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        lines = (folder / name).read_text().splitlines()
+        (folder / name).write_text("\n".join([*lines[:line], *([text] if text else []), *lines[line + 1 :]]) + "\n")
+
+    return change
+
+
+def change_checkpoint(tensors: dict[str, torch.Tensor | None] | None = None, **about: str | None) -> Callable[[Path], None]:
+    """Other tensors or metadata; None takes one out."""
+
+    def change(folder: Path) -> None:
+        before, metadata = read_tensors(folder / CHECKPOINT)
+        after, metadata = {**before, **(tensors or {})}, {**metadata, **about}
+        write_tensors(
+            folder / CHECKPOINT,
+            {name: tensor for name, tensor in after.items() if tensor is not None},
+            {name: text for name, text in metadata.items() if text is not None},
+        )
+
+    return change
+
+
+def cut_short(folder: Path) -> None:
+    (folder / CHECKPOINT).write_bytes((folder / CHECKPOINT).read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change_line(METRICS, 1, "???"), r"metrics\.jsonl, line 2 is no JSON: .*; mend the line, or .*--overwrite"),
+        (change_line(METRICS, 0, '{"round": "1"}'), r"metrics\.jsonl, line 1 must be .* got \"round\": \"1\"; mend"),
+        (change_line(METRICS, 0, '{"round": true}'), r"metrics\.jsonl, line 1 must be .* got \"round\": true"),
+        (change_line(METRICS, 0, '{"round": -1}'), r"metrics\.jsonl, line 1 must be .* got \"round\": -1"),
+        (change_line(METRICS, 3, '{"accuracy": 1}'), r"metrics\.jsonl, line 4 must be .* got none; mend"),
+        (change_line(METRICS, 2, "[2]"), r"metrics\.jsonl, line 3 must be a JSON object"),
+        (change_line(METRICS, 2, "\N{SNOWMAN}"), r"metrics\.jsonl, line 3 is no JSON"),
+        (change_line(METRICS, 2, ""), r"metrics\.jsonl lacks rounds that .*checkpoint\.safetensors has \(2\); put them back"),
+        (change_line(METRICS, 2, '{"round": 1}\n{"round": 2}'), r"metrics\.jsonl has a round twice or out of order"),
+        (change_line(TIMES, 2, "???"), r"times\.jsonl, line 3 is no JSON.*, or remove the file: a run goes on without"),
+        (change_checkpoint(round=None), r"checkpoint\.safetensors is damaged: its metadata .* put a sound copy .*--overwrite"),
+        (change_checkpoint(round="x"), r"checkpoint\.safetensors is damaged: its metadata"),
+        (change_checkpoint(round="-7"), r"checkpoint\.safetensors is damaged: its round must be at least 0, got -7"),
+        (change_checkpoint(config=None), r"checkpoint\.safetensors is damaged: its metadata"),
+        (change_checkpoint(config="[]"), r"checkpoint\.safetensors is damaged: its metadata"),
+        (change_checkpoint({"global_params": None}), r"damaged: global_params must be float32 \(4810,\), it is missing"),
+        (change_checkpoint({"global_params": torch.zeros(7)}), r"damaged: global_params must be .* it is float32 \(7,\)"),
+        (change_checkpoint({"global_params": torch.zeros(4810).double()}), r"damaged: global_params .* it is float64"),
+        (change_checkpoint({"global_params": torch.full((4810,), torch.nan)}), r"damaged: the global model holds NaN or Inf"),
+        (change_checkpoint({"buffer/x": torch.zeros(1)}), r"damaged: buffer/x must be absent, it is float32 \(1,\)"),
+        (change_checkpoint({"rule/mean": None}), r"damaged: rule/mean must be float32 \(4810,\), it is missing"),
+        (cut_short, r"checkpoint\.safetensors is no safetensors file: .* put a sound copy"),
+        (lambda folder: (folder / CHECKPOINT).unlink(), r"has 4 rounds, but .*checkpoint\.safetensors, .* is missing; put it"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_remedy_and_nothing_is_changed(
+    damage: Callable[[Path], None], message: str, finished: tuple[Federation, Path], tmp_path: Path
+) -> None:
+    federation, whole = finished
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    damage(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=message) as error:
+        list(run_rounds(federation, folder))
+    assert str(folder) in str(error.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_lost_times_and_a_lost_last_newline_do_not_stop_a_resume(finished: tuple[Federation, Path], tmp_path: Path) -> None:
+    federation, whole = finished
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    (folder / TIMES).unlink()
+    text = (folder / METRICS).read_text()
+    (folder / METRICS).write_text(text.rstrip("\n"))
+    assert list(run_rounds(federation, folder)) == []
+    assert (folder / METRICS).read_text() == text
+
+
+def test_rounds_that_are_played_again_are_said(finished: tuple[Federation, Path], tmp_path: Path) -> None:
+    federation, whole = finished
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    with (folder / METRICS).open("a") as file:
+        file.write('{"round": 4}\n')
+    with pytest.warns(UserWarning, match="stopped after the checkpoint of round 3 was due; it plays round 4 again"):
+        list(run_rounds(federation, folder))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -165,8 +165,8 @@ def test_failed_cells_are_their_first_lines(tmp_path: Path) -> None:
     [
         ("config.json", "{", r"config\.json is no JSON"),
         ("config.json", "[]", r"config\.json must hold a run's settings, got list"),
-        ("metrics.jsonl", "{]\n", r"metrics\.jsonl is no file of JSON lines"),
-        ("times.jsonl", '{"aggregation": 1}\n', r"times\.jsonl must hold one JSON object with a round in each line"),
+        ("metrics.jsonl", "{]\n", r"metrics\.jsonl, line 1 is no JSON"),
+        ("times.jsonl", '{"aggregation": 1}\n', r"times\.jsonl, line 1 must be a JSON object with a whole number \"round\""),
     ],
 )
 def test_a_broken_file_is_named(file: str, text: str, message: str, tmp_path: Path) -> None:

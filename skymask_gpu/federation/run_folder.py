@@ -1,0 +1,191 @@
+"""A run's folder: which files it holds, how a checkpoint is written and read, and which lines a resumed run goes on from.
+
+A file that somebody damaged is refused with an error that names it and the remedy; nothing is dropped without a word.
+"""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from skymask_gpu.federation.config import RunConfig
+from skymask_gpu.files import read_lines, read_metadata, read_tensors, write_tensors
+
+__all__ = [
+    "CHECKPOINT",
+    "CONFIG",
+    "MASKS",
+    "METRICS",
+    "TIMES",
+    "check_same_run",
+    "clear_results",
+    "damaged",
+    "has_results",
+    "kept_lines",
+    "layout",
+    "read_checkpoint",
+    "write_checkpoint",
+]
+
+CHECKPOINT, CONFIG, MASKS, METRICS, TIMES = (
+    "checkpoint.safetensors",
+    "config.json",
+    "masks.safetensors",
+    "metrics.jsonl",
+    "times.jsonl",
+)
+_REMEDY = "put a sound copy in its place, or start anew with --overwrite"
+
+
+def has_results(folder: Path) -> bool:
+    """Whether rounds were recorded in ``folder``."""
+    return (folder / METRICS).exists() or (folder / CHECKPOINT).exists()
+
+
+def clear_results(folder: Path) -> None:
+    """Remove what a run wrote into ``folder``, and nothing else."""
+    for name in (CHECKPOINT, CONFIG, METRICS, TIMES, MASKS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_checkpoint(folder: Path, number: int, config: RunConfig, tensors: dict[str, Tensor]) -> None:
+    """What the round after ``number`` starts from."""
+    about = {"round": str(number), "config": json.dumps(_settings(config)), "layout": json.dumps(layout(tensors))}
+    write_tensors(folder / CHECKPOINT, tensors, about)
+
+
+def read_checkpoint(folder: Path, config: RunConfig, known: dict[str, str], state_prefix: str) -> tuple[int, dict[str, Tensor]]:
+    """The round after which it was written, and its tensors.
+
+    Args:
+        known: the :func:`layout` that the model's tensors must have.
+        state_prefix: what the names of all other tensors begin with; they must be as they were written.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with other settings than ``config``.
+    """
+    path = folder / CHECKPOINT
+    try:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_REMEDY}") from error
+    about = _Checkpoint.read(path, metadata)
+    _refuse_other_settings(about.settings, config, folder)
+    found = layout(tensors)
+    state = {name: kind for name, kind in (about.layout or found).items() if name.startswith(state_prefix)}
+    wanted = known | state
+    for name in (*wanted, *found):
+        if wanted.get(name) != found.get(name):
+            raise damaged(path, f"{name} must be {wanted.get(name, 'absent')}, it is {found.get(name, 'missing')}")
+    return about.round, tensors
+
+
+def check_same_run(config: RunConfig, folder: Path) -> None:
+    """Raise a ValueError if ``folder`` has a checkpoint of a run with other settings, or a damaged one."""
+    path = folder / CHECKPOINT
+    if path.exists():
+        try:
+            metadata = read_metadata(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {_REMEDY}") from error
+        _refuse_other_settings(_Checkpoint.read(path, metadata).settings, config, folder)
+
+
+def _refuse_other_settings(before: dict[str, Any], config: RunConfig, folder: Path) -> None:
+    now = _settings(config)
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}); use another folder or --overwrite")
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Those that decide how a run goes on."""
+    settings = config.to_dict()
+    del settings["rounds"], settings["checkpoint_every"], settings["data"]["data_dir"]
+    return settings
+
+
+def kept_lines(folder: Path, done: int, config: RunConfig) -> dict[str, list[dict[str, Any]]]:
+    """The lines of metrics and times up to round ``done``, by file. Nothing is written.
+
+    Lines of later rounds are left out with a warning: their rounds are played again, and the same lines come out.
+
+    Raises:
+        ValueError: a line is damaged or missing, or the checkpoint is.
+    """
+    checkpoint = folder / CHECKPOINT
+    metrics = read_lines(folder / METRICS)
+    try:
+        times = read_lines(folder / TIMES)
+    except ValueError as error:
+        raise ValueError(f"{error}, or remove the file: a run goes on without its times") from error
+    kept = [record for record in metrics if record["round"] <= done]
+    rounds = [record["round"] for record in kept]
+    if rounds != list(range(done + 1)):
+        lost = sorted(set(range(done + 1)) - set(rounds))
+        what = f"lacks rounds that {checkpoint} has ({_some(lost)})" if lost else "has a round twice or out of order"
+        raise ValueError(f"{folder / METRICS} {what}; put them back, use another folder or start anew with --overwrite")
+    dropped = sorted({record["round"] for record in metrics} - set(rounds))
+    if dropped and done < 0 and len(dropped) > _checkpoint_every(folder, config):
+        raise ValueError(
+            f"{folder / METRICS} has {len(dropped)} rounds, but {checkpoint}, which they are continued from, is missing; "
+            "put it back, or start anew with --overwrite"
+        )
+    if dropped:
+        since = f"the checkpoint of round {done}" if done >= 0 else "the first checkpoint"
+        warnings.warn(
+            f"{folder}: the run was stopped after {since} was due; it plays round {_some(dropped)} again", stacklevel=3
+        )
+    return {METRICS: kept, TIMES: [record for record in times if record["round"] <= done]}
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+
+
+def _checkpoint_every(folder: Path, config: RunConfig) -> int:
+    """Of the run that wrote the folder's lines, which may have had another number than the one that goes on."""
+    try:
+        return int(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["checkpoint_every"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return config.checkpoint_every
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The round after which it was written, and the settings of its run."""
+
+    round: int
+    settings: dict[str, Any]
+    layout: dict[str, str] | None  # None in one that an older version wrote
+
+    @classmethod
+    def read(cls, path: Path, metadata: dict[str, str]) -> "_Checkpoint":
+        """From the file's metadata.
+
+        Raises:
+            ValueError: they are not those of a checkpoint.
+        """
+        try:
+            number, settings = int(metadata["round"]), json.loads(metadata["config"])
+            layout = json.loads(metadata["layout"]) if "layout" in metadata else None
+        except (KeyError, ValueError) as error:
+            raise damaged(path, f"its metadata must hold a round and the run's settings ({error!r})") from error
+        if number < 0:
+            raise damaged(path, f"its round must be at least 0, got {number}")
+        if not isinstance(settings, dict) or not isinstance(layout, dict | None):
+            raise damaged(path, "its metadata must hold the run's settings as a JSON object")
+        return cls(number, settings, layout)
+
+
+def damaged(path: Path, what: str) -> ValueError:
+    """The error of a checkpoint that cannot be gone on from, with the remedy."""
+    return ValueError(f"{path} is damaged: {what}; {_REMEDY}")
+
+
+def layout(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Name -> type and shape; a checkpoint says them once more in its metadata, so that a tensor that was lost is missed."""
+    return {name: f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for name, tensor in tensors.items()}
