@@ -142,8 +142,19 @@ class RunConfig:
                 f"clients_per_round must be between 0 (all) and data.clients = {self.data.clients}, "
                 f"got {self.clients_per_round}"
             )
+        self._check_assumed_malicious()
         # raise now, not after the first round
         _ = self.defence.training, self.defence.clustering_config, self.attack.num_malicious(self.data.clients)
+
+    def _check_assumed_malicious(self) -> None:
+        """Krum and what is built on it are defined for few malicious clients; f that is as many as there are may be more."""
+        clients, f, rule = self.clients_per_round or self.data.clients, self.defence.assumed_malicious, self.defence.rule
+        factor = {"krum": 2, "multi-krum": 2, "bulyan": 4}.get(rule)
+        if factor is not None and f > 0 and clients < factor * f + 3:
+            raise ValueError(
+                f"defence.assumed_malicious must be at most {max(0, (clients - 3) // factor)} for defence.rule {rule!r} and "
+                f"{clients} clients a round (n >= {factor} f + 3), got {f}; take fewer, or -1 for as many as there are"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested tables, as JSON can hold them."""

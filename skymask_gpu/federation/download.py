@@ -89,9 +89,12 @@ def download(name: str, folder: Path) -> list[Path]:
     try:
         from torchvision.datasets.utils import download_url
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        files = ", ".join(_SOURCES[name].md5)
         raise ValueError(
-            f"downloading needs a torchvision that fits torch, import torchvision says: {error}; pip install "
-            "'skymask-gpu[data]' (beside a CPU build of torch: torchvision's CPU build), or put the files into place yourself"
+            f"downloading needs a torchvision that fits torch, import torchvision says: {error}. Nothing else here needs one: "
+            f"fetch {files} from {_SOURCES[name].url} with a browser or curl and put {_place_of(name)} into {folder}. Or: "
+            "pip install 'skymask-gpu[data]'; beside a CPU build of torch: pip install torchvision --index-url "
+            "https://download.pytorch.org/whl/cpu"
         ) from error
 
     source = _SOURCES[name]
@@ -116,6 +119,11 @@ def download(name: str, folder: Path) -> list[Path]:
                 assert content is not None, f"{member} is a file in the archive of this md5"
                 _place(content, folder / member)
         return [folder / member for member in source.members]
+
+
+def _place_of(name: str) -> str:
+    """What a user who fetches the files puts into place."""
+    return f"what is in it ({', '.join(_SOURCES[name].members)})" if _SOURCES[name].members else "them as they are"
 
 
 def _check_md5(path: Path, md5: str, url: str) -> None:

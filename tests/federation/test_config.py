@@ -54,6 +54,14 @@ def test_variants_override_keys_of_the_file(checkout: Path) -> None:
         ("seed = 20240101000000", "seed must be between 0 and"),
         ("[local]\nlr = inf", r"local\.lr must be finite"),
         ("[defence]\nassumed_malicious = -2", r"defence\.assumed_malicious must be at least -1"),
+        (
+            "[data]\nclients = 10\n[defence]\nrule = 'krum'\nassumed_malicious = 9",
+            r"defence\.assumed_malicious must be at most 3 for defence\.rule 'krum' and 10 clients a round .* got 9",
+        ),
+        (
+            "clients_per_round = 10\n[defence]\nrule = 'bulyan'\nassumed_malicious = 2",
+            r"defence\.assumed_malicious must be at most 1 for defence\.rule 'bulyan' and 10 clients a round .* got 2",
+        ),
         ("[defence]\nsolver = 'fusd'", r"defence\.solver must be one of .*; did you mean 'fused'\?"),
         ("[defence]\nmask_steps = 0", r"MaskTraining\.steps must"),
         ("[defence]\nclustering = 'dbscan'", r"Clustering\.rule must"),
@@ -66,6 +74,11 @@ def test_variants_override_keys_of_the_file(checkout: Path) -> None:
 def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_config(write(tmp_path, text))
+
+
+def test_krum_takes_as_many_malicious_clients_as_its_definition(tmp_path: Path) -> None:
+    text = "[data]\nclients = 10\n[defence]\nrule = 'multi-krum'\nassumed_malicious = 3"
+    assert read_config(write(tmp_path, text))[0].defence.assumed_malicious == 3
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
