@@ -52,5 +52,5 @@ setup(
     package_data={"skymask_gpu": ["py.typed"], "skymask_gpu.report": ["*.html.j2"]},
     install_requires=REQUIRED,
     extras_require={"run": RUN, "data": DATA, "cuml": CUML, "test": TEST, "dev": DEV},
-    entry_points={"console_scripts": ["skymask-gpu=skymask_gpu.cli:main"]},
+    entry_points={"console_scripts": ["skymask-gpu=skymask_gpu.__main__:main"]},
 )

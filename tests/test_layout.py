@@ -55,9 +55,22 @@ def test_the_reference_solver_imports_no_kernel(checkout: Path) -> None:
     }
 
 
+def test_the_package_is_light_until_one_of_its_names_is_asked_for() -> None:
+    script = (
+        "import sys, skymask_gpu\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert not hasattr(skymask_gpu, 'SkyMusk')\n"
+        "assert all(hasattr(skymask_gpu, name) for name in skymask_gpu.__all__)\n"
+        "assert set(skymask_gpu.__all__) <= set(dir(skymask_gpu))\n"
+        "assert skymask_gpu.engine.ClientBlocks is not None\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
+
+
 def test_importing_the_package_touches_no_gpu_and_loads_nothing_heavy() -> None:
     script = (
         "import sys, torch, skymask_gpu\n"
+        "skymask_gpu.SkyMask\n"
         "heavy = {'triton', 'numba', 'sklearn', 'matplotlib', 'jinja2', 'torchvision', 'typer'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
