@@ -7,7 +7,7 @@ from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.bench.run import RATIOS, Row
 from skymask_gpu.files import write_text
 
-__all__ = ["is_known", "ratio_text", "write_summary"]
+__all__ = ["is_known", "ratio_text", "seconds", "write_summary"]
 
 # A ratio's interval reaches at most so much above it where the ratio is given as a number.
 _KNOWN = 0.075

@@ -1,8 +1,10 @@
-"""The command line: ``skymask-gpu aggregate | info``, and the commands of ``cli_federation.py``."""
+"""The command line: ``skymask-gpu aggregate | info``, and the commands of the other ``cli_*.py``."""
 
 import math
 import os
 import sys
+import tempfile
+import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,39 +12,97 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
+from typer.core import TyperGroup
 
-from skymask_gpu import cli_bench, cli_federation, cli_profile
+import skymask_gpu
+from skymask_gpu import cli_bench, cli_example, cli_federation, cli_profile
+from skymask_gpu.cli_console import UNCERTAIN, console, errors, warn
+from skymask_gpu.concerns import verdict_concerns
 from skymask_gpu.defence import Aggregation, SkyMask, mean_buffers
-from skymask_gpu.engine import FlatModel
-from skymask_gpu.files import read_tensors, write_tensors, write_text
+from skymask_gpu.files import check_writable, read_tensors, write_tensors, write_text
 from skymask_gpu.info import capabilities, versions
 from skymask_gpu.root import RootTraining
 from skymask_gpu.torchrun import ShardedUpdates, column_mesh, load_own_columns
-from skymask_gpu.user_files import UserUpdates, load_module, load_root, load_updates
+from skymask_gpu.user_files import UserUpdates, flat_model, load_module, load_root, load_updates
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="SkyMask, the mask-based defence of federated learning.")
-console = Console()
-errors = Console(stderr=True)
+_DEBUG = "--debug"
+
+
+class _DebugAnywhere(TyperGroup):
+    """``--debug`` may stand behind the command, too, where one adds it when something went wrong."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = [argument for argument in args if argument != _DEBUG]
+        return super().parse_args(ctx, [_DEBUG, *rest] if len(rest) < len(args) else rest)
+
+
+app = typer.Typer(
+    cls=_DebugAnywhere,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="SkyMask, the mask-based defence of federated learning.",
+)
 cli_federation.register(app)
 cli_bench.register(app)
 cli_profile.register(app)
+cli_example.register(app)
 
 # Rows of a verdict table that still fit on a screen; all are in the JSON report.
 _TABLE_ROWS = 40
+# An aggregated update that is at least so parallel to the global model and so long, both as shares, is no update.
+_PARALLEL, _LONG = 0.9, 0.5
 
 
 def main() -> None:
-    """Run the command line; a wrong argument ends it with one line and exit code 2."""
-    warnings.showwarning = lambda message, *_: errors.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
+    """Run the command line.
+
+    A wrong argument, file or setting (a ValueError or OSError that names it) ends it with one line and exit code 2; the
+    traceback, in case it was our own mistake, goes to a file, or with ``--debug`` to the screen. Any other exception is a bug
+    of this package: its traceback is shown, and the exit code is 1.
+    """
+    warnings.showwarning = lambda message, *_: warn(str(message))
     try:
         app()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         where = f" on rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        _show_traceback(debug=_DEBUG in sys.argv[1:])
         errors.print(f"[red]error{where}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        errors.print("[red]this is a bug of skymask-gpu[/]; please report it with the lines above", soft_wrap=True)
+        sys.exit(1)
+
+
+def _show_traceback(*, debug: bool) -> None:
+    """Of the exception that is being handled, on the screen or in a file of its own."""
+    if debug:
+        traceback.print_exc()
+        return
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="skymask-gpu-", suffix=".log", delete=False, encoding="utf-8") as log:
+            traceback.print_exc(file=log)
+    except OSError:  # no room for it: --debug still shows it
+        return
+    errors.print(f"[dim]traceback: {escape(log.name)} (or --debug)[/]", highlight=False, soft_wrap=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"skymask-gpu {skymask_gpu.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """``--debug`` is read by :func:`main`, ``--version`` by its callback."""
 
 
 @app.command()
@@ -75,6 +135,9 @@ def aggregate(
     root_clip: Annotated[float, typer.Option(help="Clip of each element of its gradient: likewise.")] = 1e-2,
     server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
     solver: Annotated[str, typer.Option(help="reference, vmap, fused, collapsed (approximate, fastest) or auto.")] = "auto",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit code 3, with all files written, if there is no verdict or most are rejected.")
+    ] = False,
 ) -> None:
     """Judge the clients of one round, and write the global model with the benign updates added.
 
@@ -82,6 +145,9 @@ def aggregate(
     """
     if not math.isfinite(server_lr):
         raise ValueError(f"--server-lr must be finite, got {server_lr}")
+    if int(os.environ.get("RANK", "0")) == 0:  # the one that writes
+        inputs = {"--global": global_model, "--updates": updates, "--model": Path(model.rpartition(":")[0]), "--root": root}
+        _check_outputs({"--out": out, **({"--json": json_report} if json_report is not None else {})}, inputs)
     try:
         global_state, metadata = read_tensors(global_model)
     except ValueError as error:
@@ -89,7 +155,7 @@ def aggregate(
     module = load_module(model, global_state)
     root_inputs, root_labels = load_root(root)
     root_training = RootTraining(lr=root_lr, grad_clip=root_clip)
-    flat = FlatModel(module, root_inputs, root_labels)
+    flat = flat_model(model, module, root_inputs, root_labels)
     with column_mesh() as mesh:
         is_first = mesh is None or mesh.get_rank() == 0
         console.quiet = not is_first
@@ -107,22 +173,80 @@ def aggregate(
                 solver = "collapsed"  # what one process takes for a folder: the same labels for any number of ranks
         defence = SkyMask(module, root_inputs, root_labels, root_training=root_training, solver=solver, device=device)
         with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
-            result = defence.aggregate(sent.updates)
+            result = _aggregate(defence, sent, local_models)
         verdict = _verdict_json(result, sent) if json_report is not None else ""
     if not is_first:
         return
 
+    _refuse_wrong_form(result.update.cpu(), flat.initial_params, local_models)
     _print_verdict(result, sent)
     buffers = mean_buffers(sent.buffers, result.benign) if isinstance(sent, ShardedUpdates) else result.buffers
     new_state = dict(global_state)
     new_params = flat.initial_params + server_lr * result.update.cpu()
     new_state.update({name: value.to(global_state[name].dtype) for name, value in flat.unflatten(new_params).items()})
     new_state.update({name: value.to(global_state[name].dtype) for name, value in buffers.items()})
+    if not all(torch.isfinite(value).all() for value in new_state.values() if value.is_floating_point()):
+        raise ValueError(f"--server-lr: the new global model would hold NaN or Inf with {server_lr:g}; take a smaller one")
     write_tensors(out, new_state, metadata)
-    console.print(f"new global model: {out}")
+    console.print(f"new global model: {out}", soft_wrap=True, highlight=False)
     if json_report is not None:
         write_text(json_report, verdict)
-        console.print(f"verdict: {json_report}")
+        console.print(f"verdict: {json_report}", soft_wrap=True, highlight=False)
+    num_clients = len(sent.names) + len(sent.unreadable)
+    concerns = verdict_concerns(num_clients, num_clients - int(result.benign.sum()), result.clusters.reason)
+    for sentence in concerns:
+        warn(sentence)
+    if strict and concerns:
+        raise typer.Exit(UNCERTAIN)
+
+
+def _check_outputs(outputs: dict[str, Path], inputs: dict[str, Path]) -> None:
+    """Before any work: whether each output can be written, and would overwrite nothing that is needed.
+
+    Raises:
+        ValueError: not; the option is named. ``--out`` may be ``--global``, which it replaces as a whole.
+    """
+    taken = {name: path.resolve() for name, path in inputs.items()}
+    for option, path in outputs.items():
+        target = path.resolve()
+        for other, where in taken.items():
+            if target == where and (option, other) != ("--out", "--global"):
+                raise ValueError(f"{option}: {path} is the file of {other}, which would be overwritten; name another file")
+        if target.parent == taken["--updates"] and target.suffix == ".safetensors" and not target.name.startswith("."):
+            raise ValueError(f"{option}: {path} would count as a client of the next round; name a file outside {target.parent}")
+        check_writable(option, path)
+        taken[option] = target
+
+
+def _aggregate(defence: SkyMask, sent: UserUpdates, local_models: bool) -> Aggregation:
+    try:
+        return defence.aggregate(sent.updates)
+    except ValueError as error:
+        # what the library says of rows that are the global model again, which here come from subtracting it once too often
+        if local_models and "as long as the global model" in str(error):
+            raise ValueError(f"{error}. {_form_remedy(local_models)}") from error
+        raise
+
+
+def _form_remedy(local_models: bool) -> str:
+    if local_models:
+        return "--updates: if the files hold updates (local minus global), leave --local-models out"
+    return "--updates: if the files hold local models, add --local-models"
+
+
+def _refuse_wrong_form(update_P: Tensor, global_params_P: Tensor, local_models: bool) -> None:
+    """Local models taken for updates add up to the global model once more; updates taken for local models, to its removal."""
+    update, model = update_P.double(), global_params_P.double()
+    lengths = torch.linalg.vector_norm(update), torch.linalg.vector_norm(model)
+    if lengths[0] < _LONG * lengths[1] or lengths[1] == 0:
+        return
+    cosine = float(update @ model / (lengths[0] * lengths[1]))
+    if cosine * (-1 if local_models else 1) > _PARALLEL:
+        raise ValueError(
+            f"the mean update is as long as the global model ({float(lengths[0] / lengths[1]):.2f} times) and "
+            f"{'anti' if local_models else ''}parallel to it (cosine {cosine:.3f}), nothing was written. "
+            f"{_form_remedy(local_models)}"
+        )
 
 
 def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:

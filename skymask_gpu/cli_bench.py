@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from skymask_gpu.cli_console import console, extra_named
 
 if TYPE_CHECKING:
     from skymask_gpu.bench.run import Row
 
-console = Console()
+
+# Rows of the final table that still fit on a screen; all are in summary.md.
+_TABLE_ROWS = 40
 
 
 def register(app: typer.Typer) -> None:
@@ -29,11 +33,9 @@ def bench(
     """Time the solvers and the aggregation rules beside their floors; a result that is wrong gets no time."""
     import torch
 
-    try:
+    with extra_named("run"):
         from skymask_gpu.bench.plots import plot_memory, plot_split, plot_time
         from skymask_gpu.bench.run import FULL, QUICK, count_rows, measure_cases, write_rows
-    except ModuleNotFoundError as error:
-        raise ValueError(f"this command needs {error.name}: pip install 'skymask-gpu[run]'") from error
     from skymask_gpu.bench.cases import CASES
     from skymask_gpu.bench.measure import freed_memory_kept
     from skymask_gpu.bench.summary import write_summary
@@ -68,6 +70,7 @@ def bench(
         plot(rows, folder / name)
     bad = [row for row in rows if row.status in ("wrong", "failed")]
     timed = sum(row.status == "ok" for row in rows)
+    console.print(_table(rows))
     console.print(
         f"{timed} of {len(rows)} rows have a time, {len(bad)} are wrong or failed: {folder}/summary.md", soft_wrap=True
     )
@@ -76,6 +79,24 @@ def bench(
         raise typer.Exit(130)
     if bad:
         raise typer.Exit(1)
+
+
+def _table(rows: "list[Row]") -> Table:
+    """What has a time; the summary says more."""
+    from skymask_gpu.bench.summary import ratio_text, seconds
+
+    table = Table("case", "N", "what", title="times; x: ratios to what was measured in this run")
+    for column in ("time", "x reference", "x passes", "x mean", "peak MiB"):
+        table.add_column(column, justify="right")
+    timed = [row for row in rows if row.status == "ok" and row.median_s is not None]
+    for row in timed[:_TABLE_ROWS]:
+        ratios = [ratio_text(row.ratio(name)) for name in ("to_reference", "to_passes", "to_mean")]
+        memory = "unknown" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
+        case = f"{row.case}, {row.dtype}"
+        table.add_row(case, f"{row.clients:,}", escape(row.provider), seconds(row.median_s or 0.0), *ratios, memory)
+    if len(timed) > _TABLE_ROWS:
+        table.add_row("...", "", f"{len(timed) - _TABLE_ROWS} more in summary.md")
+    return table
 
 
 def _what(row: "Row") -> str:

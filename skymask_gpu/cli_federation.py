@@ -1,19 +1,21 @@
 """The commands of simulated federations: ``skymask-gpu run | sweep | report | data``."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console()
+from skymask_gpu.cli_console import UNCERTAIN, console, extra_named, resumable, warn
+from skymask_gpu.files import locked
+
+if TYPE_CHECKING:
+    from skymask_gpu.report import FinishedRun
 
 DataDir = Annotated[Path | None, typer.Option(help="Folder with the data set's standard files.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a stopped run left off.")]
@@ -35,12 +37,18 @@ def run(
     data_dir: DataDir = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Exit code 3 if a run diverged or, in any round, SkyMask had no verdict or rejected most."
+        ),
+    ] = False,
 ) -> None:
     """Simulate a federated run round by round, and report it with plots and one HTML page."""
-    with _extra_named("run"):
+    with extra_named("run"):
         from skymask_gpu.federation.config import read_config
         from skymask_gpu.federation.data import load_dataset
-        from skymask_gpu.federation.rounds import Federation, clear_results, has_results, run_rounds
+        from skymask_gpu.federation.rounds import Federation, clear_results, has_results
 
     runs = _with_data(read_config(config), data_dir)
     folder = out or Path("runs") / config.stem
@@ -51,21 +59,44 @@ def run(
         keys = {(r.data.dataset, r.data.data_dir) for r in runs}
         datasets = {(name, where): load_dataset(name, Path(where) if where else None) for name, where in keys}
         federations = [Federation.build(r, datasets[r.data.dataset, r.data.data_dir]) for r in runs]
-    if overwrite:
-        for existing in folders:
-            clear_results(existing)
-    try:
-        with _progress("{task.description:<20}") as progress:
-            for settings, federation, run_folder in zip(runs, federations, folders, strict=True):
-                task = progress.add_task(settings.name, total=settings.rounds, status="")
-                for record in run_rounds(federation, run_folder, partial(_show_status, progress, task)):
-                    progress.update(task, completed=record["round"] + 1)
-                    progress.console.print(f"[dim]{settings.name}, round {record['round'] + 1}: {_status(record)}[/]")
-                progress.update(task, completed=settings.rounds, status="done")
-    except KeyboardInterrupt:
-        console.print(f"stopped; go on with: skymask-gpu run {config} --out {folder} --resume", soft_wrap=True)
-        raise typer.Exit(130) from None
-    _report(config.stem, folder)
+    with ExitStack() as locks:
+        for path in dict.fromkeys([folder, *folders]):
+            locks.enter_context(locked(path))
+        # another run may have come and gone while this one loaded
+        _check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
+        if overwrite:
+            for existing in folders:
+                clear_results(existing)
+        with resumable("run", config, "--out", folder, *_given("--data-dir", data_dir), *["--strict"] * strict, "--resume"):
+            _play(runs, federations, folders)
+            finished = _report(config.stem, folder)
+    _warn_of(finished, strict=strict)
+
+
+def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:
+    from skymask_gpu.federation.rounds import run_rounds
+
+    with _progress("{task.description:<20}") as progress:
+        for settings, federation, run_folder in zip(runs, federations, folders, strict=True):
+            task = progress.add_task(escape(settings.name), total=settings.rounds, status="")
+            for record in run_rounds(federation, run_folder, partial(_show_status, progress, task)):
+                progress.update(task, completed=record["round"] + 1)
+                line = escape(f"{settings.name}, round {record['round'] + 1}: {_status(record)}")
+                progress.console.print(f"[dim]{line}[/]", soft_wrap=True)
+            progress.update(task, completed=settings.rounds, status="done")
+
+
+def _warn_of(finished: "list[FinishedRun]", *, strict: bool) -> None:
+    """Say what somebody who reads the numbers must know besides; with ``strict`` the exit code says so, too."""
+    from skymask_gpu.report import concerns
+
+    sentences = [f"{run.name}: {sentence}" for run in finished for sentence in concerns(run)]
+    for sentence in sentences[:_TABLE_ROWS]:
+        warn(sentence)
+    if len(sentences) > _TABLE_ROWS:
+        warn(f"... and {len(sentences) - _TABLE_ROWS} more of this kind")
+    if strict and sentences:
+        raise typer.Exit(UNCERTAIN)
 
 
 def sweep(
@@ -77,38 +108,51 @@ def sweep(
     overwrite: Overwrite = False,
 ) -> None:
     """Play every combination of a grid (attacks, rules, shares, numbers of clients, seeds ...), and report them as tables."""
-    with _extra_named("run"):
+    with extra_named("run"):
         from skymask_gpu.federation.config import read_grid
-        from skymask_gpu.federation.sweep import check_cells, clear_cells, has_cells, play_cells
+        from skymask_gpu.federation.sweep import check_cells, check_inputs, clear_cells, has_cells
 
     cells = _with_data(read_grid(config), data_dir)
     folder = out or Path("runs") / config.stem
     _check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
-    if overwrite:
-        clear_cells(folder, cells)
-    check_cells(folder, cells)
-    failed, done = {}, 0
-    try:
-        with _progress("{task.description}") as progress:
-            total = progress.add_task(f"{len(cells)} cells, rounds", total=sum(c.rounds for c in cells), status="")
-            rounds = dict.fromkeys((c.name for c in cells), 0)
-            for cell in play_cells(cells, folder, jobs):
-                name = cell.config.name
-                rounds[name] = cell.rounds if cell.state != "failed" else cell.config.rounds
-                if cell.state == "failed":
-                    failed[name] = cell.error
-                    progress.console.print(f"[red]failed:[/] {escape(name)}: {escape(cell.error)}", soft_wrap=True)
-                done += cell.state == "done"
-                status = f"{done} done, {len(failed)} failed, last {escape(name)}"
-                progress.update(total, completed=sum(rounds.values()), status=status)
-    except KeyboardInterrupt:
-        console.print(f"stopped; go on with: skymask-gpu sweep {config} --out {folder} --resume", soft_wrap=True)
-        raise typer.Exit(130) from None
+    if not overwrite:
+        check_cells(folder, cells)
+    # for all cells together: what is missing is said once, before anything is overwritten
+    with console.status("loading ..."):
+        check_inputs(cells)
+    command = ["sweep", config, "--out", folder, *_given("--data-dir", data_dir), "--jobs", jobs, "--resume"]
+    with locked(folder), resumable(*command):
+        # another sweep may have come and gone while this one loaded
+        _check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
+        if overwrite:
+            clear_cells(folder, cells)
+        done, failed = _play_cells(cells, folder, jobs)
+        finished = _report(config.stem, folder) if done else []
     if done:
-        _report(config.stem, folder)
+        _warn_of([run for run in finished if run.diverged], strict=False)
     if failed:
         console.print(f"[red]{len(failed)} of {len(cells)} cells failed[/]; --resume tries them again", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _play_cells(cells: list[Any], folder: Path, jobs: int) -> tuple[int, dict[str, str]]:
+    """How many cells are done, and the error of each that failed, by name."""
+    from skymask_gpu.federation.sweep import play_cells
+
+    failed, done = {}, 0
+    with _progress("{task.description}") as progress:
+        total = progress.add_task(f"{len(cells)} cells, rounds", total=sum(c.rounds for c in cells), status="")
+        rounds = dict.fromkeys((c.name for c in cells), 0)
+        for cell in play_cells(cells, folder, jobs):
+            name = cell.config.name
+            rounds[name] = cell.rounds if cell.state == "running" else cell.config.rounds
+            if cell.state == "failed":
+                failed[name] = cell.error
+                progress.console.print(f"[red]failed:[/] {escape(name)}: {escape(cell.error)}", soft_wrap=True)
+            done += cell.state == "done"
+            status = f"{done} done, {len(failed)} failed, last {escape(name)}"
+            progress.update(total, completed=sum(rounds.values()), status=status)
+    return done, failed
 
 
 def report(
@@ -130,12 +174,9 @@ def data(
     console.print(f"{name}: {folder}")
 
 
-@contextmanager
-def _extra_named(extra: str) -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ValueError(f"this command needs {error.name}: pip install 'skymask-gpu[{extra}]'") from error
+def _given(option: str, value: object) -> list[object]:
+    """The option as it stands on a command line, or nothing."""
+    return [] if value is None else [option, value]
 
 
 def _with_data(runs: list[Any], data_dir: Path | None) -> list[Any]:
@@ -163,8 +204,9 @@ def _progress(description: str) -> Progress:
     )
 
 
-def _report(title: str, folder: Path) -> None:
-    with _extra_named("run"):
+def _report(title: str, folder: Path) -> "list[FinishedRun]":
+    """Write the report, print its table, and give out the runs it is of."""
+    with extra_named("run"):
         from skymask_gpu.report import COLUMNS, NOTE, load_runs, write_report
 
     runs = load_runs(folder)
@@ -179,6 +221,7 @@ def _report(title: str, folder: Path) -> None:
     console.print(NOTE, style="dim")
     for name, path in written.paths().items():
         console.print(f"{name + ':':20}{path}", soft_wrap=True)
+    return runs
 
 
 def _show_status(progress: Progress, task: TaskID, text: str) -> None:
@@ -196,4 +239,6 @@ def _status(record: dict[str, Any]) -> str:
     ):
         if record[key] is not None:
             parts.append(f"{name} {record[key]:.0%}")
+    if record["diverged"]:
+        parts.append("diverged: NaN or Inf in the global model, the run ends here")
     return ", ".join(parts)

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from skymask_gpu.cli_console import console, extra_named
+
 if TYPE_CHECKING:
     from skymask_gpu.engine.profiling import Profile
     from skymask_gpu.profile import RoundProfile
-
-console = Console()
 
 
 def register(app: typer.Typer) -> None:
@@ -29,12 +28,10 @@ def profile(
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set's standard files.")] = None,
 ) -> None:
     """Where the server's time, traffic and memory go in a run's first round: table, plot and Chrome trace."""
-    try:
+    with extra_named("run"):
         from skymask_gpu.federation.config import read_config
         from skymask_gpu.federation.rounds import Federation
         from skymask_gpu.profile import NOTE, FirstRound, choose_run, profile_rounds, write_profiles, write_trace
-    except ModuleNotFoundError as error:
-        raise ValueError(f"this command needs {error.name}: pip install 'skymask-gpu[run]'") from error
 
     run = choose_run(read_config(config))
     if data_dir is not None:

@@ -2,7 +2,10 @@
 
 import importlib.util
 import sys
+import traceback
+import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.files import check_tensors, read_tensors
+from skymask_gpu.files import check_regular, check_tensors, read_tensors
 
-__all__ = ["UserUpdates", "build_module", "load_module", "load_root", "load_updates"]
+__all__ = ["UserUpdates", "build_module", "flat_model", "load_module", "load_root", "load_updates"]
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,53 @@ def build_module(option: str, spec: str) -> nn.Module:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         module_spec.loader.exec_module(python_module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{option}: {path} cannot be imported: {_what_and_where(error, path)}") from error
     finally:
         sys.path.pop(0)
     if not hasattr(python_module, name):
         raise ValueError(f"{option}: {path} has no {name!r}")
     try:
         module = getattr(python_module, name)()
-    except TypeError as error:
-        raise ValueError(f"{option}: {name}() must be callable without arguments: {error}") from error
+    except (Exception, SystemExit) as error:
+        if isinstance(error, TypeError) and _line_in(path, error) is None:  # the call itself, nothing inside the class
+            raise ValueError(f"{option}: {name}() must be callable without arguments: {error}") from error
+        raise ValueError(f"{option}: {name}() cannot be made: {_what_and_where(error, path)}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{option}: {name}() must return a torch.nn.Module, got {type(module).__name__}")
     return module
+
+
+def _what_and_where(error: BaseException, path: Path) -> str:
+    """The error in one line, and the line of the user's file that it comes from."""
+    line = error.lineno if isinstance(error, SyntaxError) else _line_in(path, error)
+    where = "" if line is None else f" ({path}, line {line})"
+    message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}{where}"
+
+
+def _line_in(path: Path, error: BaseException) -> int | None:
+    """The innermost line of the file that the error went through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return lines[-1] if lines else None
+
+
+def flat_model(spec: str, module: nn.Module, root_inputs: Tensor, root_labels: Tensor) -> FlatModel:
+    """The :class:`FlatModel` of the user's module, which is evaluated once: what is wrong in it is said before any work.
+
+    Raises:
+        ValueError: the module or the loss raises; the error names the line of the user's file.
+    """
+    try:
+        return FlatModel(module, root_inputs, root_labels)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        cause, path = error.__cause__ or error, Path(spec.rpartition(":")[0])
+        if isinstance(error, ValueError) and _line_in(path, cause) is None:
+            raise
+        what = _what_and_where(cause, path)
+        raise ValueError(f"--model: {spec} cannot be evaluated on the root data (--root): {what}") from error
 
 
 def load_module(spec: str, state: Mapping[str, Tensor]) -> nn.Module:
@@ -77,18 +116,26 @@ def load_root(path: Path) -> tuple[Tensor, Tensor]:
     """``inputs`` and ``labels`` of an npz file.
 
     Raises:
-        ValueError: no such file, or it lacks one of the two, or holds Python objects.
+        ValueError: no such file, it is damaged, lacks one of the two, or holds Python objects or single numbers.
     """
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise ValueError(f"--root: {error}") from error
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file}
-    except FileNotFoundError as error:
-        raise ValueError(f"--root: no file {path}") from error
-    except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--root: {path} is no npz file of plain arrays: {error}") from error
+    except MemoryError as error:
+        raise ValueError(f"--root: {path} says that it holds more than fits in memory: {error}") from error
+    except (OSError, EOFError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        what = str(error) or type(error).__name__
+        raise ValueError(f"--root: {path} is no npz file of plain arrays: {what}") from error
     if not {"inputs", "labels"} <= arrays.keys():
         raise ValueError(f"--root: {path} must hold arrays 'inputs' and 'labels', it has {', '.join(arrays) or 'none'}")
     inputs, labels = arrays["inputs"], arrays["labels"]
+    if inputs.dim() == 0 or labels.dim() == 0:
+        shapes = f"{tuple(inputs.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"--root: 'inputs' and 'labels' of {path} must have one entry for each sample, got shapes {shapes}")
     return inputs.float() if inputs.is_floating_point() else inputs, labels if labels.is_floating_point() else labels.long()
 
 
@@ -137,9 +184,15 @@ class _StateDictFiles(Sequence[Mapping[str, Tensor]]):
 
 
 def _from_folder(folder: Path, model: FlatModel, global_state: Mapping[str, Tensor], local_models: bool) -> UserUpdates:
-    files = sorted(folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors"))
+    # what an upload that was broken off leaves behind is no client, and would be a copy of the one that came through
+    hidden = [file.name for file in found if file.name.startswith(".")]
+    files = [file for file in found if not file.name.startswith(".")]
+    if hidden:
+        names = ", ".join(hidden[:3]) + (", ..." if len(hidden) > 3 else "")
+        warnings.warn(f"--updates: {len(hidden)} hidden files in {folder} were passed over: {names}", stacklevel=4)
     if not files:
-        raise ValueError(f"--updates: no *.safetensors file in {folder}")
+        raise ValueError(f"--updates: no *.safetensors file in {folder} that is not hidden")
     readable, unreadable = [], {}
     for file in files:
         try:

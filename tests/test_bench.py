@@ -866,6 +866,8 @@ def test_the_command_keeps_what_is_there_when_it_is_stopped(tmp_path: Path, monk
     monkeypatch.setattr(run, "measure_cases", stopped)
     done = CliRunner().invoke(app, ["bench", "--quick", "--out", str(tmp_path / "bench")])
     assert done.exit_code == 130
+    assert "x reference" in done.output
+    assert "mean" in done.output, "what was measured is printed as a table"
     assert events == ["kept", "measuring", "given back"]
     assert run.read_rows(tmp_path / "bench" / "bench.csv") == made_rows()[:1]
     assert (tmp_path / "bench" / "time.png").exists()

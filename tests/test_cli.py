@@ -170,7 +170,7 @@ def test_aggregate_names_the_option_that_is_wrong(
     """In this process, to be quick: the command line's own main, its message and its exit code."""
     options = {
         "--global": files["global"], "--updates": files["updates"], "--model": f"{files['my_model']}:Net",
-        "--root": files["root"], "--out": tmp_path / "new.safetensors", **change(files, tmp_path),
+        "--root": files["root"], "--out": tmp_path / "out" / "new.safetensors", **change(files, tmp_path),
     }  # fmt: skip
     from skymask_gpu import cli
 
@@ -181,7 +181,7 @@ def test_aggregate_names_the_option_that_is_wrong(
             cli.main()
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "new.safetensors").exists()
+    assert not (tmp_path / "out" / "new.safetensors").exists()
 
 
 def test_a_root_file_with_python_objects_is_refused(files: Files, tmp_path: Path) -> None:

@@ -16,10 +16,22 @@ from pathlib import Path
 import torch
 
 from skymask_gpu.federation.config import RunConfig
+from skymask_gpu.federation.data import load_dataset
+from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.rounds import METRICS, Federation, check_same_run, clear_results, run_rounds
-from skymask_gpu.files import write_text
+from skymask_gpu.files import locked, write_text
 
-__all__ = ["CELLS", "ERROR", "CellState", "cell_folder", "check_cells", "clear_cells", "has_cells", "play_cells"]
+__all__ = [
+    "CELLS",
+    "ERROR",
+    "CellState",
+    "cell_folder",
+    "check_cells",
+    "check_inputs",
+    "clear_cells",
+    "has_cells",
+    "play_cells",
+]
 
 CELLS, ERROR = "cells", "error.txt"
 _POLL_SECONDS = 0.2
@@ -56,6 +68,19 @@ def check_cells(folder: Path, configs: list[RunConfig]) -> None:
     """Raise a ValueError if a cell's folder holds a run with other settings."""
     for config in configs:
         check_same_run(config, cell_folder(folder, config))
+
+
+def check_inputs(configs: list[RunConfig]) -> None:
+    """Load each data set and build each model once, so that what no cell could do without is missed before the first one.
+
+    Raises:
+        ValueError: a data set's files are missing or damaged, or a model does not fit.
+    """
+    for name, where in dict.fromkeys((c.data.dataset, c.data.data_dir) for c in configs):
+        dataset = load_dataset(name, Path(where) if where else None)
+        shape = tuple(dataset.train_inputs.shape[1:])
+        for model in dict.fromkeys(c.model.name for c in configs if (c.data.dataset, c.data.data_dir) == (name, where)):
+            build_model(model, shape, dataset.num_classes, seed=0)
 
 
 def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[CellState]:
@@ -119,8 +144,10 @@ def _threads_for(jobs: int) -> Iterator[None]:
 def _play(config: RunConfig, folder: Path) -> None:
     """In the cell's own process: all rounds, or the error on disk and exit status 1."""
     try:
-        for _ in run_rounds(Federation.build(config), folder):
-            pass
+        # a cell of a sweep that was killed may still play
+        with locked(folder):
+            for _ in run_rounds(Federation.build(config), folder):
+                pass
     except Exception as error:
         write_text(folder / ERROR, f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
         raise SystemExit(1) from None
