@@ -4,14 +4,16 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 # `python -m` must not find the checkout's own skymask_gpu/ before the installed one.
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint typecheck bench wheel clean
+.PHONY: help install demo test test-slow test-portable portable-plain portable-avx2 portable-native test-oldest \
+	lint typecheck bench wheel clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # --- environments -----------------------------------------------------------------------------
 $(BIN)/python:
@@ -25,6 +27,14 @@ $(VENV)/.run: setup.py pyproject.toml | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+# The oldest versions that setup.py admits, read from there: whoever raises a bound there moves this along.
+$(OLDEST)/.test: setup.py Makefile
+	@$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q $$(grep -oE '[a-z][a-z0-9-]+>=[0-9.]+' setup.py | sed 's/>=/==/' \
+		| grep -vE '^(torchvision|cuml-cu13|ruff|mypy|build)==')
+	$(OLDEST)/bin/pip install -q --no-deps -e .
 	@touch $@
 
 install: $(VENV)/.run  ## make .venv with everything `skymask-gpu` needs
@@ -44,6 +54,31 @@ test: $(VENV)/.dev  ## the whole fast test suite
 test-slow: $(VENV)/.dev  ## the experiments behind the README's claims (many minutes)
 	$(BIN)/pytest -m slow
 
+# What a processor's rounding may change: kernels, solvers, clustering, rules, attacks, local training, whole verdicts.
+PORTABLE := tests/kernels tests/engine tests/test_defence.py tests/test_distributed.py \
+	tests/federation/test_local_training.py tests/federation/test_models.py tests/federation/test_rules.py \
+	tests/federation/test_attacks.py
+# Triton's interpreter and its offline compile do not depend on the processor, and take half the time.
+NUMERIC = $(BIN)/pytest -q -n auto --dist loadfile -m 'not slow' -k 'not triton and not offline' $(PORTABLE)
+
+test-portable: portable-plain portable-avx2 portable-native  ## the numeric tests as on other processors (x86)
+
+# No vectors beyond SSE, no fused multiply-add; MKL as on any processor. Empty features: else Numba adds this processor's.
+portable-plain: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=default NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES= ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	OMP_NUM_THREADS=1 $(NUMERIC)
+
+portable-avx2: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=avx2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 \
+	OMP_NUM_THREADS=1 $(NUMERIC)
+
+# This processor, with sums shared among threads; `make test` has one thread a worker.
+portable-native: $(VENV)/.dev
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(NUMERIC)
+
+test-oldest: $(OLDEST)/.test  ## kernels and engine with the oldest versions that setup.py admits, in .venv-oldest
+	$(OLDEST)/bin/pytest -q -n auto --dist loadfile -m 'not slow' tests/kernels tests/engine
+
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,5 +94,5 @@ wheel: $(VENV)/.dev  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) build dist demo-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(OLDEST) build dist demo-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

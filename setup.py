@@ -30,7 +30,7 @@ CUML = ["cuml-cu13>=26.10; platform_system == 'Linux'"]
 TEST = [
     *RUN,
     "triton>=3.6,<3.10; platform_system == 'Linux'",
-    "pytest>=8",
+    "pytest>=8.4",
     "pytest-xdist>=3.5",
     "pytest-benchmark>=4",
     "hypothesis>=6.100",

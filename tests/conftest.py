@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # one thread a worker: workers that share cores and spin at each other's barriers are many times slower
+    # one thread a worker unless more are asked for: workers that share cores and spin at barriers are many times slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -25,7 +25,7 @@ CHECKOUT = Path(__file__).parent.parent
 
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
