@@ -44,12 +44,12 @@ def test_every_model_is_sized_here() -> None:
 @pytest.mark.parametrize("name", ["mlp", "logreg", "cnn", "resnet20-gn", "resnet18-gn", "vit"])
 def test_gradients_of_two_clients_at_once_equal_a_loop(name: str, generator: torch.Generator) -> None:
     shape = (1, 28, 28) if name == "cnn" else (3, 8, 8)
-    module = build_model(name, shape, 10, seed=0)
+    module = build_model(name, shape, 10, seed=0).double()  # in float32, kinks make a gradient jump by rounding
     params_C = {
-        key: torch.stack([p.detach(), p.detach() + 0.01 * torch.randn(p.shape, generator=generator)])
+        key: torch.stack([p.detach(), p.detach() + 0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype)])
         for key, p in module.named_parameters()
     }
-    inputs_CB, labels_CB = torch.randn(2, 4, *shape, generator=generator), torch.arange(8).view(2, 4)
+    inputs_CB, labels_CB = torch.randn(2, 4, *shape, generator=generator, dtype=torch.float64), torch.arange(8).view(2, 4)
 
     def loss(params: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(module, params, (inputs,)), labels)
@@ -63,15 +63,15 @@ def test_gradients_of_two_clients_at_once_equal_a_loop(name: str, generator: tor
         F.cross_entropy(module(inputs_CB[client]), labels_CB[client]).backward()
         for key, p in module.named_parameters():
             error = (together[key][client] - p.grad).norm() / p.grad.norm()
-            assert error < 2e-5, f"{key}: {error}"
+            assert error < 1e-10, f"{key}: {error}"
 
 
 @pytest.mark.parametrize("name", ["resnet20-gn", "resnet18-gn", "vit"])
 def test_a_sample_is_treated_by_itself(name: str, generator: torch.Generator) -> None:
-    module = build_model(name, (3, 8, 8), 10, seed=0)
+    module = build_model(name, (3, 8, 8), 10, seed=0).double()
     assert not list(module.buffers())
-    images = torch.randn(3, 3, 8, 8, generator=generator)
-    torch.testing.assert_close(module(images)[1:2], module(images[1:2]), atol=1e-5, rtol=1e-5)
+    images = torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(module(images)[1:2], module(images[1:2]), atol=1e-10, rtol=0)
 
 
 def test_batch_and_group_norm_are_what_their_names_say() -> None:
@@ -107,12 +107,12 @@ def test_resnet20_is_the_network_of_the_paper(generator: torch.Generator) -> Non
 
 def test_vit_is_attention_over_patches(generator: torch.Generator) -> None:
     """Against PyTorch's own layer with the same weights, and patches cut by hand."""
-    module = build_model("vit", (3, 32, 32), 10, seed=0).eval()
-    images = torch.randn(2, 3, 32, 32, generator=generator)
+    module = build_model("vit", (3, 32, 32), 10, seed=0).eval().double()
+    images = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
     cut = [images[:, :, row : row + 4, column : column + 4].flatten(1) for row in range(0, 32, 4) for column in range(0, 32, 4)]
     x = torch.stack(cut, 1) @ module.embed.weight.T + module.embed.bias + module.position
     for block in module.blocks:
-        layer = nn.TransformerEncoderLayer(64, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(64, 4, 128, 0.0, "gelu", batch_first=True, norm_first=True).double()
         layer.load_state_dict(
             {
                 "self_attn.in_proj_weight": block.qkv.weight,
@@ -126,7 +126,7 @@ def test_vit_is_attention_over_patches(generator: torch.Generator) -> None:
         )
         x = layer(x)
     want = module.fc(module.norm(x).mean(1))
-    torch.testing.assert_close(module(images), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(module(images), want, atol=1e-10, rtol=0)
     assert module.position.shape == (64, 64)
     assert build_model("vit", (1, 28, 28), 10, seed=0).position.shape == (16, 64), "patches of 7"
 
