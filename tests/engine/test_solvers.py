@@ -85,10 +85,13 @@ def test_a_full_step_lands_on_the_threshold_in_every_solver(solver: str, dtype: 
 @pytest.mark.parametrize("solver", FAST_SOLVERS)
 def test_bfloat16_updates_are_the_float32_of_their_values(solver: str) -> None:
     updates_RP, global_P, loss = small_problem(dtype=torch.float32)
-    rounded_RP = updates_RP.bfloat16()
-    want = train_masks(rounded_RP.float(), global_P, loss, solver=solver, keep_logits=True)
-    got = train_masks(rounded_RP, global_P, loss, solver=solver, keep_logits=True)
-    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5)
+    rounded_RP, config = updates_RP.bfloat16(), MaskTraining()
+    exact = loss.to(torch.float64)
+    truth = train_masks(rounded_RP.double(), exact.initial_params, exact, solver="fused", keep_logits=True)
+    _, rounding, _ = moved_by_rounding(rounded_RP, loss, config, truth)
+    got = train_masks(rounded_RP, global_P, loss, config=config, solver=solver, keep_logits=True)
+    assert got.logits is not None
+    torch.testing.assert_close(got.logits.double(), truth.logits, rtol=0, atol=4 * rounding)
 
 
 @pytest.mark.parametrize(("num_clients", "factor"), [(1, 1), (500, 1), (999, 1), (1000, 2), (3999, 4), (20_000, 32)])
@@ -217,11 +220,11 @@ def test_out_of_memory_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) 
 # --- real updates: one round of local training of 100 clients on MNIST --------------------------------------------------
 
 CASES = ["none", "min-max", "sign-flip", "noise", "scaled"]
-# The steps for which float32 is stable. Later, rounding decides on which side of a kink (ReLU, max pooling) some root sample
-# lies, and from then on up to 5e-5 of the bits differ, whoever computes them; where noise of 40 standard deviations or an
-# update scaled by 1,000 rules the mean, after 20 steps 1e-4 to 1e-2. All 20 steps are compared in float64.
-STABLE_STEPS = {"noise": 3, "scaled": 6}
-MOST_STABLE_STEPS = 10
+# Steps tried, most first, for the comparison in float32.
+FLOAT32_STEPS = (10, 6, 3, 2, 1)
+# Share of bits that may differ in float32. A logit within rounding of the threshold may fall on either side; logits spread over
+# a range of about 1, and rounding is some 1e-6 of that: such bits are ten times rarer than this.
+MOST_AT_TIES = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -238,27 +241,68 @@ def solve(updates_RP: Tensor, loss: FlatModel, solver: str, dtype: torch.dtype, 
     )
 
 
+def moved_by_rounding(
+    updates_RP: Tensor, loss: FlatModel, config: MaskTraining, truth: TrainedMasks
+) -> tuple[float, float, float]:
+    """What rounding may do to these masks on any machine: the largest share of bits, change of a logit and change of a loss.
+
+    One run in float32 would tell the luck of that run. Here masks are trained in float64 three times, on updates that are moved
+    at random by up to two units in the last place of a float32, with a loss in float32: no kernel under test takes part.
+    """
+
+    def loss_in_float32(params_P: Tensor) -> Tensor:
+        return loss(params_P.float()).double()
+
+    assert truth.logits is not None
+    share = logit = value = 0.0
+    for seed in range(3):
+        noise_RP = torch.rand(updates_RP.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        moved_RP = updates_RP.double() * (1 + (2 * noise_RP - 1) * 2 * torch.finfo(torch.float32).eps)
+        start_P = loss.initial_params.double()
+        got = train_masks(moved_RP, start_P, loss_in_float32, config=config, solver="fused", keep_logits=True)
+        assert got.logits is not None
+        share = max(share, differing_share(got, truth))
+        logit = max(logit, (got.logits - truth.logits).abs().max().item())
+        value = max(value, max(abs(a - b) for a, b in zip(got.losses, truth.losses, strict=True)))
+    return share, logit, value
+
+
+def float32_truth(updates_RP: Tensor, loss: FlatModel) -> tuple[TrainedMasks, float]:
+    """Masks in float64 after the most steps at which rounding does not rule yet, and how much of a loss it changes there.
+
+    Later, rounding decides on which side of a kink (ReLU, max pooling) some root sample lies, and from then on more bits
+    differ, whoever computes them. When that is depends on the updates, and on the machine that trained them.
+    """
+    for steps in FLOAT32_STEPS:
+        truth = solve(updates_RP, loss, "fused", torch.float64, steps)
+        share, _, value = moved_by_rounding(updates_RP, loss, MaskTraining(steps=steps), truth)
+        if share <= MOST_AT_TIES:
+            return truth, value
+    raise AssertionError("float32 is not stable for even one step")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_solvers_agree_on_real_updates(case: str, mnist_updates: tuple[Tensor, FlatModel]) -> None:
-    updates_RP, loss = attacked(mnist_updates[0], case), mnist_updates[1]
+    """All steps in float64, where the bits must be those of the reference; in float32 those for which it is stable."""
+    # half of the clients: in the reference, which takes most of the time, each costs the same
+    updates_RP, loss = attacked(mnist_updates[0][50:], case), mnist_updates[1]
     num_params = loss.num_params
     truth = solve(updates_RP, loss, "reference", torch.float64)
     labels = cluster_masks(truth.bits, num_params).benign
     for solver in FAST_SOLVERS:
         got = solve(updates_RP, loss, solver, torch.float64)
         assert_same_away_from_ties(got, truth)
-        torch.testing.assert_close(got.losses, truth.losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(got.losses, truth.losses, rtol=1e-7, atol=0)
         assert torch.equal(cluster_masks(got.bits, num_params).benign, labels)
 
-    steps = STABLE_STEPS.get(case, MOST_STABLE_STEPS)
-    truth_then = solve(updates_RP, loss, "reference", torch.float64, steps)
-    reference = solve(updates_RP, loss, "reference", torch.float32, steps)
-    allowed = max(1e-5, differing_share(reference, truth_then))
-    assert allowed < 2e-4, "the float32 reference is not stable here"
+    # this solver has just been shown to be right in float64
+    truth_then, rounding = float32_truth(updates_RP, loss)
+    # a forward pass adds up some hundreds of products; one loss is the mean of 100
+    rounding = 4 * rounding + 100 * torch.finfo(torch.float32).eps * truth_then.losses[0]
     for solver in FAST_SOLVERS:
-        got = solve(updates_RP, loss, solver, torch.float32, steps)
-        assert differing_share(got, reference) <= allowed
-        torch.testing.assert_close(got.losses, reference.losses, rtol=1e-5, atol=0)
+        got = solve(updates_RP, loss, solver, torch.float32, len(truth_then.losses))
+        assert differing_share(got, truth_then) <= MOST_AT_TIES
+        torch.testing.assert_close(got.losses, truth_then.losses, rtol=0, atol=rounding)
         final = solve(updates_RP, loss, solver, torch.float32)
         assert torch.equal(cluster_masks(final.bits, num_params).benign, labels)
 
@@ -282,33 +326,34 @@ def test_the_comparison_can_fail(mnist_updates: tuple[Tensor, FlatModel], monkey
         assert_same_away_from_ties(solve(updates_RP, loss, "fused", torch.float64, steps=19), truth)
 
 
-# --- the collapsed solver: approximate, measured by what rounding the updates to bfloat16 does ---------------------------
+# --- the collapsed solver: approximate ----------------------------------------------------------------------------------
 
 
-# On more float32 is not stable (docs/collapsed.md), and every solver's bits are at the mercy of rounding.
-COLLAPSED_STABLE_STEPS = {"boosted": 10, "noise": 10, "trim": 8}
+def collapsed_error(updates_RP: Tensor, loss: FlatModel) -> tuple[float, float, tuple[TrainedMasks, TrainedMasks]]:
+    """The share of bits in which `collapsed` differs from `fused`, how much may, and the masks of both.
 
-
-def collapsed_error(updates_RP: Tensor, loss: FlatModel, case: str) -> tuple[float, float]:
-    """The share of bits in which `collapsed` differs from `fused`, and how much may."""
-    steps = COLLAPSED_STABLE_STEPS.get(case, 20)
-    exact = solve(updates_RP, loss, "fused", torch.float32, steps)
-    rounded = train_masks(updates_RP.bfloat16(), loss.initial_params, loss, config=MaskTraining(steps=steps), solver="fused")
-    floor = 5e-4 if case in ("boosted", "noise") else 1e-4
-    allowed = max(2 * differing_share(rounded, exact), floor)
-    return differing_share(solve(updates_RP, loss, "collapsed", torch.float32, steps), exact), allowed
+    What may differ is measured here, on the same updates, twice. Updates rounded to bfloat16 tell how much training amplifies
+    small changes. A quarter of the bins, whose error is 16 times as large until training amplifies it (docs/collapsed.md),
+    tell what comes of the bins themselves: it must be twice as large at least. The larger of the two counts: where training
+    amplifies everything (noise), more bins do not help, and where rounding meets no kink by luck (boosted), it tells nothing.
+    """
+    exact = solve(updates_RP, loss, "fused", torch.float32)
+    rounded = train_masks(updates_RP.bfloat16(), loss.initial_params, loss, solver="fused")
+    few = train_masks(
+        updates_RP, loss.initial_params, loss, config=MaskTraining(bins=MaskTraining().bins // 4), solver="collapsed"
+    )
+    allowed = max(2 * differing_share(rounded, exact), differing_share(few, exact) / 2)
+    collapsed = solve(updates_RP, loss, "collapsed", torch.float32)
+    return differing_share(collapsed, exact), allowed, (exact, collapsed)
 
 
 @pytest.mark.parametrize("case", COLLAPSED_CASES)
-def test_collapsed_is_as_close_as_bfloat16(case: str, mnist_updates: tuple[Tensor, FlatModel]) -> None:
+def test_collapsed_is_as_close_as_its_bins_allow(case: str, mnist_updates: tuple[Tensor, FlatModel]) -> None:
     updates_RP, loss = attacked(mnist_updates[0], case), mnist_updates[1]
-    share, allowed = collapsed_error(updates_RP, loss, case)
+    share, allowed, masks = collapsed_error(updates_RP, loss)
+    print(f"{case}: {share:.1e} of the bits differ, {allowed:.1e} may")
     assert share <= allowed
-    labels = [
-        cluster_masks(solve(updates_RP, loss, solver, torch.float32).bits, loss.num_params).benign
-        for solver in ("fused", "collapsed")
-    ]
-    assert torch.equal(*labels)
+    assert torch.equal(*(cluster_masks(m.bits, loss.num_params).benign for m in masks))
 
 
 @pytest.mark.parametrize("mistake", ["a step dropped", "history off by one", "direction", "cut"])
@@ -331,8 +376,11 @@ def test_a_mistake_in_replay_or_cuts_is_caught(
             position_P = position_P + 1e-4
         return position_P, left_P, crossings_P
 
+    updates_RP, loss = attacked(mnist_updates[0], "min-max"), mnist_updates[1]
+    _, allowed, (exact, _) = collapsed_error(updates_RP, loss)  # without the mistake
     monkeypatch.setattr(collapsed, "find_cuts", wrong)
-    share, allowed = collapsed_error(attacked(mnist_updates[0], "min-max"), mnist_updates[1], "min-max")
+    share = differing_share(solve(updates_RP, loss, "collapsed", torch.float32), exact)
+    print(f"{mistake}: {share:.1e} of the bits differ, {allowed:.1e} may")
     assert share > allowed
 
 
