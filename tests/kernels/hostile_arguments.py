@@ -95,7 +95,7 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
 # numbers that index memory, or that it is allocated by
 NUMBERS = {"num_bins": (0, -1, 3, 2.5, None), "unit": (0, -7, 0.5), "max_steps": (0, -1, 1.5)}
 SIZES = st.fixed_dictionaries(
-    {"R": st.integers(2, 70), "P": st.integers(2, 200), "B": st.integers(4, 20), "S": st.integers(1, 20)}
+    {"R": st.integers(2, 70), "P": st.integers(2, 200), "B": st.integers(4, 20), "S": st.integers(2, 20)}
 )
 
 
@@ -115,17 +115,24 @@ def shared(arguments: dict[str, Argument], name: str) -> list[int]:
     return [dim for dim, size in enumerate(arguments[name].shape) if isinstance(size, int) or letters.count(size[0]) > 1]
 
 
-def spoilt(kernel: str, name: str, tensor: Tensor, draw: Callable[..., Any]) -> object:
-    """The tensor spoilt in one of the ways in which it may not be."""
+def ways(kernel: str, name: str) -> list[str]:
+    """Those in which an argument is spoilt, each of which must be refused."""
     _, arguments, _ = KERNELS[kernel]
     argument = arguments[name]
-    ways = ["a dimension less", "a dimension more", "dtype", "device", "no tensor", "sparse"]
-    ways += ["one less", "one more"] * bool(shared(arguments, name))
-    # nobody is kept of the root alone
-    ways += ["empty"] * (name != "kept")
-    ways += sorted(argument.refused if tensor.dim() == 2 else argument.refused & COLUMNS)
-    ways += ["beyond"] * (name == "sampled") + ["label"] * (name == "labels")
-    way = draw(st.sampled_from(ways), label=f"{kernel} {name}")
+    refused = argument.refused if len(argument.shape) == 2 else argument.refused & COLUMNS
+    return [
+        *("a dimension less", "a dimension more", "dtype", "device", "no tensor", "sparse", *sorted(refused)),
+        *["one less", "one more"] * bool(shared(arguments, name)),
+        *["empty"] * (name != "kept"),  # nobody is kept of the root alone
+        *["beyond"] * (name == "sampled"),
+        *["label"] * (name == "labels"),
+    ]
+
+
+def spoilt(kernel: str, name: str, way: str, tensor: Tensor, draw: Callable[..., Any]) -> object:
+    """The tensor spoilt in one of these ways."""
+    _, arguments, _ = KERNELS[kernel]
+    argument = arguments[name]
     dim = draw(st.sampled_from(shared(arguments, name))) if way in ("one less", "one more") else 0
     match way:
         case "a dimension less":
@@ -162,18 +169,17 @@ def spoilt(kernel: str, name: str, tensor: Tensor, draw: Callable[..., Any]) -> 
 
 @settings(max_examples=int(sys.argv[1]), derandomize=True, deadline=None, database=None)
 @given(data=st.data())
-def call(kernel: str, data: st.DataObject) -> None:
+def call(kernel: str, name: str, way: str, data: st.DataObject) -> None:
     function, arguments, numbers = KERNELS[kernel]
     sizes = sizes_of(data.draw(SIZES))
     dtype = data.draw(st.sampled_from(FLOAT32 if kernel in ("first_step", "next_step", "last_step") else REALS))
     tensors = {n: make(a, sizes, dtype if dtype in a.dtypes else a.dtypes[0]) for n, a in arguments.items()}
     function(*tensors.values(), **numbers)
 
-    name = data.draw(st.sampled_from([*arguments, *(number for number in numbers if number in NUMBERS)]))
     if name in numbers:
         changed = {name: data.draw(st.sampled_from(NUMBERS[name]))}
     else:
-        changed = {name: spoilt(kernel, name, tensors[name], data.draw)}
+        changed = {name: spoilt(kernel, name, way, tensors[name], data.draw)}
     try:
         function(
             *(tensors | {n: x for n, x in changed.items() if n in tensors}).values(),
@@ -182,14 +188,18 @@ def call(kernel: str, data: st.DataObject) -> None:
     except ValueError as error:
         assert str(error).partition(" ")[0].rstrip(":") in (*arguments, *numbers), f"{kernel}: {error}"
     else:
-        raise AssertionError(f"{kernel} took {name} of {getattr(changed[name], 'shape', changed[name])}")
+        raise AssertionError(f"{kernel}, {way}: took {name} of {getattr(changed[name], 'shape', changed[name])}")
 
 
 if __name__ == "__main__":
     faulthandler.enable()
     warnings.filterwarnings("ignore", "Sparse invariant checks")
-    for kernel in KERNELS:
+    for kernel, (_, arguments, numbers) in KERNELS.items():
         # a crash is that of the last one named
         print(kernel, flush=True)
-        call(kernel)
+        for name in arguments:
+            for way in ways(kernel, name):
+                call(kernel, name, way)
+        for name in NUMBERS.keys() & numbers.keys():
+            call(kernel, name, "number")
     print("all refused")
