@@ -44,8 +44,8 @@ _FAR_OUT = 1.0
 # What a client's tensors may be stored in: kinds that every operation here supports.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# Less than the length of any vector that is not 0.
-_TINY = 1e-300
+# Less than the length of any vector that is not 0, and not 0 in float32.
+_TINY = torch.finfo(torch.float32).tiny
 # Elements of a temporary made from rows of the updates.
 _CHUNK_ELEMENTS = 2**22
 # Clients of a block whose state dicts are read when they are needed.
