@@ -130,7 +130,7 @@ def judge_all(folder: Path, mesh: "DeviceMesh | None") -> None:
         }
     flat = FlatModel(net(), stored["inputs"], stored["labels"])
     shards, own_NL = own_columns(shared_out(stored["honest"], mesh), NUM_PARAMS)
-    collected = collect(own_NL, flat, net(), stored["root"], shards)
+    collected = collect(own_NL, flat, net(), stored["root"], flat.initial_params, shards)
     tensors |= {"norms": collected.norms, "alignments": collected.alignments}
     facts["errors"] = errors(stored, mesh) if mesh is not None and mesh.size() == 3 else {}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{name_of(mesh)}.judged.safetensors")
@@ -148,11 +148,15 @@ def errors(stored: dict[str, Tensor], mesh: "DeviceMesh") -> dict[str, str]:
 
     def message(updates: Tensor, device: str | None = None, **more: Any) -> str:
         try:
-            SkyMask(net(), stored["inputs"], stored["labels"], device=device).aggregate(updates, **more)
+            defence = SkyMask(net(), stored["inputs"], stored["labels"])
+            if device is not None:
+                defence._device = torch.device(device)  # the constructor takes only devices that are here
+            defence.aggregate(updates, **more)
         except (ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         return "none"
 
+    params_P = FlatModel(net(), stored["inputs"], stored["labels"]).initial_params
     return {
         "rows": message(distribute_tensor(honest_NP, mesh, [Shard(0)])),
         "replicated": message(distribute_tensor(honest_NP, mesh, [Replicate()])),
@@ -161,6 +165,8 @@ def errors(stored: dict[str, Tensor], mesh: "DeviceMesh") -> dict[str, str]:
         "no-shape": message(DTensor.from_local(sharded.to_local(), mesh, [Shard(1)])),
         "fewer-clients": message(DTensor.from_local(few_rows, mesh, [Shard(1)])),
         "elsewhere": message(sharded, device="meta"),
+        "local-models": message(distribute_tensor(honest_NP + params_P, mesh, [Shard(1)])),
+        "no-local-models": message(sharded, local_models=True),
         "bad-root": message(sharded, global_params=torch.full((NUM_PARAMS,), math.nan)),
         "none-left": message(distribute_tensor(torch.full_like(honest_NP, math.nan), mesh, [Shard(1)])),
     }
@@ -337,6 +343,8 @@ def test_input_that_does_not_fit_is_an_error_on_every_rank(outcomes: dict[str, O
     assert first["elsewhere"] == (
         "ValueError: device must be cpu, where this rank's columns of updates are, got meta; or pass None"
     )
+    assert first["local-models"].startswith("ValueError: updates: 20 of 20 are as long as the global model and lie along it")
+    assert "they look like updates already" in first["no-local-models"]
     assert first["none-left"].startswith("ValueError: updates: none of 20 clients sent a usable update")
 
 
