@@ -38,6 +38,7 @@ import contextlib
 import sys
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -563,6 +564,7 @@ def _fake_cuda(gpu: Pretence) -> dict[str, Any]:
     def nothing(*args: Any, **kwargs: Any) -> None: ...
 
     stream = _Stream()
+    properties = types.SimpleNamespace(name="NVIDIA Pretended", total_memory=80 * 2**30, major=9, minor=0)
     return {
         "CUDAGraph": _Graph,
         "Event": _Event,
@@ -573,6 +575,8 @@ def _fake_cuda(gpu: Pretence) -> dict[str, Any]:
         "device": _Context,
         "device_count": lambda: 1,
         "empty_cache": nothing,
+        "get_device_capability": lambda *args: (9, 0),
+        "get_device_properties": lambda *args: properties,
         "get_device_name": lambda *args: "NVIDIA Pretended",
         "get_sync_debug_mode": lambda: gpu.sync_debug,
         "graph_pool_handle": lambda: (0, 1),
