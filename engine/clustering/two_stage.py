@@ -26,6 +26,10 @@ LESS_ALIGNED = 0.4  # mean alignment with the root direction, over that of the n
 COPY = 0.02  # of the way to a nearest mask; 0 for attackers that send one update, 0.19 and more for honest clients of a CNN,
 # but less than 0.1 for a few of a small MLP with a dozen samples each
 HONEST_QUANTILE = 0.9  # of the ways to a nearest mask: honest even when four in five clients are copies
+# How much smaller the second eigenvalue must be, as a share of the first, for the first component to be a direction.
+# Where masks are all equally far apart the two are equal, and rounding, which moves them by about 1e-14, would choose
+# whom a cut takes off.
+NO_DIRECTION = 1e-6
 EM_STEPS = 100
 VARIANCE_FLOOR = 1e-3  # of the variance of all scores
 
@@ -35,7 +39,8 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
     smallest = SMALLEST_SHARE * (len(distances) - 1)
     x_R = scores_R2[:, 0].contiguous()
     side_R = backend.two_normals(x_R, EM_STEPS, VARIANCE_FLOOR)
-    with_root_N = side_R[:-1] == side_R[-1]
+    first, second = scores_R2.square().sum(0).unbind()  # the eigenvalues
+    with_root_N = (side_R[:-1] == side_R[-1]) | (second >= (1 - NO_DIRECTION) * first)
     copy_N = copies(distances)
     by_copies = copy_N.any() & ((~copy_N).sum() >= smallest)
     apart = separation(distances, torch.where(by_copies, ~copy_N, with_root_N))
