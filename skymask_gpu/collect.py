@@ -227,10 +227,10 @@ def drives_loss_out_of_range(
 
     Of sharded updates, parameters and loss are those of this rank's own columns.
     """
-    if not candidates:
-        return {}
     # a candidate's update and the parameters are read, the gradient is written
     with phase("suspects", 3 * len(candidates) * global_params_P.nbytes):
+        if not candidates:
+            return {}
         found_K2 = _losses_alone(collected.rows, candidates, global_params_P, loss)
         norms_K1 = collected.norms[candidates].to(found_K2.dtype)[:, None]
         facts = torch.cat([found_K2, norms_K1], 1).tolist()

@@ -9,6 +9,8 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     # one thread a worker unless more are asked for: workers that share cores and spin at barriers are many times slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # the width of the terminal that xdist was started in, which it hands on: output that is redirected has none
+    os.environ.pop("COLUMNS", None)
 
 import torch
 
