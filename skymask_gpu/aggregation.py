@@ -13,9 +13,17 @@ from skymask_gpu.engine import ClusteredMasks, Evidence, TrainedMasks, layer_evi
 from skymask_gpu.engine.profiling import Profile
 from skymask_gpu.engine.sharding import ColumnShards
 
-__all__ = ["Aggregation", "Stopwatch", "Verdict"]
+__all__ = ["Aggregation", "Stopwatch", "Verdict", "VerdictWarning"]
 
 Verdict = Literal["judged", "no verdict", "most rejected"]
+
+
+class VerdictWarning(UserWarning):
+    """A result that must not be taken as it is: there is no verdict, or most clients are rejected.
+
+    A category of its own, so that whoever looks at :attr:`Aggregation.verdict` can silence it.
+    """
+
 
 # Clients that a summary names.
 _NAMED = 10

@@ -14,14 +14,13 @@ import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 from typer.core import TyperGroup
 
 import skymask_gpu
 from skymask_gpu import cli_bench, cli_example, cli_federation, cli_profile
+from skymask_gpu.aggregation import Aggregation, VerdictWarning
 from skymask_gpu.cli_console import UNCERTAIN, console, errors, warn
-from skymask_gpu.concerns import verdict_concerns
-from skymask_gpu.defence import Aggregation, SkyMask, mean_buffers
+from skymask_gpu.defence import SkyMask, mean_buffers
 from skymask_gpu.files import check_writable, read_tensors, write_tensors, write_text
 from skymask_gpu.info import capabilities, versions
 from skymask_gpu.root import RootTraining
@@ -53,8 +52,6 @@ cli_example.register(app)
 
 # Rows of a verdict table that still fit on a screen; all are in the JSON report.
 _TABLE_ROWS = 40
-# An aggregated update that is at least so parallel to the global model and so long, both as shares, is no update.
-_PARALLEL, _LONG = 0.9, 0.5
 
 
 def main() -> None:
@@ -65,6 +62,7 @@ def main() -> None:
     of this package: its traceback is shown, and the exit code is 1.
     """
     warnings.showwarning = lambda message, *_: warn(str(message))
+    warnings.simplefilter("ignore", VerdictWarning)  # the commands say it themselves: with files counted, or once per run
     try:
         app()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -178,7 +176,6 @@ def aggregate(
     if not is_first:
         return
 
-    _refuse_wrong_form(result.update.cpu(), flat.initial_params, local_models)
     _print_verdict(result, sent)
     buffers = mean_buffers(sent.buffers, result.benign) if isinstance(sent, ShardedUpdates) else result.buffers
     new_state = dict(global_state)
@@ -192,12 +189,24 @@ def aggregate(
     if json_report is not None:
         write_text(json_report, verdict)
         console.print(f"verdict: {json_report}", soft_wrap=True, highlight=False)
-    num_clients = len(sent.names) + len(sent.unreadable)
-    concerns = verdict_concerns(num_clients, num_clients - int(result.benign.sum()), result.clusters.reason)
-    for sentence in concerns:
-        warn(sentence)
-    if strict and concerns:
-        raise typer.Exit(UNCERTAIN)
+    concern = _concern(result, sent)
+    if concern is not None:
+        warn(concern)
+        if strict:
+            raise typer.Exit(UNCERTAIN)
+
+
+def _concern(result: Aggregation, sent: UserUpdates) -> str | None:
+    """Why the verdict must not be passed over in silence; files that could not be read count as rejected clients."""
+    if result.verdict == "no verdict":
+        return f"no verdict, so everyone was kept: {result.clusters.reason}"
+    num_clients, num_rejected = len(sent.names) + len(sent.unreadable), len(result.rejected) + len(sent.unreadable)
+    if 2 * num_rejected <= num_clients:
+        return None
+    return (
+        f"most clients were rejected ({num_rejected} of {num_clients}): check the root data, and that clients and root "
+        "train with the same learning rate and clip"
+    )
 
 
 def _check_outputs(outputs: dict[str, Path], inputs: dict[str, Path]) -> None:
@@ -224,29 +233,9 @@ def _aggregate(defence: SkyMask, sent: UserUpdates, local_models: bool) -> Aggre
     except ValueError as error:
         # what the library says of rows that are the global model again, which here come from subtracting it once too often
         if local_models and "as long as the global model" in str(error):
-            raise ValueError(f"{error}. {_form_remedy(local_models)}") from error
+            remedy = "--updates: if the files hold updates (local minus global), leave --local-models out"
+            raise ValueError(f"{error}. {remedy}") from error
         raise
-
-
-def _form_remedy(local_models: bool) -> str:
-    if local_models:
-        return "--updates: if the files hold updates (local minus global), leave --local-models out"
-    return "--updates: if the files hold local models, add --local-models"
-
-
-def _refuse_wrong_form(update_P: Tensor, global_params_P: Tensor, local_models: bool) -> None:
-    """Local models taken for updates add up to the global model once more; updates taken for local models, to its removal."""
-    update, model = update_P.double(), global_params_P.double()
-    lengths = torch.linalg.vector_norm(update), torch.linalg.vector_norm(model)
-    if lengths[0] < _LONG * lengths[1] or lengths[1] == 0:
-        return
-    cosine = float(update @ model / (lengths[0] * lengths[1]))
-    if cosine * (-1 if local_models else 1) > _PARALLEL:
-        raise ValueError(
-            f"the mean update is as long as the global model ({float(lengths[0] / lengths[1]):.2f} times) and "
-            f"{'anti' if local_models else ''}parallel to it (cosine {cosine:.3f}), nothing was written. "
-            f"{_form_remedy(local_models)}"
-        )
 
 
 def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:

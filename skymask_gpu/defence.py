@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skymask_gpu.aggregation import Aggregation, Stopwatch
+from skymask_gpu.aggregation import Aggregation, Stopwatch, VerdictWarning
 from skymask_gpu.arguments import check_kind, check_loss, check_same_device, flat_state, usable_device
 from skymask_gpu.collect import Collected, Updates, check_form, collect, drives_loss_out_of_range, far_out
 from skymask_gpu.engine import (
@@ -148,8 +148,8 @@ class SkyMask:
             torch.OutOfMemoryError: with the bytes that were needed.
 
         Warns:
-            UserWarning: there is no verdict, or most clients are rejected (see :attr:`Aggregation.verdict`); the updates look
-                as if they had the wrong sign; the root data teach nothing.
+            VerdictWarning: there is no verdict, or most clients are rejected; see :attr:`Aggregation.verdict`.
+            UserWarning: the updates look as if they had the wrong sign; the root data teach nothing.
         """
         return self._aggregate(updates, global_params, root_update, local_models=local_models)
 
@@ -165,11 +165,12 @@ class SkyMask:
         with without_tf32(), torch.inference_mode(False), torch.enable_grad():
             result = self._profiled(updates, global_params, root_update, local_models)
         if result.verdict == "no verdict":
-            warnings.warn(f"the clients could not be judged: {result.clusters.reason}", stacklevel=3)
+            warnings.warn(f"the clients could not be judged: {result.clusters.reason}", VerdictWarning, stacklevel=3)
         elif result.verdict == "most rejected":
             warnings.warn(
                 f"{len(result.rejected)} of {len(result.benign)} clients were rejected; if most of them should be honest, the "
                 "root data or RootTraining are not like theirs",
+                VerdictWarning,
                 stacklevel=3,
             )
         return result

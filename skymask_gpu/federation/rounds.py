@@ -362,6 +362,7 @@ def _skymask_fields(result: RuleResult) -> dict[str, Any]:
     masks, clusters = result.aggregation.masks, result.aggregation.clusters
     return {
         "num_clusters": clusters.num_clusters,
+        "verdict": result.aggregation.verdict,
         "reason": clusters.reason,
         "solver": masks.solver,
         "mask_steps": masks.steps,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skymask_gpu.concerns import is_no_verdict
 from skymask_gpu.federation.rounds import CONFIG, METRICS, TIMES
 from skymask_gpu.federation.sweep import ERROR
 from skymask_gpu.files import read_lines
@@ -118,11 +117,11 @@ def concerns(run: FinishedRun) -> list[str]:
     sentences = []
     if run.diverged:
         sentences.append(f"diverged: after round {run.rounds_done} the global model holds NaN or Inf, and the run ended there")
-    judged = [record for record in run.records if "reason" in record]
-    for what, rounds in (
-        ("most clients were rejected", [r["round"] for r in judged if 2 * r["kept"] < r["participants"]]),
-        ("there was no verdict, so everyone was kept,", [r["round"] for r in judged if is_no_verdict(r["reason"])]),
+    for verdict, what in (
+        ("most rejected", "most clients were rejected"),
+        ("no verdict", "there was no verdict, so everyone was kept,"),
     ):
+        rounds = [record["round"] for record in run.records if record.get("verdict") == verdict]
         if rounds:
             sentences.append(f"{what} in {len(rounds)} of {len(run.records)} rounds (first: round {rounds[0] + 1})")
     return sentences
