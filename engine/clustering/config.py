@@ -13,8 +13,8 @@ class Clustering:
     """How masks are clustered.
 
     Attributes:
-        rule: ``"two-stage"`` or ``"published"``.
-        seed: of the k-means start of the published rule; the two-stage rule is deterministic.
+        rule: ``"two-stage"``, ``"signed"`` or ``"published"``.
+        seed: of the k-means start of the published rule; the others are deterministic.
         backend: who computes the principal scores, the k-means start and the mixture. ``"torch"``: this package, on the masks'
             device. ``"sklearn"``: scikit-learn on the host, the oracle. ``"cuml"``: cuML's PCA and KMeans on the GPU; it has no
             Gaussian mixture, so that is this package's. All give the same labels.
@@ -23,13 +23,13 @@ class Clustering:
         ValueError: no such rule or backend, or the backend cannot run here.
     """
 
-    rule: Literal["two-stage", "published"] = "two-stage"
+    rule: Literal["two-stage", "signed", "published"] = "two-stage"
     seed: int = 0
     backend: Literal["torch", "sklearn", "cuml"] = "torch"
 
     def __post_init__(self) -> None:
-        if self.rule not in ("two-stage", "published"):
-            raise ValueError(f"Clustering.rule must be 'two-stage' or 'published', got {self.rule!r}")
+        if self.rule not in ("two-stage", "signed", "published"):
+            raise ValueError(f"Clustering.rule must be 'two-stage', 'signed' or 'published', got {self.rule!r}")
         if self.backend not in BACKENDS:
             raise ValueError(f"Clustering.backend must be 'torch', 'sklearn' or 'cuml', got {self.backend!r}")
         reason = why_not_backend(self.backend)

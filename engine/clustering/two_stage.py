@@ -13,7 +13,19 @@ from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separat
 from skymask_gpu.engine.distances import Distances
 from skymask_gpu.kernels.anywhere import path_maxima
 
-__all__ = ["two_stage"]
+__all__ = [
+    "ALL_KEPT",
+    "EM_STEPS",
+    "SMALLEST_SHARE",
+    "VARIANCE_FLOOR",
+    "copy_reach",
+    "cut_by_root",
+    "cut_reasons",
+    "nearest_neighbours",
+    "scattered",
+    "scattered_reason",
+    "two_stage",
+]
 
 # The constants, and where each comes from.
 SEPARATION = 1.0  # squared distance of two groups over their variance; results are the same from 0.75 to 1.25
@@ -32,6 +44,7 @@ HONEST_QUANTILE = 0.9  # of the ways to a nearest mask: honest even when four in
 NO_DIRECTION = 1e-6
 EM_STEPS = 100
 VARIANCE_FLOOR = 1e-3  # of the variance of all scores
+ALL_KEPT = "no group of masks lies further apart than honest clients do: all kept"
 
 
 def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | None, backend: Backend) -> Ruling:
@@ -45,7 +58,7 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
     by_copies = copy_N.any() & ((~copy_N).sum() >= smallest)
     apart = separation(distances, torch.where(by_copies, ~copy_N, with_root_N))
 
-    cut_N, cut_facts = _cut(x_R[:-1], with_root_N, apart, alignment_N, smallest)
+    cut_N, cut_facts = cut_by_root(x_R[:-1], with_root_N, apart, alignment_N, smallest)
     # where there are copies, no cut of the others: honest label groups lie further apart than what is left of each spreads
     kept_N = torch.where(by_copies, ~copy_N, cut_N)
     scattered_N, gap = scattered(path_maxima(distances.stored, kept_N, distances.unit), kept_N, smallest)
@@ -66,12 +79,22 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
 
 def copies(distances: Distances) -> Tensor:
     """Clients whose masks are nearer to another's than two models come that are trained each on its own, ``(N,)`` bool."""
+    nearest_R = nearest_neighbours(distances)
+    return nearest_R[:-1] < copy_reach(nearest_R)
+
+
+def copy_reach(nearest_R: Tensor) -> Tensor:
+    """Two models that are trained each on its own come less near, ``()``; given the way to each row's nearest."""
+    return COPY * torch.minimum(quantile(nearest_R[:-1], HONEST_QUANTILE), nearest_R[-1])
+
+
+def nearest_neighbours(distances: Distances) -> Tensor:
+    """The distance from each row to the nearest other, ``(R,)`` float64."""
     nearest_R = torch.empty(len(distances), dtype=torch.float64, device=distances.device)
     for first, block_TR in distances.blocks():
         block_TR.diagonal(first).fill_(math.inf)
         nearest_R[first : first + len(block_TR)] = block_TR.amin(1)
-    nearest_N, root_nearest = nearest_R[:-1], nearest_R[-1]
-    return nearest_N < COPY * torch.minimum(quantile(nearest_N, HONEST_QUANTILE), root_nearest)
+    return nearest_R
 
 
 def quantile(x_N: Tensor, q: float) -> Tensor:
@@ -82,7 +105,7 @@ def quantile(x_N: Tensor, q: float) -> Tensor:
     return ordered_N[below].lerp(ordered_N[above], place - below)
 
 
-def _cut(
+def cut_by_root(
     x_N: Tensor, with_root_N: Tensor, apart: Tensor, alignment_N: Tensor | None, smallest: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Who is kept, ``(N,)`` bool, if the masks are cut in two on the first principal component; the facts."""
@@ -128,23 +151,32 @@ def scattered(height_N: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor
 
 
 def _reason(facts: Facts) -> str:
-    reasons, note = [], ""
+    copies_reason = [f"{int(facts['copies'])} masks are copies of another's"]
+    reasons = copies_reason if facts["by copies"] else cut_reasons(facts)
+    if facts["scattered"]:
+        reasons = [] if facts["first stage keeps all"] else reasons  # those of keeping everyone
+        reasons.append(scattered_reason(facts))
+    return " and ".join(reasons) or ALL_KEPT
+
+
+def cut_reasons(facts: Facts) -> list[str]:
+    """What a cut by the root's side says: nothing, or one reason."""
+    note = ""
     if facts["swapped"]:
         note = " (the root's mask lies with clients that oppose the root direction: the other side is kept)"
-    if facts["by copies"]:
-        reasons = [f"{int(facts['copies'])} masks are copies of another's"]
-    elif facts["root alone"]:
-        reasons = [
+    if facts["root alone"]:
+        return [
             "the root's mask lies apart from every client's, so there is no verdict: all kept; "
             "train the root with the clients' own learning rate and clip, or pass a root update trained like theirs"
         ]
-    elif facts["wide"]:
+    if facts["wide"]:
         times = facts["separation"]
-        reasons = [f"{int(facts['far'])} masks lie apart as one group, {times:.2f} times the spread of a group away{note}"]
-    elif facts["astray"]:
-        reasons = [f"{int(facts['far'])} masks are cut off cleanly, and their clients hardly follow the root direction{note}"]
-    if facts["scattered"]:
-        reasons = [] if facts["first stage keeps all"] else reasons  # those of keeping everyone
-        number, gap = int(facts["scattered"]), facts["gap"]
-        reasons.append(f"{number} masks lie {gap:.2f} times further out than honest ones from each other")
-    return " and ".join(reasons) or "no group of masks lies further apart than honest clients do: all kept"
+        return [f"{int(facts['far'])} masks lie apart as one group, {times:.2f} times the spread of a group away{note}"]
+    if facts["astray"]:
+        return [f"{int(facts['far'])} masks are cut off cleanly, and their clients hardly follow the root direction{note}"]
+    return []
+
+
+def scattered_reason(facts: Facts) -> str:
+    number, gap = int(facts["scattered"]), facts["gap"]
+    return f"{number} masks lie {gap:.2f} times further out than honest ones from each other"

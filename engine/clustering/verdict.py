@@ -14,6 +14,7 @@ from skymask_gpu.engine.clustering.backends import Backend, dense_backend, pick_
 from skymask_gpu.engine.clustering.config import Clustering
 from skymask_gpu.engine.clustering.published import published
 from skymask_gpu.engine.clustering.ruling import Facts
+from skymask_gpu.engine.clustering.signed import Witnesses, signed
 from skymask_gpu.engine.clustering.two_stage import two_stage
 from skymask_gpu.engine.distances import Distances, mask_distances
 
@@ -52,6 +53,8 @@ def cluster_masks(
     num_params: int,
     *,
     alignment: Tensor | None = None,
+    keep_share: Tensor | None = None,
+    norms: Tensor | None = None,
     config: Clustering = Clustering(),
 ) -> ClusteredMasks:
     """The verdict from packed bits ``(R, ceil(num_params / 8))`` uint8, root row last; see :func:`cluster_distances`."""
@@ -59,13 +62,15 @@ def cluster_masks(
         raise ValueError(
             f"bits must be (R, {-(-num_params // 8)}) uint8 for {num_params} parameters, got {tuple(bits.shape)} {bits.dtype}"
         )
-    return cluster(mask_distances(bits, num_params), alignment, config)
+    return cluster(mask_distances(bits, num_params), alignment, config, keep_share=keep_share, norms=norms)
 
 
 def cluster_distances(
     distances: Tensor,
     *,
     alignment: Tensor | None = None,
+    keep_share: Tensor | None = None,
+    norms: Tensor | None = None,
     config: Clustering = Clustering(),
 ) -> ClusteredMasks:
     """The verdict from the matrix of Hamming shares.
@@ -76,7 +81,11 @@ def cluster_distances(
     Args:
         distances: ``(R, R)``, share of bits in which rows i and j differ, symmetric, 0 on the diagonal, root row last; R >= 2.
         alignment: ``(N,)`` each client's inner product with the root direction (an update the server trains on the root data);
-            lets the two-stage rule notice that the root row sits with the attackers. None: that check is left out.
+            lets the two-stage rule notice that the root row sits with the attackers; of the signed rule a witness. None: it is
+            left out.
+        keep_share: ``(R,)`` or ``(N,)``, each row's share of ones among the columns in which masks differ, see
+            :meth:`TrainedMasks.keep_share`; of the signed rule the first witness. None: it is left out.
+        norms: ``(N,)`` Euclidean norms of the updates, which make cosines of the alignments. None: they are left out.
         config: which rule, which library.
 
     Raises:
@@ -84,31 +93,42 @@ def cluster_distances(
     """
     if distances.dim() != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] < 2:
         raise ValueError(f"distances must be (R, R) with R >= 2 and the root row last, got {tuple(distances.shape)}")
-    return cluster(Distances(distances), alignment, config, {"distances finite": torch.isfinite(distances).all()})
+    finite = {"distances finite": torch.isfinite(distances).all()}
+    return cluster(Distances(distances), alignment, config, finite, keep_share=keep_share, norms=norms)
 
 
 def cluster(
-    distances: Distances, alignment: Tensor | None, config: Clustering, finite: Mapping[str, Tensor] = MappingProxyType({})
+    distances: Distances,
+    alignment: Tensor | None,
+    config: Clustering,
+    finite: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    keep_share: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> ClusteredMasks:
     """The verdict from distances as they are stored; ``finite``: whether the caller's arguments are, ``()`` bools."""
     num_clients = len(distances) - 1
-    if alignment is not None:
-        if tuple(alignment.shape) != (num_clients,):
-            raise ValueError(
-                f"alignment must be ({num_clients},) finite numbers, one a client, got shape {tuple(alignment.shape)}"
-            )
-        alignment = alignment.to(distances.device, torch.float64)
-        finite = {**finite, "alignment finite": torch.isfinite(alignment).all()}
+    if keep_share is not None and tuple(keep_share.shape) == (num_clients + 1,):
+        keep_share = keep_share[:-1]
+    given: dict[str, Tensor] = {}
+    for name, values in (("alignment", alignment), ("keep_share", keep_share), ("norms", norms)):
+        if values is None:
+            continue
+        if tuple(values.shape) != (num_clients,):
+            raise ValueError(_not_one_a_client(name, num_clients, f"shape {tuple(values.shape)}"))
+        given[name] = values.to(distances.device, torch.float64)
+        finite = {**finite, f"{name} finite": torch.isfinite(given[name]).all()}
+    witnesses = Witnesses(**given)
     backend = pick_backend(config.backend, distances.device, len(distances))
-    verdict = _judge(distances, alignment, config, backend, finite)
+    verdict = _judge(distances, witnesses, config, backend, finite)
     if verdict is None:
-        verdict = _judge(distances, alignment, config, dense_backend(), finite)
+        verdict = _judge(distances, witnesses, config, dense_backend(), finite)
     assert verdict is not None, "a backend that waits is always sure"
     return verdict
 
 
 def _judge(
-    distances: Distances, alignment_N: Tensor | None, config: Clustering, backend: Backend, finite: Mapping[str, Tensor]
+    distances: Distances, witnesses: Witnesses, config: Clustering, backend: Backend, finite: Mapping[str, Tensor]
 ) -> ClusteredMasks | None:
     """The verdict; None if a backend that does not wait is not sure of it."""
     num_clients = len(distances) - 1
@@ -123,8 +143,10 @@ def _judge(
 
     if config.rule == "published":
         ruling = published(distances, scores_R2, config.seed, backend)
+    elif config.rule == "signed":
+        ruling = signed(distances, witnesses, backend)
     else:
-        ruling = two_stage(distances, scores_R2, alignment_N, backend)
+        ruling = two_stage(distances, scores_R2, witnesses.alignment, backend)
     facts = _on_host(
         {
             **finite,
@@ -158,8 +180,13 @@ def _on_host(facts: Mapping[str, Tensor | bool]) -> Facts:
 def _refuse_not_finite(facts: Facts, num_clients: int) -> None:
     if not facts.get("distances finite", True):
         raise ValueError("distances must be finite, got NaN or Inf")
-    if not facts.get("alignment finite", True):
-        raise ValueError(f"alignment must be ({num_clients},) finite numbers, one a client, got NaN or Inf")
+    for name in ("alignment", "keep_share", "norms"):
+        if not facts.get(f"{name} finite", True):
+            raise ValueError(_not_one_a_client(name, num_clients, "NaN or Inf"))
+
+
+def _not_one_a_client(name: str, num_clients: int, got: str) -> str:
+    return f"{name} must be ({num_clients},) finite numbers, one a client, got {got}"
 
 
 def _nothing_to_compare(distances: Distances) -> str | None:
