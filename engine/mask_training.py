@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.bits import ones_where_masks_differ
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
@@ -110,6 +111,20 @@ class TrainedMasks:
             f"TrainedMasks({len(self.bits)} rows of {self.num_params:,} parameters, {self.steps} steps of {self.solver} "
             f"({self.solver_reason}), {losses}, {self.seconds['mask_training']:.2f} s)"
         )
+
+    def keep_share(self) -> Tensor:
+        """Each row's share of ones among the columns in which the masks differ, ``(R,)`` float64; 1 where none differ.
+
+        A one says that the root data want this row's value in this parameter: honest rows have the larger shares.
+
+        Example:
+            >>> import torch
+            >>> bits = torch.tensor([[0b0111], [0b0001]], dtype=torch.uint8)  # columns 1 and 2 differ
+            >>> TrainedMasks(bits, 4, None, [], 0, "reference", "", {}).keep_share()
+            tensor([1., 0.], dtype=torch.float64)
+        """
+        ones_R, num_varying = ones_where_masks_differ(self.bits)
+        return torch.where(num_varying > 0, ones_R / num_varying.clamp_min(1), 1.0)
 
 
 def check_solver(solver: object) -> None:

@@ -57,7 +57,8 @@ CLIENTS_A_WITNESS = 3
 STEPS = 40
 # Shares of the clients, lowest first, that EM starts from as the far side; 0 is a single one.
 STARTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5)
-PASSES = 2
+SECOND_CUT = 2.0
+FEW, FEW_FACTOR = 0.1, 1.3
 _ROWS_TO_PLACE = 4096
 _TINY = 1e-12
 
@@ -103,9 +104,9 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
         return _signed_by_root(distances, witnesses.alignment, copy_N, smallest, backend)
     kept_N, sure = ~copy_N, True
     cuts = []
-    for _ in range(PASSES):
+    for factor in (1.0, SECOND_CUT):
         scores_N2, settled = _scores_among(distances, kept_N, backend)
-        cut = _cut(scores_N2, witnesses, kept_N)
+        cut = _cut(scores_N2, witnesses, kept_N, factor * (NATS + NATS_A_CLIENT * len(kept_N)))
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)
     return Ruling(
@@ -181,7 +182,7 @@ def _copies_reason(facts: Facts) -> str:
 # --- the cut ------------------------------------------------------------------------------------------------------------
 
 
-def _cut(scores_N2: Tensor, witnesses: Witnesses, among_N: Tensor) -> _Cut:
+def _cut(scores_N2: Tensor, witnesses: Witnesses, among_N: Tensor, least_nats: float) -> _Cut:
     """The cut of some clients that explains most, of those whose far side is to go."""
     in_N = among_N.to(torch.float64)
     agreement_N, keep_N = witnesses.agreement, witnesses.keep_share
@@ -193,7 +194,6 @@ def _cut(scores_N2: Tensor, witnesses: Witnesses, among_N: Tensor) -> _Cut:
     far_SN = _starts(starts, in_N)
 
     most = max(1, (len(in_N) - 1) // CLIENTS_A_WITNESS)
-    least_nats = NATS + NATS_A_CLIENT * in_N.sum()
     best = None
     for extra, factor in ((1, 1.0), (2, SECOND_DIRECTION)):
         some_FN = white_FN[: min(len(signs) + extra, most)]
@@ -207,7 +207,7 @@ def _either(condition: Tensor, one: _Cut, other: _Cut) -> _Cut:
     return _Cut(*(torch.where(condition, getattr(one, name), getattr(other, name)) for name in _Cut.__dataclass_fields__))
 
 
-def _best(split_SN: Tensor, white_FN: Tensor, witnesses: Witnesses, in_N: Tensor, least_nats: Tensor) -> _Cut:
+def _best(split_SN: Tensor, white_FN: Tensor, witnesses: Witnesses, in_N: Tensor, least_nats: float) -> _Cut:
     agreement_N, keep_N = witnesses.agreement, witnesses.keep_share
     assert keep_N is not None
     keep_z_S = _effect(keep_N, split_SN, in_N)
@@ -220,7 +220,8 @@ def _best(split_SN: Tensor, white_FN: Tensor, witnesses: Witnesses, in_N: Tensor
     worse_S, keep_z_S, agreement_z_S = sign_S * worse_S, sign_S * keep_z_S, sign_S * agreement_z_S
 
     nats_S, share_S = _nats(far_SN.to(torch.float64), white_FN, in_N)
-    counts_S = (nats_S > least_nats) & (worse_S <= -WORSE)
+    least_nats_S = torch.where(share_S < FEW, FEW_FACTOR * least_nats, least_nats)
+    counts_S = (nats_S > least_nats_S) & (worse_S <= -WORSE)
     minority_S = share_S <= 0.5
     if agreement_N is not None:
         near_SN = ~far_SN & (in_N > 0)
