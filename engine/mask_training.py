@@ -124,7 +124,7 @@ class TrainedMasks:
             tensor([1., 0.], dtype=torch.float64)
         """
         ones_R, num_varying = ones_where_masks_differ(self.bits)
-        return torch.where(num_varying > 0, ones_R / num_varying.clamp_min(1), 1.0)
+        return torch.where(num_varying > 0, ones_R.double() / num_varying.clamp_min(1), 1.0)
 
 
 def check_solver(solver: object) -> None:
