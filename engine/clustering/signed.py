@@ -84,6 +84,14 @@ class Witnesses:
             return self.alignment
         return self.alignment / self.norms.clamp_min(torch.finfo(torch.float64).tiny)
 
+    @property
+    def of_side(self) -> list[Tensor]:
+        """Those that tell which side is worse. Without norms a scaled update agrees the more the longer it is: then the
+        alignment is none of them.
+        """
+        agreement = None if self.norms is None else self.agreement
+        return [witness for witness in (self.keep_share, agreement) if witness is not None]
+
 
 @dataclass(frozen=True)
 class _Cut:
@@ -102,20 +110,28 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
     copy_N = copy_N & ((~copy_N).sum() >= smallest)
     if witnesses.keep_share is None:
         return _signed_by_root(distances, witnesses.alignment, copy_N, smallest, backend)
-    kept_N, sure = ~copy_N, True
+    once_N = kept_N = ~copy_N
+    sure: Tensor | bool = True
     cuts = []
     for factor in (1.0, SECOND_CUT):
         scores_N2, settled = _scores_among(distances, kept_N, backend)
         cut = _cut(scores_N2, witnesses, kept_N, factor * (NATS + NATS_A_CLIENT * len(kept_N)))
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)
-    return Ruling(
-        benign_N=kept_N,
-        separation=separation(distances, kept_N),
-        reason=_reason,
-        facts={"copies": copy_N.sum(), **_facts(witnesses, kept_N, cuts[0], cuts[1])},
-        sure=sure,
-    )
+    bad_copy_N = copy_N & _far_below(witnesses, kept_N)
+    facts = {"copies": bad_copy_N.sum(), **_facts(witnesses, kept_N, once_N, cuts[0], cuts[1])}
+    benign_N = once_N & kept_N | copy_N & ~bad_copy_N
+    return Ruling(benign_N, separation(distances, benign_N), _reason, facts, sure)
+
+
+def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
+    """Who is as much worse than those kept as a group must be to be rejected, ``(N,)`` bool."""
+    below_N = torch.zeros(len(kept_N), dtype=torch.float64, device=kept_N.device)
+    for witness_N in witnesses.of_side:
+        kept = mean_of(witness_N, kept_N)
+        spread = mean_of((witness_N - kept).square(), kept_N).sqrt()
+        below_N += (witness_N - kept) / spread.clamp_min(torch.finfo(torch.float64).tiny)
+    return below_N <= -WORSE
 
 
 def _many_copies(distances: Distances) -> Tensor:
@@ -212,8 +228,7 @@ def _best(split_SN: Tensor, white_FN: Tensor, witnesses: Witnesses, in_N: Tensor
     assert keep_N is not None
     keep_z_S = _effect(keep_N, split_SN, in_N)
     agreement_z_S = torch.zeros_like(keep_z_S) if agreement_N is None else _effect(agreement_N, split_SN, in_N)
-    # without norms a scaled update agrees the more the longer it is: then the side hangs on the keep share alone
-    worse_S = keep_z_S if witnesses.norms is None else keep_z_S + agreement_z_S
+    worse_S = keep_z_S if len(witnesses.of_side) == 1 else keep_z_S + agreement_z_S
     turn_S = worse_S > 0
     far_SN = (split_SN ^ turn_S[:, None]) & (in_N > 0)
     sign_S = torch.where(turn_S, -1.0, 1.0)
@@ -322,9 +337,10 @@ def _effect(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
 # --- the reason ---------------------------------------------------------------------------------------------------------
 
 
-def _facts(witnesses: Witnesses, kept_N: Tensor, first: _Cut, second: _Cut) -> dict[str, Tensor]:
-    """What the sentence needs of the clearest cut: the first, if there is one."""
-    far_N = torch.where(first.nats > 0, first.far_N, second.far_N)
+def _facts(witnesses: Witnesses, kept_N: Tensor, once_N: Tensor, first: _Cut, second: _Cut) -> dict[str, Tensor]:
+    """What the sentence needs of the clearest cut: the first, if there is one; if there is none, of the copies."""
+    any_cut = (first.nats > 0) | (second.nats > 0)
+    far_N = torch.where(any_cut, torch.where(first.nats > 0, first.far_N, second.far_N), ~once_N)
     facts = {"cut off": first.far_N.sum() + second.far_N.sum(), "nats": torch.where(first.nats > 0, first.nats, second.nats)}
     for name, witness_N in (("keep", witnesses.keep_share), ("agreement", witnesses.agreement)):
         z = torch.where(first.nats > 0, getattr(first, f"{name}_z"), getattr(second, f"{name}_z"))
