@@ -50,6 +50,7 @@ __all__ = ["Witnesses", "signed"]
 NATS, NATS_A_CLIENT = 7.0, 1 / 6
 SECOND_DIRECTION = 2.0
 WORSE = 3.0
+APART = 1.0
 LESS_ALIGNED = 0.8
 HARDLY_ALIGNED = 0.3
 MANY_COPIES = 0.1
@@ -115,7 +116,7 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
     cuts = []
     for factor in (1.0, SECOND_CUT):
         scores_N2, settled = _scores_among(distances, kept_N, backend)
-        cut = _cut(scores_N2, witnesses, kept_N, factor * (NATS + NATS_A_CLIENT * len(kept_N)))
+        cut = _cut(distances, scores_N2, witnesses, kept_N, factor * (NATS + NATS_A_CLIENT * len(kept_N)))
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)
     bad_copy_N = copy_N & _far_below(witnesses, kept_N)
@@ -125,13 +126,13 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
 
 
 def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
-    """Who is as much worse than those kept as a group must be to be rejected, ``(N,)`` bool."""
-    below_N = torch.zeros(len(kept_N), dtype=torch.float64, device=kept_N.device)
+    """Who is far worse than those kept, by one witness or by both together, ``(N,)`` bool."""
+    zs = []
     for witness_N in witnesses.of_side:
         kept = mean_of(witness_N, kept_N)
         spread = mean_of((witness_N - kept).square(), kept_N).sqrt()
-        below_N += (witness_N - kept) / spread.clamp_min(torch.finfo(torch.float64).tiny)
-    return below_N <= -WORSE
+        zs.append((witness_N - kept) / spread.clamp_min(torch.finfo(torch.float64).tiny))
+    return torch.stack([*zs, sum(zs[1:], zs[0])]).amin(0) <= -WORSE
 
 
 def _many_copies(distances: Distances) -> Tensor:
@@ -198,7 +199,7 @@ def _copies_reason(facts: Facts) -> str:
 # --- the cut ------------------------------------------------------------------------------------------------------------
 
 
-def _cut(scores_N2: Tensor, witnesses: Witnesses, among_N: Tensor, least_nats: float) -> _Cut:
+def _cut(distances: Distances, scores_N2: Tensor, witnesses: Witnesses, among_N: Tensor, least_nats: float) -> _Cut:
     """The cut of some clients that explains most, of those whose far side is to go."""
     in_N = among_N.to(torch.float64)
     agreement_N, keep_N = witnesses.agreement, witnesses.keep_share
@@ -213,7 +214,7 @@ def _cut(scores_N2: Tensor, witnesses: Witnesses, among_N: Tensor, least_nats: f
     best = None
     for extra, factor in ((1, 1.0), (2, SECOND_DIRECTION)):
         some_FN = white_FN[: min(len(signs) + extra, most)]
-        found = _best(_em(some_FN, far_SN, in_N), some_FN, witnesses, in_N, factor * least_nats)
+        found = _best(_em(some_FN, far_SN, in_N), distances, some_FN, witnesses, in_N, factor * least_nats)
         best = found if best is None else _either(found.nats > 0, found, best)
     assert best is not None, "there are two"
     return best
@@ -223,20 +224,22 @@ def _either(condition: Tensor, one: _Cut, other: _Cut) -> _Cut:
     return _Cut(*(torch.where(condition, getattr(one, name), getattr(other, name)) for name in _Cut.__dataclass_fields__))
 
 
-def _best(split_SN: Tensor, white_FN: Tensor, witnesses: Witnesses, in_N: Tensor, least_nats: float) -> _Cut:
+def _best(
+    split_SN: Tensor, distances: Distances, white_FN: Tensor, witnesses: Witnesses, in_N: Tensor, least_nats: float
+) -> _Cut:
     agreement_N, keep_N = witnesses.agreement, witnesses.keep_share
     assert keep_N is not None
-    keep_z_S = _effect(keep_N, split_SN, in_N)
-    agreement_z_S = torch.zeros_like(keep_z_S) if agreement_N is None else _effect(agreement_N, split_SN, in_N)
-    worse_S = keep_z_S if len(witnesses.of_side) == 1 else keep_z_S + agreement_z_S
-    turn_S = worse_S > 0
-    far_SN = (split_SN ^ turn_S[:, None]) & (in_N > 0)
-    sign_S = torch.where(turn_S, -1.0, 1.0)
-    worse_S, keep_z_S, agreement_z_S = sign_S * worse_S, sign_S * keep_z_S, sign_S * agreement_z_S
+    far_SN = torch.cat([split_SN, ~split_SN]) & (in_N > 0)  # either side may be the worse one
+    keep_z_S = _effect(keep_N, far_SN, in_N)
+    agreement_z_S = torch.zeros_like(keep_z_S) if agreement_N is None else _effect(agreement_N, far_SN, in_N)
+    z_S = keep_z_S if len(witnesses.of_side) == 1 else keep_z_S + agreement_z_S
 
     nats_S, share_S = _nats(far_SN.to(torch.float64), white_FN, in_N)
     least_nats_S = torch.where(share_S < FEW, FEW_FACTOR * least_nats, least_nats)
-    counts_S = (nats_S > least_nats_S) & (worse_S <= -WORSE)
+    worse_S = z_S <= -WORSE
+    if agreement_N is not None:
+        worse_S = worse_S | (_apart(distances, far_SN, in_N) > APART) & (agreement_z_S < 0)
+    counts_S = (nats_S > least_nats_S) & worse_S
     minority_S = share_S <= 0.5
     if agreement_N is not None:
         near_SN = ~far_SN & (in_N > 0)
@@ -256,6 +259,21 @@ def _best(split_SN: Tensor, white_FN: Tensor, witnesses: Witnesses, in_N: Tensor
         agreement_z_S.index_select(0, index_1)[0],
         keep_z_S.index_select(0, index_1)[0],
     )
+
+
+def _apart(distances: Distances, far_SN: Tensor, in_N: Tensor) -> Tensor:
+    """Squared distance of the sides' centroids over the variance within them, ``(S,)``; 0 on average where nothing differs."""
+    near_SN, far_SN = in_N * ~far_SN, in_N * far_SN
+    root_S = in_N.new_zeros(len(far_SN), 1)
+    near_SR, far_SR = torch.cat([near_SN, root_S], 1), torch.cat([far_SN, root_S], 1)
+    to_near_SR, to_far_SR = distances.times(torch.cat([near_SR, far_SR]).T.contiguous()).T.split(len(far_SN))
+    num_near_S, num_far_S = near_SN.sum(1), far_SN.sum(1)
+    # squares around the centroids, and the squared distance of the centroids
+    squares_near_S = (near_SR * to_near_SR).sum(1) / (2 * num_near_S)
+    squares_far_S = (far_SR * to_far_SR).sum(1) / (2 * num_far_S)
+    apart_S = (near_SR * to_far_SR).sum(1) / (num_near_S * num_far_S) - squares_near_S / num_near_S - squares_far_S / num_far_S
+    variance_S = (squares_near_S + squares_far_S) / (in_N.sum() - 2)
+    return apart_S / variance_S - 1 / num_near_S - 1 / num_far_S
 
 
 def _means(values_N: Tensor, chosen_SN: Tensor) -> Tensor:
