@@ -267,7 +267,7 @@ def test_outliers_silence_the_reason_for_keeping_all_but_not_for_rejecting() -> 
 # --- degenerate sets ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["two-stage", "published"])
+@pytest.mark.parametrize("rule", ["two-stage", "signed", "published"])
 def test_degenerate_sets_are_defined(rule: str) -> None:
     config = Clustering(rule=rule)
     for num_clients in (1, 2):

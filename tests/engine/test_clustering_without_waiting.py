@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances
-from skymask_gpu.engine.clustering import backends, k_means, spectrum, two_stage, verdict
+from skymask_gpu.engine.clustering import backends, k_means, signed, spectrum, two_stage, verdict
 from skymask_gpu.engine.clustering.backends import Backend, pick_backend
 from skymask_gpu.engine.distances import Distances
 from skymask_gpu.kernels.mixture import gaussian_mixture, two_normals
 from skymask_gpu.kernels.tree import path_maxima
 
 NUM_STORED_PARAMS = 139_960
-RULES = ["two-stage", "published"]
+RULES = ["two-stage", "signed", "published"]
 aten = torch.ops.aten
 # Operations for which the host waits on CUDA: a value is read, a shape depends on values, or LAPACK's error code is looked at.
 WAITING = {
@@ -81,7 +81,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
         return mode.unseen(on_host)(facts)
 
     monkeypatch.setattr(verdict, "_on_host", look)
-    monkeypatch.setattr(two_stage, "path_maxima", mode.unseen(path_maxima))
+    for rule in (two_stage, signed):
+        monkeypatch.setattr(rule, "path_maxima", mode.unseen(path_maxima))
     monkeypatch.setattr(k_means, "_host_numbers", mode.unseen(k_means._host_numbers))
     blind = pick_backend("torch", torch.device("cuda"), 100)
     assert not blind.waits
@@ -269,7 +270,8 @@ def test_all_that_is_decided_stays_on_the_device(rule: str, monkeypatch: pytest.
         return dict.fromkeys(facts, 1.0)
 
     monkeypatch.setattr(verdict, "_on_host", look)
-    monkeypatch.setattr(two_stage, "path_maxima", lambda stored, kept, unit: kept.to(torch.float64))
+    for module in (two_stage, signed):
+        monkeypatch.setattr(module, "path_maxima", lambda stored, kept, unit: kept.to(torch.float64))
     blind = pick_backend("torch", torch.device("cuda"), 50)
     no_kernels = Backend(
         False, blind.principal_scores, blind.two_means, lambda x, *_: x.long(), lambda x, labels: labels.clone()
@@ -283,6 +285,47 @@ def test_all_that_is_decided_stays_on_the_device(rule: str, monkeypatch: pytest.
     assert got.benign.device.type == got.scores.device.type == "meta"
     assert got.benign.shape == (49,)
     assert got.scores.shape == (50, 2)
+
+
+@pytest.mark.parametrize("known", [("keep_share",), ("keep_share", "alignment"), ("keep_share", "alignment", "norms")])
+def test_the_signed_rule_looks_once_with_all_its_witnesses(known: tuple[str, ...], request: pytest.FixtureRequest) -> None:
+    rng = np.random.default_rng(0)
+    attacks = np.arange(41) < 8
+    masks = rng.random((41, 2000)) < np.where(attacks[:, None], 0.3, rng.random(2000))
+    distances = torch.from_numpy((masks[:, None] != masks[None]).mean(-1))
+    witnesses = {
+        "keep_share": torch.from_numpy(np.where(attacks, 0.3, 0.5) + 0.02 * rng.normal(size=41)),
+        "alignment": torch.from_numpy(np.where(attacks, -0.8, 0.8) + 0.05 * rng.normal(size=41))[:-1],
+        "norms": torch.ones(40),
+    }
+    given = {name: witnesses[name] for name in known}
+    config = Clustering(rule="signed")
+    want = cluster_distances(distances, config=config, **given)
+    assert want.benign.tolist() == [False] * 8 + [True] * 32
+    waits = request.getfixturevalue("waits")
+    with waits:
+        got = cluster_distances(distances, config=config, **given)
+    assert waits.seen == ["look"]
+    assert same(got, want)
+
+
+def test_the_signed_rule_stays_on_the_device_with_all_its_witnesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: dict[str, torch.device] = {}
+
+    def look(facts: dict[str, Tensor]) -> dict[str, float]:
+        looked.update({name: fact.device for name, fact in facts.items()})
+        return dict.fromkeys(facts, 1.0)
+
+    monkeypatch.setattr(verdict, "_on_host", look)
+    blind = pick_backend("torch", torch.device("cuda"), 50)
+    monkeypatch.setattr(verdict, "pick_backend", lambda *_: blind)
+    distances, one_each = torch.empty(50, 50, dtype=torch.int32, device="meta"), torch.empty(49, device="meta")
+    got = verdict.cluster(
+        Distances(distances, 0.1), one_each, Clustering(rule="signed"), {}, keep_share=one_each, norms=one_each
+    )
+    assert {device.type for device in looked.values()} == {"meta"}
+    assert got.benign.device.type == "meta"
+    assert got.benign.shape == (49,)
 
 
 def test_who_may_wait() -> None:

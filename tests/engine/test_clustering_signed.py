@@ -1,0 +1,331 @@
+"""The signed rule: what it promises, on stored masks of real updates, and the discriminant against plain NumPy.
+
+The stored sets are judged once for all tests of a worker; each promise of the rule is a test of its own.
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances
+from skymask_gpu.engine.clustering import signed
+from skymask_gpu.engine.clustering.spectrum import dense_principal_scores
+from skymask_gpu.engine.distances import Distances
+
+SIGNED = Clustering(rule="signed")
+# Attacks that do little damage at these sizes.
+MILD = ("lie", "lie-backdoor", "scaling", "sparse-minmax", "sparse-sign")
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """A stored set of masks; attackers first, then honest clients, the root last."""
+
+    attack: str
+    distances: Tensor
+    malicious: int
+    alignment: Tensor | None
+    keep_share: Tensor | None = None
+    norms: Tensor | None = None
+
+    def judge(self) -> ClusteredMasks:
+        return cluster_distances(
+            self.distances, alignment=self.alignment, keep_share=self.keep_share, norms=self.norms, config=SIGNED
+        )
+
+    def rates(self, benign: Tensor) -> tuple[float, float]:
+        """The shares of honest clients rejected and of attackers kept."""
+        attackers, honest = benign[: self.malicious], benign[self.malicious :]
+        return 1 - honest.double().mean().item(), attackers.double().mean().item() if self.malicious else 0.0
+
+    def with_copy(self, of: int, at: int) -> "MaskSet":
+        """Client ``at`` sends what client ``of`` does."""
+        distances = self.distances.clone()
+        distances[at], distances[:, at] = self.distances[of], self.distances[:, of]
+        distances[at, at] = distances[at, of] = distances[of, at] = 0
+
+        def copied(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.index_copy(0, torch.tensor([at]), values[of : of + 1])
+
+        return replace(
+            self,
+            distances=distances,
+            alignment=copied(self.alignment),
+            keep_share=copied(self.keep_share),
+            norms=copied(self.norms),
+        )
+
+
+def stored_sets(folder: Path, name: str) -> dict[str, MaskSet]:
+    if not (folder / f"{name}.npz").exists():
+        pytest.skip(f"no mask matrices: {folder} has no {name}.npz")
+    sets = {}
+    with np.load(folder / f"{name}.npz") as arrays:
+        for key, fact in json.loads((folder / f"{name}.json").read_text()).items():
+            counts = np.zeros((fact["clients"] + 1,) * 2)
+            counts[np.triu_indices(len(counts), 1)] = arrays[key]
+            more = {}
+            if f"keep/{key}" in arrays:
+                more["keep_share"] = torch.from_numpy(arrays[f"keep/{key}"] / fact["varying"])
+                more["norms"] = torch.from_numpy(arrays[f"norm/{key}"]).double()
+            sets[key] = MaskSet(
+                attack=fact.get("attack", key.split("_")[0]),
+                distances=torch.from_numpy((counts + counts.T) / fact.get("params", 139_960)),
+                malicious=fact["malicious"],
+                alignment=torch.from_numpy(arrays[f"align/{key}"]).double(),
+                **more,
+            )
+    return sets
+
+
+@pytest.fixture(scope="module")
+def recipes(data_dir: Path) -> dict[str, MaskSet]:
+    return stored_sets(data_dir / "masks", "recipes")
+
+
+@pytest.fixture(scope="module")
+def older(data_dir: Path) -> dict[str, MaskSet]:
+    return stored_sets(data_dir / "masks", "hamming")
+
+
+@pytest.fixture(scope="module")
+def judged(recipes: dict[str, MaskSet]) -> dict[str, ClusteredMasks]:
+    return {name: masks.judge() for name, masks in recipes.items()}
+
+
+# --- what it promises -----------------------------------------------------------------------------------------------------
+
+
+def test_harmful_attacks_are_found_with_recipes_that_people_use(
+    recipes: dict[str, MaskSet], judged: dict[str, ClusteredMasks]
+) -> None:
+    rates = {name: masks.rates(judged[name].benign) for name, masks in recipes.items()}
+    harmful = [name for name, masks in recipes.items() if masks.malicious and masks.attack not in MILD]
+    missed = [name for name in harmful if max(rates[name]) > 0.05]
+    print(f"signed: {len(harmful) - len(missed)} of {len(harmful)} within 5%; not: {missed}")
+    assert len(recipes) == 207
+    assert len(harmful) == 153
+    assert len(missed) <= 4
+    assert np.mean([rejected for rejected, _ in rates.values()]) <= 0.002
+    assert not [name for name, (rejected, kept) in rates.items() if rejected > 0.5 and kept > 0.5]
+    assert all(rates[name] == (0, 0) for name, masks in recipes.items() if masks.attack == "none")
+
+
+def test_without_keep_shares_it_is_no_worse_than_the_two_stage_rule(older: dict[str, MaskSet]) -> None:
+    rates = {name: masks.rates(masks.judge().benign) for name, masks in older.items()}
+    exact = [name for name, both in rates.items() if both == (0, 0)]
+    assert len(rates) == 87
+    assert len(exact) >= 82
+    assert all(rejected == 0 for rejected, _ in rates.values())
+
+
+def test_two_decoys_hide_nobody(older: dict[str, MaskSet]) -> None:
+    """Two attackers that send the same switched the two-stage rule off for all others."""
+    for name, masks in older.items():
+        if masks.malicious >= 2:
+            decoys = masks.with_copy(of=0, at=1)
+            assert decoys.rates(decoys.judge().benign)[1] <= masks.rates(masks.judge().benign)[1], name
+
+
+@pytest.mark.parametrize("replays", [1, 5])
+def test_who_is_replayed_is_not_rejected(recipes: dict[str, MaskSet], judged: dict[str, ClusteredMasks], replays: int) -> None:
+    for name in ("few.none.4", "noclip.label-flip.4", "epoch.trim.9", "epoch.none.1"):
+        masks, victim = recipes[name], 59
+        assert judged[name].benign[victim]
+        for attacker in range(replays):
+            masks = masks.with_copy(of=victim, at=attacker)
+        assert masks.judge().benign[victim], name
+
+
+def test_copies_go_if_they_are_worse_and_the_rest_is_judged(recipes: dict[str, MaskSet]) -> None:
+    masks = recipes["few.ipm2.4"]
+    verdict = masks.judge()
+    assert verdict.benign.tolist() == [False] * 12 + [True] * 48
+    assert verdict.reason.startswith("12 masks are copies")
+    better = recipes["epoch.lie.4"].judge()  # copies near the mean, better than honest by both witnesses
+    assert better.benign.all()
+    flips = recipes["epoch.label-flip.4"]
+    for decoy in (1, 2, 3):
+        flips = flips.with_copy(of=0, at=decoy)
+    assert not flips.judge().benign[:12].any()
+    assert flips.judge().benign[12:].all()
+
+
+def test_a_majority_is_not_rejected_because_a_minority_is_better(
+    recipes: dict[str, MaskSet], judged: dict[str, ClusteredMasks]
+) -> None:
+    """A Little Is Enough lies near the mean, and is better than an honest client by both witnesses."""
+    for name, masks in recipes.items():
+        if masks.attack.startswith("lie"):
+            assert masks.rates(judged[name].benign)[0] <= 0.02, name
+
+
+def test_the_side_does_not_hang_on_the_root_row(recipes: dict[str, MaskSet], judged: dict[str, ClusteredMasks]) -> None:
+    for name in ("epoch.label-flip.1", "few.sign-flip.4", "noclip.trim.9", "epoch.none.1"):
+        masks = recipes[name]
+        distances = masks.distances.clone()
+        distances[-1, :-1] = distances[:-1, -1] = distances[0, :-1] + 0.001  # beside the first attacker
+        assert torch.equal(replace(masks, distances=distances).judge().benign, judged[name].benign), name
+
+
+@pytest.mark.parametrize("missing", ["alignment", "norms", "alignment and norms"])
+def test_a_missing_witness_is_left_out(recipes: dict[str, MaskSet], missing: str) -> None:
+    without = dict.fromkeys(missing.split(" and "))
+    for name in ("epoch.label-flip.4", "noclip.label-flip-50.4", "few.trim.1"):
+        masks = replace(recipes[name], **without)  # type: ignore[arg-type]
+        assert masks.rates(masks.judge().benign) == (0, 0), name
+    for name in ("few.none.1", "noclip.none.4", "epoch.none.4"):
+        masks = replace(recipes[name], **without)  # type: ignore[arg-type]
+        assert masks.judge().benign.all(), name
+
+
+def test_it_is_deterministic_and_does_not_hang_on_the_order_of_clients(recipes: dict[str, MaskSet]) -> None:
+    masks = recipes["few.label-flip.4"]
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([order, torch.tensor([60])])
+    assert masks.alignment is not None
+    assert masks.keep_share is not None
+    assert masks.norms is not None
+    turned = replace(
+        masks,
+        distances=masks.distances[rows][:, rows],
+        alignment=masks.alignment[order],
+        keep_share=masks.keep_share[rows],
+        norms=masks.norms[order],
+    )
+    first = masks.judge().benign
+    assert torch.equal(masks.judge().benign, first)
+    assert torch.equal(turned.judge().benign, first[order])
+
+
+def test_a_single_attacker_is_found_where_no_witness_alone_tells(generator: torch.Generator) -> None:
+    """Keep share and cosine go together among honest clients; this one has a cosine too low for its keep share."""
+    common = torch.randn(40, dtype=torch.float64, generator=generator)
+    own = torch.randn(2, 40, dtype=torch.float64, generator=generator)
+    keep, cosine = 0.6 + 0.03 * common, 0.5 + 0.1 * (common + 0.05 * own[0])
+    keep[7], cosine[7] = 0.56, 0.27
+    bits = torch.rand(41, 4000, generator=generator) < 0.5
+    distances = (bits[:, None] != bits[None]).double().mean(-1)
+    verdict = cluster_distances(distances, alignment=cosine, keep_share=keep, norms=torch.ones(40), config=SIGNED)
+    assert (keep < keep[7]).any()
+    assert (cosine < cosine[7]).any()
+    assert verdict.benign.tolist() == [client != 7 for client in range(40)]
+
+
+def test_the_reason_names_the_witness_and_its_figures(judged: dict[str, ClusteredMasks]) -> None:
+    assert judged["noclip.scaling-backdoor.9"].reason.startswith("12 clients are a worse group: keep share 0.")
+    assert "agreement with the root direction -" in judged["few.sign-flip.4"].reason
+    assert judged["few.none.1"].reason == "no group of clients is clearly worse than the others: all kept"
+
+
+# --- how it counts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_explains_what_numpy_says(generator: torch.Generator) -> None:
+    x = torch.randn(3, 50, dtype=torch.float64, generator=generator)
+    far = torch.arange(50) < 12
+    x[:, far] -= torch.tensor([[2.0], [1.0], [0.0]], dtype=torch.float64)
+    white = signed._white(list(x), torch.ones(50, dtype=torch.float64))
+    torch.testing.assert_close(white @ white.T / 50, torch.eye(3, dtype=torch.float64))
+    nats, share = signed._nats(far[None].double(), white, torch.ones(50, dtype=torch.float64))
+    a, b = x[:, far].numpy(), x[:, ~far].numpy()
+    within = (np.cov(a, bias=True) * 12 + np.cov(b, bias=True) * 38) / 50
+    gain = np.linalg.slogdet(np.cov(x.numpy(), bias=True))[1] - np.linalg.slogdet(within)[1]
+    entropy = -0.24 * math.log(0.24) - 0.76 * math.log(0.76)
+    assert nats.item() == pytest.approx(50 * (gain / 2 - entropy), rel=1e-9)
+    assert share.item() == pytest.approx(0.24)
+
+
+def test_em_is_that_of_two_normals_with_one_covariance(generator: torch.Generator) -> None:
+    x = torch.randn(2, 60, dtype=torch.float64, generator=generator)
+    x[:, :15] -= 3
+    in_all = torch.ones(60, dtype=torch.float64)
+    white = signed._white(list(x), in_all)
+    start = (torch.arange(60) < 10).double()[None]
+    member = start[0].numpy()
+    for _ in range(signed.STEPS):  # the textbook's
+        p = member.mean()
+        means = [(weights @ x.numpy().T) / weights.sum() for weights in (member, 1 - member)]
+        within = sum(
+            (x.numpy() - mean[:, None]) * weights @ (x.numpy() - mean[:, None]).T
+            for weights, mean in zip((member, 1 - member), means, strict=True)
+        )
+        inverse = np.linalg.inv(within / 60)
+        offsets = [x.numpy() - mean[:, None] for mean in means]
+        squares = [np.einsum("fn,fg,gn->n", offset, inverse, offset) for offset in offsets]
+        member = 1 / (1 + (1 - p) / p * np.exp((squares[0] - squares[1]) / 2))
+    assert signed._em(white, start, in_all)[0].tolist() == (member > 0.5).tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_at_the_centroid_change_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    bits = torch.from_numpy(rng.random((31, 700)) < rng.random((31, 1)))
+    distances = (bits[:, None] != bits[None]).double().mean(-1)
+    chosen = torch.from_numpy(rng.random(31) < 0.7)
+    alone = dense_principal_scores(Distances(distances[chosen][:, chosen]))
+    placed = dense_principal_scores(signed._others_at_the_centroid(Distances(distances), chosen))
+    torch.testing.assert_close(placed[chosen], alone, rtol=0, atol=1e-10)
+    torch.testing.assert_close(placed[~chosen], torch.zeros_like(placed[~chosen]), rtol=0, atol=1e-10)
+
+
+def test_sides_are_no_further_apart_than_chance_where_nothing_differs(generator: torch.Generator) -> None:
+    bits = torch.rand(21, 20_000, generator=generator) < 0.5
+    distances = Distances((bits[:, None] != bits[None]).double().mean(-1))
+    far = torch.stack([torch.arange(20) < number for number in (1, 4, 10)])
+    assert signed._apart(distances, far, torch.ones(20, dtype=torch.float64)).abs().max() < 0.05
+
+
+# --- few clients, and degenerate sets -------------------------------------------------------------------------------------
+
+
+def few_clients(num_clients: int, num_attackers: int, seed: int) -> MaskSet:
+    """Masks and witnesses as flipped signs have them in a small federation of alike clients."""
+    rng = np.random.default_rng(seed)
+    base = rng.random(2000)
+    rows = np.arange(num_clients + 1) < num_attackers
+    bits = torch.from_numpy(rng.random((num_clients + 1, 2000)) < np.where(rows[:, None], 0.3, base))
+    cosine = torch.from_numpy(np.where(rows[:-1], -0.8, 0.8) + 0.05 * rng.normal(size=num_clients))
+    return MaskSet(
+        attack="sign-flip",
+        distances=(bits[:, None] != bits[None]).double().mean(-1),
+        malicious=num_attackers,
+        alignment=cosine,
+        keep_share=torch.from_numpy(np.where(rows, 0.3, 0.5) + 0.02 * rng.normal(size=num_clients + 1)),
+        norms=torch.ones(num_clients),
+    )
+
+
+@pytest.mark.parametrize("num_clients", [5, 10, 20])
+def test_small_federations(num_clients: int) -> None:
+    for seed in range(10):
+        attacked = few_clients(num_clients, num_clients // 5, seed)
+        assert attacked.rates(attacked.judge().benign) == (0, 0), seed
+        peaceful = few_clients(num_clients, 0, seed)
+        assert peaceful.judge().benign.all(), seed
+
+
+def test_degenerate_sets_are_defined() -> None:
+    for num_clients in (1, 2):
+        few = few_clients(num_clients, 0, 0)
+        assert few.judge().benign.all()
+    equal = replace(few_clients(8, 0, 0), distances=torch.zeros(9, 9))
+    assert equal.judge().reason == "all masks are equal: all kept"
+    same = few_clients(8, 0, 0)
+    same = replace(same, alignment=torch.zeros(8), keep_share=torch.ones(9), norms=torch.zeros(8))
+    assert same.judge().benign.all()
+
+
+@pytest.mark.parametrize("name", ["keep_share", "norms"])
+def test_bad_witnesses_are_named(name: str) -> None:
+    square = torch.zeros(6, 6)
+    with pytest.raises(ValueError, match=rf"{name} must be \(5,\) finite numbers, one a client, got shape \(4,\)"):
+        cluster_distances(square, config=SIGNED, **{name: torch.zeros(4)})
+    with pytest.raises(ValueError, match=rf"{name} must be \(5,\) finite numbers, one a client, got NaN or Inf"):
+        cluster_distances(square, config=SIGNED, **{name: torch.full((5,), torch.nan)})
