@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances
 from skymask_gpu.engine.clustering import signed
+from skymask_gpu.engine.clustering.backends import dense_backend
 from skymask_gpu.engine.clustering.spectrum import dense_principal_scores
 from skymask_gpu.engine.distances import Distances
 
@@ -172,6 +173,9 @@ def test_the_side_does_not_hang_on_the_root_row(recipes: dict[str, MaskSet], jud
         distances = masks.distances.clone()
         distances[-1, :-1] = distances[:-1, -1] = distances[0, :-1] + 0.001  # beside the first attacker
         assert torch.equal(replace(masks, distances=distances).judge().benign, judged[name].benign), name
+        everyone, backend = torch.ones(60, dtype=torch.bool), dense_backend()
+        with_root, without = (signed._scores_among(Distances(d), everyone, backend)[0] for d in (masks.distances, distances))
+        torch.testing.assert_close(with_root, without, rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("missing", ["alignment", "norms", "alignment and norms"])
