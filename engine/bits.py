@@ -5,7 +5,7 @@ from torch import Tensor
 
 from skymask_gpu.kernels.anywhere import hamming_counts
 
-__all__ = ["hamming_shares", "ones_where_masks_differ", "pack_bits", "unpack_bits"]
+__all__ = ["hamming_shares", "keep_share", "ones_where_masks_differ", "pack_bits", "unpack_bits"]
 
 # Elements of a temporary made from columns of the bits.
 _CHUNK_ELEMENTS = 2**22
@@ -33,6 +33,11 @@ def hamming_shares(bits: Tensor, num_params: int) -> Tensor:
     Padding bits are 0 in every row and count for nothing.
     """
     return hamming_counts(bits).to(torch.float64) / num_params
+
+
+def keep_share(ones_R: Tensor, num_varying: Tensor) -> Tensor:
+    """``(R,)`` float64 from what :func:`ones_where_masks_differ` counted: the share of ones; 1 where no column differs."""
+    return torch.where(num_varying > 0, ones_R.double() / num_varying.clamp_min(1), 1.0)
 
 
 def ones_where_masks_differ(bits: Tensor) -> tuple[Tensor, Tensor]:

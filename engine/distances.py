@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.bits import keep_share, ones_where_masks_differ
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.sharding import ColumnShards
 from skymask_gpu.kernels.anywhere import hamming_counts
 
-__all__ = ["Distances", "mask_distances", "sharded_distances"]
+__all__ = ["Distances", "mask_distances", "sharded_distances", "sharded_keep_share"]
 
 # Up to so many rows counts are held exactly, in int32; beyond, in uint16: 800 MB for 20,000 rows.
 _EXACT_ROWS = 4096
@@ -66,6 +67,12 @@ def mask_distances(bits: Tensor, num_params: int) -> Distances:
             return Distances(hamming_counts(bits), 1 / num_params)
         unit = -(-num_params // (2**16 - 1))
         return Distances(hamming_counts(bits, unit, torch.uint16), unit / num_params)
+
+
+def sharded_keep_share(bits: Tensor, shards: ColumnShards) -> Tensor:
+    """The keep share, ``(R,)`` float64, of bits of which each rank holds those of its own columns; the same on every rank."""
+    ones_R, num_varying = ones_where_masks_differ(bits)
+    return keep_share(shards.sum(ones_R), shards.sum(num_varying))
 
 
 def sharded_distances(bits: Tensor, shards: ColumnShards) -> Distances:

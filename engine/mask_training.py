@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.bits import ones_where_masks_differ
+from skymask_gpu.engine.bits import keep_share, ones_where_masks_differ
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
@@ -123,8 +123,7 @@ class TrainedMasks:
             >>> TrainedMasks(bits, 4, None, [], 0, "reference", "", {}).keep_share()
             tensor([1., 0.], dtype=torch.float64)
         """
-        ones_R, num_varying = ones_where_masks_differ(self.bits)
-        return torch.where(num_varying > 0, ones_R.double() / num_varying.clamp_min(1), 1.0)
+        return keep_share(*ones_where_masks_differ(self.bits))
 
 
 def check_solver(solver: object) -> None:

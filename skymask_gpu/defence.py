@@ -23,7 +23,7 @@ from skymask_gpu.engine import (
     train_masks,
 )
 from skymask_gpu.engine.clustering.verdict import cluster
-from skymask_gpu.engine.distances import sharded_distances
+from skymask_gpu.engine.distances import sharded_distances, sharded_keep_share
 from skymask_gpu.engine.mask_training import check_solver
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
@@ -231,7 +231,11 @@ class SkyMask:
                 root_row_P = self._root_row(root_update, direction_P, collected)
             masks = self._train(collected, root_row_P, global_params_P, direction_P, own_loss, shards)
             with watch.phase("clustering"), phase("clustering", 4 * len(masks.bits) ** 2):
-                clusters = cluster(sharded_distances(masks.bits, shards), collected.alignments, self._clustering)
+                keep_share_R = norms_K = None
+                if self._clustering.rule == "signed":  # the other rules do not look at them
+                    keep_share_R, norms_K = sharded_keep_share(masks.bits, shards), collected.norms
+                distances = sharded_distances(masks.bits, shards)
+                clusters = cluster(distances, collected.alignments, self._clustering, keep_share=keep_share_R, norms=norms_K)
             with watch.phase("average"), phase("average"):
                 update_P = shards.gather(mean_of_rows(collected.rows, clusters.benign))
                 buffers = mean_buffers(collected.buffers, clusters.benign)

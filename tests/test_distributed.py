@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from skymask_gpu import Aggregation, MaskTraining, RootTraining, SkyMask, cli
 from skymask_gpu.collect import collect
-from skymask_gpu.engine import FlatModel, unpack_bits
+from skymask_gpu.engine import Clustering, FlatModel, unpack_bits
 from skymask_gpu.engine.sharding import own_columns
 from skymask_gpu.federation.data import load_dataset
 from skymask_gpu.torchrun import column_mesh, load_own_columns
@@ -39,6 +39,7 @@ NUM_CLIENTS, NUM_MALICIOUS, NUM_SAMPLES, NUM_PARAMS = 20, 5, 40, 12023  # P is d
 CASES: dict[str, dict[str, Any]] = {
     "fused": {"solver": "fused"},
     "collapsed": {"solver": "collapsed"},
+    "signed": {"solver": "collapsed", "clustering": Clustering(rule="signed")},
     "reference": {"solver": "reference", "training": MaskTraining(steps=3)},
     "vmap": {"solver": "vmap", "training": MaskTraining(steps=3)},
     "bfloat16": {},
