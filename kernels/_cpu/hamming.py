@@ -150,7 +150,7 @@ def without_constant_columns(bits: Tensor) -> Tensor:
     varying_B = np.zeros(num_bytes, np.uint8)
     run_on_column_shares(lambda begin, end: _varying_pass(flat, num_rows, varying_B, begin, end), num_bytes, _BYTES_AT_ONCE)
     at_V = np.flatnonzero(varying_B)
-    num_columns = int(np.bitwise_count(varying_B).sum())
+    num_columns = int(np.unpackbits(varying_B).sum())  # NumPy 1.26 has no bitwise_count
     packed_RC = torch.zeros(num_rows, max(1, -(-num_columns // 8)), dtype=torch.uint8)
     arguments = (flat, num_bytes, at_V, varying_B[at_V], _chosen_bits(), packed_RC.numpy())
     run_on_column_shares(lambda begin, end: _pack_pass(*arguments, begin, end), num_rows, TILE)
