@@ -62,3 +62,10 @@ def test_every_command_in_the_docs_exists(checkout: Path) -> None:
             declared = {option for parameter in known[command].params for option in parameter.opts}
             for option in re.findall(r"(?<!\w)(--[a-z-]+)", options.split("#")[0]):
                 assert option in declared, f"{command} {option}"
+
+
+def test_files_that_the_page_of_switches_names_exist(checkout: Path) -> None:
+    files = set(re.findall(r"`([\w/.]+\.py)`", (checkout / "docs" / "process.md").read_text()))
+    assert len(files) > 10
+    for file in files:
+        assert (checkout / file).is_file(), file
