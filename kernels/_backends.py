@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["compiled", "why_not"]
 
-# Of each type of device: the compiler that must be installed, and the folder whose modules use it.
+# For each type of device, the compiler that must be installed and the folder whose modules use it.
 _COMPILERS = {"cuda": ("triton", "_triton"), "cpu": ("numba", "_cpu")}
 
 

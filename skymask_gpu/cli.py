@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def _show_traceback(*, debug: bool) -> None:
-    """Of the exception that is being handled, on the screen or in a file of its own."""
+    """Show the traceback of the exception that is being handled, on the screen or in a file of its own."""
     if debug:
         traceback.print_exc()
         return

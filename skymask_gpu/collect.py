@@ -36,7 +36,8 @@ _OPPOSED = -0.1
 # The attack model allows 80% attackers: what more clients do is not an attack but a mistake of the caller. A lower limit would
 # let attackers stop every round by sending multiples of the global model; "all clients" would let one of them hide the mistake.
 _MOST_ATTACKERS = 0.8
-# From this share on a suspicion is a warning: attackers may be behind it, or so many honest clients as there always are.
+# From this share on a suspicion is a warning. The attack model leaves at least this share of honest clients, so either
+# attackers are behind it or all honest clients made the mistake.
 _FEWEST_HONEST = 0.2
 
 # An honest update is far shorter than the model it changes; a longer one is looked at more closely.

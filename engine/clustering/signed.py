@@ -33,54 +33,56 @@ from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separation
 from skymask_gpu.engine.clustering.two_stage import (
     ALL_KEPT,
-    EM_STEPS,
     SMALLEST_SHARE,
-    VARIANCE_FLOOR,
     copy_reach,
     cut_by_root,
     cut_reasons,
     nearest_neighbours,
     scattered,
     scattered_reason,
+    with_root,
 )
 from skymask_gpu.engine.distances import Distances
-from skymask_gpu.kernels.tree import path_maxima
+from skymask_gpu.kernels.anywhere import path_maxima
 
 __all__ = ["Witnesses", "signed"]
 
-# The constants. "The same" means: of the 207 stored sets with recipes that people use, 149 of 153 with harmful attacks come out
-# within 5%, and nobody is rejected without an attack. One constant at a time was varied.
-# A cut has to explain so many nats, and so many more for each client; results are the same from 6.5 to 8, and from 0.16 to
-# 0.18.
+# The constants. A range behind one says where 149 of the 153 stored sets with harmful attacks come out within 5% and nobody is
+# rejected without an attack, when this constant alone is varied (207 sets, recipes that people use).
+#
+# The nats that a cut must explain: a fixed number (6.5 to 8), and this number for each client (above 0.15, up to 0.18; at 0.15
+# honest clients are rejected in one set without an attack).
 NATS, NATS_A_CLIENT = 7.5, 1 / 6
-# A far side of so small a share of the clients has to explain so many times more, since a few odd clients are no rarity;
-# results are the same from 0.1 to 0.15, and from 1.2 to 1.35.
+# A far side below this share of the clients (0.1 to 0.15) must explain more by this factor (1.2 to 1.35), since a few odd
+# clients are no rarity.
 FEW, FEW_FACTOR = 0.12, 1.3
-# A cut that needs the second component too has to explain so many times more, since honest label groups lie apart in it;
-# results are the same from 1.7 to 3.
+# A cut that needs the second component too must explain more by this factor (1.7 to 3), since honest label groups lie apart
+# in it.
 SECOND_DIRECTION = 2.0
-# What is left after a cut is cut again if that explains so many times more; results are the same from 1.3 to 3.
+# What is left after a cut is cut again only if the second cut explains more by this factor (1.3 to 3).
 SECOND_CUT = 2.0
-# A far side is worse if its two z add up to this below 0; results are the same from 2 to 3.3.
+# A far side is worse if the sum of its two z lies this far below 0 (2 to 3.3).
 WORSE = 3.0
-# A minority with a lower cosine is also worse if the sides' centroids lie so many times the variance within them apart; results
-# are the same from 0.25 to 1.5.
+# A minority with a lower cosine is also worse if the squared distance of the sides' centroids is this multiple of the variance
+# within the sides (0.25 to 1.5).
 APART = 1.0
-# The far side's mean cosine has to be below so much of the near side's; results are the same from 0.7 to 1, but beyond 0.8
-# small federations lose honest clients (0.6% in place of 0.2% without an attack).
+# The far side's mean cosine must be below this share of the near side's (0.7 to 1; beyond 0.8 small federations lose honest
+# clients: 0.6% instead of 0.2% without an attack).
 LESS_ALIGNED = 0.8
-# A majority goes only if its mean cosine is below so much of the minority's; results are the same from 0 to 0.45, and at 0.5 a
-# majority goes because a minority is better.
+# A majority goes only if its mean cosine is below this share of the minority's (0.2 to 0.45). At 0.5, in an earlier version, a
+# majority was rejected because a minority was better.
 HARDLY_ALIGNED = 0.3
-# Without a keep share, the others are not cut if more than this share of the clients are copies; two decoys of 20 are not.
+# Without a keep share, the others are not cut if more than this share of the clients are copies; two decoys of 20 are not
+# (no range was measured).
 MANY_COPIES = 0.1
-# There is at most one witness for so many clients, or any few of them could be told apart.
+# Each witness needs at least this number of clients, since with more witnesses any few clients could be told apart (no range
+# was measured).
 CLIENTS_A_WITNESS = 3
-# EM takes so many steps; results are the same from 20 to 80.
+# The number of EM steps (20 to 80).
 STEPS = 40
-# EM starts from these shares of the clients, lowest first, as the far side; 0 is a single one.
+# EM starts with each of these shares of the clients, the lowest ones in a witness, as the far side; 0 means a single client.
 STARTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5)
-# Up to so many rows a second matrix of distances is made, in which some clients say nothing.
+# Up to this number of rows a second matrix of distances is made, in which the clients left out say nothing.
 _ROWS_TO_PLACE = 4096
 _TINY = 1e-12
 
@@ -191,8 +193,7 @@ def _signed_by_root(
     others = _others_at_the_centroid(distances, torch.cat([~copy_N, copy_N.new_ones(1)]))
     scores_R2, settled = backend.principal_scores(others)
     x_R = scores_R2[:, 0].contiguous()
-    side_R = backend.two_normals(x_R, EM_STEPS, VARIANCE_FLOOR)
-    with_root_N = side_R[:-1] == side_R[-1]
+    with_root_N = with_root(x_R, scores_R2, backend)
     apart = separation(others, with_root_N)
     cut_N, facts = cut_by_root(x_R[:-1], with_root_N, apart, alignment_N, smallest)
     # honest label groups lie further apart than what many copies leave of each spreads
@@ -380,7 +381,7 @@ def _facts(witnesses: Witnesses, kept_N: Tensor, once_N: Tensor, first: _Cut, se
     """What the sentence needs of the clearest cut: the first, if there is one; if there is none, of the copies."""
     any_cut = (first.nats > 0) | (second.nats > 0)
     far_N = torch.where(any_cut, torch.where(first.nats > 0, first.far_N, second.far_N), ~once_N)
-    facts = {"cut off": first.far_N.sum() + second.far_N.sum(), "nats": torch.where(first.nats > 0, first.nats, second.nats)}
+    facts = {"cut off": first.far_N.sum() + second.far_N.sum()}
     for name, witness_N in (("keep", witnesses.keep_share), ("agreement", witnesses.agreement)):
         z = torch.where(first.nats > 0, getattr(first, f"{name}_z"), getattr(second, f"{name}_z"))
         if witness_N is not None:

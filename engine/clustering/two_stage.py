@@ -15,9 +15,7 @@ from skymask_gpu.kernels.anywhere import path_maxima
 
 __all__ = [
     "ALL_KEPT",
-    "EM_STEPS",
     "SMALLEST_SHARE",
-    "VARIANCE_FLOOR",
     "copy_reach",
     "cut_by_root",
     "cut_reasons",
@@ -25,6 +23,7 @@ __all__ = [
     "scattered",
     "scattered_reason",
     "two_stage",
+    "with_root",
 ]
 
 # The constants, and where each comes from.
@@ -51,9 +50,7 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
     """Who is kept; ``alignment_N``, float64, is each client's inner product with the root direction, if it is known."""
     smallest = SMALLEST_SHARE * (len(distances) - 1)
     x_R = scores_R2[:, 0].contiguous()
-    side_R = backend.two_normals(x_R, EM_STEPS, VARIANCE_FLOOR)
-    first, second = scores_R2.square().sum(0).unbind()  # the eigenvalues
-    with_root_N = (side_R[:-1] == side_R[-1]) | (second >= (1 - NO_DIRECTION) * first)
+    with_root_N = with_root(x_R, scores_R2, backend)
     copy_N = copies(distances)
     by_copies = copy_N.any() & ((~copy_N).sum() >= smallest)
     apart = separation(distances, torch.where(by_copies, ~copy_N, with_root_N))
@@ -75,6 +72,16 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
             "gap": gap,
         },
     )
+
+
+def with_root(x_R: Tensor, scores_R2: Tensor, backend: Backend) -> Tensor:
+    """Clients on the root's side of a cut of the first component ``x_R`` in two normals, ``(N,)`` bool.
+
+    Everybody where there is no first component: see ``NO_DIRECTION``.
+    """
+    side_R = backend.two_normals(x_R, EM_STEPS, VARIANCE_FLOOR)
+    first, second = scores_R2.square().sum(0).unbind()  # the eigenvalues
+    return (side_R[:-1] == side_R[-1]) | (second >= (1 - NO_DIRECTION) * first)
 
 
 def copies(distances: Distances) -> Tensor:

@@ -147,7 +147,7 @@ def _some(numbers: list[int]) -> str:
 
 
 def _checkpoint_every(folder: Path, config: RunConfig) -> int:
-    """Of the run that wrote the folder's lines, which may have had another number than the one that goes on."""
+    """How often the run that wrote the folder saved a checkpoint; the run that goes on may have another number."""
     try:
         return int(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["checkpoint_every"])
     except (OSError, ValueError, KeyError, TypeError):

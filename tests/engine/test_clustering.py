@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -299,13 +300,16 @@ def test_one_outlier_among_equals_is_rejected() -> None:
     assert clusters.num_clusters == 2
 
 
+@pytest.mark.parametrize("rule", ["two-stage", "signed"])
 @pytest.mark.parametrize("lopsided", [False, True])
-def test_masks_all_equally_far_apart_are_kept(lopsided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_all_equally_far_apart_are_kept(
+    rule: Literal["two-stage", "signed"], lopsided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All leading eigenvalues are equal: every direction is a first component, also one that points at a single client."""
     if lopsided:
         towards_two_R2 = torch.linalg.qr(torch.eye(21, dtype=torch.float64)[:, :2] - 1 / 21).Q * 0.15**0.5
         monkeypatch.setattr("skymask_gpu.engine.clustering.spectrum.principal_scores", lambda _: towards_two_R2)
-    assert cluster_distances(0.3 * (1 - torch.eye(21))).benign.all()
+    assert cluster_distances(0.3 * (1 - torch.eye(21)), config=Clustering(rule=rule)).benign.all()
 
 
 def test_bad_arguments_are_named() -> None:
