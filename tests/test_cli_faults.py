@@ -44,6 +44,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path
         capsys.readouterr()
         with warnings.catch_warnings():
             warnings.simplefilter("always")
+            # Other tests of this process leave files open, and the collector says so at any moment, also here.
+            warnings.simplefilter("ignore", ResourceWarning)
             with pytest.raises(SystemExit) as stopped:
                 cli.main()
         printed = capsys.readouterr()
