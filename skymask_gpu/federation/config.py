@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from skymask_gpu.engine import SOLVERS, Clustering, MaskTraining
+from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks import AttackConfig
-from skymask_gpu.federation.choices import one_of
 from skymask_gpu.federation.data import DATASETS
 from skymask_gpu.federation.local_training import LocalTraining
 from skymask_gpu.federation.models import MODELS

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from skymask_gpu.federation.choices import one_of
+from skymask_gpu.engine.registry import one_of
 
 __all__ = ["ATTACKS", "BASES", "DIRECTIONS", "AttackConfig", "Threat"]
 
