@@ -26,11 +26,11 @@ from torch import Tensor
 
 from skymask_gpu.bench.real_updates import CASES, attacked, mnist_updates
 from skymask_gpu.bench.solvers import differing_share
+from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import ClientBlocks, FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks
 from skymask_gpu.engine.solvers import collapsed
 from skymask_gpu.engine.solvers.solution import MaskedModel
 from skymask_gpu.files import write_text
-from skymask_gpu.root import RootTraining, root_direction
 
 BINS = (8, 16, 32, 64)
 # Values that share a scale in the 8-bit form.

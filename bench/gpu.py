@@ -32,7 +32,7 @@ from skymask_gpu.bench.measure import Measured, measure_steadily
 from skymask_gpu.bench.providers import PASSES, CannotRunError, NoCheckError, Provider, providers
 from skymask_gpu.bench.run import _commit, _versions
 from skymask_gpu.bench.solvers import MOST_DIFFERING, MOST_LOSS_ERROR, differing_share, disagreement
-from skymask_gpu.defence import SkyMask, mean_of_rows
+from skymask_gpu.defence import RootTraining, SkyMask, mean_of_rows, root_direction
 from skymask_gpu.engine import ClientBlocks, Clustering, FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks
 from skymask_gpu.engine.memory import is_out_of_memory
 from skymask_gpu.engine.numerics import with_tf32, without_tf32
@@ -41,7 +41,6 @@ from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
 from skymask_gpu.files import write_text
 from skymask_gpu.kernels import first_step, next_step, next_step_reference
-from skymask_gpu.root import RootTraining, root_direction
 
 __all__ = ["FIGURES", "Row", "main", "make_problem", "measure_point", "read_rows", "write_rows"]
 

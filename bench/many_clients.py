@@ -15,8 +15,8 @@ from rich.progress import track
 from rich.table import Table
 
 from skymask_gpu.bench.real_updates import attacked, mnist_updates
+from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import MaskTraining, cluster_masks, train_masks
-from skymask_gpu.root import RootTraining, root_direction
 
 DIVISORS = (0.25, 1, 2, 4, 8, 40)
 CASES = ("none", "min-max", "sign-flip", "lie")

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.bench.cases import Problem
-from skymask_gpu.defence import SkyMask
+from skymask_gpu.defence import RootTraining, SkyMask
 from skymask_gpu.federation.rules import RoundInfo, RuleContext, RuleResult
-from skymask_gpu.root import RootTraining
 
 __all__ = ["BYZFL", "CHECKS", "Check", "byzfl_aggregator", "make_context", "make_info"]
 

@@ -8,9 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skymask_gpu.defence import Aggregation, SkyMask
+    from skymask_gpu.defence import Aggregation, RootTraining, SkyMask
     from skymask_gpu.engine import Clustering, MaskTraining
-    from skymask_gpu.root import RootTraining
 
 __version__ = "0.1.0"
 __all__ = ["Aggregation", "Clustering", "MaskTraining", "RootTraining", "SkyMask", "__version__"]
@@ -19,7 +18,7 @@ _HOMES = {
     "Aggregation": "skymask_gpu.defence",
     "Clustering": "skymask_gpu.engine",
     "MaskTraining": "skymask_gpu.engine",
-    "RootTraining": "skymask_gpu.root",
+    "RootTraining": "skymask_gpu.defence",
     "SkyMask": "skymask_gpu.defence",
 }
 

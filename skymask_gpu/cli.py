@@ -18,12 +18,10 @@ from typer.core import TyperGroup
 
 import skymask_gpu
 from skymask_gpu import cli_bench, cli_example, cli_federation, cli_profile
-from skymask_gpu.aggregation import Aggregation, VerdictWarning
 from skymask_gpu.cli_console import UNCERTAIN, console, errors, warn
-from skymask_gpu.defence import SkyMask, mean_buffers
+from skymask_gpu.defence import Aggregation, RootTraining, SkyMask, VerdictWarning, mean_buffers
 from skymask_gpu.files import check_writable, read_tensors, write_tensors, write_text
 from skymask_gpu.info import capabilities, versions
-from skymask_gpu.root import RootTraining
 from skymask_gpu.torchrun import ShardedUpdates, column_mesh, load_own_columns
 from skymask_gpu.user_files import UserUpdates, flat_model, load_module, load_root, load_updates
 

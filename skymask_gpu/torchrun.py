@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from skymask_gpu.collect import check_form, raise_none_left, state_dict_fault
+from skymask_gpu.defence.parse import check_form, raise_none_left, state_dict_fault
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.sharding import ColumnShards
 from skymask_gpu.user_files import UserUpdates, load_updates

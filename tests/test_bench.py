@@ -37,9 +37,9 @@ from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.bench.run import Limits, Row
 from skymask_gpu.bench.summary import write_summary
 from skymask_gpu.cli import app
+from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.peak_memory import give_back_freed, peak_bytes, start_peak
-from skymask_gpu.root import RootTraining, root_direction
 
 
 def small_problem(case: Case = CASES["logreg"], num_clients: int = 30) -> Problem:

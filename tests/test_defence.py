@@ -306,7 +306,7 @@ def test_a_malformed_state_dict_is_rejected_and_the_round_goes_on(spoil: Callabl
 def test_updates_that_do_not_fit_are_an_error_before_any_work(
     updates: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skymask_gpu.defence.root_direction", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("skymask_gpu.defence.judge.root_direction", lambda *_: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         defence().aggregate(updates)
 
@@ -323,7 +323,7 @@ def test_a_huge_update_is_rejected_and_the_others_are_as_if_it_had_not_been_ther
     updates_NP = poisoned()
     updates_NP[7] = value
     result = defence().aggregate(updates_NP)
-    assert result.rejected[7].startswith(("its update drives the root loss to", "its update drives the gradient"))
+    assert result.rejected[7] == "its update is so large that its norm overflows float32"
     without = defence().aggregate(torch.cat([updates_NP[:7], updates_NP[8:]]))
     assert torch.equal(result.masks.bits, without.masks.bits)
     assert torch.equal(result.update, without.update)

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from skymask_gpu import Aggregation, MaskTraining, RootTraining, SkyMask, cli
-from skymask_gpu.collect import collect
+from skymask_gpu.defence.parse import parse
+from skymask_gpu.defence.screen import screen
 from skymask_gpu.engine import Clustering, FlatModel, unpack_bits
 from skymask_gpu.engine.sharding import own_columns
 from skymask_gpu.federation.data import load_dataset
@@ -131,8 +133,9 @@ def judge_all(folder: Path, mesh: "DeviceMesh | None") -> None:
         }
     flat = FlatModel(net(), stored["inputs"], stored["labels"])
     shards, own_NL = own_columns(shared_out(stored["honest"], mesh), NUM_PARAMS)
-    collected = collect(own_NL, flat, net(), stored["root"], flat.initial_params, shards)
-    tensors |= {"norms": collected.norms, "alignments": collected.alignments}
+    clients = parse(own_NL, flat, net(), None)
+    screened = screen(clients, stored["root"], flat.initial_params, shards, local_models=False)
+    tensors |= {"norms": screened.norms, "alignments": screened.alignments}
     facts["errors"] = errors(stored, mesh) if mesh is not None and mesh.size() == 3 else {}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{name_of(mesh)}.judged.safetensors")
     (folder / f"{name_of(mesh)}.judged.json").write_text(json.dumps(facts))
@@ -151,7 +154,8 @@ def errors(stored: dict[str, Tensor], mesh: "DeviceMesh") -> dict[str, str]:
         try:
             defence = SkyMask(net(), stored["inputs"], stored["labels"])
             if device is not None:
-                defence._device = torch.device(device)  # the constructor takes only devices that are here
+                # the constructor takes only devices that are here
+                defence._settings = replace(defence._settings, device=torch.device(device))
             defence.aggregate(updates, **more)
         except (ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import skymask_gpu.aggregation
 from skymask_gpu import Clustering, MaskTraining, SkyMask
-from skymask_gpu.defence import mean_buffer
+from skymask_gpu.defence import clock, judge, mean_buffer, means
 from skymask_gpu.engine import ClientBlocks, FlatModel, train_masks
 
 NUM_CLIENTS = 20
@@ -243,7 +242,7 @@ def test_a_device_is_resolved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     skymask = defence(device="cuda")
     blocks = ClientBlocks.from_reader([2], 3, torch.float32, lambda number: torch.ones(2, 3), "cuda")
     assert asked.count("cuda") == 2
-    assert skymask._device == blocks.device == empty(0).device
+    assert skymask._settings.device == blocks.device == empty(0).device
     assert blocks.to("cuda") is blocks
 
 
@@ -323,9 +322,9 @@ def test_the_seconds_end_with_the_hosts_last_look(monkeypatch: pytest.MonkeyPatc
 
         return noted
 
-    monkeypatch.setattr(skymask_gpu.aggregation, "time", Clock)
+    monkeypatch.setattr(clock, "time", Clock)
     for name in ("mean_of_rows", "mean_buffers"):
-        monkeypatch.setattr(f"skymask_gpu.defence.{name}", noting("launched", getattr(skymask_gpu.defence, name)))
+        monkeypatch.setattr(judge, name, noting("launched", getattr(means, name)))
     monkeypatch.setattr(Tensor, "tolist", noting("looked", Tensor.tolist))
     defence().aggregate(UPDATES)
     assert events.count("launched") == 2

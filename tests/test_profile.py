@@ -21,7 +21,7 @@ from skymask_gpu.federation.local_training import LocalTraining
 from skymask_gpu.federation.rounds import Federation
 from skymask_gpu.profile import FirstRound, choose_run, profile_rounds
 
-ALWAYS = {"collect", "root", "mask steps", "model passes", "bits", "distances", "clustering", "suspects", "average", OTHER}
+ALWAYS = {"collect", "root", "mask steps", "model passes", "bits", "distances", "clustering", "average", OTHER}
 
 
 def play(run: RunConfig) -> tuple[Federation, FirstRound]:

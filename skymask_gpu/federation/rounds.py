@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from skymask_gpu.defence import mean_buffer
+from skymask_gpu.defence import RootTraining, mean_buffer
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import fast_layout
 from skymask_gpu.engine.numerics import deterministic_convolutions
@@ -49,7 +49,6 @@ from skymask_gpu.federation.run_folder import (
     write_checkpoint,
 )
 from skymask_gpu.files import append_line, write_tensors, write_text
-from skymask_gpu.root import RootTraining
 
 __all__ = [
     "CHECKPOINT",

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu import SkyMask
+from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import FlatModel, train_masks
 from skymask_gpu.engine.numerics import deterministic_convolutions, with_tf32, without_tf32
-from skymask_gpu.root import RootTraining, root_direction
 
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skymask_gpu.defence import SkyMask
+from skymask_gpu.defence import RootTraining, SkyMask
 from skymask_gpu.engine import Clustering, FlatModel, MaskTraining
 from skymask_gpu.federation.rules import RULES, RoundInfo, RuleContext, RuleResult, build_rule, deepsight, rows
 from skymask_gpu.federation.rules.clustering import best_cut, hdbscan_labels
@@ -22,7 +22,6 @@ from skymask_gpu.federation.rules.deepsight import DeepSight, _accepted, _cluste
 from skymask_gpu.federation.rules.fldetector import _detected, _is_more_than_one_cluster, hessian_times
 from skymask_gpu.federation.rules.last_layer import LastLayer
 from skymask_gpu.files import read_tensors, write_tensors
-from skymask_gpu.root import RootTraining
 
 NUM_PARAMS = 49  # of the small model: 4 x 5 weights, 5 biases, 5 x 4 weights, 4 biases
 JUDGED = [name for name in RULES if name not in ("fedavg", "skymask")]

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from skymask_gpu.defence import RootTraining
 from skymask_gpu.engine import Clustering, MaskTraining
-from skymask_gpu.root import RootTraining
 
 __all__ = ["RuleContext"]
 

@@ -1,9 +1,6 @@
 """``Aggregation``: what one round's judgement hands back, and how it is said in a few lines."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,7 +10,7 @@ from skymask_gpu.engine import ClusteredMasks, Evidence, TrainedMasks, layer_evi
 from skymask_gpu.engine.profiling import Profile
 from skymask_gpu.engine.sharding import ColumnShards
 
-__all__ = ["Aggregation", "Stopwatch", "Verdict", "VerdictWarning"]
+__all__ = ["Aggregation", "Verdict", "VerdictWarning"]
 
 Verdict = Literal["judged", "no verdict", "most rejected"]
 
@@ -103,19 +100,6 @@ class Aggregation:
 
     def __repr__(self) -> str:
         return self.summary()
-
-
-@dataclass
-class Stopwatch:
-    """Wall time by phase, as the host sees it."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
 
 
 def _loss_line(masks: TrainedMasks) -> str:

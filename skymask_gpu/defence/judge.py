@@ -1,0 +1,268 @@
+"""One round's judgement, from what the clients sent to the verdict: read ``_judge`` from top to bottom.
+
+parse -> root direction -> screen -> masks -> distances -> verdict -> mean of the kept clients
+"""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from skymask_gpu.defence.aggregation import Aggregation, VerdictWarning
+from skymask_gpu.defence.arguments import check_same_device, flat_state
+from skymask_gpu.defence.clock import Clock
+from skymask_gpu.defence.means import mean_buffers, mean_of_rows
+from skymask_gpu.defence.parse import Clients, Updates, check_form, parse
+from skymask_gpu.defence.root import RootTraining, root_direction
+from skymask_gpu.defence.screen import Screened, culprits, far_out, harmful, screen
+from skymask_gpu.engine import (
+    ClientBlocks,
+    ClusteredMasks,
+    Clustering,
+    FlatModel,
+    MaskTraining,
+    NonFiniteLossError,
+    TrainedMasks,
+    train_masks,
+)
+from skymask_gpu.engine.clustering.verdict import cluster
+from skymask_gpu.engine.distances import sharded_distances, sharded_keep_share
+from skymask_gpu.engine.memory import explain_out_of_memory
+from skymask_gpu.engine.numerics import without_tf32
+from skymask_gpu.engine.profiling import copy_bandwidth, recording
+from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss, own_columns
+
+__all__ = ["Call", "Settings", "judge"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What stays the same from round to round; :class:`skymask_gpu.SkyMask` has checked it. ``flat`` is in float32."""
+
+    module: nn.Module
+    flat: FlatModel
+    training: MaskTraining
+    clustering: Clustering
+    root_training: RootTraining
+    solver: str
+    device: torch.device | None
+    profile: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one :meth:`skymask_gpu.SkyMask.aggregate`, as the caller gave them."""
+
+    updates: Updates
+    global_params: Tensor | Mapping[str, Tensor] | None
+    root_update: Tensor | None = None
+    local_models: bool = False
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What one round works with, on its device.
+
+    Attributes:
+        loss: of all parameters.
+        own_loss: of this rank's own; ``loss`` itself where columns are not sharded.
+        global_params_P: float32, the model before the round.
+        own_params_L: of these, this rank's own.
+    """
+
+    settings: Settings
+    call: Call
+    shards: ColumnShards
+    device: torch.device
+    clock: Clock
+    loss: FlatModel
+    own_loss: FlatModel | ShardedLoss
+    global_params_P: Tensor
+    own_params_L: Tensor
+
+
+def judge(settings: Settings, call: Call) -> Aggregation:
+    """Judge the clients of a round; for arguments, errors and warnings see :meth:`skymask_gpu.SkyMask.aggregate`."""
+    shards, own_updates = own_columns(call.updates, settings.flat.num_params)
+    check_form(call.updates, settings.flat.num_params)
+    call = replace(call, updates=own_updates)
+    device = _device(settings, call.updates, shards)
+    # a server may well work under no_grad; masks and the root need gradients
+    with without_tf32(), torch.inference_mode(False), torch.enable_grad():
+        with recording(device) if settings.profile else nullcontext() as record:
+            result = _judge(settings, call, shards, device)
+        if record is not None:
+            result = replace(result, profile=record.profile(copy_bandwidth(device)))
+    _warn_of_doubtful(result)
+    return result
+
+
+def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.device) -> Aggregation:
+    clock = Clock()
+    num_clients = len(call.updates)
+    # the masks' bits, and the distances of all pairs
+    num_bytes = num_clients * settings.flat.num_params // 8 + 4 * num_clients**2
+    remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
+    with clock.time("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
+        with clock.phase("collect"):
+            this = _begin(settings, call, shards, device, clock)
+            clients = _parsed(this)
+        # a step reads the parameters and writes their gradient
+        with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
+            direction_P = _direction(this)
+        with clock.phase("collect", clients.rows):
+            screened = screen(clients, direction_P, this.global_params_P, shards, local_models=call.local_models)
+            screened = _without_harmful(this, screened, direction_P)
+            root_row_P = _root_row(this, direction_P, screened)
+        masks, screened = _train(this, screened, root_row_P, direction_P)
+        with clock.phase("clustering", 4 * len(masks.bits) ** 2):
+            clusters = _verdict(this, masks, screened)
+        with clock.phase("average"):
+            result = _average(this, screened, masks, clusters)
+    return replace(result, seconds={**clock.seconds, **masks.seconds})
+
+
+def _device(settings: Settings, updates: Updates, shards: ColumnShards) -> torch.device:
+    where = updates.device if isinstance(updates, Tensor | ClientBlocks) else settings.flat.initial_params.device
+    device = settings.device or where
+    if shards.group is not None and device != where:
+        raise ValueError(f"device must be {where}, where this rank's columns of updates are, got {device}; or pass None")
+    return device
+
+
+def _begin(settings: Settings, call: Call, shards: ColumnShards, device: torch.device, clock: Clock) -> _Round:
+    loss = settings.flat.to(device)
+    params_P = _global_params(call.global_params, loss, settings.device)
+    own_loss = loss if shards.group is None else ShardedLoss(loss, shards)
+    return _Round(settings, call, shards, device, clock, loss, own_loss, params_P, shards.own(params_P))
+
+
+def _global_params(
+    global_params: Tensor | Mapping[str, Tensor] | None, loss: FlatModel, asked_for: torch.device | None
+) -> Tensor:
+    if global_params is None:
+        return loss.initial_params
+    if isinstance(global_params, Mapping):
+        return flat_state(global_params, loss)
+    if not isinstance(global_params, Tensor) or tuple(global_params.shape) != (loss.num_params,):
+        got = tuple(global_params.shape) if isinstance(global_params, Tensor) else type(global_params).__name__
+        raise ValueError(f"global_params must have shape ({loss.num_params},), one a trainable parameter, got {got}")
+    check_same_device("global_params", global_params, loss, asked_for)
+    return global_params.detach().to(loss.initial_params.device, torch.float32)
+
+
+def _parsed(this: _Round) -> Clients:
+    updates = this.call.updates
+    if isinstance(updates, Tensor | ClientBlocks):
+        updates = updates.to(this.device)
+    return parse(updates, this.loss, this.settings.module, this.own_params_L if this.call.local_models else None)
+
+
+def _direction(this: _Round) -> Tensor:
+    """The root direction, ``(P,)``, trained on the first rank."""
+    return this.shards.from_first(
+        lambda: root_direction(this.loss, this.global_params_P, this.settings.root_training), like=this.global_params_P
+    )
+
+
+def _without_harmful(this: _Round, screened: Screened, direction_P: Tensor) -> Screened:
+    far_rows = far_out(screened, this.global_params_P, direction_P)
+    return screened.without(harmful(screened.rows, screened.norms, far_rows, this.own_params_L, this.own_loss))
+
+
+def _root_row(this: _Round, direction_P: Tensor, screened: Screened) -> Tensor:
+    """The root model's row, ``(P,)``: the update that the caller passed, or the root direction at the clients' length."""
+    root_update, rows = this.call.root_update, screened.rows
+    if root_update is None:
+        length = torch.linalg.vector_norm(direction_P)
+        scale = screened.norms.median() / length if length > 0 else 0.0
+        return (direction_P * scale).to(rows.dtype)
+    if not isinstance(root_update, Tensor) or root_update.shape != direction_P.shape:
+        got = tuple(root_update.shape) if isinstance(root_update, Tensor) else type(root_update).__name__
+        raise ValueError(f"root_update must have shape {tuple(direction_P.shape)}, one a trainable parameter, got {got}")
+    if this.settings.device is None and root_update.device != direction_P.device:
+        raise ValueError(
+            f"root_update must be on {direction_P.device} like updates, got {root_update.device}; move it with .to()"
+        )
+    row_P = root_update.detach().to(rows.device, rows.dtype)
+    if not torch.isfinite(row_P).all():
+        raise ValueError("root_update must be finite, got NaN or Inf; without a trusted root there is no verdict")
+    return row_P
+
+
+def _train(this: _Round, screened: Screened, root_row_P: Tensor, direction_P: Tensor) -> tuple[TrainedMasks, Screened]:
+    """Masks of the clients and the root, in this rank's own columns, and the clients that have one.
+
+    Whoever drives the masked model's loss out of range is rejected, and the others' masks are trained again. Attackers could
+    make the server train without end if only the worst went each time, so the second time everybody goes who is far out, and
+    there is no fifth training.
+    """
+    own_root_row_L = this.shards.own(root_row_P)
+
+    def train(screened: Screened) -> TrainedMasks:
+        rows = screened.rows.with_last(own_root_row_L)
+        return train_masks(rows, this.own_params_L, this.own_loss, config=this.settings.training, solver=this.settings.solver)
+
+    for attempt in range(3):
+        try:
+            return train(screened), screened
+        except NonFiniteLossError:
+            far_rows = far_out(screened, this.global_params_P, direction_P)
+            if attempt == 0 or not far_rows:
+                reasons = culprits(screened, far_rows, this.own_params_L, this.own_loss)
+            else:
+                reasons = dict.fromkeys(
+                    far_rows, "its update is longer than the model, and such updates drive the root loss to NaN or Inf"
+                )
+            if not reasons:
+                raise
+            screened = screened.without(reasons)
+    return train(screened), screened
+
+
+def _verdict(this: _Round, masks: TrainedMasks, screened: Screened) -> ClusteredMasks:
+    keep_share_R = norms_K = None
+    if this.settings.clustering.rule == "signed":  # the other rules do not look at them
+        keep_share_R, norms_K = sharded_keep_share(masks.bits, this.shards), screened.norms
+    distances = sharded_distances(masks.bits, this.shards)
+    return cluster(distances, screened.alignments, this.settings.clustering, keep_share=keep_share_R, norms=norms_K)
+
+
+def _average(this: _Round, screened: Screened, masks: TrainedMasks, clusters: ClusteredMasks) -> Aggregation:
+    """The result, without its seconds: the host's last look comes after all that was started, so that they are wall time."""
+    clients = screened.clients
+    update_P = this.shards.gather(mean_of_rows(clients.rows, clusters.benign))
+    buffers = mean_buffers(clients.buffers, clusters.benign)
+    if not (clients.rows.in_memory or torch.isfinite(update_P).all()):
+        raise ValueError("updates: some became NaN or Inf after they were first read; read the same in every pass")
+    benign_N = torch.zeros(clients.num_clients, dtype=torch.bool, device=clusters.benign.device)
+    benign_N[clients.numbers[clusters.benign]] = True
+    by_mask = dict.fromkeys(clients.numbers[~clusters.benign].tolist(), clusters.reason)
+    return Aggregation(
+        update=update_P,
+        benign=benign_N,
+        rejected=dict(sorted({**clients.rejected, **by_mask}.items())),
+        masks=masks,
+        clusters=clusters,
+        clients=clients.numbers,
+        buffers=buffers,
+        seconds={},
+        layers=dict(zip(this.loss.shapes, this.loss.layer_sizes, strict=True)),
+        device=this.device,
+        shards=this.shards,
+    )
+
+
+def _warn_of_doubtful(result: Aggregation) -> None:
+    if result.verdict == "no verdict":
+        warnings.warn(f"the clients could not be judged: {result.clusters.reason}", VerdictWarning, stacklevel=4)
+    elif result.verdict == "most rejected":
+        warnings.warn(
+            f"{len(result.rejected)} of {len(result.benign)} clients were rejected; if most of them should be honest, the "
+            "root data or RootTraining are not like theirs",
+            VerdictWarning,
+            stacklevel=4,
+        )
