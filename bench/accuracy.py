@@ -30,7 +30,7 @@ from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import ClientBlocks, FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks
 from skymask_gpu.engine.solvers import collapsed
 from skymask_gpu.engine.solvers.solution import MaskedModel
-from skymask_gpu.files import write_text
+from skymask_gpu.io.files import write_text
 
 BINS = (8, 16, 32, 64)
 # Values that share a scale in the 8-bit form.
@@ -185,7 +185,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Share of differing bits and error of A against the number of bins, one line an attack."""
     from matplotlib.figure import Figure
 
-    from skymask_gpu.files import write_whole
+    from skymask_gpu.io.files import write_whole
 
     largest = max(row["clients"] for row in rows)
     figure = Figure(figsize=(10, 4), layout="constrained")

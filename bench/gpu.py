@@ -39,7 +39,7 @@ from skymask_gpu.engine.numerics import with_tf32, without_tf32
 from skymask_gpu.engine.solvers.solution import loss_and_gradient
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
-from skymask_gpu.files import write_text
+from skymask_gpu.io.files import write_text
 from skymask_gpu.kernels import first_step, next_step, next_step_reference
 
 __all__ = ["FIGURES", "Row", "main", "make_problem", "measure_point", "read_rows", "write_rows"]

@@ -23,7 +23,7 @@ from skymask_gpu.defence import SkyMask
 from skymask_gpu.engine import ClientBlocks, FlatModel
 from skymask_gpu.engine.peak_memory import resident
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
-from skymask_gpu.files import write_tensors
+from skymask_gpu.io.files import write_tensors
 
 # Clients of a file; the first fifth of each are attackers.
 _CLIENTS_A_FILE = 500

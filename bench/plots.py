@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from skymask_gpu.bench.providers import MEAN, PASSES
 from skymask_gpu.bench.run import Row
-from skymask_gpu.files import write_whole
+from skymask_gpu.io.files import write_whole
 
 __all__ = ["plot_memory", "plot_split", "plot_time"]
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from skymask_gpu.engine import MaskTraining
 from skymask_gpu.engine.solvers.collapsed import SAMPLED_ROWS
-from skymask_gpu.files import write_text
+from skymask_gpu.io.files import write_text
 from skymask_gpu.kernels.mixture import MOST_STEPS
 
 LABEL = "predicted, not measured"

@@ -28,7 +28,7 @@ from skymask_gpu.engine.memory import is_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.peak_memory import give_back_freed
 from skymask_gpu.federation.rules import RuleResult
-from skymask_gpu.files import write_text
+from skymask_gpu.io.files import write_text
 
 __all__ = ["FULL", "QUICK", "RATIOS", "Limits", "Row", "count_rows", "measure_cases", "read_rows", "write_rows"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.bench.run import RATIOS, Row
-from skymask_gpu.files import write_text
+from skymask_gpu.io.files import write_text
 
 __all__ = ["is_known", "ratio_text", "seconds", "write_summary"]
 

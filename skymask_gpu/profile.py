@@ -25,7 +25,7 @@ from skymask_gpu.engine.profiling import OTHER, Profile, Recording, copy_bandwid
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.rounds import Federation
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleResult
-from skymask_gpu.files import write_text, write_whole
+from skymask_gpu.io.files import write_text, write_whole
 
 __all__ = ["NOTE", "FirstRound", "RoundProfile", "choose_run", "profile_rounds", "write_profiles", "write_trace"]
 

@@ -185,7 +185,7 @@ def test_aggregate_names_the_option_that_is_wrong(
 
 
 def test_a_root_file_with_python_objects_is_refused(files: Files, tmp_path: Path) -> None:
-    from skymask_gpu.user_files import load_root
+    from skymask_gpu.io.user_files import load_root
 
     np.savez(tmp_path / "root.npz", inputs=np.array([{"a": 1}], dtype=object), labels=np.zeros(1))
     with pytest.raises(ValueError, match=r"--root: .*plain arrays"):

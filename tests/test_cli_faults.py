@@ -22,11 +22,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from skymask_gpu import cli, cli_console
+from skymask_gpu import cli
+from skymask_gpu.cli import console as cli_console
 from skymask_gpu.defence import SkyMask
 from skymask_gpu.federation import rounds
 from skymask_gpu.federation.example import MALICIOUS, write_example
-from skymask_gpu.files import LOCK, append_line, locked, read_lines, write_tensors, write_text
+from skymask_gpu.io.files import LOCK, append_line, locked, read_lines, write_tensors, write_text
 
 Run = Callable[..., tuple[int, str]]
 
@@ -356,7 +357,7 @@ def test_a_second_run_or_sweep_in_a_folder_is_refused_until_the_first_is_gone(ru
 
 
 def test_where_there_are_no_locks_a_warning_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skymask_gpu.files.fcntl", None)
+    monkeypatch.setattr("skymask_gpu.io.files.fcntl", None)
     with pytest.warns(UserWarning, match="cannot be locked .* do not start another run in it"), locked(tmp_path):
         pass
 

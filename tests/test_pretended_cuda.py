@@ -32,7 +32,7 @@ from skymask_gpu.federation.local_training import LocalTraining
 from skymask_gpu.federation.models import MODELS
 from skymask_gpu.federation.rounds import CHECKPOINT, Federation, run_rounds
 from skymask_gpu.federation.rules import RULES
-from skymask_gpu.files import read_tensors
+from skymask_gpu.io.files import read_tensors
 from tests.pretended_cuda import CUDA, Pretence, PretendedError, pretended_cuda, to_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: there is nothing to pretend")

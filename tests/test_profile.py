@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from skymask_gpu import Aggregation, SkyMask, cli_profile
+from skymask_gpu import Aggregation, SkyMask
 from skymask_gpu.cli import app
+from skymask_gpu.cli import profile as cli_profile
 from skymask_gpu.engine import MaskTraining, profiling
 from skymask_gpu.engine.profiling import OTHER, Recording, recording
 from skymask_gpu.federation.attacks import AttackConfig

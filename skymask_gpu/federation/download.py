@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from skymask_gpu.federation.data import DATASETS
-from skymask_gpu.files import write_whole
+from skymask_gpu.io.files import write_whole
 
 __all__ = ["download"]
 

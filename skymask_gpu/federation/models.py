@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skymask_gpu.user_files import build_module
+from skymask_gpu.io.user_files import build_module
 
 __all__ = ["MLP", "MODELS", "LogisticRegression", "PaperCNN", "ResNet", "VisionTransformer", "build_model"]
 

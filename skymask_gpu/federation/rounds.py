@@ -48,7 +48,7 @@ from skymask_gpu.federation.run_folder import (
     read_checkpoint,
     write_checkpoint,
 )
-from skymask_gpu.files import append_line, write_tensors, write_text
+from skymask_gpu.io.files import append_line, write_tensors, write_text
 
 __all__ = [
     "CHECKPOINT",

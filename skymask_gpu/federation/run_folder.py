@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from skymask_gpu.federation.config import RunConfig
-from skymask_gpu.files import read_lines, read_metadata, read_tensors, write_tensors
+from skymask_gpu.io.files import read_lines, read_metadata, read_tensors, write_tensors
 
 __all__ = [
     "CHECKPOINT",

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 import torch
 
-from skymask_gpu.files import write_text
+from skymask_gpu.io.files import write_text
 from skymask_gpu.report.plots import plot_evidence, plot_masks, plot_rates, plot_rounds
 from skymask_gpu.report.summary import COLUMNS, NOTE, FinishedRun, failed_cells, percent
 from skymask_gpu.report.sweep import arrange

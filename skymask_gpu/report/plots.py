@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from torch import Tensor
 
 from skymask_gpu.federation.rounds import MASKS
-from skymask_gpu.files import read_tensors, write_whole
+from skymask_gpu.io.files import read_tensors, write_whole
 from skymask_gpu.report.summary import FinishedRun
 from skymask_gpu.report.sweep import Block, Sweep, rule_order
 

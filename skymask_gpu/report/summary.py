@@ -13,7 +13,7 @@ from typing import Any
 
 from skymask_gpu.federation.rounds import CONFIG, METRICS, TIMES
 from skymask_gpu.federation.sweep import ERROR
-from skymask_gpu.files import read_lines
+from skymask_gpu.io.files import read_lines
 
 __all__ = [
     "COLUMNS",

@@ -14,12 +14,12 @@ from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
+from skymask_gpu.cli.info import capabilities
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances, clustering
 from skymask_gpu.engine.clustering import BACKENDS, spectrum, why_not_backend
 from skymask_gpu.engine.clustering.backends import pick_backend
 from skymask_gpu.engine.clustering.k_means import starting_centres
 from skymask_gpu.engine.distances import Distances
-from skymask_gpu.info import capabilities
 
 NUM_STORED_PARAMS = 139_960
 OTHERS = [name for name in BACKENDS if name != "torch"]

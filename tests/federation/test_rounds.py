@@ -29,7 +29,7 @@ from skymask_gpu.federation.rounds import (
     run_rounds,
 )
 from skymask_gpu.federation.sweep import _play
-from skymask_gpu.files import append_line, read_lines, read_tensors, write_tensors, write_whole
+from skymask_gpu.io.files import append_line, read_lines, read_tensors, write_tensors, write_whole
 
 SMALL = RunConfig(
     rounds=4,

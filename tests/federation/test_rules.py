@@ -21,7 +21,7 @@ from skymask_gpu.federation.rules.clustering import best_cut, hdbscan_labels
 from skymask_gpu.federation.rules.deepsight import DeepSight, _accepted, _clusters, _neups, _suspicious
 from skymask_gpu.federation.rules.fldetector import _detected, _is_more_than_one_cluster, hessian_times
 from skymask_gpu.federation.rules.last_layer import LastLayer
-from skymask_gpu.files import read_tensors, write_tensors
+from skymask_gpu.io.files import read_tensors, write_tensors
 
 NUM_PARAMS = 49  # of the small model: 4 x 5 weights, 5 biases, 5 x 4 weights, 4 biases
 JUDGED = [name for name in RULES if name not in ("fedavg", "skymask")]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib import image, pyplot
 
-from skymask_gpu.files import write_tensors
+from skymask_gpu.io.files import write_tensors
 from skymask_gpu.report import COLUMNS, FinishedRun, failed_cells, load_run, load_runs, write_report
 from skymask_gpu.report.sweep import arrange
 from skymask_gpu.report.tables import block_tables, latex_text, markdown_text

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skymask_gpu.defence.parse import check_form, raise_none_left, state_dict_fault
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.sharding import ColumnShards
-from skymask_gpu.user_files import UserUpdates, load_updates
+from skymask_gpu.io.user_files import UserUpdates, load_updates
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -67,7 +67,7 @@ def load_own_columns(
     *,
     local_models: bool,
 ) -> ShardedUpdates:
-    """What :func:`skymask_gpu.user_files.load_updates` takes, of which each rank keeps its own columns in memory.
+    """What :func:`skymask_gpu.io.user_files.load_updates` takes, of which each rank keeps its own columns in memory.
 
     A client's state dict that does not fit counts as unreadable.
 

@@ -1,4 +1,4 @@
-"""What can run here, and why not."""
+"""The command ``skymask-gpu info``: what can run here, and why not."""
 
 import importlib.metadata
 import importlib.util
@@ -7,11 +7,15 @@ import platform
 import sys
 
 import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
 
+from skymask_gpu.cli.console import console
 from skymask_gpu.engine import SOLVERS, why_not_solver
 from skymask_gpu.engine.clustering import BACKENDS, why_not_backend
 
-__all__ = ["capabilities", "versions"]
+__all__ = ["capabilities", "register", "versions"]
 
 _PACKAGES = (
     "skymask-gpu",
@@ -25,6 +29,23 @@ _PACKAGES = (
     "matplotlib",
     "jinja2",
 )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(info)
+
+
+def info() -> None:
+    """What can run here, and why not."""
+    table = Table("", "", show_header=False, box=None)
+    for name, version in versions():
+        table.add_row(name, version)
+    console.print(table)
+    table = Table("what", "runs", "detail")
+    for what, answer, detail in capabilities():
+        table.add_row(what, f"[{'green' if answer == 'yes' else 'red'}]{answer}[/]", escape(detail))
+    console.print(table)
 
 
 def versions() -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from skymask_gpu.cli_console import console, extra_named
+from skymask_gpu.cli.console import console, extra_named
 
 __all__ = ["register"]
 

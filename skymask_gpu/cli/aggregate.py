@@ -1,11 +1,10 @@
-"""The command line: ``skymask-gpu aggregate | info``, and the commands of the other ``cli_*.py``."""
+"""The command ``skymask-gpu aggregate``: one round from the files of its clients to the new global model."""
 
+import json
 import math
 import os
-import sys
-import tempfile
-import traceback
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,107 +13,26 @@ import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
+from torch import Tensor
 
-import skymask_gpu
-from skymask_gpu import cli_bench, cli_example, cli_federation, cli_profile
-from skymask_gpu.cli_console import UNCERTAIN, console, errors, warn
-from skymask_gpu.defence import Aggregation, RootTraining, SkyMask, VerdictWarning, mean_buffers
-from skymask_gpu.files import check_writable, read_tensors, write_tensors, write_text
-from skymask_gpu.info import capabilities, versions
-from skymask_gpu.torchrun import ShardedUpdates, column_mesh, load_own_columns
-from skymask_gpu.user_files import UserUpdates, flat_model, load_module, load_root, load_updates
+from skymask_gpu.cli.console import UNCERTAIN, console, warn
+from skymask_gpu.defence import Aggregation, RootTraining, SkyMask, mean_buffers
+from skymask_gpu.engine import FlatModel
+from skymask_gpu.io.files import check_writable, read_tensors, write_tensors, write_text
+from skymask_gpu.io.torchrun import ShardedUpdates, column_mesh, load_own_columns
+from skymask_gpu.io.user_files import UserUpdates, flat_model, load_module, load_root, load_updates
 
-_DEBUG = "--debug"
-
-
-class _DebugAnywhere(TyperGroup):
-    """``--debug`` may stand behind the command, too, where one adds it when something went wrong."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        rest = [argument for argument in args if argument != _DEBUG]
-        return super().parse_args(ctx, [_DEBUG, *rest] if len(rest) < len(args) else rest)
-
-
-app = typer.Typer(
-    cls=_DebugAnywhere,
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="SkyMask, the mask-based defence of federated learning.",
-)
-cli_federation.register(app)
-cli_bench.register(app)
-cli_profile.register(app)
-cli_example.register(app)
+__all__ = ["register"]
 
 # Rows of a verdict table that still fit on a screen; all are in the JSON report.
 _TABLE_ROWS = 40
 
 
-def main() -> None:
-    """Run the command line.
-
-    A wrong argument, file or setting (a ValueError or OSError that names it) ends it with one line and exit code 2; the
-    traceback, in case it was our own mistake, goes to a file, or with ``--debug`` to the screen. Any other exception is a bug
-    of this package: its traceback is shown, and the exit code is 1.
-    """
-    warnings.showwarning = lambda message, *_: warn(str(message))
-    warnings.simplefilter("ignore", VerdictWarning)  # the commands say it themselves: with files counted, or once per run
-    try:
-        app()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        where = f" on rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        _show_traceback(debug=_DEBUG in sys.argv[1:])
-        errors.print(f"[red]error{where}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except Exception:
-        traceback.print_exc()
-        errors.print("[red]this is a bug of skymask-gpu[/]; please report it with the lines above", soft_wrap=True)
-        sys.exit(1)
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(aggregate)
 
 
-def _show_traceback(*, debug: bool) -> None:
-    """Show the traceback of the exception that is being handled, on the screen or in a file of its own."""
-    if debug:
-        traceback.print_exc()
-        return
-    try:
-        with tempfile.NamedTemporaryFile("w", prefix="skymask-gpu-", suffix=".log", delete=False, encoding="utf-8") as log:
-            traceback.print_exc(file=log)
-    except OSError:  # no room for it: --debug still shows it
-        return
-    errors.print(f"[dim]traceback: {escape(log.name)} (or --debug)[/]", highlight=False, soft_wrap=True)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"skymask-gpu {skymask_gpu.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")] = False,
-) -> None:
-    """``--debug`` is read by :func:`main`, ``--version`` by its callback."""
-
-
-@app.command()
-def info() -> None:
-    """What can run here, and why not."""
-    table = Table("", "", show_header=False, box=None)
-    for name, version in versions():
-        table.add_row(name, version)
-    console.print(table)
-    table = Table("what", "runs", "detail")
-    for what, answer, detail in capabilities():
-        table.add_row(what, f"[{'green' if answer == 'yes' else 'red'}]{answer}[/]", escape(detail))
-    console.print(table)
-
-
-@app.command()
 def aggregate(
     global_model: Annotated[Path, typer.Option("--global", help="State dict of the global model, safetensors.")],
     updates: Annotated[
@@ -173,17 +91,8 @@ def aggregate(
         verdict = _verdict_json(result, sent) if json_report is not None else ""
     if not is_first:
         return
-
     _print_verdict(result, sent)
-    buffers = mean_buffers(sent.buffers, result.benign) if isinstance(sent, ShardedUpdates) else result.buffers
-    new_state = dict(global_state)
-    new_params = flat.initial_params + server_lr * result.update.cpu()
-    new_state.update({name: value.to(global_state[name].dtype) for name, value in flat.unflatten(new_params).items()})
-    new_state.update({name: value.to(global_state[name].dtype) for name, value in buffers.items()})
-    if not all(torch.isfinite(value).all() for value in new_state.values() if value.is_floating_point()):
-        raise ValueError(f"--server-lr: the new global model would hold NaN or Inf with {server_lr:g}; take a smaller one")
-    write_tensors(out, new_state, metadata)
-    console.print(f"new global model: {out}", soft_wrap=True, highlight=False)
+    _write_model(out, metadata, _new_state(global_state, flat, result, sent, server_lr))
     if json_report is not None:
         write_text(json_report, verdict)
         console.print(f"verdict: {json_report}", soft_wrap=True, highlight=False)
@@ -192,6 +101,24 @@ def aggregate(
         warn(concern)
         if strict:
             raise typer.Exit(UNCERTAIN)
+
+
+def _new_state(
+    global_state: Mapping[str, Tensor], flat: FlatModel, result: Aggregation, sent: UserUpdates, server_lr: float
+) -> dict[str, Tensor]:
+    """The global model's state with the mean update added, and the means of the buffers that benign clients sent."""
+    buffers = mean_buffers(sent.buffers, result.benign) if isinstance(sent, ShardedUpdates) else result.buffers
+    state = dict(global_state)
+    params = flat.unflatten(flat.initial_params + server_lr * result.update.cpu())
+    state.update({name: value.to(global_state[name].dtype) for name, value in {**params, **buffers}.items()})
+    if not all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point()):
+        raise ValueError(f"--server-lr: the new global model would hold NaN or Inf with {server_lr:g}; take a smaller one")
+    return state
+
+
+def _write_model(out: Path, metadata: dict[str, str], state: dict[str, Tensor]) -> None:
+    write_tensors(out, state, metadata)
+    console.print(f"new global model: {out}", soft_wrap=True, highlight=False)
 
 
 def _concern(result: Aggregation, sent: UserUpdates) -> str | None:
@@ -258,8 +185,6 @@ def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:
 
 
 def _verdict_json(result: Aggregation, sent: UserUpdates) -> str:
-    import json
-
     clients: dict[str, dict[str, Any]] = {
         name: {"benign": good, "reason": result.rejected.get(client)}
         for client, (name, good) in enumerate(zip(sent.names, result.benign.tolist(), strict=True))

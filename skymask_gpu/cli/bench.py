@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from skymask_gpu.cli_console import console, extra_named
+from skymask_gpu.cli.console import console, extra_named
 
 if TYPE_CHECKING:
     from skymask_gpu.bench.run import Row

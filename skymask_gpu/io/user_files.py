@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.files import check_regular, check_tensors, read_tensors
+from skymask_gpu.io.files import check_regular, check_tensors, read_tensors
 
 __all__ = ["UserUpdates", "build_module", "flat_model", "load_module", "load_root", "load_updates"]
 

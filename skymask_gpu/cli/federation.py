@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from skymask_gpu.cli_console import UNCERTAIN, console, extra_named, resumable, warn
-from skymask_gpu.files import locked
+from skymask_gpu.cli.console import UNCERTAIN, console, extra_named, resumable, warn
+from skymask_gpu.io.files import locked
 
 if TYPE_CHECKING:
     from skymask_gpu.report import FinishedRun
