@@ -7,10 +7,10 @@ from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
-from skymask_gpu.federation.data import load_dataset, split_root
+from skymask_gpu.federation.datasets import load_dataset, split_root
+from skymask_gpu.federation.datasets.partition import partition
 from skymask_gpu.federation.local_training import LocalTraining, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
-from skymask_gpu.federation.partition import partition
 
 __all__ = ["CASES", "attacked", "mnist_updates"]
 

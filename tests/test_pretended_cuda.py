@@ -27,7 +27,7 @@ from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.federation import local_training, rounds
 from skymask_gpu.federation.attacks import ATTACKS, AttackConfig
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
-from skymask_gpu.federation.data import Dataset
+from skymask_gpu.federation.datasets import Dataset
 from skymask_gpu.federation.local_training import LocalTraining
 from skymask_gpu.federation.models import MODELS
 from skymask_gpu.federation.rounds import CHECKPOINT, Federation, run_rounds

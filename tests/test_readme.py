@@ -9,9 +9,9 @@ from typer.main import get_command
 from skymask_gpu.cli import app
 from skymask_gpu.federation.attacks import ATTACKS
 from skymask_gpu.federation.config import RunConfig
-from skymask_gpu.federation.data import DATASETS
+from skymask_gpu.federation.datasets import DATASETS
+from skymask_gpu.federation.datasets.partition import PARTITIONS
 from skymask_gpu.federation.models import MODELS
-from skymask_gpu.federation.partition import PARTITIONS
 from skymask_gpu.federation.rules import RULES
 
 
@@ -50,8 +50,17 @@ def test_every_setting_and_name_is_in_the_docs(checkout: Path) -> None:
             assert f"`{key}`" in page or key == "name", key
     for name in {*ATTACKS, *RULES, *PARTITIONS} - {"none"}:
         assert f"`{name}`" in page, name
-    for name in {*DATASETS, *(model.removesuffix("-gn") for model in MODELS)}:
+    for name in {model.removesuffix("-gn") for model in MODELS}:
         assert re.search(rf"\b{name}\b", page), name
+
+
+def test_the_table_of_data_sets_says_what_they_say_of_themselves(checkout: Path) -> None:
+    page = (checkout / "docs" / "federation.md").read_text()
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    for name, spec in DATASETS.items():
+        about, where = f"| {spec.about} |", f"`skymask-gpu data {name} DIR` |" if spec.source else f"| {spec.origin} |"
+        assert about in rows[name], name
+        assert where in rows[name], name
 
 
 def test_every_command_in_the_docs_exists(checkout: Path) -> None:

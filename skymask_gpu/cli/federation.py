@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from skymask_gpu.cli.console import UNCERTAIN, console, extra_named, resumable, warn
+from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.io.files import locked
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def run(
     """Simulate a federated run round by round, and report it with plots and one HTML page."""
     with extra_named("run"):
         from skymask_gpu.federation.config import read_config
-        from skymask_gpu.federation.data import load_dataset
+        from skymask_gpu.federation.datasets import load_dataset
         from skymask_gpu.federation.rounds import Federation, clear_results, has_results
 
     runs = _with_data(read_config(config), data_dir)
@@ -163,11 +164,11 @@ def report(
 
 
 def data(
-    name: Annotated[str, typer.Argument(help="mnist, fashion-mnist, cifar10 or cifar100.")],
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(k for k, spec in DATASETS.items() if spec.source)}.")],
     folder: Annotated[Path, typer.Argument(help="Where to put the standard files.")],
 ) -> None:
     """Download a data set's standard files and check them (needs the extra 'data')."""
-    from skymask_gpu.federation.download import download
+    from skymask_gpu.federation.datasets.download import download
 
     with console.status(f"downloading {name} ..."):
         download(name, folder)

@@ -14,10 +14,10 @@ from typing import Any
 from skymask_gpu.engine import SOLVERS, Clustering, MaskTraining
 from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks import AttackConfig
-from skymask_gpu.federation.data import DATASETS
+from skymask_gpu.federation.datasets import DATASETS
+from skymask_gpu.federation.datasets.partition import PARTITIONS
 from skymask_gpu.federation.local_training import LocalTraining
 from skymask_gpu.federation.models import MODELS
-from skymask_gpu.federation.partition import PARTITIONS
 from skymask_gpu.federation.rules import RULES
 
 __all__ = ["DataConfig", "DefenceConfig", "ModelConfig", "RunConfig", "read_config", "read_grid"]

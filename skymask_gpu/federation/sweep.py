@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from skymask_gpu.federation.config import RunConfig
-from skymask_gpu.federation.data import load_dataset
+from skymask_gpu.federation.datasets import load_dataset
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.rounds import METRICS, Federation, check_same_run, clear_results, run_rounds
 from skymask_gpu.io.files import locked, write_text

@@ -1,6 +1,7 @@
 """Data sets read from their standard files, their download, and the root data set."""
 
 import csv
+import doctest
 import gzip
 import hashlib
 import io
@@ -10,15 +11,25 @@ import sys
 import tarfile
 import types
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from skymask_gpu.federation import download as download_module
-from skymask_gpu.federation.data import Dataset, load_dataset, split_root
-from skymask_gpu.federation.download import download
+from skymask_gpu.federation.datasets import (
+    DATASETS,
+    Dataset,
+    Source,
+    dataset,
+    load_dataset,
+    partition,
+    root_split,
+    spec,
+    split_root,
+)
+from skymask_gpu.federation.datasets.download import download
 
 ACTIVITIES = ["WALKING", "LAYING", "SITTING"]
 
@@ -281,54 +292,52 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     return files
 
 
-def serve_small_files(name: str, served: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve small files of a data set, and let their md5 be the known ones."""
-    small = tmp_path / "small"
-    small.mkdir()
-    source = download_module._SOURCES[name]
-    if source.members:
-        write_cifar10(small / "cifar-10-batches-bin")
+@pytest.fixture(params=["mnist", "fashion-mnist", "cifar10"])
+def small(request: pytest.FixtureRequest, served: dict[str, bytes], tmp_path: Path) -> Iterator[str]:
+    """The name of a data set with the files of a known one, but small: registered here, and served with their md5."""
+    known = DATASETS[request.param]
+    assert known.source is not None
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if known.source.is_archive:
+        write_cifar10(folder / "cifar-10-batches-bin")
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-            tar.add(small / "cifar-10-batches-bin", "cifar-10-batches-bin")
-        content = {file: archive.getvalue() for file in source.md5}
+            tar.add(folder / "cifar-10-batches-bin", "cifar-10-batches-bin")
+        content = {file: archive.getvalue() for file in known.source.md5}
     else:
-        write_idx(small)
-        content = {file: gzip.compress((small / file.removesuffix(".gz")).read_bytes()) for file in source.md5}
-    md5 = {file: hashlib.md5(value).hexdigest() for file, value in content.items()}
-    monkeypatch.setitem(download_module._SOURCES, name, download_module._Source(source.url, md5, source.members))
-    served.update({source.url + file: value for file, value in content.items()})
+        write_idx(folder)
+        content = {file: gzip.compress((folder / file.removesuffix(".gz")).read_bytes()) for file in known.source.md5}
+    url = "https://example.org/small/"
+    served.update({url + file: value for file, value in content.items()})
+    source = Source(url, {file: hashlib.md5(value).hexdigest() for file, value in content.items()})
+    name = f"small-{request.param}"
+    dataset(name, about="a few samples", files=known.files, source=source)(known.load)
+    yield name
+    DATASETS.remove(name)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
-def test_what_is_downloaded_can_be_loaded(
-    name: str, served: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve_small_files(name, served, tmp_path, monkeypatch)
+def test_what_is_downloaded_can_be_loaded(small: str, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    files = download(name, folder)
+    files = download(small, folder)
     assert {file for file in folder.rglob("*") if file.is_file()} == set(files), "these and nothing else"
-    got = load_dataset(name, folder)
-    want = load_dataset(name, tmp_path / "small")
+    got = load_dataset(small, folder)
+    want = load_dataset(small, tmp_path / "small")
     assert torch.equal(got.train_inputs, want.train_inputs)
     assert torch.equal(got.test_labels, want.test_labels)
-    assert download(name, folder) == files, "again, over what is there"
+    assert download(small, folder) == files, "again, over what is there"
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_a_wrong_file_changes_nothing(
-    name: str, served: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve_small_files(name, served, tmp_path, monkeypatch)
+def test_a_wrong_file_changes_nothing(small: str, served: dict[str, bytes], tmp_path: Path) -> None:
     last = list(served)[-1]
     served[last] += b"x"
     folder = tmp_path / "folder"
     with pytest.raises(ValueError, match=r"\.gz must have md5 [0-9a-f]{32}, what came has [0-9a-f]{32}; try again"):
-        download(name, folder)
+        download(small, folder)
     assert not folder.exists()
     del served[last]
     with pytest.raises(ValueError, match=r"cannot be downloaded: HTTP Error 404.*; try again, or put the files into"):
-        download(name, folder)
+        download(small, folder)
     assert not folder.exists()
 
 
@@ -347,12 +356,46 @@ def test_a_torchvision_that_is_missing_or_broken_is_said(tmp_path: Path, monkeyp
 
 
 def test_data_sets_that_are_not_downloaded_say_where_they_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'har' cannot be downloaded here: get train.csv and test.csv from Kaggle"):
+    with pytest.raises(ValueError, match=r"'har' cannot be downloaded here: train.csv and test.csv are on Kaggle.*--data-dir"):
         download("har", tmp_path)
-    with pytest.raises(ValueError, match=r"'digits' comes with scikit-learn"):
+    with pytest.raises(ValueError, match=r"'digits' needs no download: it comes with scikit-learn"):
         download("digits", tmp_path)
     with pytest.raises(ValueError, match=r"data\.dataset must be one of digits, mnist.*got 'svhn'"):
         download("svhn", tmp_path)
+
+
+# --- one's own --------------------------------------------------------------------------------
+
+
+def test_the_examples_in_the_docstrings_run() -> None:
+    for module in (spec, root_split, partition):
+        result = doctest.testmod(module)
+        assert (result.attempted > 1, result.failed) == (True, 0), module.__name__
+
+
+def test_a_data_set_of_ones_own_is_checked_like_the_others(tmp_path: Path) -> None:
+    @dataset("mine", about="a test", files=("mine.txt",), origin="ask the owner")
+    def load(folder: Path) -> Dataset:
+        if not (folder / "mine.txt").exists():
+            raise ValueError(f"data.data_dir must hold mine.txt, it is not in {folder}")
+        ones = torch.ones(2, dtype=torch.long)
+        return Dataset("mine", torch.ones(2, 3), ones, torch.ones(2, 3), ones, 2)
+
+    try:
+        with pytest.raises(ValueError, match=r"data\.data_dir must name the folder that holds mine\.txt; pass --data-dir"):
+            load_dataset("mine")
+        with pytest.raises(ValueError, match=r"must hold mine\.txt, .*; ask the owner"):
+            load_dataset("mine", tmp_path)
+        with pytest.raises(ValueError, match=r"'mine' cannot be downloaded here: ask the owner; give their folder"):
+            download("mine", tmp_path)
+        (tmp_path / "mine.txt").touch()
+        assert load_dataset("mine", tmp_path).num_classes == 2
+        with pytest.raises(ValueError, match=r"data\.dataset: 'mine' is registered already, by .*test_data\.py"):
+            dataset("mine", about="another")(load)
+        with pytest.raises(ValueError, match="did you mean 'mine'"):
+            load_dataset("mein")
+    finally:
+        DATASETS.remove("mine")
 
 
 # --- root data set ----------------------------------------------------------------------------

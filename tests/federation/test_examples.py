@@ -13,7 +13,7 @@ import torch
 
 from skymask_gpu.federation.attacks import ATTACKS
 from skymask_gpu.federation.config import RunConfig, read_config, read_grid
-from skymask_gpu.federation.data import Dataset, load_dataset
+from skymask_gpu.federation.datasets import Dataset, load_dataset
 from skymask_gpu.federation.rounds import Federation, run_rounds
 from skymask_gpu.federation.rules import RULES
 

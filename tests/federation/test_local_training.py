@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from skymask_gpu.federation import local_training
-from skymask_gpu.federation.data import load_dataset
+from skymask_gpu.federation.datasets import load_dataset
 from skymask_gpu.federation.local_training import Batches, LocalTraining, batching_for, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skymask_gpu.federation.partition import PARTITIONS, partition
+from skymask_gpu.federation.datasets.partition import PARTITIONS, partition
 
 LABELS = torch.arange(3_000) % 10
 SUBJECTS = torch.arange(3_000) * 7 % 30
@@ -112,11 +112,16 @@ def test_bad_partitions_are_named() -> None:
         ("iid", 0, {}, r"data\.clients must be at least 1, got 0"),
         ("iid", 101, {}, r"data\.clients must be at most 100, .*, got 101"),
         ("bias", 20, {"bias": 2}, r"data\.bias must be between 0 and 1, got 2"),
-        ("bias", 5, {}, r"data\.clients must be at least 10, one a label, got 5"),
+        ("bias", 5, {}, r"data\.clients must be at least 10, one per label, got 5"),
         ("bias", 90, {}, r"of 90 clients would hold no sample"),
         ("dirichlet", 20, {"alpha": 0.0}, r"data\.alpha must be between 1e-3 and 1e6 .*, got 0"),
         ("dirichlet", 20, {"alpha": float("nan")}, r"data\.alpha must be between .*, got nan"),
-        ("subject", 20, {"subjects": None}, r"data\.partition 'subject' needs data that say whom .*'har' or another partition"),
+        (
+            "subject",
+            20,
+            {"subjects": None},
+            r"data\.partition 'subject' needs data that say which person .*'har' or another partition",
+        ),
         ("subject", 5, {"subjects": labels}, r"data\.clients must be 10 for data\.partition 'subject', .*, got 5"),
         ("subject", 20, {"subjects": labels}, r"data\.clients must be 10 for data\.partition 'subject', .*, got 20"),
     ):
