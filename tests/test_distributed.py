@@ -21,7 +21,6 @@ from skymask_gpu.defence.parse import parse
 from skymask_gpu.defence.screen import screen
 from skymask_gpu.engine import Clustering, FlatModel, unpack_bits
 from skymask_gpu.engine.sharding import own_columns
-from skymask_gpu.federation.data import load_dataset
 from skymask_gpu.federation.datasets import load_dataset
 from skymask_gpu.io.torchrun import column_mesh, load_own_columns
 from skymask_gpu.io.user_files import load_updates

@@ -1,5 +1,6 @@
 """The models: their sizes, what inputs they take, and that they run for many clients at once."""
 
+import doctest
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from skymask_gpu.federation.models import MODELS, build_model
+from skymask_gpu.federation.models import MODELS, build_model, registry
 
 SIZES = [
     ("mlp", (1, 8, 8), 64 * 64 + 64 + 64 * 10 + 10),
@@ -39,6 +40,11 @@ def test_models_have_their_sizes_and_take_their_inputs(name: str, shape: tuple[i
 
 def test_every_model_is_sized_here() -> None:
     assert {name for name, _, _ in SIZES} == set(MODELS)
+
+
+def test_the_example_of_ones_own_model_runs() -> None:
+    result = doctest.testmod(registry)
+    assert (result.attempted > 3, result.failed) == (True, 0)
 
 
 @pytest.mark.parametrize("name", ["mlp", "logreg", "cnn", "resnet20-gn", "resnet18-gn", "vit"])
@@ -151,7 +157,8 @@ def test_models_that_do_not_fit_say_so() -> None:
         ("vit", (561,), r"model\.name 'vit' is for square images .* got inputs of shape \(561,\)"),
         ("vit", (1, 28, 32), r"model\.name 'vit' is for square images"),
         ("vit", (1, 30, 30), r"model\.name 'vit' is for square images whose side divides by 7 or 4"),
-        ("lenet", (1, 28, 28), r"model\.name must be one of mlp, cnn, .*vit, or file\.py:Class, got 'lenet'"),
+        ("lenet", (1, 28, 28), r"model\.name must be one of mlp, logreg, .*vit, file\.py:Class, got 'lenet'"),
+        ("resnet", (1, 28, 28), r"got 'resnet'; did you mean 'resnet\d\d'\?"),
     ):
         with pytest.raises(ValueError, match=message):
             build_model(name, shape, 10, seed=0)
