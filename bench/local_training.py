@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skymask_gpu.bench.measure import measure
-from skymask_gpu.federation.local_training import Batches, LocalTraining, batching_for, draw_batches, train_clients
+from skymask_gpu.federation.clients import Batches, LocalTraining, batching_for, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
 
 CASES = {

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
+from skymask_gpu.federation.clients import LocalTraining, draw_batches, train_clients
 from skymask_gpu.federation.datasets import load_dataset, split_root
 from skymask_gpu.federation.datasets.partition import partition
-from skymask_gpu.federation.local_training import LocalTraining, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
 
 __all__ = ["CASES", "attacked", "mnist_updates"]

@@ -24,11 +24,11 @@ from skymask_gpu import Aggregation, Clustering, MaskTraining, RootTraining, Sky
 from skymask_gpu.engine import ClientBlocks, flat_model, profiling, step_loop
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.step_loop import StepLoop
-from skymask_gpu.federation import local_training, rounds
+from skymask_gpu.federation import rounds
 from skymask_gpu.federation.attacks import ATTACKS, AttackConfig
+from skymask_gpu.federation.clients import LocalTraining, trainer
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
 from skymask_gpu.federation.datasets import Dataset
-from skymask_gpu.federation.local_training import LocalTraining
 from skymask_gpu.federation.models import MODELS
 from skymask_gpu.federation.rounds import CHECKPOINT, Federation, run_rounds
 from skymask_gpu.federation.rules import RULES
@@ -218,7 +218,7 @@ def assert_same_verdict(got: Aggregation, want: Aggregation) -> None:
 @pytest.fixture(autouse=True)
 def one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images and filters lie in memory as on a GPU, also where the CPU is asked for what is right: both add in one order."""
-    for module in (flat_model, local_training, rounds):
+    for module in (flat_model, trainer, rounds):
         monkeypatch.setattr(module, "fast_layout", lambda tensor: tensor.contiguous())
 
 

@@ -17,8 +17,8 @@ from skymask_gpu.cli import profile as cli_profile
 from skymask_gpu.engine import MaskTraining, profiling
 from skymask_gpu.engine.profiling import OTHER, Recording, recording
 from skymask_gpu.federation.attacks import AttackConfig
+from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, RunConfig, read_config
-from skymask_gpu.federation.local_training import LocalTraining
 from skymask_gpu.federation.rounds import Federation
 from skymask_gpu.profile import FirstRound, choose_run, profile_rounds
 

@@ -14,9 +14,9 @@ from typing import Any
 from skymask_gpu.engine import SOLVERS, Clustering, MaskTraining
 from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks import AttackConfig
+from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.federation.datasets.partition import PARTITIONS
-from skymask_gpu.federation.local_training import LocalTraining
 from skymask_gpu.federation.models import MODELS
 from skymask_gpu.federation.rules import RULES
 

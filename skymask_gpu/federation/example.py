@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from skymask_gpu.engine import FlatModel
+from skymask_gpu.federation.clients import LocalTraining, draw_batches, train_clients
 from skymask_gpu.federation.datasets import load_dataset, split_root
 from skymask_gpu.federation.datasets.partition import partition
-from skymask_gpu.federation.local_training import LocalTraining, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.io.files import write_tensors, write_text, write_whole
 

@@ -27,10 +27,10 @@ from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import fast_layout
 from skymask_gpu.engine.numerics import deterministic_convolutions
 from skymask_gpu.federation.attacks import Threat, add_trigger, attack, has_backdoor, poison_batch, poisoned_columns
+from skymask_gpu.federation.clients import LocalUpdates, draw_batches, train_clients
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.datasets import Dataset, load_dataset, split_root
 from skymask_gpu.federation.datasets.partition import partition
-from skymask_gpu.federation.local_training import LocalUpdates, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule
 from skymask_gpu.federation.run_folder import (

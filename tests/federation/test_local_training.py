@@ -1,6 +1,7 @@
 """Local training of all clients at once equals a plain loop with PyTorch's own optimiser, for every option and both ways."""
 
 import dataclasses
+import doctest
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from skymask_gpu.federation import local_training
+from skymask_gpu.engine import memory
+from skymask_gpu.federation.clients import Batches, LocalTraining, batching_for, draw_batches, train_clients
+from skymask_gpu.federation.clients import batches as batches_module
+from skymask_gpu.federation.clients import train as train_module
+from skymask_gpu.federation.clients.batches import alike_clients
+from skymask_gpu.federation.clients.trainer import Trainer
 from skymask_gpu.federation.datasets import load_dataset
-from skymask_gpu.federation.local_training import Batches, LocalTraining, batching_for, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
 
 RECIPE = LocalTraining(steps=4, batch_size=6, lr=0.5, grad_clip=0.02)
@@ -80,7 +85,7 @@ def test_all_clients_at_once_equal_a_plain_loop(
     parts = [torch.arange(7), torch.arange(7, 40), torch.arange(40, 60)]  # unequal
     batches = draw_batches(parts, recipe, generator)
     # blocks of two clients, then one
-    monkeypatch.setattr(local_training._Trainer, "block_size", lambda *_: 2)
+    monkeypatch.setattr(Trainer, "block_size", lambda *_: 2)
     trained = train_clients(start, flat(start), inputs, labels, batches, recipe)
     for client in range(3):
         index_SB = batches.index_CSB[client, : batches.steps_C[client]]
@@ -172,6 +177,24 @@ def test_the_way_is_chosen_by_the_model_and_the_batch() -> None:
     assert [batching_for(make(model), on_gpu, mixed) for model in ("mlp", "norm")] == ["vmap", "loop"]
 
 
+def test_the_examples_in_the_docstrings_run() -> None:
+    for module in (batches_module, train_module, memory):
+        result = doctest.testmod(module)
+        assert (result.attempted > 0, result.failed) == (True, 0), module.__name__
+
+
+def test_alike_clients_are_honest_first_and_those_with_most_steps_first() -> None:
+    """As a stable sort by (poisons, fewer steps) has them, and no group is empty."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        steps_C = torch.randint(1, 5, (12,), generator=generator)
+        poisoned_C = torch.rand(12, generator=generator) < 0.3
+        groups = alike_clients(steps_C, poisoned_C)
+        want = sorted(range(12), key=lambda c: (bool(poisoned_C[c]), -int(steps_C[c])))
+        assert [client for _, clients in groups for client in clients] == want
+        assert all(clients and {bool(poisoned_C[c]) for c in clients} == {poisons} for poisons, clients in groups)
+
+
 class Branching(nn.Module):
     """Decides by a value, which vmap cannot."""
 
@@ -198,15 +221,15 @@ def test_blocks_shrink_when_memory_runs_out(generator: torch.Generator, monkeypa
     parts = [torch.arange(10 * i, 10 * i + 10) for i in range(6)]
     batches = draw_batches(parts, RECIPE, generator)
     want = train_clients(make("mlp"), flat(make("mlp")), inputs, labels, batches, RECIPE).updates
-    train, sizes = local_training._Trainer.at_once, []
+    train, sizes = Trainer.at_once, []
 
-    def narrow(self: local_training._Trainer, start, buffers, index_CSB, *rest):
+    def narrow(self: Trainer, start, buffers, index_CSB, *rest):
         sizes.append(len(index_CSB))
         if len(index_CSB) > 2:
             raise torch.OutOfMemoryError("no")
         return train(self, start, buffers, index_CSB, *rest)
 
-    monkeypatch.setattr(local_training._Trainer, "at_once", narrow)
+    monkeypatch.setattr(Trainer, "at_once", narrow)
     done: list[int] = []
     got = train_clients(make("mlp"), flat(make("mlp")), inputs, labels, batches, RECIPE, progress=done.append).updates
     torch.testing.assert_close(got, want)
@@ -216,7 +239,7 @@ def test_blocks_shrink_when_memory_runs_out(generator: torch.Generator, monkeypa
 
 def test_the_block_follows_from_what_a_client_keeps(generator: torch.Generator) -> None:
     inputs, labels = samples("mlp", generator)
-    trainer = local_training._Trainer(make("mlp"), inputs, labels, RECIPE, None)
+    trainer = Trainer(make("mlp"), inputs, labels, RECIPE, None)
     small = trainer.block_size(flat(make("mlp")), {}, torch.arange(6))
     large = trainer.block_size(flat(make("mlp")), {}, torch.arange(60))
     assert small > large > 1
@@ -233,7 +256,7 @@ def test_the_block_on_a_gpu_does_not_depend_on_what_ran_before(
 ) -> None:
     """A run that was stopped and resumed finds memory free that it had kept; its blocks, and so its rounding, are the same."""
     inputs, labels = samples("mlp", generator)
-    trainer = local_training._Trainer(make("mlp"), inputs, labels, RECIPE, None)
+    trainer = Trainer(make("mlp"), inputs, labels, RECIPE, None)
     start_P, whole = flat(make("mlp")).as_subclass(OnGPU), 80 * 2**30
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=whole))
     blocks = []

@@ -15,8 +15,8 @@ import torch
 
 from skymask_gpu.federation import rounds
 from skymask_gpu.federation.attacks import AttackConfig, add_trigger
+from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
-from skymask_gpu.federation.local_training import LocalTraining
 from skymask_gpu.federation.rounds import (
     CHECKPOINT,
     CONFIG,

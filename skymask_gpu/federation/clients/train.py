@@ -1,0 +1,102 @@
+"""``train_clients``: what all clients of a round send, trained block by block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from skymask_gpu.engine.memory import in_blocks
+from skymask_gpu.federation.clients.batches import Batches, alike_clients
+from skymask_gpu.federation.clients.recipe import LocalTraining
+from skymask_gpu.federation.clients.trainer import Poison, Trainer, batching_for, for_each_client
+
+__all__ = ["LocalUpdates", "train_clients"]
+
+
+@dataclass(frozen=True)
+class LocalUpdates:
+    """What C clients send.
+
+    Attributes:
+        updates: ``(C, P)``, local minus global parameters.
+        buffers: the buffers of their models by name, each ``(C, ...)``.
+    """
+
+    updates: Tensor
+    buffers: dict[str, Tensor]
+
+
+def train_clients(
+    module: nn.Module,
+    global_params: Tensor,
+    inputs: Tensor,
+    labels: Tensor,
+    batches: Batches,
+    config: LocalTraining,
+    *,
+    buffers: dict[str, Tensor] | None = None,
+    poison: Poison | None = None,
+    poisoned: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> LocalUpdates:
+    """Train C clients that all start from the global model.
+
+    Args:
+        module: the model; its own parameters are not used.
+        global_params: ``(P,)`` float32, or float64 like the module and the inputs; the updates have
+            the same dtype.
+        inputs: ``(n, ...)`` all training inputs, on the device to train on.
+        labels: ``(n,)`` int64 their labels.
+        batches: the samples that each client sees.
+        config: the recipe.
+        buffers: the buffers of the global model by name (batch norm's running statistics); None: the
+            module's own.
+        poison: ``poison(inputs (c, B, ...), labels (c, B))`` returns what c malicious clients train
+            on instead of their batches.
+        poisoned: ``(C,)`` bool, which clients poison their batches; None: no client does.
+        progress: called with the number of clients that are done so far.
+
+    Returns:
+        The updates and buffers, in the order of the clients in ``batches``.
+
+    Raises:
+        ValueError: the model does not run under ``vmap``.
+        torch.OutOfMemoryError: not even one client fits into memory.
+
+    Example:
+        >>> from skymask_gpu.federation.clients import draw_batches
+        >>> module, samples = nn.Linear(3, 2), torch.randn(12, 3)
+        >>> recipe = LocalTraining(steps=2, batch_size=4)
+        >>> batches = draw_batches([torch.arange(5), torch.arange(5, 12)], recipe, torch.Generator())
+        >>> start_P = nn.utils.parameters_to_vector(module.parameters())
+        >>> train_clients(module, start_P, samples, torch.arange(12) % 2, batches, recipe).updates.shape
+        torch.Size([2, 8])
+    """
+    device, num_clients = inputs.device, len(batches.index_CSB)
+    trainer = Trainer(module, inputs, labels, config, poison)
+    start_P = global_params.detach().to(device)
+    start_buffers = {name: value.detach().to(device) for name, value in (buffers or dict(module.named_buffers())).items()}
+    index_CSB, steps_C = batches.index_CSB.to(device), batches.steps_C
+    poisoned_C = torch.zeros(num_clients, dtype=torch.bool) if poisoned is None else poisoned.cpu()
+    updates_CP = start_P.new_empty(num_clients, trainer.flat.num_params)
+    buffers_C = for_each_client(start_buffers, num_clients)
+    way = batching_for(trainer.module, inputs[index_CSB[0, 0]], config)
+    train = trainer.in_a_loop if way == "loop" else trainer.at_once
+    block = min(trainer.block_size(start_P, start_buffers, index_CSB[0, 0]), num_clients)
+    done = 0
+    for poisons, group in alike_clients(steps_C, poisoned_C):
+
+        def train_block(begin: int, end: int, poisons: bool = poisons, group: list[int] = group) -> None:
+            nonlocal done
+            clients = group[begin:end]
+            params_CP, trained = train(start_P, start_buffers, index_CSB[clients], steps_C[clients], poisons)
+            updates_CP[clients] = params_CP.sub_(start_P)
+            for name, value in trained.items():
+                buffers_C[name][clients] = value
+            done += len(clients)
+            if progress is not None:
+                progress(done)
+
+        block = in_blocks(train_block, len(group), block)
+    return LocalUpdates(updates_CP, buffers_C)
