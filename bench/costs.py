@@ -1,7 +1,7 @@
 """What a row, a bin and a column cost the solvers on this CPU: the constants by which ``auto`` chooses.
 
 ``python -m skymask_gpu.bench.costs`` prints nanoseconds beside the model's passes, from mask training with a loss that costs
-nothing; copy them to ``engine/mask_training.py``.
+nothing; copy them to ``engine/solvers/fused.py`` and ``collapsed.py``.
 """
 
 import sys

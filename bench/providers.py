@@ -13,7 +13,7 @@ from torch import Tensor
 from skymask_gpu.bench.cases import Case, Problem
 from skymask_gpu.bench.rules import BYZFL, CHECKS, byzfl_aggregator, make_context, make_info
 from skymask_gpu.bench.solvers import differing_share, disagreement
-from skymask_gpu.engine import TrainedMasks, train_masks, why_not_solver
+from skymask_gpu.engine import SOLVERS, TrainedMasks, train_masks, why_not_solver
 from skymask_gpu.engine.solvers import reference
 from skymask_gpu.federation.rules import RULES, RuleResult, build_rule
 
@@ -115,7 +115,7 @@ def _solvers() -> list[Provider]:
     ]
 
 
-_SOLVERS = ("reference", "fused", "collapsed", "vmap")
+_SOLVERS = tuple(SOLVERS)
 
 
 def _prepare_solver(name: str, problem: Problem) -> Callable[[], TrainedMasks]:

@@ -1,11 +1,32 @@
-"""Mask training, bits and clustering; knows models and losses, nothing of clients' data or attacks."""
+"""Mask training, bits and clustering.
+
+The engine knows models and losses, but neither clients' data nor attacks.
+
+| file | what |
+| --- | --- |
+| ``masks.py`` | ``train_masks``: from updates to one trained mask per row |
+| ``training_config.py`` | ``MaskTraining``: steps, learning rate, clip, threshold |
+| ``choice.py``, ``solvers/`` | which solver trains the masks, and what each does |
+| ``flat_model.py`` | ``FlatModel``: the root loss as a function of one vector of parameters |
+| ``client_blocks.py`` | ``ClientBlocks``: rows of updates that may stay on disk |
+| ``bits.py``, ``distances.py`` | packed bits, and the distances between masks |
+| ``clustering/`` | from masks to a verdict |
+| ``evidence.py`` | how often each layer's bits set a client apart |
+| ``sharding.py`` | columns divided among the ranks of ``torch.distributed`` |
+| ``step_loop.py`` | mask steps that a GPU replays from a CUDA graph |
+| ``numerics.py`` | TF32 and deterministic convolutions, switched for the time of a call |
+| ``memory.py``, ``peak_memory.py``, ``profiling.py`` | smaller blocks when memory runs out; what is measured |
+| ``registry.py`` | ``Registry``: things by name, registered in the file that defines them |
+"""
 
 from skymask_gpu.engine.bits import hamming_shares, pack_bits, unpack_bits
+from skymask_gpu.engine.choice import why_not_solver
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.clustering import ClusteredMasks, Clustering, cluster_distances, cluster_masks
 from skymask_gpu.engine.evidence import Evidence, layer_evidence
 from skymask_gpu.engine.flat_model import FlatModel
-from skymask_gpu.engine.mask_training import SOLVERS, NonFiniteLossError, TrainedMasks, train_masks, why_not_solver
+from skymask_gpu.engine.masks import NonFiniteLossError, TrainedMasks, train_masks
+from skymask_gpu.engine.solvers import SOLVERS
 from skymask_gpu.engine.training_config import MaskTraining
 
 __all__ = [

@@ -10,14 +10,14 @@ SMALLEST_TILE = 256
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator failed. CUDA has a class for it; the CPU allocator only says so in words."""
+    """Whether an allocator failed: CUDA has a class for it, the CPU allocator only has words."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
 
 
 def in_blocks(run: Callable[[int, int], None], count: int, block: int, *, least: int = 1, multiple_of: int = 1) -> int:
-    """Call ``run(begin, end)`` for block after block of ``count`` things; halve the block when memory runs out.
+    """Call ``run(begin, end)`` block after block; halve the block when memory runs out.
 
     Args:
         run: must be repeatable, because a block that failed half-way is run again, smaller.
@@ -62,7 +62,9 @@ def in_blocks(run: Callable[[int, int], None], count: int, block: int, *, least:
 
 
 def in_column_tiles(run: Callable[[int, int], None], num_columns: int, tile: int | None = None) -> None:
-    """Call ``run(begin, end)`` over all columns, in tiles that are halved when memory runs out, down to 256 columns.
+    """Call ``run(begin, end)`` over all columns, in tiles that shrink when memory runs out.
+
+    A tile that does not fit is halved, down to 256 columns.
 
     Args:
         run: must be repeatable, see :func:`in_blocks`.
@@ -75,7 +77,7 @@ def in_column_tiles(run: Callable[[int, int], None], num_columns: int, tile: int
 
 @contextmanager
 def explain_out_of_memory(what: str, num_bytes: int, device: torch.device, remedy: str) -> Iterator[None]:
-    """Turn an allocator's failure into one error that says what was being held, how large it is, and what to do."""
+    """Turn an allocator's failure into one error: what was held, how large it is, what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

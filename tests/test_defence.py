@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skymask_gpu import Clustering, MaskTraining, RootTraining, SkyMask
-from skymask_gpu.engine import ClientBlocks, evidence, layer_evidence, pack_bits
+from skymask_gpu.engine import SOLVERS, ClientBlocks, evidence, layer_evidence, pack_bits
 from skymask_gpu.engine.solvers import fused
 
 NUM_CLIENTS, NUM_INPUTS, NUM_CLASSES = 20, 8, 3
@@ -144,7 +144,7 @@ def test_state_dicts_that_are_read_when_needed_are_judged_like_a_list() -> None:
     torch.testing.assert_close(result.update, want.update, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("solver", ["reference", "vmap", "fused", "collapsed"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_solvers_give_the_same_verdict(solver: str) -> None:
     result = defence(solver=solver).aggregate(poisoned())
     assert result.masks.solver == solver
@@ -451,7 +451,7 @@ def test_out_of_memory_in_training_is_one_clear_error(monkeypatch: pytest.Monkey
 
 
 def test_a_solver_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skymask_gpu.engine.mask_training.why_not", lambda device, dtype: "numba is not installed")
+    monkeypatch.setattr("skymask_gpu.engine.choice.why_not_solver", lambda *_: "numba is not installed")
     with pytest.raises(ValueError, match="solver 'fused' cannot run here: numba is not installed"):
         defence(solver="fused").aggregate(poisoned())
 

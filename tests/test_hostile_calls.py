@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu import MaskTraining, RootTraining, SkyMask
-from skymask_gpu.engine import ClientBlocks
+from skymask_gpu.engine import SOLVERS, ClientBlocks
 
 NUM_CALLS, NUM_PARAMS = 600, 10
 GROUPS = 6
@@ -153,7 +153,7 @@ def test_hostile_calls_end_in_a_finite_verdict_or_an_error_that_names_the_argume
         module = nn.Linear(4, 2)
     inputs = torch.randn(12, 4, generator=torch.Generator().manual_seed(2))
     short = {"training": MaskTraining(steps=2), "root_training": RootTraining(steps=2)}
-    solvers = ["auto", "vmap", "fused", "collapsed", "reference"]
+    solvers = ["auto", *SOLVERS]
     defences = [SkyMask(module, inputs, torch.arange(12) % 2, solver=solver, **short) for solver in solvers]
     defences.append(SkyMask(module, inputs, torch.arange(12) % 2))
     verdicts = refusals = 0

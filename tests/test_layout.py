@@ -51,6 +51,7 @@ def test_the_reference_solver_imports_no_kernel(checkout: Path) -> None:
         "torch",
         "skymask_gpu.engine.bits",
         "skymask_gpu.engine.solvers.solution",
+        "skymask_gpu.engine.solvers.solver",
         "skymask_gpu.engine.training_config",
     }
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from skymask_gpu import Clustering, MaskTraining, SkyMask
 from skymask_gpu.defence import clock, judge, mean_buffer, means
-from skymask_gpu.engine import ClientBlocks, FlatModel, train_masks
+from skymask_gpu.engine import SOLVERS, ClientBlocks, FlatModel, train_masks
 
 NUM_CLIENTS = 20
 ATTACKED = [False] * 5 + [True] * 15
@@ -162,7 +162,7 @@ def test_a_module_of_another_dtype_is_judged_like_its_float32_copy(dtype: torch.
     assert {p.dtype for p in module.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("solver", ["reference", "vmap", "fused", "collapsed"])
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_gradients_that_are_switched_off_outside_change_nothing(mode: Any, solver: str) -> None:
     short = MaskTraining(steps=3)

@@ -1,7 +1,10 @@
-"""Masks of B bins a column instead of R rows, and a cut a column that gives every row its bits: see ``kernels/collapse.py``.
+"""Approximate: masks of B bins per column instead of R rows.
 
-A step costs O(B P) whatever the number of rows; the rows are read three times: a sample of them for the bins' edges, all for
-the bins' means, all for the bits. No (R, P) logits exist.
+A cut per column then gives every row its bits.
+
+A step costs O(B P) for any number of rows. The rows are read three times: a sample of them for the
+edges of the bins, all of them for the means of the bins, and all of them for the bits. There are
+never (R, P) logits. The maths is in ``kernels/collapse.py`` and ``docs/collapsed.md``.
 """
 
 import torch
@@ -10,19 +13,50 @@ from torch import Tensor
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, MaskedModel, Solution, stops
+from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.engine.training_config import MaskTraining
+from skymask_gpu.kernels import why_not
 from skymask_gpu.kernels.collapse import MOST_ROWS, bin_edges, bin_rows, bin_step, cut_bits, find_cuts, replay
 
-# Rows, evenly spaced, from which the bins' edges are found.
+# The edges of the bins are found from this number of evenly spaced rows.
 SAMPLED_ROWS = 64
-# Bins whose sums become means at once.
+# The sums of this number of bins become means at once.
 _BINS_AT_ONCE = 4
-# Elements of a temporary made from a few columns of all rows.
+# The largest number of elements of a temporary that is made from a few columns of all rows.
 _CHUNK_ELEMENTS = 2**22
+# Costs per parameter, see COST_SOURCES: of reading a row, of a step of a bin, and of the sample and
+# the cut. On a CPU the first two are measured by ``python -m skymask_gpu.bench.costs``. The third
+# varies most between measurements; it is set so that fused and collapsed cost the same at 60 rows.
+# On a GPU, bins have logits, means and counts.
+_ROW = {"cpu": 1.25, "cuda": 8.0}
+_BIN_STEP = {"cpu": 0.68, "cuda": 14.0}
+_COLUMN = {"cpu": 300.0, "cuda": 1000.0}
 
 
+def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "it computes in float32; pass float32 or bfloat16 updates"
+    return why_not(device, dtype)
+
+
+def _bin_bytes(num_rows: int, num_params: int, dtype: torch.dtype, config: MaskTraining) -> int:
+    """Each bin has a float32 logit, a float32 mean and a uint16 count per parameter."""
+    return 10 * config.bins * num_params
+
+
+def _cost(device_type: str, num_rows: int, config: MaskTraining) -> float:
+    bins = _BIN_STEP[device_type] * config.bins * config.steps
+    return _ROW[device_type] * num_rows + bins + _COLUMN[device_type]
+
+
+@solver("collapsed", exact=False, takes_blocks=True, most_rows=MOST_ROWS, why_not=_why_not, extra_bytes=_bin_bytes, cost=_cost)
 def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+    """Train the masks of all bins, then give every row its bits; arguments as in ``Solver.run``.
+
+    Raises:
+        ValueError: there are more rows than the 16-bit counts of the bins can hold.
+    """
     num_rows, num_params = len(updates), updates.num_params
     if num_rows > MOST_ROWS:
         raise ValueError(f"updates: solver 'collapsed' takes at most {MOST_ROWS:,} rows, got {num_rows:,}; use solver='fused'")
@@ -54,9 +88,14 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
 
 
 def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts (uint16) and means of each column's bins, ``(B, P)``, its smallest and largest value, ``(2, P)``, and its mean."""
+    """The bins of each column.
+
+    Returns:
+        The bins' counts ``(B, P)`` uint16 and means ``(B, P)``, each column's smallest and largest
+        value ``(2, P)``, and its mean ``(P,)``.
+    """
     num_rows, num_params, device = len(updates), updates.num_params, updates.device
-    # made on the CPU: the same rows whatever the device
+    # Made on the CPU, so that every device samples the same rows.
     sampled = torch.linspace(0, num_rows - 1, min(SAMPLED_ROWS, num_rows), device="cpu").round().long()
     if updates.in_memory and len(updates.sizes) == 1:
         edges_EP = bin_edges(next(iter(updates)), sampled.to(device), num_bins)
@@ -64,7 +103,7 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
         sample_SP = torch.stack([row_P.clone() for _, row_P in updates.each(sampled.tolist())])
         edges_EP = bin_edges(sample_SP, torch.arange(len(sampled), device=device), num_bins)
         del sample_SP
-    # of uint16 torch has little more than zeros and casts on a GPU, which are all that is used here
+    # On a GPU, torch has little more than zeros and casts for uint16; nothing else is used here.
     counts_BP = torch.zeros(num_bins, num_params, dtype=torch.uint16, device=device)
     sums_BP = torch.zeros(num_bins, num_params, device=device)
     ends_2P = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, num_params)
@@ -72,7 +111,8 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
         bin_rows(block_RP, edges_EP, counts_BP, sums_BP, ends_2P)
     del edges_EP
     mean_P = sums_BP.sum(0) / num_rows
-    # a few bins at a time: memory that is touched for the first time costs a CPU more than the division
+    # A few bins at a time reuse their memory: touching new memory costs a CPU more than the
+    # division.
     for count_bP, sum_bP in zip(counts_BP.split(_BINS_AT_ONCE), sums_BP.split(_BINS_AT_ONCE), strict=True):
         sum_bP.div_(count_bP.float().clamp_min_(1))
     return counts_BP, sums_BP, ends_2P, mean_P
@@ -81,7 +121,11 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
 def _train_bins(
     counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, config: MaskTraining
 ) -> tuple[Tensor, list[float], str | None]:
-    """Final logits ``(B, P)``, the losses, and why the steps were not captured; the history is in ``masked``."""
+    """Train the bins; the history is in ``masked``.
+
+    Returns:
+        The final logits ``(B, P)``, the losses, and why the steps were not captured, if so.
+    """
     logits_BP = torch.full_like(centres_BP, config.init)
 
     def step() -> None:
@@ -103,16 +147,17 @@ def _train_bins(
 def _replay_uncut_columns(
     updates_RP: Tensor, cuts: Cuts, slopes_TP: Tensor, means_TP: Tensor, config: MaskTraining, bits: Tensor
 ) -> None:
-    """Overwrite, in ``bits``, the columns that cross the threshold more than once with the replay of every row."""
+    """Overwrite the bits of columns for which one cut is not enough, by replaying every row."""
     columns = cuts.several.nonzero().flatten()
     if len(columns) == 0:
         return
     for part in columns.split(max(1, _CHUNK_ELEMENTS // len(updates_RP))):
-        # chosen columns of a tensor need not come out side by side
+        # Indexing by columns need not return a contiguous tensor.
         updates_RC, slopes_TC, means_TC = (x[:, part].contiguous() for x in (updates_RP, slopes_TP, means_TP))
         logits_RC = replay(updates_RC, slopes_TC, means_TC, init=config.init, full_step=config.full_step)
         flags_RC = (logits_RC > config.logit_threshold).to(torch.uint8)
         for j in range(8):
-            chosen = part % 8 == j  # one column a byte at most
+            # No two of these columns share a byte, so each byte is written once.
+            chosen = part % 8 == j
             at = part[chosen] // 8
             bits[:, at] = (bits[:, at] & (255 ^ (1 << j))) | (flags_RC[:, chosen] << j)

@@ -1,6 +1,8 @@
-"""Exact, one pass over updates and logits a step: Triton on a GPU, a compiled loop on a CPU.
+"""Exact: one pass over updates and logits per step.
 
-The loss sees only the masked mean, so the pass that applies step t also gathers the two sums that step t + 1 needs.
+The pass is a Triton kernel on a GPU and a compiled loop on a CPU. The loss depends on the masks
+only through the masked mean, so the pass that applies step t can also gather the two sums that step
+t + 1 needs.
 """
 
 import torch
@@ -8,12 +10,23 @@ from torch import Tensor
 
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers.solution import Loss, MaskedModel, Solution, stops
+from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.engine.training_config import MaskTraining
-from skymask_gpu.kernels import first_step, last_step, next_step
+from skymask_gpu.kernels import first_step, last_step, next_step, why_not
+
+# What a step costs per row and parameter, see COST_SOURCES. On a CPU it is measured by ``python -m
+# skymask_gpu.bench.costs``. On a GPU, float32 logits are read and written and updates read.
+_ROW_STEP = {"cpu": 0.68, "cuda": 12.0}
 
 
+def _cost(device_type: str, num_rows: int, config: MaskTraining) -> float:
+    return _ROW_STEP[device_type] * num_rows * config.steps
+
+
+@solver("fused", why_not=why_not, cost=_cost)
 def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+    """Train the masks of all rows; see :meth:`Solver.run` for the arguments."""
     dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
     num_rows, device = updates_RP.shape[0], updates_RP.device
     with phase("mask steps", updates_RP):
@@ -24,7 +37,7 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
     logits_RP, step, not_captured = None, 0, None
     if config.steps > 1:
         logits_RP = torch.empty(updates_RP.shape, dtype=dtype, device=device)
-        # there are no logits to read yet
+        # This pass reads no logits: they all equal ``config.init``.
         with phase("mask steps", updates_RP, logits_RP):
             masked.move(
                 first_step(updates_RP, logits_RP, masked.slope_P, masked.mean_P, init=config.init, full_step=config.full_step)
@@ -51,7 +64,11 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
 def _until_the_last_step(
     updates_RP: Tensor, logits_RP: Tensor, masked: MaskedModel, config: MaskTraining
 ) -> tuple[int, str | None]:
-    """From step 1 to the model's pass of the last step: that step's number, and why the steps were not captured."""
+    """Train from step 1 to the forward and backward pass of the last step.
+
+    Returns:
+        The number of that step, and why the steps were not captured, if so.
+    """
 
     def move() -> None:
         with phase("mask steps", updates_RP, logits_RP, logits_RP):

@@ -1,6 +1,7 @@
-"""The truth and the baseline: plain PyTorch, one client and one layer at a time, autograd for the masks.
+"""The definition: plain PyTorch, one client and one layer at a time, with autograd for the masks.
 
-No kernel and no shortcut. Written for the reader; everything else in this folder is checked against it.
+There is no kernel and no shortcut in it, because it is written to be read. Every other solver is
+checked against it, and it is the baseline of the benchmark.
 """
 
 import torch
@@ -8,14 +9,27 @@ from torch import Tensor
 
 from skymask_gpu.engine.bits import pack_bits
 from skymask_gpu.engine.solvers.solution import Loss, Solution
+from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.training_config import MaskTraining
 
 
+@solver("reference")
 def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+    """Train the masks as the paper defines them (SkyMask, ECCV 2024, section 4.2).
+
+    Args:
+        updates_RP: ``(R, P)`` updates, the root model's row last.
+        global_params_P: ``(P,)`` parameters of the global model.
+        loss: ``loss(params (P,)) -> ()``; its ``layer_sizes``, if it has them, say where layers
+            end.
+        config: steps, learning rate, clip and threshold.
+        keep_logits: return the final logits, too.
+    """
     dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
     layer_sizes = getattr(loss, "layer_sizes", (updates_RP.shape[1],))
     if updates_RP.is_inference():
-        updates_RP = updates_RP.clone()  # autograd keeps no tensor that was made in inference mode
+        # Autograd cannot keep a tensor that was made in inference mode.
+        updates_RP = updates_RP.clone()
     updates = [[layer.to(dtype) for layer in row.split(layer_sizes)] for row in updates_RP]  # [client][layer]
     logits = [[torch.full_like(layer, config.init).requires_grad_() for layer in client] for client in updates]
     all_logits = [layer_logits for client in logits for layer_logits in client]
@@ -32,7 +46,7 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
         gradients = torch.autograd.grad(value, all_logits)
         with torch.no_grad():
             for layer_logits, gradient in zip(all_logits, gradients, strict=True):
-                # in units of the clip, so that a full step is exactly lr * clip
+                # In units of the clip, so that a full step is exactly lr * clip.
                 layer_logits -= (gradient / config.grad_clip).clamp(-1, 1) * config.full_step
         losses.append(value.item())
         if config.is_plateau(losses):

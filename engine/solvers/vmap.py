@@ -1,4 +1,4 @@
-"""All rows at once with ``torch.func.vmap``: no custom kernel, the gradient of each row's logits by autograd."""
+"""Exact: all rows at once with ``torch.func.vmap`` and autograd; it needs no kernel."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,16 @@ from skymask_gpu.engine.bits import pack_bits
 from skymask_gpu.engine.memory import SMALLEST_TILE, in_column_tiles
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradient
+from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.training_config import MaskTraining
 
-# Elements of a temporary: on a CPU what stays in the cache, on a GPU what fills it.
+# Elements of a temporary: as many as stay in the cache of a CPU, and enough to occupy a GPU.
 _TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
+@solver("vmap")
 def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+    """Train the masks of all rows, tile by tile of columns; arguments as in :meth:`Solver.run`."""
     dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
     num_rows, num_params = updates_RP.shape
     tile = max(SMALLEST_TILE, _TILE_ELEMENTS.get(updates_RP.device.type, 2**18) // num_rows)
@@ -63,5 +66,8 @@ def _gate_and_weighted(logits_P: Tensor, update_P: Tensor) -> tuple[Tensor, Tens
 
 
 def _first_order_loss(logits_P: Tensor, update_P: Tensor, mean_P: Tensor, gate_sum_P: Tensor, grad_P: Tensor) -> Tensor:
-    """What one row's logits add to the loss to first order: its gradient is that of the loss (quotient rule)."""
+    """What one row's logits add to the loss, to first order.
+
+    Its gradient is that of the loss, by the quotient rule.
+    """
     return (grad_P * torch.sigmoid(logits_P) * (update_P - mean_P) / gate_sum_P).sum()

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from skymask_gpu.cli.console import UNCERTAIN, console, warn
 from skymask_gpu.defence import Aggregation, RootTraining, SkyMask, mean_buffers
-from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine import SOLVERS, FlatModel
+from skymask_gpu.engine.choice import check_solver
 from skymask_gpu.io.files import check_writable, read_tensors, write_tensors, write_text
 from skymask_gpu.io.torchrun import ShardedUpdates, column_mesh, load_own_columns
 from skymask_gpu.io.user_files import UserUpdates, flat_model, load_module, load_root, load_updates
 
 __all__ = ["register"]
+
+_SOLVER_HELP = f"auto, {', '.join(name if solver.exact else f'{name} (approximate)' for name, solver in SOLVERS.items())}."
 
 # Rows of a verdict table that still fit on a screen; all are in the JSON report.
 _TABLE_ROWS = 40
@@ -48,7 +51,7 @@ def aggregate(
     root_lr: Annotated[float, typer.Option(help="Learning rate of the root model: the one the clients train with.")] = 0.1,
     root_clip: Annotated[float, typer.Option(help="Clip of each element of its gradient: likewise.")] = 1e-2,
     server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
-    solver: Annotated[str, typer.Option(help="reference, vmap, fused, collapsed (approximate, fastest) or auto.")] = "auto",
+    solver: Annotated[str, typer.Option(help=_SOLVER_HELP)] = "auto",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 3, with all files written, if there is no verdict or most are rejected.")
     ] = False,
@@ -79,8 +82,10 @@ def aggregate(
         sent: UserUpdates
         if mesh is None:
             sent = load_updates(updates, flat, global_state, local_models=local_models)
-            if solver not in ("auto", "collapsed") and not isinstance(sent.updates, torch.Tensor):
-                sent = replace(sent, updates=list(sent.updates))  # these solvers want all updates in memory
+            check_solver(solver)
+            wants_all = solver != "auto" and not SOLVERS[solver].takes_blocks
+            if wants_all and not isinstance(sent.updates, torch.Tensor):
+                sent = replace(sent, updates=list(sent.updates))
         else:
             sent = load_own_columns(updates, flat, module, global_state, mesh, local_models=local_models)
             if solver == "auto" and updates.is_dir():

@@ -13,7 +13,7 @@ from skymask_gpu.defence.judge import Call, Settings, judge
 from skymask_gpu.defence.parse import Updates
 from skymask_gpu.defence.root import RootTraining
 from skymask_gpu.engine import Clustering, FlatModel, MaskTraining
-from skymask_gpu.engine.mask_training import check_solver
+from skymask_gpu.engine.choice import check_solver
 
 __all__ = ["SkyMask"]
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from skymask_gpu.engine import ClientBlocks, FlatModel, MaskTraining, train_masks
+from skymask_gpu.engine import SOLVERS, ClientBlocks, FlatModel, MaskTraining, train_masks
 
 NUM_ROWS = 40
 
@@ -137,7 +137,7 @@ def laid_out_otherwise(rows_RP: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("solver", ["reference", "vmap", "fused", "collapsed"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_tensor_of_any_strides_gives_the_same_masks(solver: str, problem: tuple[Tensor, FlatModel]) -> None:
     rows_RP, loss = problem
     config = MaskTraining(steps=2)
@@ -155,7 +155,7 @@ def test_a_tensor_of_any_strides_gives_the_same_masks(solver: str, problem: tupl
         assert torch.equal(train_masks(in_parts, loss.initial_params, loss, config=config).bits, want.bits)
 
 
-@pytest.mark.parametrize("solver", ["reference", "vmap", "fused", "collapsed"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_one_row_expanded_and_one_column_are_rows_like_others(solver: str) -> None:
     row_1P = torch.linspace(-1, 1, 9)[None]
     loss = lambda params: (params**2).sum()  # noqa: E731

@@ -1,6 +1,8 @@
 """Every solver gives the reference's masks: on small problems of every kind, and on real updates of a CNN."""
 
 import dataclasses
+import doctest
+import importlib
 import json
 import math
 import os
@@ -16,10 +18,11 @@ from torch import Tensor, nn
 from skymask_gpu.bench.real_updates import CASES as COLLAPSED_CASES
 from skymask_gpu.bench.real_updates import attacked
 from skymask_gpu.bench.real_updates import mnist_updates as real_updates
-from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks, unpack_bits
+from skymask_gpu.engine import SOLVERS, FlatModel, MaskTraining, TrainedMasks, choice, cluster_masks, train_masks, unpack_bits
+from skymask_gpu.engine import masks as masks_module
 from skymask_gpu.engine.solvers import collapsed, fused
 
-FAST_SOLVERS = ["vmap", "fused"]
+FAST_SOLVERS = [name for name, solver in SOLVERS.items() if solver.exact and name != "reference"]
 
 
 def small_problem(num_rows: int = 9, hidden: int = 7, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, FlatModel]:
@@ -146,6 +149,32 @@ def test_equal_updates_give_equal_masks() -> None:
         assert (masks.bits == masks.bits[0]).all()
 
 
+def test_the_examples_in_the_docstrings_run() -> None:
+    for module in (choice, masks_module, importlib.import_module("skymask_gpu.engine.solvers.solver")):
+        result = doctest.testmod(module)
+        assert (result.attempted > 0, result.failed) == (True, 0), module.__name__
+
+
+def test_auto_knows_a_solver_of_ones_own_by_its_cost() -> None:
+    updates_RP, global_P, loss = small_problem(dtype=torch.float32)
+    registered = SOLVERS["fused"]
+    SOLVERS.add("cheap", dataclasses.replace(registered, cost=lambda *_: 1e-3, most_rows=9), __file__)
+    SOLVERS.add("free", dataclasses.replace(registered, cost=lambda *_: 0.0, why_not=lambda *_: "it is a test"), __file__)
+    try:
+        masks = train_masks(updates_RP, global_P, loss)
+        assert masks.solver == "cheap"
+        assert "times faster than fused for 9 rows" in masks.solver_reason
+        assert train_masks(updates_RP.repeat(2, 1), global_P, loss).solver == "fused", "18 rows are too many"
+    finally:
+        SOLVERS.remove("cheap")
+        SOLVERS.remove("free")
+
+
+def no_kernels(solver: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """As where neither Triton nor Numba works."""
+    return "no compiler" if solver in ("fused", "collapsed") else None
+
+
 def test_auto_says_what_it_picked_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     updates_RP, global_P, loss = small_problem(dtype=torch.float32)
     masks = train_masks(updates_RP, global_P, loss)
@@ -159,7 +188,7 @@ def test_auto_says_what_it_picked_and_why(monkeypatch: pytest.MonkeyPatch) -> No
     exact = train_masks(many_RP.double(), global_P.double(), loss.to(torch.float64))
     assert exact.solver == "fused"
     assert "collapsed cannot run here: it computes in float32" in exact.solver_reason
-    monkeypatch.setattr("skymask_gpu.engine.mask_training.why_not", lambda device, dtype: "no compiler")
+    monkeypatch.setattr("skymask_gpu.engine.choice.why_not_solver", no_kernels)
     masks = train_masks(updates_RP, global_P, loss)
     assert masks.solver == "vmap"
     assert "no compiler" in masks.solver_reason
@@ -178,7 +207,7 @@ def test_auto_says_what_it_picked_and_why(monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ({"global_params": torch.zeros(3)}, r"global_params must have shape \(66,\), .* got \(3,\)"),
         ({"global_params": torch.zeros(66, device="meta")}, "global_params must be on cpu"),
-        ({"solver": "quick"}, "solver must be one of reference, vmap, fused, collapsed or auto, got 'quick'"),
+        ({"solver": "quick"}, "solver must be one of reference, fused, collapsed, vmap, auto, got 'quick'"),
     ],
     ids=["one-dimensional", "empty", "half", "global-shape", "mixed-devices", "unknown-solver"],
 )

@@ -53,7 +53,7 @@ def draw_batches(parts: list[Tensor], config: LocalTraining, generator: torch.Ge
 
 
 def alike_clients(steps_C: Tensor, poisoned_C: Tensor) -> list[tuple[bool, list[int]]]:
-    """The clients that may share a block: first the honest ones, then those that poison their batches.
+    """The clients that may share a block: first the honest ones, then those that poison.
 
     Within each group the clients with the most steps come first, so that those who still train are
     always the first rows of a block.

@@ -15,8 +15,8 @@ class LocalTraining:
     Attributes:
         steps: the number of batches per round, drawn with replacement; used if ``epochs`` is 0.
         epochs: the number of passes over a client's own samples in shuffled order, so that clients
-            with more samples take more steps. The last batch is filled up from a new shuffle. 0: the
-            number of batches is ``steps``.
+            with more samples take more steps. The last batch is filled up from a new shuffle. 0:
+            the number of batches is ``steps``.
         batch_size: the number of samples per batch.
         lr: the learning rate.
         grad_clip: the bound on each element of the gradient; ``inf`` for no clipping.

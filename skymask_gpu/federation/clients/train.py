@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from skymask_gpu.engine.memory import in_blocks
 from skymask_gpu.federation.clients.batches import Batches, alike_clients
 from skymask_gpu.federation.clients.recipe import LocalTraining
-from skymask_gpu.federation.clients.trainer import Poison, Trainer, batching_for, for_each_client
+from skymask_gpu.federation.clients.trainer import Poison, Trainer, for_each_client
 
 __all__ = ["LocalUpdates", "train_clients"]
 
@@ -50,8 +50,8 @@ def train_clients(
         labels: ``(n,)`` int64 their labels.
         batches: the samples that each client sees.
         config: the recipe.
-        buffers: the buffers of the global model by name (batch norm's running statistics); None: the
-            module's own.
+        buffers: the buffers of the global model by name (batch norm's running statistics); None:
+            the module's own.
         poison: ``poison(inputs (c, B, ...), labels (c, B))`` returns what c malicious clients train
             on instead of their batches.
         poisoned: ``(C,)`` bool, which clients poison their batches; None: no client does.
@@ -73,17 +73,29 @@ def train_clients(
         >>> train_clients(module, start_P, samples, torch.arange(12) % 2, batches, recipe).updates.shape
         torch.Size([2, 8])
     """
-    device, num_clients = inputs.device, len(batches.index_CSB)
-    trainer = Trainer(module, inputs, labels, config, poison)
+    trainer, device = Trainer(module, inputs, labels, config, poison), inputs.device
     start_P = global_params.detach().to(device)
     start_buffers = {name: value.detach().to(device) for name, value in (buffers or dict(module.named_buffers())).items()}
-    index_CSB, steps_C = batches.index_CSB.to(device), batches.steps_C
-    poisoned_C = torch.zeros(num_clients, dtype=torch.bool) if poisoned is None else poisoned.cpu()
+    if poisoned is None:
+        poisoned = torch.zeros(len(batches.steps_C), dtype=torch.bool)
+    return _in_blocks(trainer, start_P, start_buffers, batches, poisoned.cpu(), progress)
+
+
+def _in_blocks(
+    trainer: Trainer,
+    start_P: Tensor,
+    start_buffers: dict[str, Tensor],
+    batches: Batches,
+    poisoned_C: Tensor,
+    progress: Callable[[int], None] | None,
+) -> LocalUpdates:
+    """Train blocks of alike clients, and put what each client sends into its own row."""
+    index_CSB, steps_C = batches.index_CSB.to(start_P.device), batches.steps_C
+    num_clients, first_batch = len(index_CSB), index_CSB[0, 0]
     updates_CP = start_P.new_empty(num_clients, trainer.flat.num_params)
     buffers_C = for_each_client(start_buffers, num_clients)
-    way = batching_for(trainer.module, inputs[index_CSB[0, 0]], config)
-    train = trainer.in_a_loop if way == "loop" else trainer.at_once
-    block = min(trainer.block_size(start_P, start_buffers, index_CSB[0, 0]), num_clients)
+    train = trainer.in_a_loop if trainer.way(first_batch) == "loop" else trainer.at_once
+    block = min(trainer.block_size(start_P, start_buffers, first_batch), num_clients)
     done = 0
     for poisons, group in alike_clients(steps_C, poisoned_C):
 

@@ -35,8 +35,9 @@ __all__ = ["Poison", "Trainer", "batching_for", "for_each_client"]
 # resumed run would find more memory free, take larger blocks, and round differently.
 _CPU_BLOCK_BYTES, _CPU_BLOCK_LEAST = 2**24, 5
 _GPU_SHARE = 0.5
-# Operations of one client's forward pass on a CPU up to which "auto" takes vmap. Measured: an MLP on
-# 28x28 images (3e6 operations) is 3 times faster by vmap, a vision transformer (1.5e8) is slower.
+# Operations of one client's forward pass on a CPU up to which "auto" takes vmap. Measured: an MLP
+# on 28x28 images (3e6 operations) is 3 times faster by vmap, a vision transformer (1.5e8) is
+# slower.
 _VMAP_FLOPS = 2e7
 
 Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -96,6 +97,10 @@ class Trainer:
         self.module = copy.deepcopy(module).to(inputs.device).train()
         self.flat = FlatModel(self.module, inputs[:2], labels[:2])
 
+    def way(self, index_B: Tensor) -> str:
+        """``"vmap"`` or ``"loop"``, see :func:`batching_for`; ``index_B`` ``(B,)`` is one batch."""
+        return batching_for(self.module, self._inputs[index_B], self._config)
+
     def block_size(self, start_P: Tensor, buffers: dict[str, Tensor], index_B: Tensor) -> int:
         """How many clients to train at once: as many as the device has memory for.
 
@@ -117,9 +122,11 @@ class Trainer:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), torch.random.fork_rng(devices=[]):
             self._loss(params, _copied(buffers), self._inputs[index_B], self._labels[index_B])
         if not start_P.is_cuda:
-            # Never fewer than a few clients: the overhead of small operations outweighs what the cache saves.
+            # At least a few clients: the overhead of small operations outweighs what the cache
+            # saves.
             return max(_CPU_BLOCK_LEAST, _CPU_BLOCK_BYTES // max(1, kept_bytes))
-        # A client also needs its parameters, their gradient as leaves and as one vector, and the momentum.
+        # A client also needs its parameters, their gradient twice (as leaves and as one vector),
+        # and the momentum.
         kept_bytes += 4 * start_P.numel() * start_P.element_size()
         whole_bytes = torch.cuda.get_device_properties(start_P.device).total_memory
         return max(1, int(_GPU_SHARE * whole_bytes) // kept_bytes)
@@ -149,7 +156,7 @@ class Trainer:
         for step in range(int(steps_C.max())):
             active = int((steps_C > step).sum())
             batch = self._batch(index_CSB[:active, step], poisoned)
-            # Slices are views, so what the model or a step writes into them lands in the whole tensors.
+            # Slices are views: what the model or a step writes into them is in the whole tensors.
             params, buffers, momentum = (
                 {name: value[:active] for name, value in x.items()} for x in (params_C, buffers_C, momentum_C)
             )

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) in their binary version: files of records of equal length."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) in their binary version: records of equal length."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ _PIXELS = 3 * 32 * 32
     source=Source("https://www.cs.toronto.edu/~kriz/", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
 )
 def load_cifar10(folder: Path) -> Dataset:
-    """Ten classes; a record has one label byte. The mean and deviation per channel are those in common use."""
+    """Ten classes; a record has one byte of label. The constants are those in common use."""
     pixels = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     return _load("cifar10", folder, _CIFAR10_FILES, 10, 1, pixels)
 
@@ -38,7 +38,7 @@ def load_cifar10(folder: Path) -> Dataset:
     source=Source("https://www.cs.toronto.edu/~kriz/", {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"}),
 )
 def load_cifar100(folder: Path) -> Dataset:
-    """A hundred fine classes; a record has the coarse label's byte, then the fine label's, which is the one used here."""
+    """A hundred classes; a record has a byte of coarse label, then one of fine label, used here."""
     pixels = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     return _load("cifar100", folder, _CIFAR100_FILES, 100, 2, pixels)
 
@@ -51,7 +51,7 @@ def _load(
     label_bytes: int,
     pixels: tuple[tuple[float, ...], tuple[float, ...]],
 ) -> Dataset:
-    """All files but the last are the training part. The last label byte of a record is the one used."""
+    """All files but the last are for training. The last byte of a record's label is used."""
 
     def part(files: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         records = np.concatenate([_read_records(folder, file, label_bytes + _PIXELS) for file in files])

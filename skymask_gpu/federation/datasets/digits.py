@@ -1,4 +1,4 @@
-"""The digits that scikit-learn brings along: small enough for a demonstration without any download."""
+"""The digits of scikit-learn: small enough for a demonstration without any download."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ _TEST_SAMPLES = 360
 
 @dataset("digits", about="handwritten digits, 8 x 8; 1,437 + 360", origin="it comes with scikit-learn")
 def load_digits(folder: Path) -> Dataset:
-    """The 1,797 images of scikit-learn's ``load_digits``; a fixed seed draws 360 of them for testing."""
+    """The 1,797 images of scikit-learn; a fixed seed draws 360 of them for testing."""
     try:
         from sklearn import datasets
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""``skymask-gpu data``: fetch the files of a data set with torchvision, check them, and put them into place."""
+"""``skymask-gpu data``: fetch the files of a data set, check them, and put them into place."""
 
 import hashlib
 import shutil
@@ -16,10 +16,10 @@ __all__ = ["download"]
 
 
 def download(name: str, folder: Path) -> list[Path]:
-    """Fetch the standard files of a data set into ``folder``, where ``load_dataset(name, folder)`` reads them.
+    """Fetch the standard files of a data set into ``folder``.
 
-    Every file is checked against its known md5 before the first one is put into place, where it
-    replaces what was there.
+    ``load_dataset(name, folder)`` reads them there. Every file is checked against its known md5
+    before the first one is put into place, where it replaces what was there.
 
     Args:
         name: a key of :data:`DATASETS` whose data set has a source.

@@ -1,4 +1,4 @@
-"""Human activity recognition with smartphones (UCI; Anguita et al., ESANN 2013): two CSV files of 561 features."""
+"""Human activity recognition with smartphones (Anguita et al., ESANN 2013): two CSV files."""
 
 import csv
 from pathlib import Path
@@ -48,7 +48,7 @@ def load_har(folder: Path) -> Dataset:
 
 
 def _read_csv(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features ``(n, 561)`` float32, subjects ``(n,)`` int64 and activities ``(n,)`` str of one file."""
+    """Features ``(n, 561)`` float32, subjects ``(n,)`` int64, activities ``(n,)`` str of a file."""
     if not path.exists():
         raise ValueError(f"data.data_dir must hold {path.name}, it is not in {path.parent}")
     try:

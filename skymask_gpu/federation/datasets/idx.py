@@ -37,7 +37,7 @@ _FILES = (
     ),
 )
 def load_mnist(folder: Path) -> Dataset:
-    """MNIST (LeCun et al., Proceedings of the IEEE 1998), with the mean and deviation in common use."""
+    """MNIST (LeCun et al., Proc. IEEE 1998), standardised by the constants in common use."""
     return _load("mnist", folder, mean=0.1307, std=0.3081)
 
 
@@ -57,7 +57,7 @@ def load_mnist(folder: Path) -> Dataset:
     ),
 )
 def load_fashion_mnist(folder: Path) -> Dataset:
-    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), with the mean and deviation in common use."""
+    """Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), standardised by its usual constants."""
     return _load("fashion-mnist", folder, mean=0.2860, std=0.3530)
 
 

@@ -33,7 +33,8 @@ class Sharing:
     generator: torch.Generator
 
 
-# A partition takes a Sharing, and returns one (n_i,) int64 tensor of ascending sample indices per client.
+# A partition takes a Sharing, and returns one (n_i,) int64 tensor of ascending sample indices per
+# client.
 PARTITIONS: Registry[Callable[[Sharing], list[Tensor]]] = Registry("data.partition")
 
 
@@ -47,15 +48,17 @@ def partition(
     subjects: Tensor | None,
     generator: torch.Generator,
 ) -> list[Tensor]:
-    """Share the samples out among the clients: each sample goes to one client, and each client has at least one.
+    """Share the samples out: each goes to one client, and each client has at least one.
 
     Args:
         kind: a key of :data:`PARTITIONS`; the functions of this file say what each does.
         labels: ``(n,)`` int64, from 0 to L - 1.
-        num_clients: N; at most n, at least L for ``"bias"``, the number of persons for ``"subject"``.
+        num_clients: N; at most n, at least L for ``"bias"``, the number of persons for
+            ``"subject"``.
         bias: q of ``"bias"``, from 0 to 1.
         alpha: the concentration of ``"dirichlet"``, from 1e-3 to 1e6.
-        subjects: ``(n,)`` int64, the person that each sample comes from; only ``"subject"`` needs it.
+        subjects: ``(n,)`` int64, the person that each sample comes from; only ``"subject"`` needs
+            it.
         generator: source of randomness.
 
     Returns:
@@ -85,9 +88,9 @@ def partition(
 def by_bias(given: Sharing) -> list[Tensor]:
     """Non-IID with bias q (Fang et al., USENIX Security 2020, section 5.1.2).
 
-    With L labels, the clients form L groups (client i is in group i mod L). A sample of label l goes
-    to group l with probability q, and to each other group with probability (1 - q) / (L - 1); within
-    the group, a client is drawn at random. q = 1 / L is IID.
+    With L labels, the clients form L groups (client i is in group i mod L). A sample of label l
+    goes to group l with probability q, and to each other group with probability (1 - q) / (L - 1);
+    within the group, a client is drawn at random. q = 1 / L is IID.
     """
     labels, num_clients, bias, generator = given.labels, given.num_clients, given.bias, given.generator
     num_labels = int(labels.max()) + 1
@@ -114,12 +117,13 @@ def by_bias(given: Sharing) -> list[Tensor]:
 
 @PARTITIONS.register("dirichlet")
 def by_dirichlet(given: Sharing) -> list[Tensor]:
-    """Per class, the clients' shares are drawn from a symmetric Dirichlet distribution with concentration alpha.
+    """Per class, the clients' shares are drawn from a symmetric Dirichlet distribution.
 
-    The clients therefore differ in size, too. This is the form of Yurochkin et al. (ICML 2019, arXiv
-    1905.12022), which most experiments use. Hsu et al. (arXiv 1909.06335), who are often cited for
-    it, draw the shares of the classes per client instead, and give all clients one size. A client
-    that would hold nothing gets one sample from the client that has the most at that time.
+    Its concentration is alpha. The clients therefore differ in size, too. This is the form of
+    Yurochkin et al. (ICML 2019, arXiv 1905.12022), which most experiments use. Hsu et al. (arXiv
+    1909.06335), who are often cited for it, draw the shares of the classes per client instead, and
+    give all clients one size. A client that would hold nothing gets one sample from the client that
+    has the most at that time.
     """
     labels, num_clients, alpha, generator = given.labels, given.num_clients, given.alpha, given.generator
     if not 1e-3 <= alpha <= 1e6:
@@ -168,6 +172,6 @@ def by_subject(given: Sharing) -> list[Tensor]:
 
 
 def _grouped(client_n: Tensor, num_clients: int) -> list[Tensor]:
-    """The ascending indices of each client's samples; ``client_n`` ``(n,)`` is the client of each sample."""
+    """Each client's samples, ascending; ``client_n`` ``(n,)`` is the client of each sample."""
     sizes = torch.bincount(client_n, minlength=num_clients)
     return list(client_n.argsort(stable=True).split(sizes.tolist()))

@@ -13,8 +13,8 @@ def split_root(labels: Tensor, num_samples: int, generator: torch.Generator, bia
         labels: ``(n,)`` int64 labels of the training data.
         num_samples: size of the root data set, fewer than n.
         generator: source of randomness.
-        bias: 0: equally many samples per class, as far as it divides. Otherwise the bias probability
-            of FLTrust (Cao et al., NDSS 2021), the share of one class, here class 0:
+        bias: 0: equally many samples per class, as far as it divides. Otherwise the bias
+            probability of FLTrust (Cao et al., NDSS 2021), the share of one class, here class 0:
             ``round(bias * num_samples)`` samples are of class 0, and the others are shared equally
             among the other classes. One over the number of classes is no bias.
 
@@ -37,7 +37,7 @@ def split_root(labels: Tensor, num_samples: int, generator: torch.Generator, bia
     if not 0 <= bias <= 1:
         raise ValueError(f"data.root_bias must be between 0 (all classes alike) and 1, got {bias}")
     order = torch.randperm(len(labels), generator=generator)
-    # Deal the shuffled samples class by class: the k-th samples of all classes come before any (k+1)-th.
+    # Deal the shuffled samples by class: all k-th samples of a class come before any (k+1)-th.
     rank = torch.empty(len(labels), dtype=torch.long)
     for label in labels.unique():
         of_label = order[labels[order] == label]

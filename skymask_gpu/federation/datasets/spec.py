@@ -107,8 +107,8 @@ def dataset(
 
     Your own data set is one such function in a module that you import before a run is read. After
     that, ``data.dataset = "name"`` chooses it. The loader takes the folder of ``data.data_dir`` and
-    returns a :class:`Dataset`. If a file is wrong, it raises a ValueError that says which file it is
-    and what was wanted; :func:`load_dataset` adds where to get the files.
+    returns a :class:`Dataset`. If a file is wrong, it raises a ValueError that says which file it
+    is and what was wanted; :func:`load_dataset` adds where to get the files.
 
     Args:
         name: what ``data.dataset`` calls it.

@@ -1,4 +1,4 @@
-"""The registry that ``model.name`` of a run chooses from, and the building of one model from a seed."""
+"""The registry that ``model.name`` chooses from, and the building of one model from a seed."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ from skymask_gpu.io.user_files import build_module
 
 __all__ = ["MODELS", "build_model"]
 
-# Called with the shape of one sample and the number of classes. A class of your own is registered by
-# the decorator @MODELS.register("name"), in a module that is imported before the run is read.
+# Called with the shape of one sample and the number of classes. A class of your own is registered
+# by the decorator @MODELS.register("name"), in a module that is imported before the run is read.
 MODELS: Registry[Callable[[tuple[int, ...], int], nn.Module]] = Registry("model.name")
 
 
@@ -57,7 +57,7 @@ def build_model(name: str, input_shape: tuple[int, ...], num_classes: int, seed:
 
 
 def _users_model(spec: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """An instance of the class in ``"file.py:Class"``, after a check that it fits the inputs and the classes."""
+    """An instance of the class in ``"file.py:Class"``, checked with inputs of this shape."""
     module, name = build_module("model.name", spec), spec.rpartition(":")[2]
     # In training mode, the check would change batch norm's statistics.
     module.eval()

@@ -14,11 +14,12 @@ Norm = Literal["batch", "group"]
 
 
 class ResNet(nn.Module):
-    """A residual network for small images (He et al., CVPR 2016), ``(n, channels, height, width)`` to ``(n, num_classes)``.
+    """A residual network for small images (He et al., CVPR 2016).
 
-    It has a 3x3 convolution, then stages of basic blocks, then the mean over the image and one linear
-    layer. Every stage after the first halves the image. Where a stage changes the shape, the shortcut
-    is a 1x1 convolution (option B of the paper).
+    It takes ``(n, channels, height, width)`` and returns ``(n, num_classes)``. It has a 3x3
+    convolution, then stages of basic blocks, then the mean over the image and one linear layer.
+    Every stage after the first halves the image. Where a stage changes the shape, the shortcut is a
+    1x1 convolution (option B of the paper).
 
     * ``resnet20``: widths 16, 32, 64 and 3 blocks per stage (section 4.2 of the paper); 272,474
       parameters on CIFAR-10.

@@ -15,10 +15,10 @@ __all__ = ["VisionTransformer"]
 class VisionTransformer(nn.Module):
     """A small vision transformer (Dosovitskiy et al., ICLR 2021) for square images of side s.
 
-    It takes ``(n, channels, s, s)`` and returns ``(n, num_classes)``. Patches have side 7 if s divides
-    by 7, otherwise 4. Width 64, 4 layers, 4 heads, 128 hidden units; layer norm comes first, positions
-    are learned, the mean over the patches replaces the class token, and there is no dropout. It has
-    138,890 parameters on MNIST and 141,898 on CIFAR-10.
+    It takes ``(n, channels, s, s)`` and returns ``(n, num_classes)``. Patches have side 7 if s
+    divides by 7, otherwise 4. Width 64, 4 layers, 4 heads, 128 hidden units; layer norm comes
+    first, positions are learned, the mean over the patches replaces the class token, and there is
+    no dropout. It has 138,890 parameters on MNIST and 141,898 on CIFAR-10.
 
     Raises:
         ValueError: the inputs are not square images, or the side divides by neither 7 nor 4.
@@ -48,7 +48,7 @@ class VisionTransformer(nn.Module):
 
 
 class _TransformerBlock(nn.Module):
-    """Attention between the patches, then two linear layers per patch; ``(n, patches, width)`` in and out."""
+    """Attention, then two linear layers per patch; ``(n, patches, width)`` in and out."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
