@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skymask_gpu.kernels import collapse, hamming, mask_step, mean, mixture, tree
+from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, tree
 
 __all__ = ["CHECKS", "wrong_kernels"]
 
@@ -99,14 +99,14 @@ def _sampled(rows_RP: Tensor) -> Tensor:
 
 
 def _bin_edges(rows_RP: Tensor) -> str | None:
-    want = collapse.bin_edges_reference(rows_RP.cpu(), _sampled(rows_RP), _BINS)
-    return _compare(edges=(collapse.bin_edges(rows_RP, _sampled(rows_RP).to(rows_RP.device), _BINS), want))
+    want = bins.bin_edges_reference(rows_RP.cpu(), _sampled(rows_RP), _BINS)
+    return _compare(edges=(bins.bin_edges(rows_RP, _sampled(rows_RP).to(rows_RP.device), _BINS), want))
 
 
 def _binned(rows_RP: Tensor, add: Callable[..., None]) -> tuple[Tensor, Tensor, Tensor]:
     """Counts, sums and ends, on the device of the rows."""
     num_params, device = rows_RP.shape[1], rows_RP.device
-    edges_EP = collapse.bin_edges_reference(rows_RP.cpu(), _sampled(rows_RP), _BINS).to(device)
+    edges_EP = bins.bin_edges_reference(rows_RP.cpu(), _sampled(rows_RP), _BINS).to(device)
     counts_BP = torch.zeros(_BINS, num_params, dtype=torch.uint16, device=device)
     ends_2P = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, num_params)
     sums_BP = torch.zeros(_BINS, num_params, device=device)
@@ -115,8 +115,8 @@ def _binned(rows_RP: Tensor, add: Callable[..., None]) -> tuple[Tensor, Tensor, 
 
 
 def _bin_rows(rows_RP: Tensor) -> str | None:
-    got = _binned(rows_RP, collapse.bin_rows)
-    want = _binned(rows_RP.cpu(), collapse.bin_rows_reference)
+    got = _binned(rows_RP, bins.bin_rows)
+    want = _binned(rows_RP.cpu(), bins.bin_rows_reference)
     if not torch.equal(got[0].cpu().int(), want[0].int()):
         return "counts differ"
     return "ends differ" if not torch.equal(got[2].cpu(), want[2]) else _compare(sums=(got[1], want[1]))
@@ -124,7 +124,7 @@ def _bin_rows(rows_RP: Tensor) -> str | None:
 
 def _bins(rows_RP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Centres, counts and ends by the twin, on the device of the rows."""
-    counts_BP, sums_BP, ends_2P = _binned(rows_RP.cpu(), collapse.bin_rows_reference)
+    counts_BP, sums_BP, ends_2P = _binned(rows_RP.cpu(), bins.bin_rows_reference)
     centres_BP = sums_BP / counts_BP.float().clamp_min(1)
     return centres_BP.to(rows_RP.device), counts_BP.to(rows_RP.device), ends_2P.to(rows_RP.device)
 
@@ -134,28 +134,28 @@ def _bin_step(rows_RP: Tensor) -> str | None:
     slope_P, mean_P, _ = _training(rows_RP)
     logits_BP = torch.ones_like(centres_BP)
     exact_BP, *exact = _exact(logits_BP, centres_BP, counts_BP, slope_P, mean_P)
-    want = collapse.bin_step_reference(exact_BP, *exact, full_step=1.0)
-    got = collapse.bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=1.0)
+    want = bins.bin_step_reference(exact_BP, *exact, full_step=1.0)
+    got = bins.bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=1.0)
     return _compare(logits=(logits_BP, exact_BP), gate_sum=(got[0], want[0]), weighted_sum=(got[1], want[1]))
 
 
 def _replay(rows_RP: Tensor) -> str | None:
     history = _history(rows_RP.shape[1], rows_RP.device)
-    want = collapse.replay_reference(*_exact(rows_RP, *history), init=1.0, full_step=1.0)
-    return _compare(logits=(collapse.replay(rows_RP, *history, init=1.0, full_step=1.0), want))
+    want = cuts.replay_reference(*_exact(rows_RP, *history), init=1.0, full_step=1.0)
+    return _compare(logits=(cuts.replay(rows_RP, *history, init=1.0, full_step=1.0), want))
 
 
 def _find_cuts(rows_RP: Tensor) -> str | None:
     centres_BP, counts_BP, ends_2P = _bins(rows_RP)
     history = _history(rows_RP.shape[1], rows_RP.device)
     settings: dict[str, Any] = {"init": 1.0, "full_step": 1.0}
-    logits_BP = collapse.replay_reference(centres_BP, *history, **settings)
+    logits_BP = cuts.replay_reference(centres_BP, *history, **settings)
     tensors = (logits_BP, centres_BP, counts_BP, ends_2P, *history)
-    want = collapse.find_cuts_reference(*(tensor.cpu() for tensor in tensors), **settings, threshold=0.0)
-    got = tuple(tensor.cpu() for tensor in collapse.find_cuts(*tensors, **settings, threshold=0.0))
+    want = cuts.find_cuts_reference(*(tensor.cpu() for tensor in tensors), **settings, threshold=0.0)
+    got = tuple(tensor.cpu() for tensor in cuts.find_cuts(*tensors, **settings, threshold=0.0))
     differs_P = (got[1] != want[1]) | (got[2] != want[2])
     # the bisection ends within this of the change
-    reach_P = (ends_2P[1] - ends_2P[0]).cpu() / 2 ** (collapse.BISECTIONS - 1)
+    reach_P = (ends_2P[1] - ends_2P[0]).cpu() / 2 ** (cuts.BISECTIONS - 1)
     return _share(differs_P | ((got[0] != want[0]) & ~((got[0] - want[0]).abs() <= reach_P)), "cuts")
 
 
@@ -164,8 +164,8 @@ def _cut_bits(rows_RP: Tensor) -> str | None:
     left_P = torch.arange(rows_RP.shape[1], device=rows_RP.device) % 3 == 0
     got, want = (torch.full((len(rows_RP), -(-rows_RP.shape[1] // 8)), 255, dtype=torch.uint8) for _ in range(2))
     got = got.to(rows_RP.device)
-    collapse.cut_bits(rows_RP, cut_P, left_P, got)
-    collapse.cut_bits_reference(rows_RP.cpu(), cut_P.cpu(), left_P.cpu(), want)
+    cuts.cut_bits(rows_RP, cut_P, left_P, got)
+    cuts.cut_bits_reference(rows_RP.cpu(), cut_P.cpu(), left_P.cpu(), want)
     return None if torch.equal(got.cpu(), want) else "bits differ"
 
 

@@ -292,7 +292,7 @@ def training_seconds(predictions: list[Prediction], solver: str, dtype: str) -> 
 def compile_kernels(sms: tuple[int, ...], vec: int) -> list[dict[str, Any]]:
     """Every variant, in a process of its own: this one may run Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", "-m", "skymask_gpu.kernels._triton.offline", *map(str, sms), "--vec", str(vec)]
+    command = [sys.executable, "-P", "-m", "skymask_gpu.kernels.offline", *map(str, sms), "--vec", str(vec)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -1,15 +1,56 @@
-"""Fused element-wise passes over stacked updates; knows tensors, nothing of federated learning.
+"""Compiled kernels over stacked updates and mask bits; they know tensors, and nothing of federated learning.
 
-Where they run, the same for all kernels: a public function runs compiled code (CUDA: Triton, CPU: Numba; of the trees and
-mixtures plain torch is the CPU's version) or raises a ValueError that says why it cannot. It never falls back on its own. Who
-prefers a slow answer to none calls the plain twin, ``*_reference``, which runs on any device; ``anywhere.py`` makes that choice
-for clustering and averaging.
+Every kernel has a folder, in which all of it stands together:
 
-What they check: shapes, dtypes, devices and strides, before compiled code without bounds checks runs (``_checks.py``). An
+| file | what |
+| --- | --- |
+| ``__init__.py`` | the formula, the checks of the arguments, and the public functions |
+| ``reference.py`` | the constants, and a plain twin ``*_reference`` per function, in PyTorch |
+| ``triton.py`` | the Triton kernels, their launchers, and ``VARIANTS`` for the offline compile |
+| ``cpu.py`` | the Numba kernels, where the CPU has any (its mixtures and trees are plain PyTorch) |
+
+| folder | what it computes |
+| --- | --- |
+| ``mask_step/`` | one exact step of mask training on all rows: ``fused`` runs on it |
+| ``bins/`` | edges, contents and training steps of bins of rows: ``collapsed`` trains on them |
+| ``cuts/`` | bits of all rows from the history of the bins' training |
+| ``hamming/`` | in how many bits each two masks differ |
+| ``mean/`` | the mean of the benign updates |
+| ``mixture/``, ``tree/`` | mixtures of two normals, minimum spanning trees: clustering |
+
+| file or folder | what it is for |
+| --- | --- |
+| ``dispatch.py`` | which compiled code runs on which device, or why none can |
+| ``anywhere.py`` | the kernels of clustering and averaging for any device, by twins where necessary |
+| ``shared/`` | what the kernels share: checks, the training step, threads, vectors |
+| ``offline.py`` | compiles all Triton kernels without a GPU, for the tests and the benchmark |
+
+Where kernels run: a public function runs compiled code (CUDA: Triton, CPU: Numba) or raises a
+ValueError that says why it cannot. It never falls back on its own. Callers that prefer a slow answer
+to none call the twin, which runs on any device; ``anywhere.py`` does so for clustering and averaging.
+
+What they check: shapes, dtypes, devices and strides, because compiled code has no bounds checks. An
 error names the argument.
 """
 
-from skymask_gpu.kernels._backends import why_not
+from skymask_gpu.kernels.bins import (
+    bin_edges,
+    bin_edges_reference,
+    bin_rows,
+    bin_rows_reference,
+    bin_step,
+    bin_step_reference,
+)
+from skymask_gpu.kernels.cuts import (
+    cut_bits,
+    cut_bits_reference,
+    find_cuts,
+    find_cuts_reference,
+    replay,
+    replay_reference,
+)
+from skymask_gpu.kernels.dispatch import why_not
+from skymask_gpu.kernels.hamming import hamming_counts, hamming_counts_reference
 from skymask_gpu.kernels.mask_step import (
     first_step,
     first_step_reference,
@@ -18,13 +59,43 @@ from skymask_gpu.kernels.mask_step import (
     next_step,
     next_step_reference,
 )
+from skymask_gpu.kernels.mean import chosen_mean, chosen_mean_reference
+from skymask_gpu.kernels.mixture import (
+    gaussian_mixture,
+    gaussian_mixture_reference,
+    two_normals,
+    two_normals_reference,
+)
+from skymask_gpu.kernels.tree import path_maxima, path_maxima_reference
 
 __all__ = [
+    "bin_edges",
+    "bin_edges_reference",
+    "bin_rows",
+    "bin_rows_reference",
+    "bin_step",
+    "bin_step_reference",
+    "chosen_mean",
+    "chosen_mean_reference",
+    "cut_bits",
+    "cut_bits_reference",
+    "find_cuts",
+    "find_cuts_reference",
     "first_step",
     "first_step_reference",
+    "gaussian_mixture",
+    "gaussian_mixture_reference",
+    "hamming_counts",
+    "hamming_counts_reference",
     "last_step",
     "last_step_reference",
     "next_step",
     "next_step_reference",
+    "path_maxima",
+    "path_maxima_reference",
+    "replay",
+    "replay_reference",
+    "two_normals",
+    "two_normals_reference",
     "why_not",
 ]

@@ -1,7 +1,9 @@
-"""The kernels of clustering and averaging for any device: the one place where a plain twin takes a compiled kernel's part.
+"""The kernels of clustering and averaging for any device: where none is compiled, the twin runs.
 
-Masks may be trained in plain torch on any device (``mps``, CUDA without Triton), and must be compared and averaged there too.
-Mask training itself has no such choice: its solvers ``fused`` and ``collapsed`` say why they cannot run, and ``reference`` can.
+Masks may be trained in plain PyTorch on any device (``mps``, CUDA without Triton), and must be
+compared and averaged there too. This is the only place where a plain twin stands in for a compiled
+kernel. Mask training has no such choice: the solvers ``fused`` and ``collapsed`` say why they cannot
+run, and the user can choose ``reference``.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from typing import Concatenate, ParamSpec
 from torch import Tensor
 
 from skymask_gpu.kernels import hamming, mean, mixture, tree
-from skymask_gpu.kernels._backends import why_not
+from skymask_gpu.kernels.dispatch import why_not
 
 __all__ = ["chosen_mean", "gaussian_mixture", "hamming_counts", "path_maxima", "two_normals"]
 
@@ -20,7 +22,7 @@ Kernel = Callable[Concatenate[Tensor, P], Tensor]
 
 
 def _or_twin(kernel: Kernel[P], twin: Kernel[P]) -> Kernel[P]:
-    """The kernel where compiled code can run on the device of its first argument, else its plain twin."""
+    """The kernel where compiled code can run on the device of its first argument, else its twin."""
 
     @wraps(kernel)
     def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:

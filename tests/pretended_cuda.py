@@ -35,6 +35,7 @@ and NCCL are not covered.
 
 import collections
 import contextlib
+import importlib
 import sys
 import time
 import traceback
@@ -599,24 +600,23 @@ def _fake_cuda(gpu: Pretence) -> dict[str, Any]:
 
 def _cpu_kernels() -> dict[Any, dict[str, Callable[..., Any]]]:
     """For each module of Triton launchers the functions of the CPU that do the same."""
-    from skymask_gpu.kernels._cpu import collapse, hamming, mask_step, mean
-    from skymask_gpu.kernels._triton import collapse as t_collapse
-    from skymask_gpu.kernels._triton import hamming as t_hamming
-    from skymask_gpu.kernels._triton import mask_step as t_mask_step
-    from skymask_gpu.kernels._triton import mean as t_mean
-    from skymask_gpu.kernels._triton import mixture as t_mixture
-    from skymask_gpu.kernels._triton import tree as t_tree
 
-    def alike(module: Any, *names: str) -> dict[str, Callable[..., Any]]:
-        return {name: getattr(module, name) for name in names}
+    def launchers(kernel: str) -> Any:
+        return importlib.import_module(f"skymask_gpu.kernels.{kernel}.triton")
 
+    def alike(kernel: str, *names: str) -> dict[Any, dict[str, Callable[..., Any]]]:
+        cpu = importlib.import_module(f"skymask_gpu.kernels.{kernel}.cpu")
+        return {launchers(kernel): {name: getattr(cpu, name) for name in names}}
+
+    mixtures = {"two_normals": mixture.two_normals_reference, "gaussian_mixture": mixture.gaussian_mixture_reference}
     return {
-        t_collapse: alike(collapse, "bin_edges", "bin_rows", "bin_step", "replay", "find_cuts", "cut_bits"),
-        t_hamming: alike(hamming, "hamming_counts"),
-        t_mask_step: alike(mask_step, "first_step", "next_step", "last_step"),
-        t_mean: alike(mean, "chosen_mean"),
-        t_mixture: {"two_normals": mixture.two_normals_reference, "gaussian_mixture": mixture.gaussian_mixture_reference},
-        t_tree: {"path_maxima": tree.path_maxima_reference},
+        **alike("bins", "bin_edges", "bin_rows", "bin_step"),
+        **alike("cuts", "replay", "find_cuts", "cut_bits"),
+        **alike("hamming", "hamming_counts"),
+        **alike("mask_step", "first_step", "next_step", "last_step"),
+        **alike("mean", "chosen_mean"),
+        launchers("mixture"): mixtures,
+        launchers("tree"): {"path_maxima": tree.path_maxima_reference},
     }
 
 

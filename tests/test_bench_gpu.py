@@ -18,7 +18,7 @@ from skymask_gpu import kernels
 from skymask_gpu.bench import gpu, kernel_checks, providers
 from skymask_gpu.bench.cases import CASES, Model, Problem
 from skymask_gpu.bench.measure import Measured
-from skymask_gpu.kernels import collapse, hamming, mask_step, mean, mixture, tree
+from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, tree
 
 CPU = torch.device("cpu")
 NAME = "NVIDIA Test 1"
@@ -92,7 +92,8 @@ def spoilt(kernel: Callable[..., Any]) -> Callable[..., Any]:
     ("module", "name"),
     [(module, name) for module, names in (
         (mask_step, ["first_step", "next_step", "last_step"]),
-        (collapse, ["bin_edges", "bin_rows", "bin_step", "replay", "find_cuts", "cut_bits"]),
+        (bins, ["bin_edges", "bin_rows", "bin_step"]),
+        (cuts, ["replay", "find_cuts", "cut_bits"]),
         (hamming, ["hamming_counts"]),
         (mean, ["chosen_mean"]),
         (mixture, ["two_normals", "gaussian_mixture"]),

@@ -44,6 +44,62 @@ def test_imports_go_one_way(part: str, checkout: Path) -> None:
         assert not wrong, f"{file.relative_to(checkout)} imports {wrong}"
 
 
+def imported_modules(file: Path, modules: set[str]) -> set[str]:
+    """Which of the package's own modules a file imports; imports within functions do not count."""
+    found = set()
+    waiting = list(ast.parse(file.read_text()).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from package import name` reads the package's own names, unless the name is a module
+            found |= {name if (name := f"{node.module}.{alias.name}") in modules else node.module for alias in node.names}
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
+    return found & modules
+
+
+def circle(imports: dict[str, set[str]]) -> list[str] | None:
+    """Modules each of which imports the next, and the last the first; None if there are none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return None
+        found = next(filter(None, (visit(other, [*path, module]) for other in sorted(imports[module]))), None)
+        done.add(module)
+        return found
+
+    return next(filter(None, (visit(module, []) for module in sorted(imports))), None)
+
+
+def test_no_module_imports_itself_through_others(checkout: Path) -> None:
+    files = {}
+    for part in ALLOWED:
+        for file in (checkout / part).rglob("*.py"):
+            names = [*file.relative_to(checkout).with_suffix("").parts]
+            names = names if part == "skymask_gpu" else ["skymask_gpu", *names]
+            files[".".join(names).removesuffix(".__init__")] = file
+    imports = {module: imported_modules(file, set(files)) for module, file in files.items()}
+    assert len(imports["skymask_gpu.engine"]) > 5, "imports must be found at all"
+    # kernels/dispatch.py imports a kernel's compiled code by its name, which no syntax tree shows
+    for module in files:
+        package, _, name = module.rpartition(".")
+        if package.startswith("skymask_gpu.kernels.") and name in ("triton", "cpu"):
+            imports[package].add(module)
+    found = circle(imports)
+    assert found is None, f"import circle: {' -> '.join(found or [])}"
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set(), "d": {"b", "c"}}) is None
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}}) == ["b", "c", "d", "b"]
+    assert circle({"a": {"a"}}) == ["a", "a"]
+
+
 def test_the_reference_solver_imports_no_kernel(checkout: Path) -> None:
     tree = ast.parse((checkout / "engine" / "solvers" / "reference.py").read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -102,7 +158,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: 
     for wanted in (
         "skymask_gpu/py.typed",
         "skymask_gpu/report/page.html.j2",
-        "skymask_gpu/kernels/_triton/mask_step.py",
+        "skymask_gpu/kernels/mask_step/triton.py",
         "skymask_gpu/engine/solvers/reference.py",
         "skymask_gpu/bench/run.py",
     ):

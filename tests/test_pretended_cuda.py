@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -539,7 +540,7 @@ def cuda_generator() -> None:
 
 
 def cpu_tensor_for_a_kernel() -> None:
-    from skymask_gpu.kernels._triton.mean import chosen_mean
+    from skymask_gpu.kernels.mean.triton import chosen_mean
 
     chosen_mean(torch.ones(4, 8, device="cuda"), torch.ones(4, dtype=torch.bool))
 
@@ -655,9 +656,9 @@ def test_a_wait_while_a_graph_is_captured_is_an_error(gpu: Pretence) -> None:
 def _globals() -> dict[str, Any]:
     from triton.runtime import interpreter
 
-    from skymask_gpu.kernels._triton import collapse, hamming, mask_step, mean, mixture, tree
-
-    modules = (torch.cuda, torch.cuda.memory, collapse, hamming, mask_step, mean, mixture, tree)
+    kernels = ("bins", "cuts", "hamming", "mask_step", "mean", "mixture", "tree")
+    launchers = [importlib.import_module(f"skymask_gpu.kernels.{kernel}.triton") for kernel in kernels]
+    modules = (torch.cuda, torch.cuda.memory, *launchers)
     found = {f"{module.__name__}.{name}": value for module in modules for name, value in vars(module).items()}
     found = {name: value for name, value in found.items() if not name.endswith("__warningregistry__")}
     found |= {f"Tensor.{name}": value for name, value in vars(Tensor).items()}
@@ -688,7 +689,7 @@ def test_afterwards_everything_is_as_before(interpreter: bool, fails: bool) -> N
             raise ZeroDivisionError
     after = _globals()
     # the interpreter itself leaves names behind in the modules of the kernels that it ran
-    assert [name for name in after.keys() ^ before.keys() if "._triton." not in name] == []
+    assert [name for name in after.keys() ^ before.keys() if ".triton." not in name] == []
     assert [name for name, value in before.items() if value is not after[name] and value != after[name]] == []
     assert not torch.cuda.is_available()
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):

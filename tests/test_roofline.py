@@ -16,7 +16,8 @@ from skymask_gpu.engine import MaskTraining
 pytest.importorskip("triton")
 
 from skymask_gpu.engine.solvers import collapsed
-from skymask_gpu.kernels._triton import offline
+from skymask_gpu.kernels import offline
+from skymask_gpu.kernels.bins import triton as bins
 
 # A loop in a loop, both sides of a branch, a predicated load, and what stands behind the end.
 DISASSEMBLY = """
@@ -69,7 +70,7 @@ def test_a_real_kernel_asks_for_the_bytes_of_its_formula(tmp_path: Path) -> None
 
 def offline_lines(*arguments: str, cache: Path) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-P", "-m", "skymask_gpu.kernels._triton.offline", *arguments]
+    command = [sys.executable, "-P", "-m", "skymask_gpu.kernels.offline", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -211,7 +212,7 @@ def test_mask_training_is_the_sum_of_its_launches() -> None:
 
 @pytest.mark.parametrize(("num_params", "vec"), [(272_474, 2), (139_960, 8), (160, 8), (1_000_004, 4), (837, 1)])
 def test_the_variant_is_the_one_that_the_launchers_choose(num_params: int, vec: int) -> None:
-    from skymask_gpu.kernels._triton.common import vector_elements
+    from skymask_gpu.kernels.shared.triton import vector_elements
 
     assert roofline.divisor(num_params) == vec == vector_elements(num_params)
 
@@ -228,7 +229,7 @@ def test_unknown_kernels_and_unknown_loops_are_errors() -> None:
 @pytest.fixture(scope="module")
 def variant_names() -> list[str]:
     """Of every variant that the offline compile knows; listed in a process without the interpreter."""
-    script = "from skymask_gpu.kernels._triton.offline import sources\nprint(*(name for name, _, _ in sources(8)), sep='\\n')"
+    script = "from skymask_gpu.kernels.offline import sources\nprint(*(name for name, _, _ in sources(8)), sep='\\n')"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, env=environment, check=True)
     return done.stdout.split()
@@ -248,8 +249,8 @@ def test_every_kernel_has_an_entry_and_is_in_the_docs(variant_names: list[str], 
 
 
 def test_the_offline_compile_and_the_roofline_mean_the_same_training() -> None:
-    assert offline.NUM_BINS == roofline.BINS == MaskTraining().bins
-    assert offline.SAMPLED_ROWS == roofline.SAMPLED_ROWS == collapsed.SAMPLED_ROWS
+    assert bins.NUM_BINS == roofline.BINS == MaskTraining().bins
+    assert bins.SAMPLED_ROWS == roofline.SAMPLED_ROWS == collapsed.SAMPLED_ROWS
 
 
 def test_the_table_and_the_file_say_that_nothing_is_measured(

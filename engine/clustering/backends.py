@@ -27,8 +27,8 @@ class Backend:
         waits: whether the host may look at values on the way, at no cost (CPU) or at that of waiting for an accelerator.
         principal_scores: ``distances -> (scores (R, 2), sure)``; see ``spectrum.py``. Not sure: the iteration did not settle.
         two_means: ``x (R, K), centres (2, K) -> (labels (R,) int64, sure)``: Lloyd's algorithm from these centres.
-        two_normals: as in ``kernels/mixture.py``.
-        gaussian_mixture: as in ``kernels/mixture.py``.
+        two_normals: as in ``kernels/mixture/``.
+        gaussian_mixture: as in ``kernels/mixture/``.
     """
 
     waits: bool

@@ -38,7 +38,7 @@ def two_means(x_RK: Tensor, centre_2K: Tensor) -> Tensor:
 
 
 def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
-    """As in ``kernels/mixture.py``, from the same cut."""
+    """As in ``kernels/mixture/``, from the same cut."""
     points_R1 = x_R.cpu().numpy()[:, None]
     order_R = points_R1[:, 0].argsort(kind="stable")
     ordered_R = points_R1[order_R, 0]
@@ -61,7 +61,7 @@ def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
 
 
 def gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
-    """As in ``kernels/mixture.py``."""
+    """As in ``kernels/mixture/``."""
     points_RK, start_R = x_RK.cpu().numpy(), labels_R.cpu().numpy()
     parts = [points_RK[start_R == side] for side in (0, 1)]
     added_KK = _REGULARISATION * np.eye(points_RK.shape[1])

@@ -4,7 +4,7 @@ A cut per column then gives every row its bits.
 
 A step costs O(B P) for any number of rows. The rows are read three times: a sample of them for the
 edges of the bins, all of them for the means of the bins, and all of them for the bits. There are
-never (R, P) logits. The maths is in ``kernels/collapse.py`` and ``docs/collapsed.md``.
+never (R, P) logits. The maths is in ``kernels/bins`` and ``kernels/cuts``, and in ``docs/collapsed.md``.
 """
 
 import torch
@@ -17,7 +17,8 @@ from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import why_not
-from skymask_gpu.kernels.collapse import MOST_ROWS, bin_edges, bin_rows, bin_step, cut_bits, find_cuts, replay
+from skymask_gpu.kernels.bins import MOST_ROWS, bin_edges, bin_rows, bin_step
+from skymask_gpu.kernels.cuts import cut_bits, find_cuts, replay
 
 # The edges of the bins are found from this number of evenly spaced rows.
 SAMPLED_ROWS = 64

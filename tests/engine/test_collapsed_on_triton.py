@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine import MaskTraining, TrainedMasks, train_masks, unpack_bits
-from skymask_gpu.kernels import collapse
-from skymask_gpu.kernels.collapse import BISECTIONS
+from skymask_gpu.kernels import bins, cuts
+from skymask_gpu.kernels.cuts import BISECTIONS
 
 pytest.importorskip("triton")
 
@@ -19,9 +19,11 @@ NUDGES = 8
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels as on a GPU, whatever the device: on a CPU in Triton's interpreter."""
-    from skymask_gpu.kernels._triton import collapse as triton_collapse
+    from skymask_gpu.kernels.bins import triton as triton_bins
+    from skymask_gpu.kernels.cuts import triton as triton_cuts
 
-    monkeypatch.setattr(collapse, "_backend", lambda *_: triton_collapse)
+    monkeypatch.setattr(bins, "_backend", lambda *_: triton_bins)
+    monkeypatch.setattr(cuts, "_backend", lambda *_: triton_cuts)
 
 
 def masks_of(num_rows: int, dtype: torch.dtype, device: str = "cpu", nudge: int | None = None) -> TrainedMasks:

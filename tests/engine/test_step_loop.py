@@ -18,8 +18,7 @@ from skymask_gpu.defence import screen
 from skymask_gpu.engine import ClientBlocks, FlatModel, MaskTraining, TrainedMasks, step_loop, train_masks
 from skymask_gpu.engine.solvers import collapsed, fused
 from skymask_gpu.engine.step_loop import StepLoop
-from skymask_gpu.kernels import next_step_reference
-from skymask_gpu.kernels.collapse import bin_step_reference
+from skymask_gpu.kernels import bin_step_reference, next_step_reference
 
 SOLVERS = ["fused", "collapsed"]
 ALWAYS = MaskTraining(min_improvement=-1e9)

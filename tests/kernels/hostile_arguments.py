@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skymask_gpu.kernels import collapse, hamming, mask_step, mean, mixture, tree
+from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, tree
 
 REALS, FLOAT32, DTYPES = (
     ("float32", "bfloat16"),
@@ -49,25 +49,25 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
     "first_step": (mask_step.first_step, STEP, TRAINING),
     "next_step": (mask_step.next_step, STEP, {"full_step": 1.0}),
     "last_step": (mask_step.last_step, STEP, {**TRAINING, "threshold": 0.0}),
-    "bin_edges": (collapse.bin_edges, {"rows": ROWS, "sampled": Argument(("S",), ("int64",))}, {"num_bins": 6}),
+    "bin_edges": (bins.bin_edges, {"rows": ROWS, "sampled": Argument(("S",), ("int64",))}, {"num_bins": 6}),
     "bin_rows": (
-        collapse.bin_rows,
+        bins.bin_rows,
         {"rows": ROWS, "edges": Argument(("B-1", "P")), "counts": COUNTS, "sums": BINS, "ends": ENDS},
         {},
     ),
     "bin_step": (
-        collapse.bin_step,
+        bins.bin_step,
         {"logits": BINS, "centres": BINS, "counts": COUNTS, "slope": VECTOR, "mean": VECTOR},
         {"full_step": 1.0},
     ),
-    "replay": (collapse.replay, {"values": ROWS, "slopes": HISTORY, "means": HISTORY}, TRAINING),
+    "replay": (cuts.replay, {"values": ROWS, "slopes": HISTORY, "means": HISTORY}, TRAINING),
     "find_cuts": (
-        collapse.find_cuts,
+        cuts.find_cuts,
         {"logits": BINS, "centres": BINS, "counts": COUNTS, "ends": ENDS, "slopes": HISTORY, "means": HISTORY},
         {**TRAINING, "threshold": 0.0},
     ),
     "cut_bits": (
-        collapse.cut_bits,
+        cuts.cut_bits,
         {"rows": ROWS, "cut": VECTOR, "left": Argument(("P",), ("bool",)), "bits": Argument(("R", "P/8"), ("uint8",))},
         {},
     ),

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from skymask_gpu.kernels._cpu import common
+from skymask_gpu.kernels.shared import threads as kernel_threads
 
 
 @pytest.fixture(params=["torch's OpenMP threads", "a pool"])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.param == "a pool":
-        monkeypatch.setattr(common, "_openmp", lambda: None)
-    elif common._openmp() is None:
+        monkeypatch.setattr(kernel_threads, "_openmp", lambda: None)
+    elif kernel_threads._openmp() is None:
         pytest.skip("torch does not run on GNU's OpenMP here")
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -29,7 +29,7 @@ def test_every_column_is_worked_on_once_and_tiles_are_whole(num_params: int) -> 
         assert begin % 64 == 0
         seen[begin:end] += 1
 
-    common.run_on_column_shares(run, num_params, 64)
+    kernel_threads.run_on_column_shares(run, num_params, 64)
     assert (seen == 1).all()
 
 
@@ -40,4 +40,4 @@ def test_an_error_in_a_share_reaches_the_caller() -> None:
             raise RuntimeError(f"share from {begin}")
 
     with pytest.raises(RuntimeError, match="share from"):
-        common.run_on_column_shares(run, 1000, 64)
+        kernel_threads.run_on_column_shares(run, 1000, 64)

@@ -36,7 +36,7 @@ def wanted(bits: Tensor) -> Tensor:
 
 
 def triton_variant(name: str) -> Callable[..., Tensor]:
-    from skymask_gpu.kernels._triton import hamming
+    from skymask_gpu.kernels.hamming import triton as hamming
 
     return {"popcount": hamming.popcount_counts, "tensor core": hamming.gram_counts}[name]
 
@@ -68,7 +68,7 @@ def test_both_triton_variants_are_exact(name: str, size: tuple[int, int]) -> Non
 @pytest.mark.parametrize("programs", [1, 10_000])
 def test_shares_of_the_columns_add_up(name: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One share, and more than there are units of columns; also shares that the last unit does not fill."""
-    monkeypatch.setattr("skymask_gpu.kernels._triton.hamming.ENOUGH_PROGRAMS", programs)
+    monkeypatch.setattr("skymask_gpu.kernels.hamming.triton.ENOUGH_PROGRAMS", programs)
     bits = random_bits(20, 32 * 5 + 3)
     assert torch.equal(triton_variant(name)(bits.to(DEVICE)).cpu(), wanted(bits))
 
@@ -86,7 +86,7 @@ def test_only_the_bytes_asked_for_count(name: str, num_kept: int) -> None:
 
 
 def test_of_many_rows_only_bytes_that_vary_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    from skymask_gpu.kernels._triton import hamming
+    from skymask_gpu.kernels.hamming import triton as hamming
 
     bits = random_bits(37, 250)
     varying = hamming.varying_bytes(bits)
@@ -103,7 +103,7 @@ def test_of_many_rows_only_bytes_that_vary_are_looked_at(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("num_bytes", [1, 7, 64, 300])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])
 def test_a_cpu_packs_the_columns_that_vary(num_bytes: int, share: float) -> None:
-    from skymask_gpu.kernels._cpu import hamming
+    from skymask_gpu.kernels.hamming import cpu as hamming
 
     generator = torch.Generator().manual_seed(num_bytes)
     flags_RP = torch.rand(70, 8 * num_bytes, generator=generator) < 0.5
@@ -115,7 +115,7 @@ def test_a_cpu_packs_the_columns_that_vary(num_bytes: int, share: float) -> None
 
 
 def test_counts_of_many_rows_on_a_cpu_are_the_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    from skymask_gpu.kernels._cpu import hamming
+    from skymask_gpu.kernels.hamming import cpu as hamming
 
     bits = random_bits(hamming.MANY_ROWS, 250)
     monkeypatch.setattr(hamming, "without_constant_columns", pack := Mock(wraps=hamming.without_constant_columns))
@@ -125,7 +125,7 @@ def test_counts_of_many_rows_on_a_cpu_are_the_twins(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_variant_follows_from_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from skymask_gpu.kernels._triton import hamming
+    from skymask_gpu.kernels.hamming import triton as hamming
 
     ran = []
     for name in ("popcount_counts", "gram_counts"):
@@ -140,7 +140,7 @@ def test_the_variant_follows_from_the_number_of_rows(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("backend", ["cpu", "twin", "triton"])
 @pytest.mark.parametrize("unit", [1, 2, 7])
 def test_counts_in_units_are_rounded(backend: str, unit: int) -> None:
-    from skymask_gpu.kernels._triton import hamming
+    from skymask_gpu.kernels.hamming import triton as hamming
 
     bits = random_bits(40, 300)
     exact = wanted(bits)

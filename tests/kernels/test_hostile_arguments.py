@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from skymask_gpu.kernels import _checks
+from skymask_gpu import kernels
 
 SCRIPT = Path(__file__).with_name("hostile_arguments.py")
 # Sizes tried of each argument spoilt in each way.
@@ -27,9 +27,12 @@ def test_hostile_arguments_are_refused_by_name_and_nothing_dies() -> None:
 
 
 def public_kernels() -> list[str]:
-    """Functions of ``kernels/*.py`` that have a plain twin."""
+    """Functions of ``kernels/*/__init__.py`` that have a plain twin in ``reference.py``."""
     names = []
-    for file in Path(_checks.__file__).parent.glob("*.py"):
-        functions = {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
-        names += [name for name in functions if f"{name}_reference" in functions]
+    for file in Path(kernels.__file__).parent.glob("*/reference.py"):
+        public, twins = (
+            {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+            for path in (file.with_name("__init__.py"), file)
+        )
+        names += [name for name in public if f"{name}_reference" in twins]
     return names

@@ -22,7 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from skymask_gpu.kernels._triton import collapse, hamming, mask_step, mean, mixture, offline, tree
+from skymask_gpu.kernels import offline
+from skymask_gpu.kernels.bins import triton as bins
+from skymask_gpu.kernels.cuts import triton as cuts
+from skymask_gpu.kernels.hamming import triton as hamming
+from skymask_gpu.kernels.mask_step import triton as mask_step
+from skymask_gpu.kernels.mean import triton as mean
+from skymask_gpu.kernels.mixture import triton as mixture
+from skymask_gpu.kernels.tree import triton as tree
 
 BINS, STEPS = 32, 5
 backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -42,16 +49,16 @@ def launch(rows, columns, sampled):
     mask_step.next_step(updates, logits, slope, mean_P, full_step=1.0)
     mask_step.last_step(updates, logits, slope, mean_P, init=1.0, full_step=1.0, threshold=0.0)
 
-    bins, counts = torch.zeros(BINS, columns), torch.zeros(BINS, columns, dtype=torch.uint16)
+    contents, counts = torch.zeros(BINS, columns), torch.zeros(BINS, columns, dtype=torch.uint16)
     ends, history = torch.zeros(2, columns), torch.zeros(STEPS + rows % 13, columns)
-    edges = collapse.bin_edges(updates, torch.arange(sampled), BINS)
-    collapse.bin_rows(updates, edges, counts, bins, ends)
-    collapse.bin_step(bins, bins, counts, slope, mean_P, full_step=1.0)
-    collapse.replay(updates, history, history, init=1.0, full_step=1.0)
-    collapse.find_cuts(bins, bins, counts, ends, history, history, init=1.0, full_step=1.0, threshold=0.0)
+    edges = bins.bin_edges(updates, torch.arange(sampled), BINS)
+    bins.bin_rows(updates, edges, counts, contents, ends)
+    bins.bin_step(contents, contents, counts, slope, mean_P, full_step=1.0)
+    cuts.replay(updates, history, history, init=1.0, full_step=1.0)
+    cuts.find_cuts(contents, contents, counts, ends, history, history, init=1.0, full_step=1.0, threshold=0.0)
     # the bits and the verdicts of a block behind others
     bits = torch.zeros(2 * rows, -(-columns // 8), dtype=torch.uint8)
-    collapse.cut_bits(updates, slope, slope > 0, bits[rows:])
+    cuts.cut_bits(updates, slope, slope > 0, bits[rows:])
     mean.chosen_mean(updates, torch.ones(2 * rows, dtype=torch.bool)[rows:])
 
     hamming.popcount_counts(bits[:rows])

@@ -22,10 +22,10 @@ EPS = torch.finfo(torch.float32).eps
 
 def backend(name: str) -> ModuleType:
     if name == "triton":
-        from skymask_gpu.kernels._triton import mask_step
+        from skymask_gpu.kernels.mask_step import triton as mask_step
 
         return mask_step
-    from skymask_gpu.kernels._cpu import mask_step as cpu_mask_step
+    from skymask_gpu.kernels.mask_step import cpu as cpu_mask_step
 
     return cpu_mask_step
 

@@ -19,8 +19,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 def backend(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    from skymask_gpu.kernels._cpu import mean as cpu
-    from skymask_gpu.kernels._triton import mean as triton
+    from skymask_gpu.kernels.mean import cpu, triton
 
     if name == "cpu":
         return lambda rows_RP, chosen_R: cpu.chosen_mean(rows_RP.cpu(), chosen_R.cpu()).to(DEVICE)
@@ -59,7 +58,7 @@ def test_the_mean_of_chosen_rows_in_which_others_leave_no_trace(
 @backends
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_shares_of_the_rows_add_up(name: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skymask_gpu.kernels._triton.mean.ENOUGH_PROGRAMS", programs)
+    monkeypatch.setattr("skymask_gpu.kernels.mean.triton.ENOUGH_PROGRAMS", programs)
     rows_RP, chosen_R = make_rows((200, 40), torch.float32)
     assert_is_mean(backend(name)(rows_RP, chosen_R), rows_RP, chosen_R)
 
@@ -97,7 +96,7 @@ def test_addresses_beyond_two_to_the_31_elements(name: str) -> None:
 
 
 def test_the_twin_goes_over_the_columns_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skymask_gpu.kernels.mean._CHUNK_ELEMENTS", 60)
+    monkeypatch.setattr("skymask_gpu.kernels.mean.reference._CHUNK_ELEMENTS", 60)
     rows_RP, chosen_R = make_rows((20, 50), torch.float32)
     assert_is_mean(chosen_mean_reference(rows_RP, chosen_R), rows_RP, chosen_R)
 

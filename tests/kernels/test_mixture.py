@@ -8,11 +8,11 @@ import torch
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from skymask_gpu.kernels import mixture
 from skymask_gpu.kernels.mixture import (
     best_cut,
     gaussian_mixture,
     gaussian_mixture_reference,
+    reference,
     two_normals,
     two_normals_reference,
 )
@@ -26,7 +26,7 @@ Matrices = Iterator[tuple[str, dict, np.ndarray, np.ndarray]]
 
 def on_triton(x: Tensor, *arguments: Tensor | float) -> Tensor:
     """Of one column the labels of two normals, of two columns those of the mixture with full covariances."""
-    from skymask_gpu.kernels._triton import mixture as triton_mixture
+    from skymask_gpu.kernels.mixture import triton as triton_mixture
 
     fit = triton_mixture.two_normals if x.dim() == 1 else triton_mixture.gaussian_mixture
     return fit(x.to(DEVICE), *(a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments)).cpu()
@@ -97,7 +97,7 @@ def test_triton_gives_the_twins_labels(num_rows: int, apart: float) -> None:
 
 @pytest.mark.parametrize("num_rows", [32, 33])
 def test_rows_of_several_blocks(num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skymask_gpu.kernels._triton.mixture.BLOCK_R", 16)
+    monkeypatch.setattr("skymask_gpu.kernels.mixture.triton.BLOCK_R", 16)
     x = heaps(num_rows, 1, 3.0)
     assert torch.equal(on_triton(x, 4, FLOOR), two_normals_reference(x, 4, FLOOR))
     x = heaps(num_rows, 2, 2.0)
@@ -116,13 +116,13 @@ def test_no_step_more_than_asked_for(max_steps: int) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_the_mixture_takes_no_step_more_than_its_limit(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from skymask_gpu.kernels._triton import mixture as triton_mixture
+    from skymask_gpu.kernels.mixture import triton as triton_mixture
 
     x = heaps(300, 2, 1.0, seed=2)
     start = (x[:, 0] > x[:, 0].median()).long()
     labels = []
     for steps in (limit, limit + 1):
-        monkeypatch.setattr(mixture, "MOST_STEPS", steps)
+        monkeypatch.setattr(reference, "MOST_STEPS", steps)
         labels.append(gaussian_mixture_reference(x, start))
     assert not torch.equal(*labels), "each step must change something here"
     monkeypatch.setattr(triton_mixture, "MOST_STEPS", limit)

@@ -42,7 +42,7 @@ def test_kernels_compile_without_spills_and_load_16_bytes(
     # in a process of its own: this one may run Triton's interpreter
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "skymask_gpu.kernels._triton.offline", str(sm)],
+        [sys.executable, "-P", "-m", "skymask_gpu.kernels.offline", str(sm)],
         capture_output=True,
         text=True,
         env=environment,

@@ -27,7 +27,7 @@ def minimax(distances: Tensor) -> Tensor:
 
 
 def on_triton(stored: Tensor, kept: Tensor, unit: float = 1.0) -> Tensor:
-    from skymask_gpu.kernels._triton import tree
+    from skymask_gpu.kernels.tree import triton as tree
 
     return tree.path_maxima(stored.to(DEVICE), kept.to(DEVICE), unit).cpu()
 
@@ -73,7 +73,7 @@ def test_stored_distances_of_any_dtype_and_unit(dtype: torch.dtype, unit: float)
 
 def test_rows_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ties between blocks too, and a last block that is not full."""
-    monkeypatch.setattr("skymask_gpu.kernels._triton.tree.BLOCK_R", 8)
+    monkeypatch.setattr("skymask_gpu.kernels.tree.triton.BLOCK_R", 8)
     for num_rows in (8, 9, 29):
         distances = symmetric(num_rows, seed=2, levels=5)
         assert torch.equal(on_triton(distances, torch.ones(num_rows - 1, dtype=torch.bool)), minimax(distances))

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from skymask_gpu.kernels import anywhere, collapse, hamming, mask_step, mean, mixture, tree
+from skymask_gpu.kernels import anywhere, bins, cuts, hamming, mask_step, mean, mixture, tree
 
 META = torch.device("meta")
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], object]]:
     """A call that fits of each public kernel, with tensors on a device."""
-    rows, bins, history = (torch.zeros(size, 5, device=device) for size in (4, 6, 3))
+    rows, cells, history = (torch.zeros(size, 5, device=device) for size in (4, 6, 3))
     row, ends, counts = rows[0], rows[:2], torch.zeros(6, 5, dtype=torch.uint16, device=device)
     bits, x = torch.zeros(4, 1, dtype=torch.uint8, device=device), torch.zeros(4, 2, dtype=torch.float64, device=device)
     chosen, indices = torch.ones(4, dtype=torch.bool, device=device), torch.zeros(4, dtype=torch.int64, device=device)
@@ -23,12 +23,12 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "first_step": lambda: mask_step.first_step(rows, rows.clone(), row, row, **training),
         "next_step": lambda: mask_step.next_step(rows, rows.clone(), row, row, full_step=1.0),
         "last_step": lambda: mask_step.last_step(rows, None, row, row, **training, threshold=0.0),
-        "bin_edges": lambda: collapse.bin_edges(rows, indices, 6),
-        "bin_rows": lambda: collapse.bin_rows(rows, bins[:5], counts, bins.clone(), ends.clone()),
-        "bin_step": lambda: collapse.bin_step(bins.clone(), bins, counts, row, row, full_step=1.0),
-        "replay": lambda: collapse.replay(rows, history, history, **training),
-        "find_cuts": lambda: collapse.find_cuts(bins, bins, counts, ends, history, history, **training, threshold=0.0),
-        "cut_bits": lambda: collapse.cut_bits(rows, row, row > 0, bits),
+        "bin_edges": lambda: bins.bin_edges(rows, indices, 6),
+        "bin_rows": lambda: bins.bin_rows(rows, cells[:5], counts, cells.clone(), ends.clone()),
+        "bin_step": lambda: bins.bin_step(cells.clone(), cells, counts, row, row, full_step=1.0),
+        "replay": lambda: cuts.replay(rows, history, history, **training),
+        "find_cuts": lambda: cuts.find_cuts(cells, cells, counts, ends, history, history, **training, threshold=0.0),
+        "cut_bits": lambda: cuts.cut_bits(rows, row, row > 0, bits),
         "hamming_counts": lambda: hamming.hamming_counts(bits),
         "chosen_mean": lambda: mean.chosen_mean(rows, chosen),
         "two_normals": lambda: mixture.two_normals(x[:, 0], 2, 1e-3),

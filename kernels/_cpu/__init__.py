@@ -1,1 +1,0 @@
-"""CPU implementations in Numba; imported only from inside the public functions."""

@@ -1,0 +1,99 @@
+"""Mask training on bins of a column's updates, instead of on all rows.
+
+Within a column, rows differ only by their update, and the logit after training is a smooth function
+of it. So the rows of a column are put into B bins (``bin_edges``, ``bin_rows``), and masks are
+trained on the means of the bins, weighted by their counts (``bin_step``). ``cuts/`` gives all rows
+their bits back.
+
+Shapes: R rows, S sampled rows, P parameters, B bins, E = B - 1 edges. Devices: CUDA through Triton,
+CPU through Numba. Rows are float32 or bfloat16, with any row stride and unit column stride. All else
+is contiguous float32, counts are uint16.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.kernels.bins.reference import (
+    GUARD,
+    WIDEST_GAP,
+    bin_edges_reference,
+    bin_rows_reference,
+    bin_step_reference,
+)
+from skymask_gpu.kernels.dispatch import compiled
+from skymask_gpu.kernels.shared.checks import REALS, check_bins, check_number, check_tensor
+
+__all__ = [
+    "GUARD",
+    "MOST_ROWS",
+    "WIDEST_GAP",
+    "bin_edges",
+    "bin_edges_reference",
+    "bin_rows",
+    "bin_rows_reference",
+    "bin_step",
+    "bin_step_reference",
+]
+
+# The most rows that counts in uint16 can hold.
+MOST_ROWS = 2**16 - 1
+
+
+def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
+    """Edges, ``(num_bins - 1, P)`` float32 ascending, between bins that follow the data.
+
+    The inner bins divide the sampled range so that each holds as much of the sum of the roots of the gaps between neighbours:
+    a density between equal counts and equal widths, with gaps clamped to ``WIDEST_GAP``. The two outermost bins lie beyond the
+    sample and hold outliers that it missed, so that one scaled client cannot move a bin that others are in.
+
+    Args:
+        rows_RP: ``(R, P)`` float32 or bfloat16.
+        sampled_S: ``(S,)`` int64, the rows to look at, S >= 1, from 0 to R - 1. A CPU checks that; a GPU, which would have to
+            wait for it, takes the first or the last row instead of one beyond them.
+        num_bins: B >= 4.
+
+    Raises:
+        ValueError: a shape, a dtype, a device, a stride or a number does not fit, or no kernel exists for the device. So do
+            the functions below.
+    """
+    check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")
+    check_tensor("sampled", sampled_S, ("S",), (torch.int64,), device=rows_RP.device)
+    check_number("num_bins", num_bins, 4)
+    if rows_RP.device.type == "cpu":
+        lowest, highest = (int(row) for row in sampled_S.aminmax())
+        if lowest < 0 or highest >= len(rows_RP):
+            raise ValueError(f"sampled must be rows from 0 to {len(rows_RP) - 1}, got {lowest} to {highest}")
+    return _backend("rows", rows_RP).bin_edges(rows_RP, sampled_S, num_bins)
+
+
+def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
+    """Add rows, at most 65,535 in all, to bins: ``counts_BP`` (uint16), ``sums_BP``, each column's smallest and largest value.
+
+    A value that equals an edge is in the bin above it. Rows are added one after the other: blocks of rows in turn give the same
+    sums, to the bit, as all rows at once. The caller sees to it that they are 65,535 at most, which is what uint16 holds.
+    """
+    check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")
+    if len(rows_RP) > MOST_ROWS:
+        raise ValueError(f"rows must be at most {MOST_ROWS:,}, which counts in uint16 can hold, got {len(rows_RP):,}")
+    num_params, device = rows_RP.shape[1], rows_RP.device
+    num_bins = check_bins(num_params, device, counts=counts_BP, sums=sums_BP)
+    check_tensor("edges", edges_EP, (num_bins - 1, num_params), (torch.float32,), device=device)
+    check_tensor("ends", ends_2P, (2, num_params), (torch.float32,), device=device)
+    _backend("rows", rows_RP).bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+
+
+def bin_step(
+    logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
+) -> tuple[Tensor, Tensor]:
+    """The step of :mod:`skymask_gpu.kernels.mask_step` on bins: overwrites the logits, returns the weighted sums ``(P,)``."""
+    check_tensor("logits", logits_BP, ("B", "P"), (torch.float32,))
+    num_params, device = logits_BP.shape[1], logits_BP.device
+    check_bins(num_params, device, logits=logits_BP, centres=centres_BP, counts=counts_BP)
+    check_tensor("slope", slope_P, (num_params,), (torch.float32,), device=device)
+    check_tensor("mean", mean_P, (num_params,), (torch.float32,), device=device)
+    return _backend("logits", logits_BP).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=full_step)
+
+
+_backend = partial(compiled, __name__)

@@ -1,0 +1,227 @@
+"""The bins on a CPU, in Numba: column tiles that stay in the cache, columns shared among threads."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from skymask_gpu.kernels.bins.reference import GUARD, WIDEST_GAP
+from skymask_gpu.kernels.bins.vectors import (
+    GROUP,
+    MOST_ROWS_AT_ONCE,
+    add_to_bins,
+    inner_edges,
+    order,
+    take_updates,
+)
+from skymask_gpu.kernels.shared.cpu import JIT, copy, flat, widen, widen_row
+from skymask_gpu.kernels.shared.cpu_step import move_and_add
+from skymask_gpu.kernels.shared.threads import run_on_column_shares
+from skymask_gpu.kernels.shared.vectors import LANES, LINE, WIDE, fetch
+
+# Columns per tile: edges, counts and sums of 32 bins, and the rows at hand, fit in L2.
+TILE = 512
+ROWS_AT_ONCE = 128
+# Columns per tile of the sort: 64 sampled rows of them fit in L1.
+SORT_TILE = 128
+assert ROWS_AT_ONCE <= MOST_ROWS_AT_ONCE
+assert TILE % WIDE == SORT_TILE % WIDE == 0
+_WIDEST_GAP, _GUARD = np.float32(WIDEST_GAP), np.float32(GUARD)
+
+
+@cache
+def _sorting_network(size: int) -> np.ndarray:
+    """The pairs (low, high), ``(n, 2)``, of Batcher's odd-even merge sort (1968) for ``size`` values."""
+    pairs = []
+    p = 1
+    while p < size:
+        k = p
+        while k >= 1:
+            for j in range(k % p, size - k, 2 * k):
+                for i in range(min(k, size - j - k)):
+                    if (i + j) // (2 * p) == (i + j + k) // (2 * p):
+                        pairs.append((i + j, i + j + k))
+            k //= 2
+        p *= 2
+    return np.array(pairs, np.int64).reshape(-1, 2)
+
+
+@njit(**JIT)
+def _add_roots_of_gaps(lower_T, upper_T, widest_T, before_T, reached_T):
+    for k in range(SORT_TILE):
+        gap = upper_T[k] - lower_T[k]
+        gap = gap if gap < widest_T[k] else widest_T[k]
+        reached_T[k] = before_T[k] + np.sqrt(gap)
+
+
+@njit(**JIT)
+def _edges_pass(sampled_S, rows, stride, network, edges_EP, begin, end):
+    num_inner = edges_EP.shape[0] - 1  # inner bins
+    num_rows = sampled_S.size
+    sorted_ST = np.zeros((num_rows, SORT_TILE), np.float32)
+    reached_ST = np.zeros((num_rows, SORT_TILE), np.float32)
+    ordered, reached = sorted_ST.reshape(-1), reached_ST.reshape(-1)
+    spread_T, widest_T = np.empty(SORT_TILE, np.float32), np.empty(SORT_TILE, np.float32)
+    edge_T, first_T = np.empty(SORT_TILE, np.float32), np.empty(SORT_TILE, np.int64)
+    for a in range(begin, end, SORT_TILE):
+        width = min(SORT_TILE, end - a)
+        for i in range(num_rows):
+            widen_row(rows[sampled_S[i] * stride + a : sampled_S[i] * stride + a + width], sorted_ST[i])
+        for n in range(network.shape[0]):
+            for k in range(0, SORT_TILE, WIDE):
+                order(ordered, network[n, 0] * SORT_TILE + k, network[n, 1] * SORT_TILE + k)
+        lowest_T, highest_T = sorted_ST[0], sorted_ST[num_rows - 1]
+        lower_T, upper_T = sorted_ST[(num_rows - 1) // 4], sorted_ST[3 * (num_rows - 1) // 4]
+        for k in range(SORT_TILE):
+            spread = upper_T[k] - lower_T[k]
+            spread_T[k] = spread if spread > 0 else highest_T[k] - lowest_T[k]
+            widest_T[k] = _WIDEST_GAP * spread_T[k]
+            edge_T[k] = lowest_T[k] - _GUARD * spread_T[k]
+        copy(edges_EP[0, a : a + width], edge_T)
+        for i in range(1, num_rows):
+            _add_roots_of_gaps(sorted_ST[i - 1], sorted_ST[i], widest_T, reached_ST[i - 1], reached_ST[i])
+        first_T[:] = 0
+        for inner in range(1, num_inner):
+            share = np.float32(inner / num_inner)
+            for k in range(0, width, LANES):
+                first_T[k] = inner_edges(ordered, reached, SORT_TILE, num_rows, k, share, first_T[k], edge_T, k)
+            copy(edges_EP[inner, a : a + width], edge_T)
+        for k in range(width):
+            edge_T[k] = highest_T[k] + _GUARD * spread_T[k]
+        copy(edges_EP[num_inner, a : a + width], edge_T)
+
+
+@njit(**JIT)
+def _bins_pass(
+    num_rows,
+    rows,
+    stride,
+    num_params,
+    edges,
+    counts,
+    sums,
+    lowest,
+    highest,
+    begin,
+    end,
+):
+    """``edges``, ``counts`` and ``sums`` are the flat memory of an (E, P) and two (B, P) arrays."""
+    num_edges, num_bins = edges.size // num_params, counts.size // num_params
+    groups = -(-num_bins // GROUP)
+    # edges between -inf and inf, sixteen columns' rows side by side
+    edge_T = np.full((groups * GROUP + 1) * TILE, np.float32(np.inf), np.float32)
+    edge_T[:TILE] = -np.float32(np.inf)
+    count_T = np.zeros(groups * GROUP * TILE, np.uint16)
+    sum_T = np.zeros(groups * GROUP * TILE, np.float32)
+    value_T = np.zeros(ROWS_AT_ONCE * TILE, np.float32)
+    lowest_T, highest_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    for a in range(begin, end, TILE):
+        width = min(TILE, end - a)
+        whole = width // LANES * LANES
+        copy(lowest_T[:width], lowest[a : a + width])
+        copy(highest_T[:width], highest[a : a + width])
+        for e in range(num_edges):
+            copy(edge_T[(e + 1) * TILE : (e + 1) * TILE + width], edges[e * num_params + a : e * num_params + a + width])
+        for b in range(num_bins):
+            columns = slice(b * num_params + a, b * num_params + a + width)
+            copy(count_T[b * TILE : b * TILE + width], counts[columns])
+            copy(sum_T[b * TILE : b * TILE + width], sums[columns])
+        for first in range(0, num_rows, ROWS_AT_ONCE):
+            some_rows = min(ROWS_AT_ONCE, num_rows - first)
+            for i in range(some_rows):
+                row = (first + i) * stride + a
+                for k in range(0, whole, LANES):
+                    take_updates(rows, row + k, value_T, k * ROWS_AT_ONCE + i * LANES, lowest_T, highest_T, k)
+                for k in range(whole, width):
+                    update = widen(rows[row + k])
+                    value_T[whole * ROWS_AT_ONCE + i * LANES + k - whole] = update
+                    lowest_T[k] = update if update < lowest_T[k] else lowest_T[k]
+                    highest_T[k] = update if update > highest_T[k] else highest_T[k]
+            # what comes next is fetched while this is worked on
+            next_row, next_column = (0, a + TILE) if first + some_rows == num_rows else (first + some_rows, a)
+            next_width = min(TILE, end - next_column)
+            for k in range(0, width, LANES):
+                for i in range(ROWS_AT_ONCE * k // TILE, ROWS_AT_ONCE * (k + LANES) // TILE):
+                    if next_row + i < num_rows:
+                        for line in range(0, next_width, LINE // rows.itemsize):
+                            fetch(rows, (next_row + i) * stride + next_column + line)
+                for b in range(0, groups * GROUP, GROUP):
+                    add_to_bins(value_T, k * ROWS_AT_ONCE, some_rows, edge_T, count_T, sum_T, b * TILE + k, TILE)
+        copy(lowest[a : a + width], lowest_T[:width])
+        copy(highest[a : a + width], highest_T[:width])
+        for b in range(num_bins):
+            columns = slice(b * num_params + a, b * num_params + a + width)
+            copy(counts[columns], count_T[b * TILE : b * TILE + width])
+            copy(sums[columns], sum_T[b * TILE : b * TILE + width])
+
+
+@njit(**JIT)
+def _step_pass(
+    num_params,
+    logits,
+    centres,
+    counts,
+    slopes,
+    means,
+    full_step,
+    gate_sums,
+    weighted_sums,
+    begin,
+    end,
+):
+    """``logits``, ``centres`` and ``counts`` are the flat memory of (B, P) arrays."""
+    num_bins = logits.size // num_params
+    # the last columns, fewer than are taken at once
+    logit_W, centre_W, count_W = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
+    slope_T, mean_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    gate_sum_T, weighted_sum_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for a in range(begin, end, TILE):
+        width = min(TILE, end - a)
+        whole = width // WIDE * WIDE
+        rest = width - whole
+        copy(slope_T[:width], slopes[a : a + width])
+        copy(mean_T[:width], means[a : a + width])
+        gate_sum_T[:], weighted_sum_T[:] = 0, 0
+        for b in range(num_bins):
+            at = b * num_params + a
+            for k in range(0, whole, WIDE):
+                move_and_add(centres, at + k, counts, logits, at + k, slope_T, mean_T, gate_sum_T, weighted_sum_T, k, full_step)
+            if rest > 0:
+                columns = slice(at + whole, at + width)
+                copy(logit_W[:rest], logits[columns])
+                copy(centre_W[:rest], centres[columns])
+                copy(count_W[:rest], counts[columns])
+                vectors = slope_T[whole:], mean_T[whole:], gate_sum_T[whole:], weighted_sum_T[whole:]
+                move_and_add(centre_W, 0, count_W, logit_W, 0, *vectors, 0, full_step)
+                copy(logits[columns], logit_W[:rest])
+        copy(gate_sums[a : a + width], gate_sum_T[:width])
+        copy(weighted_sums[a : a + width], weighted_sum_T[:width])
+
+
+def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
+    num_params = rows_RP.shape[1]
+    edges_EP = torch.empty(num_bins - 1, num_params)
+    arguments = (sampled_S.numpy(), *flat(rows_RP), _sorting_network(len(sampled_S)), edges_EP.numpy())
+    run_on_column_shares(lambda begin, end: _edges_pass(*arguments, begin, end), num_params, SORT_TILE)
+    return edges_EP
+
+
+def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
+    num_params = rows_RP.shape[1]
+    state = (x.numpy().reshape(-1) for x in (edges_EP, counts_BP, sums_BP, *ends_2P))
+    arguments = (len(rows_RP), *flat(rows_RP), num_params, *state)
+    run_on_column_shares(lambda begin, end: _bins_pass(*arguments, begin, end), num_params, TILE)
+
+
+def bin_step(
+    logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
+) -> tuple[Tensor, Tensor]:
+    num_params = slope_P.numel()
+    gate_sum_P, weighted_sum_P = torch.empty(num_params), torch.empty(num_params)
+    bins = (x.view(-1).numpy() for x in (logits_BP, centres_BP, counts_BP))  # logits are written: never a copy
+    vectors = (slope_P.numpy(), mean_P.numpy(), np.float32(full_step), gate_sum_P.numpy(), weighted_sum_P.numpy())
+    arguments = (num_params, *bins, *vectors)
+    run_on_column_shares(lambda begin, end: _step_pass(*arguments, begin, end), num_params, TILE)
+    return gate_sum_P, weighted_sum_P

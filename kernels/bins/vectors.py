@@ -1,0 +1,188 @@
+"""The inner loops of the bins on a CPU, in vectors; the conventions are those of ``shared/vectors.py``.
+
+Numba's cache does not notice changes of this file: delete ``__pycache__`` of this folder after one.
+"""
+
+import llvmlite.ir as llvm
+import numpy as np
+from numba import types
+
+from skymask_gpu.kernels.shared.vectors import (
+    FLOATS,
+    INDEX,
+    LANES,
+    WIDE,
+    WIDE_FLOATS,
+    Elements,
+    call,
+    floats_of,
+    load,
+    load_updates,
+    repeat,
+    spread,
+    store,
+    vector_code,
+)
+
+# Bins that add_to_bins works on at once: their sums, counts and edges stay in registers.
+GROUP = 4
+# The most rows whose count a byte holds.
+MOST_ROWS_AT_ONCE = 255
+
+_WORDS = llvm.VectorType(llvm.IntType(32), LANES)
+_HALVES = llvm.VectorType(llvm.IntType(16), LANES)
+_BYTES = llvm.VectorType(llvm.IntType(8), LANES)
+
+
+@vector_code(types.void)
+def order(builder, values, low, high):
+    """Swap ``values[low:]`` and ``values[high:]``, of 64 columns, where the second is smaller."""
+    at_low, at_high = (load(builder, values, place, WIDE_FLOATS) for place in (low, high))
+    swap = builder.fcmp_ordered(">", at_low, at_high)
+    store(builder, builder.select(swap, at_high, at_low), values, low)
+    store(builder, builder.select(swap, at_low, at_high), values, high)
+
+
+def order_reference(values, low, high):
+    at_low, at_high = values[low : low + WIDE].copy(), values[high : high + WIDE].copy()
+    values[low : low + WIDE], values[high : high + WIDE] = np.minimum(at_low, at_high), np.maximum(at_low, at_high)
+
+
+@vector_code(types.int64)
+def inner_edges(builder, ordered, reached, stride, num_rows, column, share, first, edges, to):
+    """Write to ``edges[to:]`` where, in 16 columns, ``reached`` passes ``share`` of its last row.
+
+    Row i of ``ordered`` (the sorted values) and ``reached`` (which ascends from 0) begins at
+    ``i * stride``. An edge is interpolated between the two values around it. It is not below the
+    edge before, which ``edges`` holds.
+
+    Args:
+        share: below 1.
+        first: a row before which no column passes; at most the last row.
+
+    Returns:
+        Such a row for every larger share.
+    """
+    last = builder.add(column, builder.mul(stride, builder.sub(num_rows, INDEX(1))))
+    target = builder.fmul(load(builder, reached, last, FLOATS), spread(builder, share, FLOATS))
+    rows = _rows_below(builder, reached, target, column, stride, first, last)
+    lower, upper, start, end = _around(builder, ordered, reached, column, stride, rows)
+    gap = builder.fsub(end, start)
+    zero = llvm.Constant(FLOATS, [0.0] * LANES)
+    back = builder.select(builder.fcmp_ordered(">", gap, zero), builder.fdiv(builder.fsub(end, target), gap), zero)
+    edge = builder.fsub(upper, builder.fmul(builder.fsub(upper, lower), back))
+    so_far = load(builder, edges, to, FLOATS)
+    store(builder, builder.select(builder.fcmp_ordered(">", edge, so_far), edge, so_far), edges, to)
+    least = call(builder, f"llvm.vector.reduce.umin.v{LANES}i32", llvm.IntType(32), rows)
+    return builder.zext(least, INDEX)
+
+
+def _rows_below(builder, reached, target, column, stride, first, last):
+    """Of each column, the number of rows before the last whose ``reached`` lies below the target."""
+
+    def next_row(place, count):
+        below = builder.fcmp_ordered("<", load(builder, reached, place, FLOATS), target)
+        any_below = builder.icmp_unsigned("!=", builder.bitcast(below, llvm.IntType(LANES)), llvm.IntType(LANES)(0))
+        # A true lane, extended, is -1.
+        place, count = builder.add(place, stride), builder.sub(count, builder.sext(below, _WORDS))
+        return (place, count), builder.and_(any_below, builder.icmp_signed("<", place, last))
+
+    counts = spread(builder, builder.trunc(first, llvm.IntType(32)), _WORDS)
+    start = builder.add(column, builder.mul(stride, first))
+    # If ``first`` is the last row, the one passage counts nothing, because it is not below its share.
+    _, counts = repeat(builder, (start, counts), next_row)
+    return counts
+
+
+def _around(builder, ordered, reached, column, stride, rows):
+    """The values in the row before each column's row and in it, then what is reached in both."""
+    around = [llvm.Constant(FLOATS, llvm.Undefined)] * 4
+    for lane in range(LANES):
+        number = llvm.IntType(32)(lane)
+        row = builder.sext(builder.extract_element(rows, number), INDEX)
+        at = builder.add(builder.add(column, INDEX(lane)), builder.mul(row, stride))
+        # Row 0 has none before it: all values are equal there, or there is only one.
+        before = builder.select(builder.icmp_signed("==", row, INDEX(0)), at, builder.sub(at, stride))
+        loads = [_element(builder, data, place) for data in (ordered, reached) for place in (before, at)]
+        around = [builder.insert_element(v, x, number) for v, x in zip(around, loads, strict=True)]
+    return around
+
+
+def _element(builder, data: Elements, place):
+    return builder.load(builder.gep(data.pointer, [place]))
+
+
+def inner_edges_reference(ordered, reached, stride, num_rows, column, share, first, edges, to):
+    rows = column + stride * np.arange(num_rows)[:, None] + np.arange(LANES)
+    ordered, reached, lanes = ordered[rows], reached[rows], np.arange(LANES)
+    target = reached[-1] * share
+    upper = (reached[:-1] < target).sum(0)
+    lower = np.maximum(upper - 1, 0)
+    gap = reached[upper, lanes] - reached[lower, lanes]
+    back = np.divide(reached[upper, lanes] - target, gap, out=np.zeros_like(gap), where=gap > 0)
+    edge = ordered[upper, lanes] - (ordered[upper, lanes] - ordered[lower, lanes]) * back
+    edges[to : to + LANES] = np.maximum(edges[to : to + LANES], edge)
+    return upper.min()
+
+
+@vector_code(types.void)
+def take_updates(builder, rows, at, values, to, lowest, highest, column):
+    """Copy 16 of ``rows[at:]`` to ``values[to:]`` as float32, and widen the columns' ends by them.
+
+    The ends are ``lowest`` and ``highest``, from ``column`` on.
+    """
+    updates = load_updates(builder, rows, at, FLOATS)
+    store(builder, updates, values, to)
+    for extreme, better in ((lowest, "<"), (highest, ">")):
+        so_far = load(builder, extreme, column, FLOATS)
+        store(builder, builder.select(builder.fcmp_ordered(better, updates, so_far), updates, so_far), extreme, column)
+
+
+def take_updates_reference(rows, at, values, to, lowest, highest, column):
+    updates, columns = floats_of(rows[at : at + LANES]), slice(column, column + LANES)
+    values[to : to + LANES] = updates
+    lowest[columns] = np.minimum(lowest[columns], updates)
+    highest[columns] = np.maximum(highest[columns], updates)
+
+
+@vector_code(types.void)
+def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
+    """Add rows of 16 values to ``GROUP`` neighbouring bins, whose lower edges are ``edges[to:]``.
+
+    Row i is ``values[at + i * LANES:]``. Bin b's edges begin at ``to + b * stride``; ``counts``
+    (uint16) and ``sums`` lie alike, and ``edges`` has one bin more. Rows are added in turn.
+
+    Args:
+        num_rows: 1 to ``MOST_ROWS_AT_ONCE``.
+    """
+    places = [to]
+    for _ in range(GROUP):
+        places.append(builder.add(places[-1], stride))
+    edge = [load(builder, edges, place, FLOATS) for place in places]
+    start = [load(builder, sums, place, FLOATS) for place in places[:-1]]
+    none = [llvm.Constant(_BYTES, [0] * LANES)] * GROUP
+
+    def next_row(row, *totals):
+        sums_so_far, counts_so_far = totals[:GROUP], totals[GROUP:]
+        value = load(builder, values, builder.add(at, builder.mul(row, INDEX(LANES))), FLOATS)
+        reached = [builder.fcmp_ordered(">=", value, e) for e in edge]
+        # Edges ascend, so a value that has reached one of a bin's two edges lies inside.
+        inside = [builder.xor(reached[b], reached[b + 1]) for b in range(GROUP)]
+        added = [builder.select(i, builder.fadd(sum_, value), sum_) for i, sum_ in zip(inside, sums_so_far, strict=True)]
+        counted = [builder.sub(count, builder.sext(i, _BYTES)) for i, count in zip(inside, counts_so_far, strict=True)]
+        row = builder.add(row, INDEX(1))
+        return (row, *added, *counted), builder.icmp_signed("<", row, num_rows)
+
+    _, *totals = repeat(builder, (INDEX(0), *start, *none), next_row)
+    for place, sum_, count in zip(places[:-1], totals[:GROUP], totals[GROUP:], strict=True):
+        store(builder, sum_, sums, place)
+        store(builder, builder.add(load(builder, counts, place, _HALVES), builder.zext(count, _HALVES)), counts, place)
+
+
+def add_to_bins_reference(values, at, num_rows, edges, counts, sums, to, stride):
+    for i in range(num_rows):
+        value = values[at + i * LANES :][:LANES]
+        for place in range(to, to + GROUP * stride, stride):
+            inside = (value >= edges[place:][:LANES]) & (value < edges[place + stride :][:LANES])
+            counts[place:][:LANES] += inside
+            sums[place:][:LANES][inside] += value[inside]

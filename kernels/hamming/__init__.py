@@ -1,0 +1,53 @@
+"""In how many bits the rows of a packed bit matrix differ, pair by pair.
+
+With G the Gram matrix of the 0/1 matrix, rows i and j differ in
+
+    G[i, i] + G[j, j] - 2 G[i, j]
+
+bits, which is also the population count of their exclusive or. Counts are integers, so every way of
+computing them gives the same result. Columns in which all rows agree add nothing, so with many rows
+only the other columns are looked at. In masks of 500 clients (a CNN on MNIST) 19 to 30% of the
+columns vary, which lie in 48 to 67% of the bytes; under noise 72%, in 94% of the bytes.
+
+Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA through Triton, CPU through Numba.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.kernels.dispatch import compiled
+from skymask_gpu.kernels.hamming.reference import hamming_counts_reference
+from skymask_gpu.kernels.shared.checks import check_number, check_tensor
+
+__all__ = ["hamming_counts", "hamming_counts_reference"]
+
+# The largest number that a result of each dtype can hold.
+_MOST = {torch.int32: 2**31 - 1, torch.uint16: 2**16 - 1}
+
+
+def hamming_counts(bits: Tensor, unit: int = 1, dtype: torch.dtype = torch.int32) -> Tensor:
+    """``(R, R)``: the number of bits in which two rows differ, in units of ``unit``, rounded.
+
+    Args:
+        bits: ``(R, bytes)`` uint8, of any strides; padding bits, at most 7, are equal in all rows.
+        unit: at least 1.
+        dtype: of the result, int32 or uint16; rows that differ in all bits must have a count that fits.
+
+    Raises:
+        ValueError: a shape or a dtype does not fit, or no kernel exists for the device.
+    """
+    check_tensor("bits", bits, ("R", "bytes"), (torch.uint8,), "any strides")
+    check_number("unit", unit, 1)
+    if dtype not in _MOST:
+        raise ValueError(f"dtype must be torch.int32 or torch.uint16, got {dtype}")
+    # the last byte holds one bit at least that is no padding; counts are int32 before they are divided
+    most = 8 * bits.shape[1] - 7
+    if most > _MOST[torch.int32] or (most + unit // 2) // unit > _MOST[dtype]:
+        raise ValueError(f"dtype must hold counts of {most:,} bits in units of {unit}, got {dtype}; use a larger unit")
+    counts_RR: Tensor = _backend("bits", bits).hamming_counts(bits, unit, dtype)
+    return counts_RR
+
+
+_backend = partial(compiled, __name__)

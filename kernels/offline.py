@@ -1,0 +1,184 @@
+"""Compile every Triton kernel for a GPU that need not be here, and read off what the compiler made.
+
+``python -m skymask_gpu.kernels.offline 90`` prints one JSON line per variant: its registers, spills,
+and the instructions, loads and stores of each loop. It must run without TRITON_INTERPRET, because
+Triton decides when a kernel is decorated whether it is interpreted.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from skymask_gpu.kernels.bins.triton import VARIANTS as BINS
+from skymask_gpu.kernels.cuts.triton import VARIANTS as CUTS
+from skymask_gpu.kernels.hamming.triton import VARIANTS as HAMMING
+from skymask_gpu.kernels.mask_step.triton import VARIANTS as MASK_STEP
+from skymask_gpu.kernels.mean.triton import VARIANTS as MEAN
+from skymask_gpu.kernels.mixture.triton import VARIANTS as MIXTURE
+from skymask_gpu.kernels.shared.triton import VARYING_POINTERS, Variant, launch_options
+from skymask_gpu.kernels.tree.triton import VARIANTS as TREE
+
+VARIANTS: tuple[Variant, ...] = (*MASK_STEP, *BINS, *CUTS, *HAMMING, *MIXTURE, *TREE, *MEAN)
+
+# An instruction of the disassembly, after its address: perhaps a predicate, the name with its suffixes, the operands.
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
+
+
+@dataclass(frozen=True)
+class Code:
+    """A stretch of a kernel's machine code: one loop without the loops inside it, or all that is outside of loops."""
+
+    instructions: int  # a thread issues for one passage
+    special: int  # of these, those at the rate of the special function units (exponential, reciprocal, root, population count)
+    load_bytes: tuple[int, ...]  # of each load from global memory
+    store_bytes: tuple[int, ...]  # of each store to global memory
+
+
+@dataclass(frozen=True)
+class CompiledVariant:
+    """What the compiler made of one kernel variant."""
+
+    kernel: str
+    sm: int
+    registers: int  # a thread
+    local_bytes: int  # a thread; not 0 means spills
+    stack_bytes: int
+    shared_bytes: int  # a program
+    wide_loads: int  # 16-byte global loads in the PTX, also those straight into shared memory
+    narrow_loads: int  # all other global loads
+    threads: int  # a program
+    constants: dict[str, int | float]  # the meta-parameters: block sizes and the like
+    outside: Code  # of all loops
+    loops: tuple[Code, ...]  # in the order of the program; a loop comes before those inside it
+
+
+def sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, int | bool]]]:
+    """(name, source, options) of each variant that a round launches, as Triton would specialise it.
+
+    Args:
+        vec: the most elements by which the number of columns can be divided: 8, 4, 2 or 1. Kernels
+            that have no use for it have no VEC among their constants.
+    """
+    for variant in VARIANTS:
+        yield variant.name, _source(variant, vec), launch_options(variant.num_warps)
+
+
+def _source(variant: Variant, vec: int) -> ASTSource:
+    arguments = variant.kernel.arg_names
+    constants = {**variant.constants, **({"VEC": vec} if "VEC" in arguments else {})}
+    signature = {argument: _type_of(argument, variant, constants) for argument in arguments}
+    # All pointers are to multiples of 16 bytes, but for those that the kernels do not rely on.
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") and argument not in VARYING_POINTERS
+    }
+    return ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=attrs)
+
+
+def _type_of(argument: str, variant: Variant, constants: dict[str, object]) -> str:
+    if argument in constants:
+        return "constexpr"
+    if argument.endswith("_ptr"):
+        return f"*{variant.pointers.get(argument, 'fp32')}"
+    # Strides stay plain integers: 16-byte loads must follow from VEC alone, not from a lucky stride.
+    return "fp32" if argument in ("init", "full_step", "threshold") else "i32"
+
+
+def compile_variant(name: str, source: ASTSource, options: dict[str, object], sm: int) -> CompiledVariant:
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, disassembly = (_cuobjdump(option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
+    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    loads = re.findall(r"\bld\.global[\w.:]*|\bcp\.async\.c[ag]\.[^;]*", compiled.asm["ptx"])
+    wide = sum(1 for load in loads if re.search(r"\.v4\.b32|\.v2\.b64|, *0x10,", load))
+    outside, *loops = count_code(disassembly)
+    return CompiledVariant(
+        kernel=name,
+        sm=sm,
+        registers=resources["REG"],
+        local_bytes=resources["LOCAL"],
+        stack_bytes=resources["STACK"],
+        shared_bytes=compiled.metadata.shared,
+        wide_loads=wide,
+        narrow_loads=len(loads) - wide,
+        threads=32 * compiled.metadata.num_warps,
+        constants={source.fn.arg_names[at]: value for (at,), value in source.constants.items()},
+        outside=outside,
+        loops=tuple(loops),
+    )
+
+
+def count_code(disassembly: str) -> list[Code]:
+    """What is outside of loops, then each loop, of one kernel in machine code as ``cuobjdump --dump-sass`` prints it.
+
+    A loop is what lies between a branch and an earlier address that it jumps to. Both sides of a branch inside count.
+    """
+    code = [(int(address, 16), name, operands) for address, name, operands in _INSTRUCTION.findall(disassembly)]
+    end_of: dict[int, int] = {}
+    kept: list[tuple[int, str]] = []
+    for address, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
+        begin = int(target[1], 16) if target else address + 1
+        # behind the end stand a branch to itself and padding
+        if begin == address or name == "NOP":
+            continue
+        kept.append((address, name))
+        if begin < address:
+            end_of[begin] = max(address, end_of.get(begin, 0))
+    loops = sorted(end_of.items())
+    inside: list[list[str]] = [[] for _ in (None, *loops)]
+    for address, name in kept:
+        # the innermost is the one that begins last
+        around = [number for number, (begin, end) in enumerate(loops, start=1) if begin <= address <= end]
+        inside[around[-1] if around else 0].append(name)
+    return [_count(names) for names in inside]
+
+
+def _count(names: list[str]) -> Code:
+    return Code(
+        instructions=len(names),
+        special=sum(name.startswith(("MUFU", "POPC")) for name in names),
+        load_bytes=tuple(_width(name) for name in names if name.startswith(("LDG.", "LDGSTS."))),
+        store_bytes=tuple(_width(name) for name in names if name.startswith("STG.")),
+    )
+
+
+def _width(name: str) -> int:
+    """Bytes a thread moves by a global load or store, which names its width in bits if it is not 32."""
+    bits = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
+    return int(bits[1]) // 8 if bits else 4
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([knobs.nvidia.cuobjdump.path, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("sm", type=int, nargs="*", default=[80, 90, 100])
+    parser.add_argument("--vec", type=int, default=8, choices=(8, 4, 2, 1), help="the number of columns is a multiple of this")
+    parser.add_argument("--kernel", help="only this one, as next_step[fp32]")
+    options = parser.parse_args()
+    names = [name for name, _, _ in sources(options.vec)]
+    if options.kernel not in (None, *names):
+        parser.error(f"--kernel must be one of {', '.join(names)}, got {options.kernel!r}")
+    for sm in options.sm:
+        for name, source, settings in sources(options.vec):
+            if options.kernel in (None, name):
+                print(json.dumps(asdict(compile_variant(name, source, settings, sm))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

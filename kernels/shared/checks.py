@@ -1,0 +1,87 @@
+"""Checks of tensors before compiled code, which knows no bounds, reads and writes their memory.
+
+They look at shapes, dtypes, devices and strides only, never at values on a GPU, so they cost microseconds and no wait.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["REALS", "check_bins", "check_number", "check_tensor"]
+
+# What rows of updates may be.
+REALS = (torch.float32, torch.bfloat16)
+
+# How the elements of a tensor may lie in memory.
+Layout = Literal["any strides", "unit column stride", "unit column stride and rows that do not overlap", "contiguous"]
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    layout: Layout = "contiguous",
+    *,
+    device: torch.device | None = None,
+) -> None:
+    """Raise a ValueError that names the argument unless it is such a tensor.
+
+    Args:
+        name: what the argument is called.
+        tensor: what the caller passed.
+        shape: of each dimension its size, or a letter for any size of at least 1.
+        dtypes: any of these.
+        layout: how the elements must lie in memory. Rows that are written must not overlap.
+        device: where it must be; None for anywhere.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}; use torch.as_tensor")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}; use .to_dense()")
+    if not _fits(tensor, shape) or tensor.dtype not in dtypes:
+        remedy = f"; use .to({dtypes[0]})" if _fits(tensor, shape) else ""
+        sizes = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+        kind = "non-empty " if any(isinstance(size, str) for size in shape) else ""
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be {kind}{sizes} {wanted}, got {tuple(tensor.shape)} {tensor.dtype}{remedy}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}; use .to({str(device)!r})")
+    if not _lies_in(tensor, layout):
+        verb = "be" if layout == "contiguous" else "have"
+        raise ValueError(f"{name} must {verb} {layout}, got strides {tensor.stride()}; call .contiguous()")
+
+
+def check_number(name: str, value: object, least: int) -> None:
+    """Raise a ValueError that names the argument unless it is an integer of at least ``least``."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_bins(num_params: int, device: torch.device, **bins: Tensor) -> int:
+    """The number of bins of tensors ``(B, P)`` under their names: uint16 counts, all else float32; at least 2 bins."""
+    num_bins = 0
+    for name, tensor in bins.items():
+        dtypes = (torch.uint16,) if name == "counts" else (torch.float32,)
+        check_tensor(name, tensor, (num_bins or "B", num_params), dtypes, device=device)
+        num_bins = len(tensor)
+    if num_bins < 2:
+        raise ValueError(f"{next(iter(bins))} must be of at least 2 bins, got {num_bins}")
+    return num_bins
+
+
+def _fits(tensor: Tensor, shape: tuple[int | str, ...]) -> bool:
+    return tensor.dim() == len(shape) and all(
+        size >= 1 if isinstance(wanted, str) else size == wanted for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
+
+
+def _lies_in(tensor: Tensor, layout: Layout) -> bool:
+    if layout == "any strides":
+        return True
+    if layout == "contiguous":
+        return tensor.is_contiguous()
+    num_rows, num_columns = tensor.shape
+    apart = layout == "unit column stride" or num_rows == 1 or tensor.stride(0) >= num_columns
+    return apart and (tensor.stride(1) == 1 or num_columns == 1)

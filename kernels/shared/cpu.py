@@ -1,0 +1,51 @@
+"""What all Numba kernels share: the compiler's options, and stored updates as flat arrays of floats.
+
+The kernels' arguments are not annotated, here and in all files that only Numba or Triton compile:
+they have no Python types, ``Any`` on each would say nothing, and mypy leaves these files out.
+"""
+
+import llvmlite.ir as llvm
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+# Without bounds checks, and with a division by zero as in NumPy, loops become vectors. "contract"
+# allows a fused multiply-add, and no other change of the order of rounding.
+JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": {"contract"}, "cache": True}
+
+
+@intrinsic
+def widen(typingctx, value):
+    """A stored update as a float: bfloat16 arrives as uint16 and is the upper half of a float32."""
+
+    def widen_bfloat16(context, builder, sig, args):
+        wide = builder.shl(builder.zext(args[0], llvm.IntType(32)), llvm.Constant(llvm.IntType(32), 16))
+        return builder.bitcast(wide, llvm.FloatType())
+
+    if value == types.uint16:
+        return types.float32(types.uint16), widen_bfloat16
+    return value(value), lambda context, builder, sig, args: args[0]
+
+
+@njit(**JIT)
+def widen_row(update_T, value_T):
+    for k in range(update_T.size):
+        value_T[k] = widen(update_T[k])
+
+
+@njit(**JIT)
+def copy(to_T, from_T):
+    for k in range(to_T.size):
+        to_T[k] = from_T[k]
+
+
+def flat(rows_RP: Tensor) -> tuple[np.ndarray, int]:
+    """The memory from the first to the last element as one contiguous array (a view), and the row stride in it.
+
+    A strided 2-D array would hide from the compiler that columns are adjacent. bfloat16, which numpy has not, comes as uint16.
+    """
+    num_rows, num_params = rows_RP.shape
+    memory = rows_RP.detach().as_strided(((num_rows - 1) * rows_RP.stride(0) + num_params,), (1,))
+    return (memory.view(torch.uint16) if memory.dtype == torch.bfloat16 else memory).numpy(), rows_RP.stride(0)

@@ -1,0 +1,338 @@
+"""The bins and the cuts, on every backend that runs here, against their plain twins on a CPU."""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from skymask_gpu import kernels
+
+pytest.importorskip("triton")
+
+# the interpreter computes masked lanes too, and numpy speaks up
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NUM_BINS = 8
+SIZES = [(1, 1), (2, 7), (5, 64), (3, 520), (64, 513), (37, 1031)]
+backends = pytest.mark.parametrize("name", ["triton", "cpu"])
+sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"R{s[0]}-P{s[1]}")
+# Triton's interpreter sorts element by element, in Python: few columns there
+SORTED = [(1, 1), (2, 7), (5, 64), (3, 520), (64, 9), (37, 70)]
+sorted_sizes = pytest.mark.parametrize("size", SORTED, ids=lambda s: f"R{s[0]}-P{s[1]}")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def backend(name: str) -> SimpleNamespace:
+    """The functions of both kernels in Triton or on the CPU, behind the checks."""
+    modules = [importlib.import_module(f"skymask_gpu.kernels.{kernel}.{name}") for kernel in ("bins", "cuts")]
+    return SimpleNamespace(**vars(modules[0]) | vars(modules[1]))
+
+
+def device_of(name: str) -> str:
+    return DEVICE if name == "triton" else "cpu"
+
+
+def make_rows(size: tuple[int, int], dtype: torch.dtype = torch.float32, pad: int = 0, device: str = "cpu") -> Tensor:
+    """Columns of very different widths; where there is room, a constant one, one with an outlier, one with equal values."""
+    num_rows, num_params = size
+    generator = torch.Generator().manual_seed(num_rows + num_params)
+    rows = torch.full((num_rows, num_params + pad), torch.nan)
+    rows[:, :num_params] = torch.randn(size, generator=generator) * 10 ** (3 * torch.rand(num_params, generator=generator) - 4)
+    if num_params > 3:
+        rows[:, 0] = 0.25
+        rows[0, 1] = 1e3
+        rows[: max(1, 4 * num_rows // 5), 2] = -0.5
+    return rows.to(device, dtype)[:, :num_params]
+
+
+def every(rows_RP: Tensor) -> Tensor:
+    return torch.arange(len(rows_RP), device=rows_RP.device)
+
+
+def empty_bins(num_params: int, num_bins: int = NUM_BINS, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    ends_2P = torch.tensor([[torch.inf], [-torch.inf]]).repeat(1, num_params)
+    counts_BP = torch.zeros(num_bins, num_params, dtype=torch.uint16)
+    return counts_BP.to(device), torch.zeros(num_bins, num_params, device=device), ends_2P.to(device)
+
+
+def make_history(num_params: int, steps: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(steps)
+    slopes = torch.randn(steps, num_params, generator=generator) * 300
+    return slopes.to(device), (torch.randn(steps, num_params, generator=generator) * 1e-3).to(device)
+
+
+def binned(name: str, rows_RP: Tensor, num_bins: int = NUM_BINS) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts, means and ends of the bins of all rows, by the backend."""
+    counts_BP, sums_BP, ends_2P = empty_bins(rows_RP.shape[1], num_bins, device_of(name))
+    edges_EP = kernels.bin_edges_reference(rows_RP.cpu(), every(rows_RP).cpu(), num_bins).to(rows_RP.device)
+    backend(name).bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+    return counts_BP, sums_BP / counts_BP.float().clamp_min(1), ends_2P
+
+
+def on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.cpu() for tensor in tensors)
+
+
+def assert_edges_close(edges_EP: Tensor, rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> None:
+    edges_EP, rows_RP, sampled_S = on_cpu(edges_EP, rows_RP, sampled_S)
+    want_EP = kernels.bin_edges_reference(rows_RP, sampled_S, num_bins)
+    assert edges_EP.shape == want_EP.shape == (num_bins - 1, rows_RP.shape[1])
+    assert (edges_EP.diff(dim=0) >= 0).all()
+    width_P = rows_RP.float().max(0).values - rows_RP.float().min(0).values
+    assert ((edges_EP - want_EP).abs() <= 1e-5 * (width_P + want_EP.abs().max(0).values)).all()
+
+
+@backends
+@sorted_sizes
+@dtypes
+@pytest.mark.parametrize("pad", [0, 3, 8])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_edges_equal_their_twin_and_ascend(name: str, size: tuple[int, int], dtype: torch.dtype, pad: int) -> None:
+    rows_RP = make_rows(size, dtype, pad, device_of(name))
+    edges_EP = backend(name).bin_edges(rows_RP, every(rows_RP), NUM_BINS)
+    assert_edges_close(edges_EP, rows_RP, every(rows_RP), NUM_BINS)
+
+
+@backends
+@pytest.mark.parametrize("num_sampled", [1, 2, 3, 33, 63])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_edges_of_any_number_of_sampled_rows(name: str, num_sampled: int) -> None:
+    rows_RP = make_rows((64, 20), device=device_of(name))
+    sampled_S = torch.linspace(0, 63, num_sampled).long().to(rows_RP.device)
+    assert_edges_close(backend(name).bin_edges(rows_RP, sampled_S, NUM_BINS), rows_RP, sampled_S, NUM_BINS)
+
+
+@backends
+def test_only_sampled_rows_are_looked_at(name: str) -> None:
+    rows_RP = make_rows((64, 200), device=device_of(name))
+    sampled_S = torch.tensor([3, 9, 60], device=rows_RP.device)
+    want = backend(name).bin_edges(rows_RP[sampled_S], every(sampled_S), NUM_BINS)
+    assert torch.equal(backend(name).bin_edges(rows_RP, sampled_S, NUM_BINS), want)
+
+
+def test_triton_reads_no_row_that_is_not_there() -> None:
+    """A GPU does not wait to look at the numbers: one beyond the rows is taken for the nearest."""
+    rows_RP = make_rows((64, 20), device=device_of("triton"))[20:30]
+    sampled_S = torch.tensor([-(2**40), -1, 3, 10, 2**40], device=rows_RP.device)
+    got = backend("triton").bin_edges(rows_RP, sampled_S, NUM_BINS)
+    assert torch.equal(got, backend("triton").bin_edges(rows_RP, sampled_S.clamp(0, 9), NUM_BINS))
+
+
+@backends
+def test_one_outlier_does_not_widen_the_inner_bins(name: str) -> None:
+    rows_RP = torch.randn(64, 30, generator=torch.Generator().manual_seed(0)).to(device_of(name))
+    before = backend(name).bin_edges(rows_RP, every(rows_RP), 32)
+    rows_RP[7] *= 1000
+    after = backend(name).bin_edges(rows_RP, every(rows_RP), 32)
+    within = (after.abs() < 3).sum(0)
+    assert (within >= (before.abs() < 3).sum(0) - 8).all(), "most bins must stay where most rows are"
+
+
+@backends
+@sizes
+@dtypes
+@pytest.mark.parametrize("pad", [0, 3, 8])
+def test_bins_equal_their_twin(name: str, size: tuple[int, int], dtype: torch.dtype, pad: int) -> None:
+    rows_RP = make_rows(size, dtype, pad, device_of(name))
+    edges_EP = kernels.bin_edges_reference(rows_RP.cpu(), every(rows_RP).cpu(), NUM_BINS)
+    got, want = empty_bins(size[1], device=device_of(name)), empty_bins(size[1])
+    backend(name).bin_rows(rows_RP, edges_EP.to(rows_RP.device), *got)
+    kernels.bin_rows_reference(rows_RP.cpu(), edges_EP, *want)
+    counts_BP, sums_BP, ends_2P = on_cpu(*got)
+    assert torch.equal(counts_BP.int(), want[0].int())
+    assert (counts_BP.int().sum(0) == size[0]).all()
+    torch.testing.assert_close(sums_BP, want[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(ends_2P, want[2])
+
+
+@backends
+@pytest.mark.parametrize("num_bins", [4, 5, 13, 32, 130])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_any_number_of_bins(name: str, num_bins: int) -> None:
+    """Through edges, bins and a step: every row is counted, and the sums are those of the twin."""
+    rows_RP = make_rows((16, 40), device=device_of(name))
+    edges_EP = backend(name).bin_edges(rows_RP, every(rows_RP), num_bins)
+    assert_edges_close(edges_EP, rows_RP, every(rows_RP), num_bins)
+    got, want = empty_bins(40, num_bins, device_of(name)), empty_bins(40, num_bins)
+    backend(name).bin_rows(rows_RP, edges_EP, *got)
+    kernels.bin_rows_reference(*on_cpu(rows_RP, edges_EP), *want)
+    assert torch.equal(got[0].cpu().int(), want[0].int())
+    torch.testing.assert_close(got[1].cpu(), want[1], rtol=1e-5, atol=1e-6)
+    counts_BP, centres_BP = got[0], got[1] / got[0].float().clamp_min(1)
+    logits_BP, history = torch.full_like(centres_BP, 1.0), make_history(40, 1, device_of(name))
+    sums = backend(name).bin_step(logits_BP, centres_BP, counts_BP, *(h[0] for h in history), full_step=1.0)
+    twin = [x.cpu().double() for x in (torch.ones_like(logits_BP), centres_BP, counts_BP, *(h[0] for h in history))]
+    for a, b in zip(sums, kernels.bin_step_reference(*twin, full_step=1.0), strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-4)
+
+
+@backends
+def test_blocks_of_rows_give_the_same_bins_to_the_bit(name: str) -> None:
+    rows_RP = make_rows((64, 513), device=device_of(name))
+    edges_EP = backend(name).bin_edges(rows_RP, every(rows_RP)[:3], NUM_BINS)
+    whole, blocks = (empty_bins(513, device=device_of(name)) for _ in range(2))
+    backend(name).bin_rows(rows_RP, edges_EP, *whole)
+    for block in rows_RP.split([1, 30, 7, 26]):
+        backend(name).bin_rows(block, edges_EP, *blocks)
+    assert torch.equal(whole[0].cpu().int(), blocks[0].cpu().int())
+    assert torch.equal(whole[1], blocks[1])
+    assert torch.equal(whole[2], blocks[2])
+
+
+@backends
+@sizes
+@pytest.mark.usefixtures("poisoned_memory")
+def test_steps_equal_their_twin_in_float64_and_the_replay(name: str, size: tuple[int, int]) -> None:
+    num_params = size[1]
+    counts_BP, centres_BP, _ = binned(name, make_rows(size, device=device_of(name)))
+    logits_BP = torch.full_like(centres_BP, 1.0)
+    twin_BP = logits_BP.cpu().double()
+    slopes_TP, means_TP = make_history(num_params, 4, device_of(name))
+    for slope_P, mean_P in zip(slopes_TP, means_TP, strict=True):
+        got = backend(name).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=1.0)
+        inputs = (x.double() for x in on_cpu(centres_BP, counts_BP, slope_P, mean_P))
+        want = kernels.bin_step_reference(twin_BP, *inputs, full_step=1.0)
+        torch.testing.assert_close(logits_BP.cpu().double(), twin_BP, rtol=1e-5, atol=1e-5)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a.cpu().double(), b, rtol=1e-5, atol=1e-4)
+    replayed_BP = backend(name).replay(centres_BP, slopes_TP, means_TP, init=1.0, full_step=1.0)
+    assert torch.equal(replayed_BP, logits_BP), "replaying the history is training, to the bit"
+
+
+@backends
+@sizes
+@dtypes
+@pytest.mark.parametrize("pad", [3, 8])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_replay_equals_its_twin_in_float64(name: str, size: tuple[int, int], dtype: torch.dtype, pad: int) -> None:
+    rows_RP = make_rows(size, dtype, pad, device_of(name))
+    history = make_history(size[1], 6, device_of(name))
+    got = backend(name).replay(rows_RP, *history, init=0.5, full_step=1.0)
+    want = kernels.replay_reference(*(x.double() for x in on_cpu(rows_RP, *history)), init=0.5, full_step=1.0)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-4)
+
+
+@backends
+def test_chosen_columns_are_replayed_as_among_all(name: str) -> None:
+    rows_RP, history = make_rows((5, 64), device=device_of(name)), make_history(64, 3, device_of(name))
+    columns = torch.tensor([2, 3, 40, 63], device=rows_RP.device)
+    whole_RP = backend(name).replay(rows_RP, *history, init=1.0, full_step=1.0)
+    part_RP = backend(name).replay(rows_RP[:, columns], *(h[:, columns] for h in history), init=1.0, full_step=1.0)
+    assert torch.equal(part_RP, whole_RP[:, columns])
+
+
+@backends
+def test_a_full_step_from_one_is_exactly_zero(name: str) -> None:
+    """lr * clip equals the initial logit: the bins of values below and above the mean land on 0 and 2."""
+    device = device_of(name)
+    values_2P = torch.tensor([[1.0] * 3, [-1.0] * 3], device=device)
+    slope_P, mean_P, full_step = torch.full((3,), 1e30, device=device), torch.zeros(3, device=device), 1e7 * 1e-7
+    logits_2P = backend(name).replay(values_2P, slope_P[None], mean_P[None], init=1.0, full_step=full_step)
+    assert logits_2P.tolist() == [[0.0] * 3, [2.0] * 3]
+    logits_2P = torch.ones_like(values_2P)
+    counts_2P = torch.tensor([[1] * 3, [2] * 3], dtype=torch.uint16).to(device)
+    backend(name).bin_step(logits_2P, values_2P, counts_2P, slope_P, mean_P, full_step=full_step)
+    assert logits_2P.tolist() == [[0.0] * 3, [2.0] * 3]
+
+
+@backends
+@sizes
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_cuts_equal_their_twin(name: str, size: tuple[int, int], threshold: float) -> None:
+    num_params = size[1]
+    counts_BP, centres_BP, ends_2P = binned(name, make_rows(size, device=device_of(name)))
+    history = make_history(num_params, 7, device_of(name))
+    training = {"init": 1.0, "full_step": 1.0}
+    logits_BP = backend(name).replay(centres_BP, *history, **training)
+    arguments = (logits_BP, centres_BP, counts_BP, ends_2P, *history)
+    cuts = backend(name).find_cuts(*arguments, **training, threshold=threshold)
+    position_P, left_P, crossings_P = on_cpu(*cuts)
+    twin = on_cpu(*arguments)
+    want_P, want_left_P, want_crossings_P = kernels.find_cuts_reference(*twin, **training, threshold=threshold)
+    # a logit within rounding of the threshold may fall on either side
+    assert (left_P == want_left_P).float().mean() > 0.99
+    assert (crossings_P == want_crossings_P).float().mean() > 0.99
+    same_P = (left_P == want_left_P) & (crossings_P == want_crossings_P)
+    width_P = (twin[3][1] - twin[3][0])[same_P]
+    got_P, want_P = position_P[same_P], want_P[same_P]
+    assert torch.equal(got_P.isinf(), crossings_P[same_P] == 0)
+    assert torch.equal(got_P.isinf(), want_P.isinf())
+    off_P = torch.where(got_P == want_P, 0, got_P - want_P).abs()
+    assert (off_P <= 2e-3 * width_P).float().mean() > 0.99
+    if num_params > 500 and size[0] > 30:
+        assert 0.1 < (crossings_P == 1).float().mean() < 0.9
+        assert (crossings_P > 1).any()
+
+
+@backends
+def test_a_cut_lies_where_the_replayed_bit_changes(name: str) -> None:
+    counts_BP, centres_BP, ends_2P = binned(name, make_rows((64, 513), device=device_of(name)))
+    history, training = make_history(513, 7, device_of(name)), {"init": 1.0, "full_step": 1.0}
+    logits_BP = backend(name).replay(centres_BP, *history, **training)
+    cuts = backend(name).find_cuts(logits_BP, centres_BP, counts_BP, ends_2P, *history, **training, threshold=0.0)
+    position_P, left_P, crossings_P = cuts
+    once_P = crossings_P == 1
+    assert once_P.sum() > 100
+    at_P = torch.where(once_P, position_P, 0.0)
+    step_P = (ends_2P[1] - ends_2P[0]) / 2**9  # a bisected interval is shorter than that
+    around_2P = torch.stack([at_P - step_P, at_P])
+    bits_2P = backend(name).replay(around_2P, *history, **training) > 0
+    assert torch.equal(bits_2P[0][once_P], left_P[once_P])
+    assert torch.equal(bits_2P[1][once_P], ~left_P[once_P])
+
+
+@backends
+@sizes
+@dtypes
+@pytest.mark.parametrize("pad", [5, 8])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_cut_bits_equal_their_twin(name: str, size: tuple[int, int], dtype: torch.dtype, pad: int) -> None:
+    rows_RP = make_rows(size, dtype, pad, device_of(name))
+    num_rows, num_params = size
+    generator = torch.Generator().manual_seed(0)
+    cut_P = rows_RP[num_rows // 2].float().cpu()  # ties: a value that equals the cut is not below it
+    cut_P[torch.rand(num_params, generator=generator) < 0.3] = torch.inf
+    left_P = torch.rand(num_params, generator=generator) < 0.5
+    bits, want = (torch.full((num_rows, -(-num_params // 8)), 255, dtype=torch.uint8) for _ in range(2))
+    bits = bits.to(rows_RP.device)
+    backend(name).cut_bits(rows_RP, cut_P.to(rows_RP.device), left_P.to(rows_RP.device), bits)
+    kernels.cut_bits_reference(rows_RP.cpu(), cut_P, left_P, want)
+    assert torch.equal(bits.cpu(), want)
+
+
+@backends
+def test_addresses_beyond_two_to_the_31_elements(name: str) -> None:
+    """Rows 2**30 elements apart, the third one beyond 2**31; the memory between them is never touched."""
+    device = device_of(name)
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of GPU memory")
+    near_RP, stride = make_rows((4, 24), torch.bfloat16, device=device), 2**30 + 8
+    far_RP = torch.empty(3 * stride + 24, dtype=torch.bfloat16, device=device).as_strided((4, 24), (stride, 1)).copy_(near_RP)
+    history = make_history(24, 2, device)
+    results = []
+    for rows_RP in (near_RP, far_RP):
+        counts_BP, centres_BP, ends_2P = binned(name, rows_RP)
+        bits = torch.empty(4, 3, dtype=torch.uint8, device=device)
+        backend(name).cut_bits(rows_RP, centres_BP[3], centres_BP[0] > 0, bits)
+        logits_RP = backend(name).replay(rows_RP, *history, init=1.0, full_step=1.0)
+        results.append((counts_BP.cpu().int(), centres_BP, ends_2P, bits, logits_RP))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_counts_cannot_hold_is_refused_by_name() -> None:
+    """Values of row numbers and numbers of rows; shapes, dtypes and strides are the matter of test_hostile_arguments.py."""
+    rows_RP = make_rows((5, 4))
+    for wrong in (torch.tensor([0, 5]), torch.tensor([-1, 2])):
+        with pytest.raises(ValueError, match="sampled must be rows from 0 to 4, got"):
+            kernels.bin_edges(rows_RP, wrong, NUM_BINS)
+    many_RP = torch.zeros(1, 4).expand(65_536, 4)
+    edges_EP = torch.zeros(NUM_BINS - 1, 4)
+    with pytest.raises(ValueError, match="rows must be at most 65,535, which counts in uint16 can hold, got 65,536"):
+        kernels.bin_rows(many_RP, edges_EP, *empty_bins(4))
+    counts_BP, sums_BP, ends_2P = empty_bins(4)
+    kernels.bin_rows(many_RP[1:], edges_EP, counts_BP, sums_BP, ends_2P)
+    assert counts_BP[-1].tolist() == [65_535] * 4
