@@ -122,7 +122,6 @@ def profile_rounds(played: FirstRound, progress: Callable[[str], None]) -> list[
         round_ = played.with_clients(num_clients)
         device = round_.updates.device
         result = round_.judge()
-        assert result.aggregation is not None
         records: list[Recording] = []
         for _ in range(_REPEATS):
             with recording(device) as record:
@@ -130,7 +129,7 @@ def profile_rounds(played: FirstRound, progress: Callable[[str], None]) -> list[
             records.append(record)
         bandwidth = copy_bandwidth(device)
         by_time = sorted((record.profile(bandwidth) for record in records), key=lambda profile: profile.seconds)
-        profiles.append(RoundProfile(num_clients, result.aggregation.masks.solver, by_time[_REPEATS // 2]))
+        profiles.append(RoundProfile(num_clients, result.record["solver"], by_time[_REPEATS // 2]))
     return profiles
 
 

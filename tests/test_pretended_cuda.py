@@ -26,13 +26,13 @@ from skymask_gpu.engine import ClientBlocks, flat_model, profiling, step_loop
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.federation import rounds
-from skymask_gpu.federation.attacks import ATTACKS, AttackConfig
+from skymask_gpu.federation.attacks import ATTACKS, AttackConfig, Layers
 from skymask_gpu.federation.clients import LocalTraining, trainer
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
 from skymask_gpu.federation.datasets import Dataset
 from skymask_gpu.federation.models import MODELS
 from skymask_gpu.federation.rounds import CHECKPOINT, Federation, run_rounds
-from skymask_gpu.federation.rules import RULES
+from skymask_gpu.federation.rules import RULES, SkyMaskSettings
 from skymask_gpu.io.files import read_tensors
 from tests.pretended_cuda import CUDA, Pretence, PretendedError, pretended_cuda, to_cuda
 
@@ -384,7 +384,7 @@ SMALL = RunConfig(
     model=ModelConfig(name="logreg"),
     local=LocalTraining(steps=2, batch_size=4, batching="vmap"),
     attack=AttackConfig(name="sign-flip", share=0.2),
-    defence=DefenceConfig(rule="fedavg", mask_steps=4),
+    defence=DefenceConfig(rule="fedavg"),
 )
 
 
@@ -420,15 +420,16 @@ def assert_runs_alike(config: RunConfig, folder: Path, side: int = 8) -> None:
 def test_every_rule(rule: str, tmp_path: Path) -> None:
     # FLDetector says nothing before its eleventh round
     rounds = 13 if rule == "fldetector" else 2
-    config = dataclasses.replace(SMALL, rounds=rounds, defence=dataclasses.replace(SMALL.defence, rule=rule))
+    settings = SkyMaskSettings(mask_steps=4) if rule == "skymask" else None
+    config = dataclasses.replace(SMALL, rounds=rounds, defence=DefenceConfig(rule=rule, settings=settings))
     assert_runs_alike(config, tmp_path)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_every_attack(attack: str, tmp_path: Path) -> None:
-    share = 0.0 if attack == "none" else 0.2
-    layers = ("fc",) if attack == "layers" else ()
-    assert_runs_alike(dataclasses.replace(SMALL, attack=AttackConfig(name=attack, share=share, layers=layers)), tmp_path)
+    settings = Layers(layers=("fc",)) if attack == "layers" else None
+    config = AttackConfig(name=attack, share=0.0 if attack == "none" else 0.2, settings=settings)
+    assert_runs_alike(dataclasses.replace(SMALL, attack=config), tmp_path)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -441,7 +442,7 @@ def test_every_model(model: str, tmp_path: Path) -> None:
         model=ModelConfig(name=model),
         local=LocalTraining(steps=1, batch_size=2, batching="loop" if large else "vmap"),
         attack=AttackConfig(),
-        defence=DefenceConfig(rule="fedavg" if large else "skymask", mask_steps=2),
+        defence=DefenceConfig(rule="fedavg") if large else DefenceConfig(settings=SkyMaskSettings(mask_steps=2)),
     )
     assert_runs_alike(config, tmp_path, 28 if model == "cnn" else 8)
 

@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, and its commands exist."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -44,10 +45,15 @@ def test_make_targets_and_configs_exist(checkout: Path) -> None:
 
 def test_every_setting_and_name_is_in_the_docs(checkout: Path) -> None:
     page = (checkout / "docs" / "federation.md").read_text()
-    for table, content in RunConfig().to_dict().items():
-        keys = [f"{table}.{key}" for key in content] if isinstance(content, dict) else [table]
-        for key in keys:
-            assert f"`{key}`" in page or key == "name", key
+    keys = [
+        f"{table}.{key}" if isinstance(content, dict) else table
+        for table, content in RunConfig().to_dict().items()
+        for key in (content if isinstance(content, dict) else [""])
+    ]
+    keys += [f"attack.{field.name}" for name in ATTACKS for field in dataclasses.fields(ATTACKS.settings_of(name))]
+    keys += [f"defence.{field.name}" for name in RULES for field in dataclasses.fields(RULES.settings_of(name))]
+    for key in keys:
+        assert f"`{key}`" in page or key == "name", key
     for name in {*ATTACKS, *RULES, *PARTITIONS} - {"none"}:
         assert f"`{name}`" in page, name
     for name in {model.removesuffix("-gn") for model in MODELS}:

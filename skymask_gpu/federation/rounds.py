@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,12 @@ from skymask_gpu.defence import RootTraining, mean_buffer
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import fast_layout
 from skymask_gpu.engine.numerics import deterministic_convolutions
-from skymask_gpu.federation.attacks import Threat, add_trigger, attack, has_backdoor, poison_batch, poisoned_columns
+from skymask_gpu.federation.attacks import (
+    Attack,
+    AttackContext,
+    Threat,
+    build_attack,
+)
 from skymask_gpu.federation.clients import LocalUpdates, draw_batches, train_clients
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.datasets import Dataset, load_dataset, split_root
@@ -107,8 +111,8 @@ class Federation:
     flat: FlatModel
     parts: list[Tensor]  # sample indices of each client, then of the root data set
     malicious: Tensor  # (N,) bool
+    attack: Attack
     rule: Rule
-    brightest: float  # input value of a backdoor's trigger
 
     @classmethod
     def build(cls, config: RunConfig, dataset: Dataset | None = None) -> "Federation":
@@ -133,19 +137,18 @@ class Federation:
         module = module.to(device)
         root_inputs, root_labels = dataset.train_inputs[root], dataset.train_labels[root]
         flat = FlatModel(module, root_inputs, root_labels)
-        brightest = float(dataset.train_inputs.max())
-        # before any client trains: does the attack fit the data and the model?
-        poison_batch(config.attack, root_inputs[:1], root_labels[:1], dataset.num_classes, brightest)
-        poisoned_columns(config.attack.layers, _columns_of_layers(flat))
+        attack_context = AttackContext(
+            layers=_columns_of_layers(flat),
+            num_classes=dataset.num_classes,
+            input_shape=tuple(root_inputs.shape[1:]),
+            brightest=float(dataset.train_inputs.max()),
+        )
         context = RuleContext(
             module=module,
             root_inputs=root_inputs,
             root_labels=root_labels,
             num_clients=data.clients,
-            training=config.defence.training,
-            clustering=config.defence.clustering_config,
             root_training=RootTraining(lr=config.local.lr, grad_clip=config.local.grad_clip),
-            solver=config.defence.solver,
             seed=config.seed,
         )
         return cls(
@@ -155,8 +158,8 @@ class Federation:
             flat,
             [*(rest[share] for share in shares), root],
             torch.arange(data.clients) < config.attack.num_malicious(data.clients),
-            build_rule(config.defence.rule, context),
-            brightest,
+            build_attack(config.attack, attack_context),
+            build_rule(config.defence.rule, context, config.defence.settings),
         )
 
     def first_model(self) -> GlobalModel:
@@ -171,8 +174,8 @@ class Federation:
         malicious_M = self.malicious[clients]
         sent = self._train(clients, malicious_M, model, generator, progress)
         trained = self._now()
-        threat = Threat(config.attack, _columns_of_layers(self.flat), generator)
-        updates_MP = attack(sent.updates[:-1], malicious_M.to(sent.updates.device), threat)
+        threat = Threat(config.attack, generator, clients, model.params)
+        updates_MP = self.attack.replaced(sent.updates[:-1], malicious_M.to(sent.updates.device), threat)
         attacked = self._now()
         progress("aggregating")
         assumed = config.defence.assumed_malicious
@@ -201,7 +204,6 @@ class Federation:
         """What the clients, and then the root model, would send if they were honest, but for poisoned data."""
         parts = [self.parts[client] for client in clients.tolist()] + [self.parts[-1]]
         batches = draw_batches(parts, self.config.local, generator)
-        poison = partial(poison_batch, self.config.attack, num_classes=self.dataset.num_classes, brightest=self.brightest)
         # dropout, where a model has it, draws from here
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
@@ -213,7 +215,7 @@ class Federation:
                 batches,
                 self.config.local,
                 buffers=model.buffers,
-                poison=poison,
+                poison=self.attack.poison if self.attack.poisons_data else None,
                 poisoned=torch.cat([malicious_M, torch.tensor([False])]),
                 progress=lambda done: progress(f"training client {done} of {len(parts)}"),
             )
@@ -232,9 +234,10 @@ class Federation:
 
     def attack_success_rate(self, model: GlobalModel) -> float:
         """The share of triggered test samples of other classes that the model takes for the target class."""
-        target = self.config.attack.target_class
+        target = self.attack.target_class
+        assert target is not None, "only a backdoor has a success rate"
         others = self.dataset.test_inputs[self.dataset.test_labels != target]
-        hits = self._predictions(model, add_trigger(others, self.brightest)) == target
+        hits = self._predictions(model, self.attack.trigger(others)) == target
         return int(hits.sum()) / len(hits)
 
     @torch.no_grad()
@@ -279,7 +282,7 @@ def run_rounds(federation: Federation, folder: Path, progress: Progress = lambda
         # The lines first: a checkpoint is never ahead of the metrics, and lines ahead of the checkpoint are dropped on resume.
         append_line(folder / TIMES, _times(number, played))
         append_line(folder / METRICS, record)
-        if played.rule_result.aggregation is not None:
+        if played.rule_result.tensors is not None:
             _write_masks(folder / MASKS, played, federation.malicious, number)
         if (number + 1) % config.checkpoint_every == 0 or is_last:
             tensors = {"global_params": model.params, **_prefixed(_BUFFER, model.buffers)}
@@ -291,7 +294,7 @@ def run_rounds(federation: Federation, folder: Path, progress: Progress = lambda
 def _record(federation: Federation, number: int, played: RoundResult, *, is_last: bool, diverged: bool) -> dict[str, Any]:
     config = federation.config
     tested = (number + 1) % config.evaluate_every == 0 or is_last
-    backdoor = tested and has_backdoor(config.attack.name)
+    backdoor = tested and federation.attack.target_class is not None
     return {
         "run": config.name,
         "round": number,
@@ -300,13 +303,13 @@ def _record(federation: Federation, number: int, played: RoundResult, *, is_last
         "participants": len(played.clients),
         "diverged": diverged,
         **_rejection_rates(played, federation.malicious),
-        **_skymask_fields(played.rule_result),
+        **played.rule_result.record,
     }
 
 
 def _times(number: int, played: RoundResult) -> dict[str, Any]:
-    aggregation = played.rule_result.aggregation
-    phases = {} if aggregation is None else {"phases": {name: round(s, 4) for name, s in aggregation.seconds.items()}}
+    seconds = {name: round(value, 4) for name, value in played.rule_result.seconds.items()}
+    phases = {"phases": seconds} if seconds else {}
     return {"round": number, **{name: round(s, 4) for name, s in played.seconds.items()}, **phases}
 
 
@@ -355,34 +358,10 @@ def _rejection_rates(played: RoundResult, malicious_N: Tensor) -> dict[str, Any]
     }
 
 
-def _skymask_fields(result: RuleResult) -> dict[str, Any]:
-    if result.aggregation is None:
-        return {}
-    masks, clusters = result.aggregation.masks, result.aggregation.clusters
-    return {
-        "num_clusters": clusters.num_clusters,
-        "verdict": result.aggregation.verdict,
-        "reason": clusters.reason,
-        "solver": masks.solver,
-        "mask_steps": masks.steps,
-        "root_losses": masks.losses,
-    }
-
-
 def _write_masks(path: Path, played: RoundResult, malicious_N: Tensor, number: int) -> None:
-    """Rows are the clients that SkyMask could judge; scores have the root's row last."""
-    aggregation = played.rule_result.aggregation
-    assert aggregation is not None
-    clients = played.clients[aggregation.clients.cpu()]
-    evidence = aggregation.evidence()
-    write_tensors(
-        path,
-        {
-            "evidence": evidence.shares,
-            "clients": clients,
-            "scores": aggregation.clusters.scores,
-            "malicious": malicious_N[clients],
-            "benign": aggregation.clusters.benign,
-        },
-        {"round": str(number), "layers": json.dumps(evidence.layers)},
-    )
+    """What the rule stores of the round, and which of its clients are malicious."""
+    assert played.rule_result.tensors is not None
+    tensors, texts = played.rule_result.tensors()
+    if "clients" in tensors:
+        tensors["malicious"] = malicious_N[tensors["clients"]]
+    write_tensors(path, tensors, {"round": str(number), **texts})

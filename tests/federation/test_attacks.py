@@ -8,27 +8,44 @@ import pytest
 import torch
 from torch import Tensor
 
+import skymask_gpu.federation.attacks
 from skymask_gpu.federation.attacks import (
     ATTACKS,
+    Attack,
     AttackConfig,
+    AttackContext,
+    BaseAttack,
     Threat,
     add_trigger,
-    attack,
-    has_backdoor,
-    model_poisoning,
-    poison_batch,
-    poisons_data,
+    build_attack,
+    fang,
 )
-from skymask_gpu.federation.attacks.threat import BASES
+from skymask_gpu.federation.attacks.partial import base_names
 
 LAYERS = {"conv1.weight": slice(0, 100), "conv1.bias": slice(100, 110), "conv10.weight": slice(110, 300)}
 
 
-def threat(name: str, seed: int = 0, **settings: Any) -> Threat:
+CONTEXT = AttackContext(layers=LAYERS, num_classes=10, input_shape=(1, 8, 8), brightest=3.0)
+
+
+def configured(name: str, **settings: Any) -> AttackConfig:
     if name == "layers":
         settings.setdefault("layers", ("conv1",))
-    config = AttackConfig(name=name, share=0.0 if name == "none" else 0.2, **settings)
-    return Threat(config, layers=LAYERS, generator=torch.Generator().manual_seed(seed))
+    if "base" in settings:
+        settings["base"] = BaseAttack(name=settings["base"])
+    return AttackConfig(name=name, share=0.0 if name == "none" else 0.2, settings=ATTACKS.settings_of(name)(**settings))
+
+
+def threat(name: str, seed: int = 0, **settings: Any) -> Threat:
+    return Threat(configured(name, **settings), torch.Generator().manual_seed(seed))
+
+
+def attack(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+    return build_attack(threat.config, CONTEXT).replaced(updates_NP, malicious_N, threat)
+
+
+def built(name: str, context: AttackContext = CONTEXT, **settings: Any) -> Attack:
+    return build_attack(configured(name, **settings), context)
 
 
 @pytest.fixture
@@ -86,7 +103,7 @@ def test_sign_flip_negates(updates: Tensor, malicious: Tensor) -> None:
 @pytest.mark.parametrize("std", [0.05, 2.0])
 def test_noise_is_gaussian_of_the_given_width(std: float, malicious: Tensor, generator: torch.Generator) -> None:
     updates = torch.randn(20, 20_000, generator=generator)
-    noise = (attack(updates, malicious, threat("noise", noise_std=std)) - updates)[malicious].double() / std
+    noise = (attack(updates, malicious, threat("noise", std=std)) - updates)[malicious].double() / std
     assert abs(noise.mean().item()) < 0.015  # 4 * 20,000 draws: four standard errors
     assert abs(noise.std().item() - 1) < 0.01
     assert abs((noise.abs() < 1).double().mean().item() - math.erf(math.sqrt(0.5))) < 0.007
@@ -109,7 +126,7 @@ def test_ipm_turns_the_mean_around_beyond_honest_to_malicious(
     epsilon: float, sign: int, updates: Tensor, malicious: Tensor
 ) -> None:
     """The defining property: <mean of all, honest mean> = (H - epsilon F) / N |honest mean|^2, of 16 honest and 4 malicious."""
-    sent = attack(updates, malicious, threat("ipm", ipm_epsilon=epsilon)).double()
+    sent = attack(updates, malicious, threat("ipm", epsilon=epsilon)).double()
     honest_mean = updates[~malicious].double().mean(0)
     product = sent.mean(0) @ honest_mean / (honest_mean @ honest_mean)
     assert product.sign() == sign
@@ -147,13 +164,14 @@ def test_min_sum_is_as_far_out_in_sum_as_honest_updates_are(direction: str, upda
     check_direction(sent[0], honest, direction)
 
 
-@pytest.mark.parametrize("name", ["min-max", "min-sum", "krum"])
+@pytest.mark.parametrize("name", ["min-max", "min-sum"])
 @pytest.mark.parametrize("direction", ["std", "unit", "sign"])
 def test_equal_updates_leave_no_room(name: str, direction: str, malicious: Tensor) -> None:
-    sent = attack(torch.ones(20, 5), malicious, threat(name, direction=direction))
-    assert sent.isfinite().all()
-    if name != "krum":
-        torch.testing.assert_close(sent, torch.ones(20, 5))
+    torch.testing.assert_close(attack(torch.ones(20, 5), malicious, threat(name, direction=direction)), torch.ones(20, 5))
+
+
+def test_the_krum_attack_is_finite_where_all_updates_are_equal(malicious: Tensor) -> None:
+    assert attack(torch.ones(20, 5), malicious, threat("krum")).isfinite().all()
 
 
 @pytest.mark.parametrize(("num_clients", "num_malicious", "z"), [(50, 12, 0.3360), (100, 20, 0.2858), (10, 6, 3.0)])
@@ -256,7 +274,7 @@ def test_krum_picks_the_krum_attack(seed: int, num_clients: int, num_malicious: 
 def test_distances_come_from_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     updates, malicious, _ = krum_case(0, 20, 4, 1.0)
     sent = attack(updates, malicious, threat("krum"))
-    monkeypatch.setattr(model_poisoning, "_COLUMNS_AT_ONCE", 128)
+    monkeypatch.setattr(fang, "_COLUMNS_AT_ONCE", 128)
     assert torch.equal(attack(updates, malicious, threat("krum")), sent)
 
 
@@ -286,7 +304,7 @@ def test_a_majority_of_krum_attackers_goes_to_the_bound_and_is_picked(updates: T
 # Fine-grained attacks
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", base_names())
 def test_layers_poisons_the_named_layers_only(base: str, updates: Tensor, malicious: Tensor) -> None:
     """A module's name stands for its parameters, and not for another one's that begins alike."""
     whole = attack(updates, malicious, threat(base))
@@ -326,18 +344,19 @@ def batches(*shape: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_that_poison_no_data_leave_them_alone(name: str) -> None:
     inputs, labels = batches(6, 1, 8, 8)
-    sent_inputs, sent_labels = poison_batch(threat(name).config, inputs, labels, 10, brightest=3.0)
-    assert torch.equal(sent_inputs, inputs) == (not has_backdoor(name))
-    assert torch.equal(sent_labels, labels) == (not poisons_data(name))
+    one = built(name)
+    sent_inputs, sent_labels = one.poison(inputs, labels)
+    assert torch.equal(sent_inputs, inputs) == (one.target_class is None)
+    assert torch.equal(sent_labels, labels) == (not one.poisons_data)
 
 
 def test_label_flip_mirrors_the_labels_and_is_its_own_inverse() -> None:
-    config = threat("label-flip").config
+    flip = built("label-flip")
     inputs, labels = torch.randn(2, 10, 561), torch.arange(10).expand(2, 10)
-    same, flipped = poison_batch(config, inputs, labels, 10, brightest=0.0)
+    same, flipped = flip.poison(inputs, labels)
     assert same is inputs
     assert flipped.tolist() == [[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]] * 2
-    assert torch.equal(poison_batch(config, inputs, flipped, 10, brightest=0.0)[1], labels)
+    assert torch.equal(flip.poison(inputs, flipped)[1], labels)
 
 
 @pytest.mark.parametrize("name", ["lie-backdoor", "scaling-backdoor"])
@@ -347,8 +366,8 @@ def test_a_backdoor_is_in_its_share_of_each_batch(name: str, share: float, count
     inputs, labels = batches(*clients, 20, 3, 8, 9)
     labels = labels.clamp_min(1)
     before = inputs.clone(), labels.clone()
-    config = threat(name, poison_share=share, target_class=0).config
-    sent_inputs, sent_labels = poison_batch(config, inputs, labels, 10, brightest=7.0)
+    backdoor = built(name, dataclasses.replace(CONTEXT, brightest=7.0), poison_share=share, target_class=0)
+    sent_inputs, sent_labels = backdoor.poison(inputs, labels)
     assert torch.equal(inputs, before[0])
     assert torch.equal(labels, before[1])
     assert sent_labels.dtype == torch.int64
@@ -359,43 +378,62 @@ def test_a_backdoor_is_in_its_share_of_each_batch(name: str, share: float, count
     assert torch.equal(sent_labels[~triggered], labels[~triggered])
     assert (sent_inputs != inputs).sum() == triggered.sum() * 27, "3 x 3 pixels in 3 channels"
     # in training it looks as in a test
-    assert torch.equal(sent_inputs[triggered], add_trigger(inputs, 7.0)[triggered])
+    assert torch.equal(sent_inputs[triggered], backdoor.trigger(inputs)[triggered])
 
 
 def test_data_that_cannot_carry_a_backdoor_are_named() -> None:
-    config = threat("lie-backdoor").config
-    wanted = r"attack\.name: a backdoor's trigger needs images .* of at least 3 x 3 pixels, got inputs of shape \(2, 4, 561\)"
+    wanted = r"attack\.name: a backdoor's trigger needs images .* of at least 3 x 3 pixels, got samples of shape \(561,\)"
     with pytest.raises(ValueError, match=wanted):
-        poison_batch(config, torch.randn(2, 4, 561), torch.zeros(2, 4, dtype=torch.long), 6, brightest=1.0)
-    with pytest.raises(ValueError, match=r"got inputs of shape \(4, 1, 2, 8\)"):
+        built("lie-backdoor", dataclasses.replace(CONTEXT, input_shape=(561,)))
+    with pytest.raises(ValueError, match=r"got samples of shape \(1, 2, 8\)"):
         add_trigger(torch.randn(4, 1, 2, 8), 1.0)
-    inputs, labels = batches(4, 1, 8, 8)
     with pytest.raises(ValueError, match=r"attack\.target_class must be below the data's 10 classes, got 10"):
-        poison_batch(dataclasses.replace(config, target_class=10), inputs, labels, 10, brightest=1.0)
+        built("scaling-backdoor", target_class=10)
+
+
+def test_attacks_on_updates_alone_need_no_run(updates: Tensor, malicious: Tensor) -> None:
+    sent = skymask_gpu.federation.attacks.attack(updates, malicious, Threat(AttackConfig(name="sign-flip", share=0.2)))
+    assert torch.equal(sent[malicious], -updates[malicious])
+    with pytest.raises(ValueError, match=r"attack\.name 'label-flip' needs a run's model and data; use build_attack"):
+        skymask_gpu.federation.attacks.attack(updates, malicious, threat("label-flip"))
 
 
 # The configuration
 
 
 @pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("min-max", {"direction": "mean"}, r"attack\.direction must be one of std, unit, sign, got 'mean'"),
+        ("layers", {"base": "label-flip"}, r"attack\.base must be one of sign-flip, .*, got 'label-flip'"),
+        ("sparse", {"base": "layers"}, r"attack\.base must be one of sign-flip, .*, got 'layers'"),
+        ("noise", {"std": 0.0}, r"attack\.std must be finite and above 0, got 0\.0"),
+        ("ipm", {"epsilon": math.inf}, r"attack\.epsilon must be finite and above 0, got inf"),
+        ("scaling", {"factor": -1.0}, r"attack\.factor must be finite and at least 0 .*, got -1\.0"),
+        ("scaling-backdoor", {"factor": -1.0}, r"attack\.factor must be finite and at least 0 .*, got -1\.0"),
+        ("scaling-backdoor", {"target_class": -1}, r"attack\.target_class must be at least 0, got -1"),
+        ("lie-backdoor", {"poison_share": 0.0}, r"attack\.poison_share must be above 0 and at most 1, got 0\.0"),
+        ("sparse", {"params_share": 1.5}, r"attack\.params_share must be above 0 and at most 1, got 1\.5"),
+        ("layers", {"layers": ()}, r"attack\.layers must name at least one parameter or module for attack 'layers', got none"),
+    ],
+)
+def test_mistakes_in_an_attacks_own_settings_are_named(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configured(name, **settings)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "mimic"}, r"attack\.name must be one of none, ipm, krum, .*, trim, got 'mimic'"),
+        ({"name": "mimic"}, r"attack\.name must be one of none, sign-flip, .*, sparse, got 'mimic'"),
         ({"name": "min-mx"}, r"attack\.name .*; did you mean 'min-max'\?"),
-        ({"direction": "mean"}, r"attack\.direction must be one of std, unit, sign, got 'mean'"),
-        ({"base": "label-flip"}, r"attack\.base must be one of ipm, .*, got 'label-flip'"),
         ({"share": 1.0}, r"attack\.share must be from 0 to below 1, got 1\.0"),
         ({"share": -0.1}, r"attack\.share must be from 0 to below 1, got -0\.1"),
         ({"share": math.nan}, r"attack\.share must be from 0 to below 1, got nan"),
         ({"share": 0.0}, r"attack\.share must be above 0 for attack 'lie', got 0\.0"),
         ({"name": "none"}, r"attack\.share must be 0 for attack 'none', got 0\.2"),
-        ({"noise_std": 0.0}, r"attack\.noise_std must be finite and above 0, got 0\.0"),
-        ({"ipm_epsilon": math.inf}, r"attack\.ipm_epsilon must be finite and above 0, got inf"),
-        ({"factor": -1.0}, r"attack\.factor must be finite and at least 0 .*, got -1\.0"),
-        ({"target_class": -1}, r"attack\.target_class must be at least 0, got -1"),
-        ({"poison_share": 0.0}, r"attack\.poison_share must be above 0 and at most 1, got 0\.0"),
-        ({"params_share": 1.5}, r"attack\.params_share must be above 0 and at most 1, got 1\.5"),
         ({"name": "layers"}, r"attack\.layers must name at least one parameter or module for attack 'layers', got none"),
+        ({"name": "lie", "settings": BaseAttack()}, r"attack\.name 'lie' has settings of the type NoSettings, got BaseAttack"),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:
@@ -416,8 +454,7 @@ def test_the_share_says_how_many_are_malicious() -> None:
         config.num_malicious(1)
 
 
-def test_the_names_are_sorted_after_none() -> None:
-    assert ATTACKS[0] == "none"
-    assert list(ATTACKS[1:]) == sorted(set(ATTACKS[1:]))
-    assert [name for name in ATTACKS if poisons_data(name)] == ["label-flip", "lie-backdoor", "scaling-backdoor"]
-    assert [name for name in ATTACKS if has_backdoor(name)] == ["lie-backdoor", "scaling-backdoor"]
+def test_which_attacks_poison_data_and_which_have_a_backdoor() -> None:
+    attacks = {name: built(name) for name in ATTACKS}
+    assert {name for name, one in attacks.items() if one.poisons_data} == {"label-flip", "lie-backdoor", "scaling-backdoor"}
+    assert {name for name, one in attacks.items() if one.target_class == 0} == {"lie-backdoor", "scaling-backdoor"}

@@ -1,10 +1,11 @@
 """The TOML file of a run: overrides, and errors that help."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from skymask_gpu.federation.config import read_config, read_grid
+from skymask_gpu.federation.config import RunConfig, read_config, read_grid
 
 
 def write(folder: Path, text: str) -> Path:
@@ -16,7 +17,7 @@ def write(folder: Path, text: str) -> Path:
 def test_a_file_without_variants_is_one_run_named_after_it(tmp_path: Path) -> None:
     (run,) = read_config(write(tmp_path, "rounds = 3\n[data]\nbias = 1\n[attack]\nname = 'sign-flip'\nshare = 0.04\n"))
     assert (run.name, run.rounds, run.data.bias, run.attack.num_malicious(100)) == ("trial", 3, 1.0, 4)
-    assert run.defence.training.full_step == 1.0
+    assert run.defence.settings.training.full_step == 1.0
 
 
 def test_variants_override_keys_of_the_file(checkout: Path) -> None:
@@ -36,8 +37,8 @@ def test_variants_override_keys_of_the_file(checkout: Path) -> None:
         ("[data]\nbais = 0.5", r"unknown key data\.bais; did you mean data\.bias\?"),
         ("[attack]\nxyz = 1", r"unknown key attack\.xyz; known are name, share"),
         ("rule = 'krum'", r"unknown key rule; did you mean defence\.rule\?"),
-        ("[data]\nlayers = ['fc2']", r"unknown key data\.layers; did you mean attack\.layers\?"),
-        ("[attack]\nlayers = 'fc2'", r"attack\.layers must be a list of strings, got 'fc2'"),
+        ("[data]\nlayers = ['fc2']", r"unknown key data\.layers; did you mean attack\.layers of attack\.name = 'layers'\?"),
+        ("[attack]\nname = 'layers'\nlayers = 'fc2'", r"attack\.layers must be a list of strings, got 'fc2'"),
         ("rounds = '3'", "rounds must be int, got '3'"),
         ("rounds = true", "rounds must be int, got True"),
         ("rounds = 0", "rounds must be at least 1, got 0"),
@@ -76,6 +77,70 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
         read_config(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "name = 'ipm'\nipm_epsilon = 1.0",
+            r"trial\.toml: unknown key attack\.ipm_epsilon; did you mean attack\.epsilon\? known are",
+        ),
+        ("name = 'noise'\nnoise_std = 1.0", r"attack\.noise_std; did you mean attack\.std\? known are name, share, std"),
+        (
+            "name = 'trim'\nepsilon = 1.0",
+            r"attack\.epsilon; did you mean attack\.epsilon of attack\.name = 'ipm'\? known are name",
+        ),
+        ("name = 'trim'\nipm_epsilon = 1.0", r"did you mean attack\.epsilon of attack\.name = 'ipm'\?"),
+        ("name = 'min-max'\nsettings = {}", r"unknown key attack\.settings; .*known are name, share, direction"),
+        ("name = 'ipm'\nepsilon = '1'", r"attack\.epsilon must be float, got '1'"),
+        ("name = 'sparse'\nbase = { name = 'ipm', std = 1.0 }", r"unknown key attack\.base\.std; .*known are name, epsilon"),
+        ("name = 'sparse'\nbase = 'mimic'", r"attack\.base must be one of sign-flip, .*, got 'mimic'"),
+        ("name = 'layers'\nlayers = [3]", r"attack\.layers must be a list of strings, got \[3\]"),
+    ],
+)
+def test_only_the_chosen_attacks_own_keys_are_taken(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config(write(tmp_path, f"[attack]\nshare = 0.2\n{text}"))
+
+
+def test_a_rule_takes_its_own_keys_only(tmp_path: Path) -> None:
+    (run,) = read_config(write(tmp_path, "[defence]\nsolver = 'fused'\nmask_lr = 100000000"))
+    assert (run.defence.settings.solver, run.defence.settings.mask_lr) == ("fused", 1e8)
+    message = r"unknown key defence\.mask_lr; did you mean defence\.mask_lr of defence\.rule = 'skymask'\? known are rule"
+    with pytest.raises(ValueError, match=message):
+        read_config(write(tmp_path, "[defence]\nrule = 'krum'\nmask_lr = 1e8"))
+
+
+def test_settings_are_read_written_and_read_again(tmp_path: Path) -> None:
+    text = "[attack]\nshare = 0.2\nname = 'layers'\nlayers = ['fc2']\nbase = { name = 'min-max', direction = 'unit' }"
+    (run,) = read_config(write(tmp_path, text))
+    assert run.attack.settings.base.settings.direction == "unit"
+    table = run.to_dict()
+    base = {"name": "min-max", "direction": "unit"}
+    assert table["attack"] == {"name": "layers", "share": 0.2, "layers": ["fc2"], "base": base}
+    assert RunConfig.from_dict(json.loads(json.dumps(table))) == run
+    (run,) = read_config(write(tmp_path, "[attack]\nshare = 0.2\nname = 'sparse'\nbase = 'min-max'"))
+    assert run.to_dict()["attack"]["base"] == "min-max"
+    assert RunConfig.from_dict(run.to_dict()) == run
+
+
+def test_variants_with_other_attacks_go_without_the_files_settings(tmp_path: Path) -> None:
+    text = """
+[attack]
+name = "ipm"
+share = 0.2
+epsilon = 2
+[[variants]]
+name = "a"
+[[variants]]
+name = "b"
+attack = { name = "none", share = 0 }
+"""
+    first, second = read_config(write(tmp_path, text))
+    assert (first.attack.settings.epsilon, second.attack.name) == (2.0, "none")
+    with pytest.raises(ValueError, match=r"unknown key attack\.epsilom; did you mean attack\.epsilon\?"):
+        read_config(write(tmp_path, text.replace("epsilon", "epsilom")))
+
+
 def test_krum_takes_as_many_malicious_clients_as_its_definition(tmp_path: Path) -> None:
     text = "[data]\nclients = 10\n[defence]\nrule = 'multi-krum'\nassumed_malicious = 3"
     assert read_config(write(tmp_path, text))[0].defence.assumed_malicious == 3
@@ -109,6 +174,35 @@ def test_a_grid_is_every_combination_and_no_attack_is_one_share(tmp_path: Path) 
     assert len({cell.name for cell in cells}) == len(cells)
 
 
+def test_a_grid_keeps_settings_where_they_apply(tmp_path: Path) -> None:
+    """Without them, cells that differ in nothing else are one."""
+    text = """
+[attack]
+share = 0.2
+direction = "unit"
+[defence]
+mask_steps = 5
+[grid]
+"attack.name" = ["ipm", "min-max", "trim"]
+"attack.epsilon" = [0.5, 2.0]
+"defence.rule" = ["fedavg", "skymask"]
+"""
+    cells = {cell.name: cell for cell in read_grid(write(tmp_path, text))}
+    assert list(cells) == [
+        "attack=ipm,epsilon=0.5,rule=fedavg",
+        "attack=ipm,epsilon=0.5,rule=skymask",
+        "attack=ipm,epsilon=2.0,rule=fedavg",
+        "attack=ipm,epsilon=2.0,rule=skymask",
+        "attack=min-max,rule=fedavg",
+        "attack=min-max,rule=skymask",
+        "attack=trim,rule=fedavg",
+        "attack=trim,rule=skymask",
+    ]
+    assert cells["attack=ipm,epsilon=2.0,rule=fedavg"].attack.settings.epsilon == 2
+    assert cells["attack=min-max,rule=skymask"].attack.settings.direction == "unit"
+    assert cells["attack=min-max,rule=skymask"].defence.settings.mask_steps == 5
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -117,6 +211,10 @@ def test_a_grid_is_every_combination_and_no_attack_is_one_share(tmp_path: Path) 
         ("[grid]\nseed = []", r"grid\.seed must be a list of different values"),
         ("[grid]\nseed = [1, 1]", r"grid\.seed must be a list of different values"),
         ("[grid]\n'defence.rul' = ['krum']", r"unknown key defence\.rul; did you mean defence\.rule\?"),
+        (
+            "[attack]\nshare = 0.2\n[grid]\n'attack.name' = ['trim', 'lie']\n'attack.epsilon' = [1]",
+            r"unknown key attack\.epsilon",
+        ),
         ("[grid]\n'defence.rule' = ['crum']", r"defence\.rule must be one of .*; did you mean 'krum'\?"),
     ],
 )

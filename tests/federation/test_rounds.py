@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from skymask_gpu.federation import rounds
-from skymask_gpu.federation.attacks import AttackConfig, add_trigger
+from skymask_gpu.federation.attacks import AttackConfig, Layers, ScalingBackdoor, add_trigger
 from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
 from skymask_gpu.federation.rounds import (
@@ -174,14 +174,15 @@ def test_a_rule_that_judges_nobody_has_no_rates(tmp_path: Path) -> None:
 
 
 def test_a_backdoor_is_measured_on_triggered_samples_of_other_classes(tmp_path: Path) -> None:
-    attack = AttackConfig(name="scaling-backdoor", share=0.2, target_class=3)
+    attack = AttackConfig(name="scaling-backdoor", share=0.2, settings=ScalingBackdoor(target_class=3))
     config = dataclasses.replace(SMALL, attack=attack, rounds=3, defence=DefenceConfig(rule="fedavg"))
     records = list(run_rounds(Federation.build(config), tmp_path / "fedavg"))
     assert records[-1]["attack_success_rate"] > 0.9, "nothing stands against model replacement"
     federation = Federation.build(config)
     others = federation.dataset.test_labels != 3
     hits = federation._predictions(
-        federation.first_model(), add_trigger(federation.dataset.test_inputs[others], federation.brightest)
+        federation.first_model(),
+        add_trigger(federation.dataset.test_inputs[others], float(federation.dataset.train_inputs.max())),
     )
     assert federation.attack_success_rate(federation.first_model()) == int((hits == 3).sum()) / int(others.sum())
 
@@ -401,10 +402,13 @@ def test_skymask_on_mnist_stays_exact(malicious: int, mnist_dir: Path, tmp_path:
     ("attack", "message"),
     [
         (
-            AttackConfig(name="scaling-backdoor", share=0.2, target_class=10),
+            AttackConfig(name="scaling-backdoor", share=0.2, settings=ScalingBackdoor(target_class=10)),
             r"attack\.target_class must be below .* 10 classes",
         ),
-        (AttackConfig(name="layers", share=0.2, layers=("fc9",)), r"attack\.layers must name parameters .* got 'fc9'"),
+        (
+            AttackConfig(name="layers", share=0.2, settings=Layers(layers=("fc9",))),
+            r"attack\.layers must name parameters .* got 'fc9'",
+        ),
     ],
 )
 def test_an_attack_that_does_not_fit_is_refused_before_any_client_trains(attack: AttackConfig, message: str) -> None:

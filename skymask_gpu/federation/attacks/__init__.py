@@ -1,21 +1,50 @@
-"""Attacks: what malicious clients train on (``data_poisoning``), and what they send (``model_poisoning``).
+"""Attacks: what malicious clients train on, what they do in local training, and what they send.
 
 The attacker controls the malicious clients, lets them act together, and knows the updates of all others (full knowledge, the
-strongest threat model). A round's batches go through ``poison_batch``, and what local training made of them through ``attack``.
+strongest threat model).
+
+| file | what |
+| --- | --- |
+| ``interface.py`` | ``ATTACKS``, the registry; ``AttackConfig``, the ``[attack]`` table; ``Attack``, the hooks of a run |
+| ``own.py`` | none, noise, sign-flip, scaling: on each malicious client's own update |
+| ``shifts.py`` | ipm, lie, min-max, min-sum: away from the honest mean |
+| ``fang.py`` | trim, krum |
+| ``partial.py`` | layers, sparse: another attack in some of the parameters |
+| ``data.py`` | label-flip, lie-backdoor, scaling-backdoor: on what malicious clients train on |
 """
 
-from skymask_gpu.federation.attacks.data_poisoning import add_trigger, has_backdoor, poison_batch, poisons_data
-from skymask_gpu.federation.attacks.model_poisoning import attack, poisoned_columns
-from skymask_gpu.federation.attacks.threat import ATTACKS, AttackConfig, Threat
+# importing a family registers its attacks
+from skymask_gpu.federation.attacks.data import Backdoor, ScalingBackdoor, add_trigger
+from skymask_gpu.federation.attacks.fang import krum as krum
+from skymask_gpu.federation.attacks.interface import (
+    ATTACKS,
+    Attack,
+    AttackConfig,
+    AttackContext,
+    Threat,
+    attack,
+    build_attack,
+)
+from skymask_gpu.federation.attacks.own import Noise, Scaling
+from skymask_gpu.federation.attacks.partial import BaseAttack, Layers, Sparse
+from skymask_gpu.federation.attacks.shifts import IPM, Direction
 
 __all__ = [
     "ATTACKS",
+    "IPM",
+    "Attack",
     "AttackConfig",
+    "AttackContext",
+    "Backdoor",
+    "BaseAttack",
+    "Direction",
+    "Layers",
+    "Noise",
+    "Scaling",
+    "ScalingBackdoor",
+    "Sparse",
     "Threat",
     "add_trigger",
     "attack",
-    "has_backdoor",
-    "poison_batch",
-    "poisoned_columns",
-    "poisons_data",
+    "build_attack",
 ]

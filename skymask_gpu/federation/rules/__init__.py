@@ -1,60 +1,50 @@
-"""Aggregation rules: from the clients' updates to the server's step."""
+"""Aggregation rules: from the clients' updates to the server's step.
 
-from collections.abc import Callable
+| file | what |
+| --- | --- |
+| ``interface.py`` | ``RULES``, the registry; what a rule is given and gives back |
+| ``averages.py`` | fedavg, median, trimmed-mean, geometric-median: they judge nobody |
+| ``krum.py`` | krum, multi-krum, bulyan |
+| ``fltrust.py``, ``flame.py``, ``deepsight.py``, ``tolpegin.py``, ``fldetector.py``, ``skymask.py`` | one rule each |
+| ``wrappers.py`` | a function as a rule; a rule that NaN and Inf do not reach |
+| ``rows.py``, ``clustering.py``, ``last_layer.py`` | what several rules share |
+"""
 
-from skymask_gpu.defence import SkyMask
-from skymask_gpu.federation.rules.averages import fedavg, geometric_median, median, trimmed_mean
-from skymask_gpu.federation.rules.context import RuleContext
-from skymask_gpu.federation.rules.deepsight import DeepSight
-from skymask_gpu.federation.rules.flame import flame
-from skymask_gpu.federation.rules.fldetector import FLDetector
-from skymask_gpu.federation.rules.fltrust import fltrust
-from skymask_gpu.federation.rules.interface import RoundInfo, Rule, RuleResult
-from skymask_gpu.federation.rules.krum import bulyan, krum, multi_krum
-from skymask_gpu.federation.rules.skymask import SkyMaskRule
-from skymask_gpu.federation.rules.tolpegin import Tolpegin
+import inspect
+from typing import Any
+
+# importing a file registers its rules
+from skymask_gpu.federation.choices import NoSettings, with_settings
+from skymask_gpu.federation.rules.averages import fedavg as fedavg
+from skymask_gpu.federation.rules.deepsight import DeepSight as DeepSight
+from skymask_gpu.federation.rules.flame import flame as flame
+from skymask_gpu.federation.rules.fldetector import FLDetector as FLDetector
+from skymask_gpu.federation.rules.fltrust import fltrust as fltrust
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, Rule, RuleContext, RuleResult
+from skymask_gpu.federation.rules.krum import krum as krum
+from skymask_gpu.federation.rules.skymask import SkyMaskSettings
+from skymask_gpu.federation.rules.tolpegin import Tolpegin as Tolpegin
 from skymask_gpu.federation.rules.wrappers import FiniteRows, Stateless
 
-__all__ = ["RULES", "RoundInfo", "Rule", "RuleContext", "RuleResult", "build_rule"]
+__all__ = ["RULES", "RoundInfo", "Rule", "RuleContext", "RuleResult", "SkyMaskSettings", "build_rule"]
 
 
-def _skymask(context: RuleContext) -> Rule:
-    defence = SkyMask(
-        context.module,
-        context.root_inputs,
-        context.root_labels,
-        training=context.training,
-        clustering=context.clustering,
-        root_training=context.root_training,
-        solver=context.solver,
-    )
-    return Stateless(SkyMaskRule(defence))
-
-
-# FedAvg takes what comes, and SkyMask rejects NaN and Inf itself; the others are not given them.
-RULES: dict[str, Callable[[RuleContext], Rule]] = {
-    "bulyan": lambda context: FiniteRows(Stateless(bulyan)),
-    "deepsight": lambda context: FiniteRows(Stateless(DeepSight(context))),
-    "fedavg": lambda context: Stateless(fedavg),
-    "flame": lambda context: FiniteRows(Stateless(flame)),
-    "fldetector": lambda context: FiniteRows(FLDetector(context.num_clients)),
-    "fltrust": lambda context: FiniteRows(Stateless(fltrust)),
-    "geometric-median": lambda context: FiniteRows(Stateless(geometric_median)),
-    "krum": lambda context: FiniteRows(Stateless(krum)),
-    "median": lambda context: FiniteRows(Stateless(median)),
-    "multi-krum": lambda context: FiniteRows(Stateless(multi_krum)),
-    "skymask": _skymask,
-    "tolpegin": lambda context: FiniteRows(Stateless(Tolpegin(context))),
-    "trimmed-mean": lambda context: FiniteRows(Stateless(trimmed_mean)),
-}
-
-
-def build_rule(name: str, context: RuleContext) -> Rule:
+def build_rule(name: str, context: RuleContext, settings: Any = None) -> Rule:
     """The rule called ``name``.
+
+    Args:
+        name: key of :data:`RULES`.
+        context: the server's model and data.
+        settings: the rule's own; None: their defaults.
 
     Raises:
         ValueError: unknown name, or the rule does not fit the model.
     """
-    if name not in RULES:
-        raise ValueError(f"defence.rule must be one of {', '.join(RULES)}, got {name!r}")
-    return RULES[name](context)
+    entry = RULES[name]
+    settings = RULES.settings_of(name)() if settings is None else settings
+    if not inspect.isclass(entry):
+        rule: Rule = Stateless(entry, settings)
+    else:
+        made = with_settings(entry, settings, context)
+        rule = made if hasattr(made, "state") else Stateless(made, NoSettings())
+    return rule if hasattr(entry, "_takes_any_row") else FiniteRows(rule)

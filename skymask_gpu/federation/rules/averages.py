@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleResult, takes_any_row
 from skymask_gpu.federation.rules.rows import column_blocks, squared_distances_to, weighted_sum
 
 __all__ = ["fedavg", "geometric_median", "median", "trimmed_mean"]
@@ -13,16 +13,20 @@ _MOST_STEPS = 100
 _TOLERANCE = 1e-7
 
 
+@RULES.register("fedavg")
+@takes_any_row
 def fedavg(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """The plain mean (McMahan et al., AISTATS 2017) with equal weights. NaN and Inf go through."""
     return RuleResult(updates_MP.mean(0), updates_MP.new_ones(len(updates_MP)).bool())
 
 
+@RULES.register("median")
 def median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """The coordinate-wise median (Yin et al., ICML 2018); of an even number of values the mean of the two in the middle."""
     return RuleResult(_coordinate_median(updates_MP).to(updates_MP.dtype), None)
 
 
+@RULES.register("trimmed-mean")
 def trimmed_mean(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """The coordinate-wise trimmed mean (Yin et al., ICML 2018).
 
@@ -35,6 +39,7 @@ def trimmed_mean(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     return RuleResult(torch.cat(parts).to(updates_MP.dtype), None)
 
 
+@RULES.register("geometric-median")
 def geometric_median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """The geometric median by the smoothed Weiszfeld algorithm (RFA: Pillutla et al., IEEE Trans. Signal Processing 2022).
 

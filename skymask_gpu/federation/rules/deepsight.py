@@ -5,8 +5,7 @@ from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.rules.clustering import hdbscan_labels
-from skymask_gpu.federation.rules.context import RuleContext
-from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult
 from skymask_gpu.federation.rules.last_layer import LastLayer
 from skymask_gpu.federation.rules.rows import clipped_mean, cosine_distances, inner_products, row_norms
 
@@ -19,6 +18,7 @@ _CLUSTER = 5  # min_cluster_size and min_samples, the defaults of the hdbscan pa
 _LARGEST_LOG_RATIO = 60.0
 
 
+@RULES.register("deepsight")
 class DeepSight:
     """DeepSight (Rieger et al., NDSS 2022).
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.federation.rules.clustering import hdbscan_labels
-from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleResult
 from skymask_gpu.federation.rules.rows import clipped_mean, cosine_distances, inner_products, row_norms
 
 __all__ = ["flame"]
@@ -12,6 +12,7 @@ __all__ = ["flame"]
 _NOISE_FACTOR = 0.001
 
 
+@RULES.register("flame")
 def flame(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """FLAME (Nguyen et al., USENIX Security 2022, algorithm 1).
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.federation.rules.clustering import best_cut
-from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult
 from skymask_gpu.federation.rules.rows import mean_of_kept, squared_distances_to
 
 __all__ = ["FLDetector", "hessian_times"]
@@ -13,6 +13,7 @@ _WINDOW = 10
 _REFERENCES = 20
 
 
+@RULES.register("fldetector")
 class FLDetector:
     """FLDetector (Zhang et al., KDD 2022).
 
@@ -34,13 +35,10 @@ class FLDetector:
     score is the mean of those that it has. A client without an earlier update has no score and is kept.
 
     Kept are the clients that were never detected; the update is their mean.
-
-    Args:
-        num_clients: clients are numbered from 0 to ``num_clients - 1``.
     """
 
-    def __init__(self, num_clients: int) -> None:
-        self._num_clients = num_clients
+    def __init__(self, context: RuleContext) -> None:
+        self._num_clients = context.num_clients
         self._state: dict[str, Tensor] = {}
 
     def __call__(self, updates_MP: Tensor, info: RoundInfo) -> RuleResult:

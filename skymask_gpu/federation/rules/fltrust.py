@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleResult
 from skymask_gpu.federation.rules.rows import row_norms, weighted_sum
 
 __all__ = ["fltrust"]
@@ -11,6 +11,7 @@ __all__ = ["fltrust"]
 _TINY = torch.finfo(torch.float64).tiny
 
 
+@RULES.register("fltrust")
 def fltrust(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """FLTrust (Cao et al., NDSS 2021).
 

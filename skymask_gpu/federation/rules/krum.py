@@ -6,12 +6,14 @@ f is the number of rows that are assumed malicious, n that of all rows.
 import torch
 from torch import Tensor
 
-from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleResult, needs_clients
 from skymask_gpu.federation.rules.rows import column_blocks, mean_of_kept, squared_distances
 
 __all__ = ["bulyan", "krum", "multi_krum"]
 
 
+@RULES.register("krum")
+@needs_clients(2)
 def krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """Krum (Blanchard et al., NeurIPS 2017): the one update with the smallest score.
 
@@ -22,6 +24,8 @@ def krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     return RuleResult(updates_MP[best].clone(), torch.arange(len(updates_MP), device=updates_MP.device) == best)
 
 
+@RULES.register("multi-krum")
+@needs_clients(2)
 def multi_krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """Multi-Krum (Blanchard et al., NeurIPS 2017): the mean of the m = n - f updates with the smallest Krum scores.
 
@@ -34,6 +38,8 @@ def multi_krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     return RuleResult(mean_of_kept(updates_MP, kept_M), kept_M)
 
 
+@RULES.register("bulyan")
+@needs_clients(4)
 def bulyan(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """Bulyan on Krum (El Mhamdi et al., ICML 2018).
 

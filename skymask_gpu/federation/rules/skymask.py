@@ -1,19 +1,91 @@
-"""SkyMask among the rules."""
+"""SkyMask among the rules, and its settings."""
+
+import json
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from skymask_gpu.defence import SkyMask
-from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.defence import Aggregation, SkyMask
+from skymask_gpu.engine import SOLVERS, Clustering, MaskTraining
+from skymask_gpu.engine.registry import one_of
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult, takes_any_row
 
-__all__ = ["SkyMaskRule"]
+__all__ = ["SkyMaskRule", "SkyMaskSettings"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SkyMaskSettings:
+    """Settings of ``skymask``: how masks are trained and clustered.
+
+    Attributes:
+        solver: of mask training.
+        clustering: the rule from masks to a verdict.
+        mask_steps: steps of mask training.
+        mask_lr: its learning rate.
+        mask_grad_clip: bound on each element of its gradient.
+    """
+
+    solver: str = "auto"
+    clustering: str = "two-stage"
+    mask_steps: int = 20
+    mask_lr: float = 1e7
+    mask_grad_clip: float = 1e-7
+
+    def __post_init__(self) -> None:
+        one_of("defence.solver", self.solver, ("auto", *SOLVERS))
+        # raise now, not after the first round
+        _ = self.training, self.clustering_config
+
+    @property
+    def training(self) -> MaskTraining:
+        return MaskTraining(steps=self.mask_steps, lr=self.mask_lr, grad_clip=self.mask_grad_clip)
+
+    @property
+    def clustering_config(self) -> Clustering:
+        return Clustering(rule=self.clustering)  # type: ignore[arg-type]  # checked by Clustering
+
+
+@RULES.register("skymask", settings=SkyMaskSettings)
+@takes_any_row
 class SkyMaskRule:
     """SkyMask (Yan et al., ECCV 2024) with its root model trained like a client. It rejects NaN and Inf itself."""
 
-    def __init__(self, defence: SkyMask) -> None:
-        self._defence = defence
+    def __init__(self, context: RuleContext, settings: SkyMaskSettings) -> None:
+        self._defence = SkyMask(
+            context.module,
+            context.root_inputs,
+            context.root_labels,
+            training=settings.training,
+            clustering=settings.clustering_config,
+            root_training=context.root_training,
+            solver=settings.solver,
+        )
 
     def __call__(self, updates_MP: Tensor, info: RoundInfo) -> RuleResult:
         result = self._defence.aggregate(updates_MP, global_params=info.global_params, root_update=info.root_update)
-        return RuleResult(result.update, result.benign, result)
+        return RuleResult(
+            result.update,
+            result.benign,
+            record={
+                "num_clusters": result.clusters.num_clusters,
+                "verdict": result.verdict,
+                "reason": result.clusters.reason,
+                "solver": result.masks.solver,
+                "mask_steps": result.masks.steps,
+                "root_losses": result.masks.losses,
+            },
+            seconds=result.seconds,
+            tensors=lambda: _tensors(result, info.clients),
+        )
+
+
+def _tensors(result: Aggregation, clients_M: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Rows are the clients that SkyMask could judge; scores have the root's row last."""
+    evidence = result.evidence()
+    tensors = {
+        "evidence": evidence.shares,
+        "clients": clients_M[result.clients.cpu()],
+        "scores": result.clusters.scores,
+        "benign": result.clusters.benign,
+    }
+    return tensors, {"layers": json.dumps(evidence.layers)}

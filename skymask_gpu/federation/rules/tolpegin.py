@@ -5,14 +5,14 @@ from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.rules.clustering import best_cut
-from skymask_gpu.federation.rules.context import RuleContext
-from skymask_gpu.federation.rules.interface import RoundInfo, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult
 from skymask_gpu.federation.rules.last_layer import LastLayer
 from skymask_gpu.federation.rules.rows import inner_products, mean_of_kept
 
 __all__ = ["Tolpegin"]
 
 
+@RULES.register("tolpegin")
 class Tolpegin:
     """The defence of Tolpegin et al. (ESORICS 2020), with a verdict in place of a look at the plot.
 

@@ -2,23 +2,25 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from skymask_gpu.federation.choices import with_settings
 from skymask_gpu.federation.rules.interface import RoundInfo, Rule, RuleResult
 
 __all__ = ["FiniteRows", "Stateless"]
 
 
 class Stateless:
-    """A rule that remembers nothing, from its function ``(updates (M, P), info) -> RuleResult``."""
+    """A rule that remembers nothing, from its function ``(updates (M, P), info[, settings]) -> RuleResult``."""
 
-    def __init__(self, function: Callable[[Tensor, RoundInfo], RuleResult]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., RuleResult], settings: Any) -> None:
+        self._function, self._settings = function, settings
 
     def __call__(self, updates_MP: Tensor, info: RoundInfo) -> RuleResult:
-        return self._function(updates_MP, info)
+        return with_settings(self._function, self._settings, updates_MP, info)
 
     def state(self) -> dict[str, Tensor]:
         return {}

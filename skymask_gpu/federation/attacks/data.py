@@ -1,0 +1,140 @@
+"""Attacks on what malicious clients train on: flipped labels, and backdoors with a pixel pattern."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.federation.attacks.interface import ATTACKS, Attack, AttackContext, Threat
+from skymask_gpu.federation.attacks.own import Scaling, scaling
+from skymask_gpu.federation.attacks.shifts import clipped_to_band
+from skymask_gpu.federation.choices import positive_share
+
+__all__ = ["Backdoor", "LabelFlip", "PixelBackdoor", "ScalingBackdoor", "add_trigger"]
+
+_TRIGGER_SIDE = 3
+
+
+@ATTACKS.register("label-flip")
+class LabelFlip(Attack):
+    """Label flip (Fang et al., USENIX Security 2020, section 5.1): label l of L classes becomes L - 1 - l."""
+
+    poisons_data = True
+
+    def __init__(self, context: AttackContext) -> None:
+        self._num_classes = context.num_classes
+
+    def poison(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs, self._num_classes - 1 - labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backdoor:
+    """Settings of a backdoor.
+
+    Attributes:
+        target_class: the label that the trigger is to cause.
+        poison_share: share of each malicious batch that carries the trigger.
+    """
+
+    target_class: int = 0
+    poison_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.target_class < 0:
+            raise ValueError(f"attack.target_class must be at least 0, got {self.target_class!r}")
+        positive_share("attack.poison_share", self.poison_share)
+
+
+class PixelBackdoor(Attack):
+    """Backdoors (BadNets: Gu et al., arXiv:1708.06733): the first samples of each batch carry the trigger and the target class.
+
+    ``poison_share`` of a batch is poisoned, rounded, but at least one sample. Batches are drawn at random, so their first
+    samples are random samples, too.
+
+    Raises:
+        ValueError: the data have no such target class, or are no images that could carry the trigger.
+    """
+
+    poisons_data = True
+    target_class: int
+
+    def __init__(self, context: AttackContext, settings: Backdoor) -> None:
+        if settings.target_class >= context.num_classes:
+            raise ValueError(
+                f"attack.target_class must be below the data's {context.num_classes} classes, got {settings.target_class}"
+            )
+        _check_images(context.input_shape)
+        self.target_class = settings.target_class
+        self._poison_share, self._brightest = settings.poison_share, context.brightest
+
+    def poison(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        batch_size = labels.shape[-1]
+        poisoned_B = torch.arange(batch_size, device=labels.device) < max(1, round(self._poison_share * batch_size))
+        triggered = torch.where(poisoned_B[:, None, None, None], self.trigger(inputs), inputs)
+        return triggered, torch.where(poisoned_B, self.target_class, labels)
+
+    def trigger(self, inputs: Tensor) -> Tensor:
+        return add_trigger(inputs, self._brightest)
+
+
+@ATTACKS.register("lie-backdoor", settings=Backdoor)
+class LieBackdoor(PixelBackdoor):
+    """A Little Is Enough (Baruch et al., NeurIPS 2019), the form that plants a backdoor.
+
+    Malicious clients train on data with the trigger, and send their updates, each parameter clipped to mean +- z * std of the
+    honest updates. The paper besides keeps the backdoored model near the honest one while it is trained; local training is
+    not changed here.
+    """
+
+    def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+        return clipped_to_band(updates_NP, malicious_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingBackdoor(Scaling, Backdoor):
+    """Settings of ``scaling-backdoor``: those of ``scaling`` and those of a backdoor."""
+
+    def __post_init__(self) -> None:
+        Scaling.__post_init__(self)
+        Backdoor.__post_init__(self)
+
+
+@ATTACKS.register("scaling-backdoor", settings=ScalingBackdoor)
+class ScaledBackdoor(PixelBackdoor):
+    """Model replacement (Bagdasaryan et al., AISTATS 2020): malicious clients train on the trigger and scale their updates."""
+
+    def __init__(self, context: AttackContext, settings: ScalingBackdoor) -> None:
+        super().__init__(context, settings)
+        self._settings = settings
+
+    def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+        return scaling(updates_NP, malicious_N, threat, self._settings)
+
+
+def add_trigger(inputs: Tensor, brightest: float) -> Tensor:
+    """Copies of images with the trigger, a square of 3 x 3 pixels in the lower right corner, all channels alike.
+
+    A pixel pattern as in BadNets (Gu et al., arXiv:1708.06733).
+
+    Args:
+        inputs: ``(..., channels, height, width)``.
+        brightest: value of the pattern's pixels. Take the largest of all training inputs, so that the pattern is the same in
+            training and in tests.
+
+    Raises:
+        ValueError: the inputs are no images, or smaller than the pattern.
+    """
+    _check_images(tuple(inputs.shape[-3:]))
+    triggered = inputs.clone()
+    triggered[..., -_TRIGGER_SIDE:, -_TRIGGER_SIDE:] = brightest
+    return triggered
+
+
+def _check_images(shape: tuple[int, ...]) -> None:
+    """Refuse samples that are no ``(channels, height, width)`` images with room for the trigger."""
+    if len(shape) != 3 or min(shape[-2:]) < _TRIGGER_SIDE:
+        raise ValueError(
+            f"attack.name: a backdoor's trigger needs images (channels, height, width) of at least {_TRIGGER_SIDE} x "
+            f"{_TRIGGER_SIDE} pixels, got samples of shape {shape}; choose another attack for this data set"
+        )

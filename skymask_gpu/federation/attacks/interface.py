@@ -1,0 +1,207 @@
+"""What an attack is: its table in a run's TOML file, what the attacker knows, and the hooks that a run calls.
+
+N clients, F of them malicious, H = N - F honest, P parameters.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.federation.choices import Choice, Choices, with_settings
+
+__all__ = ["ATTACKS", "Attack", "AttackConfig", "AttackContext", "Threat", "attack", "build_attack"]
+
+# Every attack by name. An entry is a function that computes what malicious clients send from a round's updates,
+#     attack(updates_NP, malicious_N, threat[, settings]) -> (F, P),
+# or a subclass of Attack, which is made once per run as attack(context[, settings]).
+ATTACKS = Choices("attack.name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(Choice):
+    """``[attack]``: what the malicious clients do, and how many there are.
+
+    Attributes:
+        name: key of :data:`ATTACKS`.
+        share: of all clients, from 0 to below 1; above 0 unless the name is ``"none"``.
+        settings: the attack's own keys; None: their defaults.
+
+    Example:
+        >>> from skymask_gpu.federation.attacks import IPM, AttackConfig
+        >>> AttackConfig(name="ipm", share=0.2, settings=IPM(epsilon=2.0)).num_malicious(50)
+        10
+    """
+
+    registry: ClassVar[Choices] = ATTACKS
+    table: ClassVar[str] = "attack"
+
+    name: str = "none"
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share < 1:
+            raise ValueError(f"attack.share must be from 0 to below 1, got {self.share!r}")
+        if self.name == "none" and self.share > 0:
+            raise ValueError(f"attack.share must be 0 for attack 'none', got {self.share!r}; set attack.name")
+        if self.name != "none" and self.share == 0:
+            raise ValueError(f"attack.share must be above 0 for attack {self.name!r}, got {self.share!r}")
+
+    def num_malicious(self, num_clients: int) -> int:
+        """The rounded share of ``num_clients``; at least one unless the share is 0.
+
+        Raises:
+            ValueError: no client would be honest.
+        """
+        if self.share == 0:
+            return 0
+        num_malicious = max(1, round(self.share * num_clients))
+        if num_malicious >= num_clients:
+            raise ValueError(
+                f"attack.share must leave an honest client, got {self.share!r} of {num_clients}: {num_malicious} malicious; "
+                "use a smaller share or more data.clients"
+            )
+        return num_malicious
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackContext:
+    """The model and the data of a run, which an attack must fit.
+
+    Attributes:
+        layers: each parameter's columns in an update, by name.
+        num_classes: the data set's.
+        input_shape: of one sample, ``(channels, height, width)`` or ``(features,)``.
+        brightest: the largest value in the training inputs; pixels of a trigger have it.
+    """
+
+    layers: Mapping[str, slice]
+    num_classes: int
+    input_shape: tuple[int, ...]
+    brightest: float
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What the attacker knows in a round besides the updates.
+
+    Attributes:
+        config: the attack.
+        generator: on the CPU; seeded anew each round.
+        clients: ``(N,)`` int64, which clients the rows are; None outside of a run.
+        global_params: ``(P,)`` the model that the clients started from; None outside of a run.
+        previous_params: ``(P,)`` the model that they started from in the round before; None in the first round.
+    """
+
+    config: AttackConfig
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    clients: Tensor | None = None
+    global_params: Tensor | None = None
+    previous_params: Tensor | None = None
+
+
+class Attack:
+    """One run's attacker. A subclass overrides the hooks that it needs; without any, malicious clients are honest.
+
+    ``__init__`` takes an :class:`AttackContext`, and the attack's settings where it has some. It raises a ValueError if
+    the attack does not fit the model or the data: nobody has trained by then.
+
+    Attributes:
+        poisons_data: whether :meth:`poison` changes batches.
+        target_class: of a backdoor, the class that inputs with its trigger are to be taken for; None: it has no trigger,
+            and no success is measured.
+    """
+
+    poisons_data: ClassVar[bool] = False
+    target_class: int | None = None
+
+    def poison(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What malicious clients train on instead of ``(..., B, *sample)`` inputs and ``(..., B)`` labels."""
+        return inputs, labels
+
+    def after_step(self, params_FP: Tensor, step: int, clients_F: Tensor, threat: Threat) -> Tensor | None:
+        """Called after each local step of malicious clients, some of them at a time.
+
+        Args:
+            params_FP: ``(F, P)`` their local models after the step; not to be written to.
+            step: 0 is the first.
+            clients_F: ``(F,)`` int64, which clients they are.
+            threat: what the attacker knows.
+
+        Returns:
+            ``(F, P)`` local models to go on from; None: those it was given.
+        """
+        return None
+
+    def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+        """``(F, P)``: what the malicious clients send.
+
+        Args:
+            updates_NP: float32, what each client got by its own training; not to be written to.
+            malicious_N: ``(N,)`` bool.
+            threat: what else the attacker knows.
+        """
+        return updates_NP[malicious_N]
+
+    def trigger(self, inputs: Tensor) -> Tensor:
+        """A backdoor's test inputs: copies of ``(n, *sample)`` inputs with the whole trigger."""
+        raise NotImplementedError("an attack with a target_class must define its trigger")
+
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers from round to round; a checkpoint holds it. The tensors are not written to later."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up a ``state``; an empty one is that before the first round."""
+
+    def replaced(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+        """A new ``(N, P)`` matrix with the malicious rows of :meth:`send`; without malicious rows, the updates themselves."""
+        if not malicious_N.any():
+            return updates_NP
+        sent_NP = updates_NP.clone()
+        sent_NP[malicious_N] = self.send(updates_NP, malicious_N, threat)
+        return sent_NP
+
+
+class _OnUpdates(Attack):
+    """An attack that is one function of a round's updates."""
+
+    def __init__(self, function: Callable[..., Tensor], settings: Any) -> None:
+        self._function, self._settings = function, settings
+
+    def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+        return with_settings(self._function, self._settings, updates_NP, malicious_N, threat)
+
+
+def build_attack(choice: Choice, context: AttackContext) -> Attack:
+    """The attack that ``[attack]``, or another table that chooses an attack, asks for.
+
+    Raises:
+        ValueError: the attack does not fit the model or the data.
+    """
+    entry = ATTACKS[getattr(choice, choice.key)]
+    return with_settings(entry, choice.settings, context) if inspect.isclass(entry) else _OnUpdates(entry, choice.settings)
+
+
+def attack(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+    """One round of an attack that is a function of the updates, outside of a run.
+
+    Args:
+        updates_NP: float32, what each client got by its own training.
+        malicious_N: ``(N,)`` bool.
+        threat: the attack, and its source of randomness.
+
+    Returns:
+        A new ``(N, P)`` matrix in which the malicious rows are replaced; without malicious rows, the updates themselves.
+
+    Raises:
+        ValueError: the attack looks at the model or the data, too, as backdoors do; build it with :func:`build_attack`.
+    """
+    name = threat.config.name
+    if inspect.isclass(ATTACKS[name]):
+        raise ValueError(f"attack.name {name!r} needs a run's model and data; use build_attack")
+    return _OnUpdates(ATTACKS[name], threat.config.settings).replaced(updates_NP, malicious_N, threat)

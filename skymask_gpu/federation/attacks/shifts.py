@@ -1,0 +1,145 @@
+"""Attacks that shift away from the honest updates' mean: inner product manipulation, ALIE, Min-Max and Min-Sum.
+
+All malicious clients send the same. Where an attack needs more honest updates than there are (two for a standard deviation,
+else one), malicious clients send their own updates.
+"""
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skymask_gpu.engine.registry import one_of
+from skymask_gpu.federation.attacks.interface import ATTACKS, Threat
+from skymask_gpu.federation.choices import above_zero
+
+__all__ = ["DIRECTIONS", "IPM", "Direction", "clipped_to_band"]
+
+DIRECTIONS = ("std", "unit", "sign")
+
+_LARGEST_Z = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPM:
+    """Settings of ``ipm``.
+
+    Attributes:
+        epsilon: multiple of the honest mean.
+    """
+
+    epsilon: float = 0.5
+
+    def __post_init__(self) -> None:
+        above_zero("attack.epsilon", self.epsilon)
+
+
+@ATTACKS.register("ipm", settings=IPM)
+def ipm(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: IPM) -> Tensor:
+    """Inner product manipulation (Xie et al., "Fall of Empires", UAI 2019): all send -epsilon times the honest mean.
+
+    The mean of all N then points against the honest mean if epsilon is above H / F.
+    """
+    honest_HP = updates_NP[~malicious_N]
+    if len(honest_HP) == 0:
+        return updates_NP[malicious_N]
+    return (-settings.epsilon * honest_HP.mean(0)).expand(int(malicious_N.sum()), -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Direction:
+    """Settings of ``min-max`` and ``min-sum``.
+
+    Attributes:
+        direction: they move against the honest updates' standard deviation (``"std"``), their unit mean (``"unit"``) or the
+            sign of their mean (``"sign"``).
+    """
+
+    direction: str = "std"
+
+    def __post_init__(self) -> None:
+        one_of("attack.direction", self.direction, DIRECTIONS)
+
+
+@ATTACKS.register("min-max", settings=Direction)
+def min_max(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Direction) -> Tensor:
+    """Min-Max (Shejwalkar & Houmansadr, NDSS 2021, section IV-B).
+
+    All send mean + gamma * direction, with the largest gamma for which no honest update is further away than two honest updates
+    are from each other. The paper searches for gamma; here it is solved for.
+    """
+    honest_HP = updates_NP[~malicious_N]
+    if len(honest_HP) < 2:
+        return updates_NP[malicious_N]
+    mean_P, direction_P = honest_HP.mean(0), _direction(honest_HP, settings.direction)
+    offset_HP = mean_P - honest_HP
+    widest = torch.cdist(offset_HP, offset_HP, compute_mode="use_mm_for_euclid_dist").max().double().square()
+    # |offset + gamma direction|^2 <= widest holds for every honest client up to the smallest positive root of the quadratics
+    a = direction_P.double().square().sum()
+    if a == 0:
+        return mean_P.expand(int(malicious_N.sum()), -1)
+    b_H = (offset_HP @ direction_P).double()
+    c_H = offset_HP.double().square().sum(1) - widest
+    gamma = ((-b_H + (b_H.square() - a * c_H).clamp_min(0).sqrt()) / a).min()
+    return (mean_P + gamma.to(mean_P.dtype) * direction_P).expand(int(malicious_N.sum()), -1)
+
+
+@ATTACKS.register("min-sum", settings=Direction)
+def min_sum(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Direction) -> Tensor:
+    """Min-Sum (Shejwalkar & Houmansadr, NDSS 2021, section IV-B).
+
+    All send mean + gamma * direction, with the largest gamma for which the sum of squared distances to the honest updates is no
+    larger than that of any honest update. With H honest updates u and their mean m, the sum from a point x is
+    H |x - m|^2 + sum |u - m|^2, so that gamma * |direction| is the largest distance of an honest update from the mean.
+    """
+    honest_HP = updates_NP[~malicious_N]
+    if len(honest_HP) < 2:
+        return updates_NP[malicious_N]
+    mean_P, direction_P = honest_HP.mean(0), _direction(honest_HP, settings.direction)
+    length = torch.linalg.vector_norm(direction_P.double())
+    furthest = torch.linalg.vector_norm((honest_HP - mean_P).double(), dim=1).max()
+    gamma = furthest / length if length > 0 else torch.zeros_like(length)
+    return (mean_P + gamma.to(mean_P.dtype) * direction_P).expand(int(malicious_N.sum()), -1)
+
+
+def _direction(honest_HP: Tensor, kind: str) -> Tensor:
+    """The perturbations of Shejwalkar & Houmansadr: inverse standard deviation, inverse unit vector, inverse sign."""
+    if kind == "std":
+        return -honest_HP.std(0)
+    mean_P = honest_HP.mean(0)
+    return -mean_P.sign() if kind == "sign" else -F.normalize(mean_P, dim=0)
+
+
+@ATTACKS.register("lie")
+def lie(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+    """A Little Is Enough (Baruch et al., NeurIPS 2019, algorithm 3), the form that prevents convergence.
+
+    All send mean - z * std of the honest updates.
+    """
+    honest_HP = updates_NP[~malicious_N]
+    if len(honest_HP) < 2:
+        return updates_NP[malicious_N]
+    return (honest_HP.mean(0) - _largest_z(malicious_N) * honest_HP.std(0)).expand(int(malicious_N.sum()), -1)
+
+
+def clipped_to_band(updates_NP: Tensor, malicious_N: Tensor) -> Tensor:
+    """``(F, P)``: malicious clients' own updates, each parameter clipped to mean +- z * std of the honest updates."""
+    own_FP, honest_HP = updates_NP[malicious_N], updates_NP[~malicious_N]
+    if len(honest_HP) < 2:
+        return own_FP
+    mean_P, reach_P = honest_HP.mean(0), max(_largest_z(malicious_N), 0.0) * honest_HP.std(0)
+    return own_FP.clamp(mean_P - reach_P, mean_P + reach_P)
+
+
+def _largest_z(malicious_N: Tensor) -> float:
+    """Baruch et al.'s z, for which, in each parameter, enough honest clients are expected beyond the attackers.
+
+    They need s = floor(N / 2 + 1) - F of them to be a majority together: Phi(z) = (N - F - s) / (N - F). From a majority of
+    attackers on z has no bound; it is 3 then. For a single attacker the formula gives a z of 0 or just below.
+    """
+    num_clients, num_malicious = len(malicious_N), int(malicious_N.sum())
+    num_honest = num_clients - num_malicious
+    share = (num_honest - (num_clients // 2 + 1 - num_malicious)) / num_honest
+    return min(NormalDist().inv_cdf(share), _LARGEST_Z) if 0 < share < 1 else _LARGEST_Z

@@ -1,0 +1,208 @@
+"""TOML tables to dataclasses and back: types are checked, unknown keys are refused with the nearest known one.
+
+A table that is a :class:`~skymask_gpu.federation.choices.Choice` holds the settings of the entry that it chooses beside its
+own keys. Where a file makes several runs that choose differently, :func:`applied` keeps a key where it applies.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+from skymask_gpu.federation.choices import Choice, own_fields
+
+__all__ = ["Table", "applied", "as_table", "merged", "read_table"]
+
+Table = dict[str, Any]
+
+
+def read_table(kind: type, table: Table, source: str, prefix: str = "", tables: type | None = None) -> Any:
+    """An instance of a dataclass from a TOML table.
+
+    Args:
+        kind: the dataclass.
+        table: what the file holds.
+        source: the file, which errors name.
+        prefix: of the table's keys in errors, as ``"data."``.
+        tables: the dataclass whose fields are all tables of the file, to look for a key that stands in the wrong one.
+
+    Raises:
+        ValueError: an unknown key, a value of another type, or one that the dataclass refuses.
+    """
+    tables = tables or kind
+    shared, own = _fields(kind), {}
+    if issubclass(kind, Choice):
+        kind.check_name(_chosen(kind, table))
+        own = _own(kind, table)
+    values: Table = {}
+    settings: Table = {}
+    for key, value in table.items():
+        if key in shared:
+            values[key] = _value(f"{prefix}{key}", value, shared[key], source, tables)
+        elif key in own:
+            settings[key] = _value(f"{prefix}{key}", value, own[key], source, tables)
+        else:
+            raise _unknown(key, prefix, [*shared, *own], source, tables)
+    if issubclass(kind, Choice) and settings:
+        values["settings"] = _made(kind.registry.settings_of(_chosen(kind, table)), settings, source, prefix)
+    return _made(kind, values, source, prefix)
+
+
+def _made(kind: type, values: Table, source: str, prefix: str) -> Any:
+    for field in dataclasses.fields(kind):
+        if field.name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"config: {source}: {prefix}{field.name} is missing, and it has no default")
+    return kind(**values)
+
+
+def _value(name: str, value: Any, wanted: Any, source: str, tables: type) -> Any:
+    """A TOML value as the type that a field has: integers are floats where floats are wanted, lists tuples."""
+    if get_origin(wanted) is tuple:
+        (item, *_) = get_args(wanted)
+        if not isinstance(value, list) or (isinstance(item, type) and not all(_fits(one, item) for one in value)):
+            raise ValueError(f"config: {source}: {name} must be a list of {_plural(item)}, got {value!r}")
+        return tuple(_value(f"{name}[{number}]", one, item, source, tables) for number, one in enumerate(value))
+    if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
+        # within a table or a list, the name alone is enough
+        if issubclass(wanted, Choice) and isinstance(value, str) and name not in _fields(tables):
+            value = {wanted.key: value}
+        if not isinstance(value, dict):
+            raise ValueError(f"config: {source}: {name} must be a table, got {value!r}")
+        return read_table(wanted, value, source, f"{name}.", tables)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not _fits(value, wanted):
+        raise ValueError(f"config: {source}: {name} must be {getattr(wanted, '__name__', wanted)}, got {value!r}")
+    return value
+
+
+def _fits(value: Any, wanted: type) -> bool:
+    if dataclasses.is_dataclass(wanted):
+        return isinstance(value, dict | str)
+    if wanted is float and isinstance(value, int):
+        return not isinstance(value, bool)
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+
+
+def _plural(item: Any) -> str:
+    if dataclasses.is_dataclass(item):
+        return "names or tables"
+    return {str: "strings", int: "integers", float: "numbers", bool: "booleans"}.get(item, str(item))
+
+
+def _fields(kind: type) -> dict[str, Any]:
+    """The types of the keys that the table itself has."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in own_fields(kind)}
+
+
+def _chosen(kind: type[Choice], table: Table) -> str:
+    """The name that a table chooses."""
+    (field,) = (field for field in dataclasses.fields(kind) if field.name == kind.key)
+    return table.get(kind.key, field.default)
+
+
+def _own(kind: type[Choice], table: Table) -> dict[str, Any]:
+    """The types of the keys of the entry that a table chooses."""
+    name = _chosen(kind, table)
+    # a name that is not known is refused when the run is read
+    return _fields(kind.registry.settings_of(name)) if name in kind.registry else {}
+
+
+def applied(kind: type, contents: Sequence[Table], source: str) -> list[set[str]]:
+    """Take settings of attacks and rules out of runs that they do not apply to, for a file that makes several runs.
+
+    A key that some run's attack or rule has applies to the runs that choose it, and the others go without. A key that no
+    run's has stays in, and is refused when the run is read.
+
+    Args:
+        kind: the dataclass of a run.
+        contents: the runs' tables; changed in place.
+        source: the file, which errors name.
+
+    Returns:
+        The dotted keys that were taken out, for each run.
+    """
+    dropped: list[set[str]] = [set() for _ in contents]
+    for table, wanted in _choices(kind).items():
+        inner = [content.get(table) for content in contents]
+        chosen = [(number, part) for number, part in enumerate(inner) if isinstance(part, dict)]
+        known = {key for _, part in chosen for key in _own(wanted, part)}
+        for number, part in chosen:
+            foreign = [key for key in part if key in known and key not in {**_own(wanted, part), **_fields(wanted)}]
+            contents[number][table] = {key: value for key, value in part.items() if key not in foreign}
+            dropped[number].update(f"{table}.{key}" for key in foreign)
+    return dropped
+
+
+def _choices(kind: type) -> dict[str, type[Choice]]:
+    """The tables of a run that choose an entry of a registry."""
+    return {name: wanted for name, wanted in _fields(kind).items() if isinstance(wanted, type) and issubclass(wanted, Choice)}
+
+
+def merged(base: Table, override: Table) -> Table:
+    """``base`` with the keys of ``override``, table by table."""
+    result = dict(base)
+    for key, value in override.items():
+        inner = result.get(key, {})
+        result[key] = merged(inner if isinstance(inner, dict) else {}, value) if isinstance(value, dict) else value
+    return result
+
+
+def as_table(value: Any, *, short: bool = False) -> Any:
+    """The tables that :func:`read_table` makes the same dataclass from.
+
+    Args:
+        value: a dataclass, or a value of one.
+        short: an entry whose settings are the defaults is written as its name.
+    """
+    if isinstance(value, Choice):
+        table = {field.name: as_table(getattr(value, field.name)) for field in own_fields(type(value))}
+        settings = {
+            field.name: as_table(getattr(value.settings, field.name), short=True)
+            for field in dataclasses.fields(value.settings)
+        }
+        is_plain = short and table.keys() == {value.key} and _is_default(value.settings)
+        return table[value.key] if is_plain else table | settings
+    if dataclasses.is_dataclass(value):
+        return {field.name: as_table(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [as_table(item) for item in value]
+    return value
+
+
+def _is_default(settings: Any) -> bool:
+    """Whether every field of a dataclass has its default."""
+    for field in dataclasses.fields(settings):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if getattr(settings, field.name) != default:
+            return False
+    return True
+
+
+def _unknown(key: str, prefix: str, known: list[str], source: str, tables: type) -> ValueError:
+    hint = _nearest(key, known)
+    places = [f"{prefix}{hint}"] if hint else _elsewhere(key, tables)
+    guess = f"did you mean {' or '.join(places)}? " if places else ""
+    return ValueError(f"config: {source}: unknown key {prefix}{key}; {guess}known are {', '.join(known)}")
+
+
+def _nearest(key: str, known: Iterable[str]) -> str | None:
+    """The most similar known key, or one that the key ends with, as ``std`` for ``noise_std``."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1) or [one for one in known if key.endswith(f"_{one}")]
+    return near[0] if near else None
+
+
+def _elsewhere(key: str, tables: type) -> list[str]:
+    """Where a key belongs that stands in the wrong table, or with the wrong attack or rule."""
+    places = []
+    for table, wanted in _fields(tables).items():
+        if isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and key in _fields(wanted):
+            places.append(f"{table}.{key}")
+    owners: dict[str, list[str]] = {}
+    for table, choice in _choices(tables).items():
+        for name in choice.registry:
+            if near := _nearest(key, _fields(choice.registry.settings_of(name))):
+                owners.setdefault(f"{table}.{near}", []).append(f"{table}.{choice.key} = {name!r}")
+    return places or [f"{place} of {', '.join(names)}" for place, names in owners.items()]
