@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.bench.cases import Case, Problem
-from skymask_gpu.bench.rules import BYZFL, CHECKS, byzfl_aggregator, make_context, make_info
+from skymask_gpu.bench.rules import BYZFL, CHECKS, byzfl_aggregator, make_context, make_info, make_settings
 from skymask_gpu.bench.solvers import differing_share, disagreement
 from skymask_gpu.engine import SOLVERS, TrainedMasks, train_masks, why_not_solver
 from skymask_gpu.engine.solvers import reference
-from skymask_gpu.federation.rules import RULES, RuleResult, build_rule
+from skymask_gpu.federation.rules import RULES, Rule, RuleResult, build_rule
 
 __all__ = ["COMPILED", "MEAN", "PASSES", "CannotRunError", "NoCheckError", "Provider", "providers"]
 
@@ -208,8 +208,12 @@ def _rules() -> list[Provider]:
 def _prepare_rule(name: str, problem: Problem) -> Callable[[], RuleResult]:
     if name not in CHECKS:
         raise NoCheckError("its result is not checked here, so it is not timed")
-    rule, info, rows_NP = build_rule(name, make_context(problem)), make_info(problem), problem.updates[:-1]
+    rule, info, rows_NP = _built_rule(name, problem), make_info(problem), problem.updates[:-1]
     return lambda: rule(rows_NP, info)
+
+
+def _built_rule(name: str, problem: Problem) -> Rule:
+    return build_rule(name, make_context(problem), make_settings(name, problem))
 
 
 def _checked(name: str) -> tuple[Callable[[Problem, Any], str | None], Callable[[Problem], str]]:

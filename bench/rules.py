@@ -9,6 +9,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from skymask_gpu.bench.cases import Problem
 from skymask_gpu.defence import RootTraining, SkyMask
-from skymask_gpu.federation.rules import RoundInfo, RuleContext, RuleResult
+from skymask_gpu.engine import MaskTraining
+from skymask_gpu.federation.rules import RoundInfo, RuleContext, RuleResult, SkyMaskSettings
 
-__all__ = ["BYZFL", "CHECKS", "Check", "byzfl_aggregator", "make_context", "make_info"]
+__all__ = ["BYZFL", "CHECKS", "Check", "byzfl_aggregator", "make_context", "make_info", "make_settings"]
 
 Check = Callable[[Problem, RuleResult], str | None]
 
@@ -28,19 +30,27 @@ _COLUMNS = 500
 _TOLERANCE = 1e-5
 
 
-def make_context(problem: Problem, solver: str = "auto") -> RuleContext:
-    """What a rule is built from; the root direction is trained for as long as in a run."""
-    from skymask_gpu.engine import Clustering
+class _AllSteps(SkyMaskSettings):
+    """Mask training that never ends early, so that every solver takes the same steps."""
 
+    @property
+    def training(self) -> MaskTraining:
+        return replace(super().training, min_improvement=-1e9)
+
+
+def make_settings(name: str, problem: Problem, solver: str = "auto") -> SkyMaskSettings | None:
+    """The settings of the rule called ``name``; None: its defaults."""
+    return _AllSteps(solver=solver, mask_steps=problem.training.steps) if name == "skymask" else None
+
+
+def make_context(problem: Problem) -> RuleContext:
+    """What a rule is built from; the root direction is trained for as long as in a run."""
     return RuleContext(
         module=problem.model.module,
         root_inputs=problem.model.inputs,
         root_labels=problem.model.labels,
         num_clients=problem.num_clients,
-        training=problem.training,
-        clustering=Clustering(),
         root_training=RootTraining(),
-        solver=solver,
         seed=problem.seed,
     )
 
@@ -168,10 +178,8 @@ def _fltrust(problem: Problem, result: RuleResult) -> str | None:
 
 def _skymask(problem: Problem, result: RuleResult) -> str | None:
     """The verdict of the same round with solver `reference`."""
-    context = make_context(problem, solver="reference")
-    defence = SkyMask(
-        context.module, context.root_inputs, context.root_labels, training=context.training, solver=context.solver
-    )
+    model = problem.model
+    defence = SkyMask(model.module, model.inputs, model.labels, training=problem.training, solver="reference")
     info = make_info(problem)
     want = defence.aggregate(problem.updates[:-1], global_params=info.global_params, root_update=info.root_update)
     if result.kept is None or not torch.equal(result.kept, want.benign):

@@ -401,8 +401,8 @@ class _Phases:
 
     def __call__(self) -> None:
         result = self._call()
-        if isinstance(result, RuleResult) and result.aggregation is not None:
-            self._seconds.append(result.aggregation.seconds)
+        if isinstance(result, RuleResult) and result.seconds:
+            self._seconds.append(result.seconds)
 
     def split(self) -> str:
         if not self._seconds:

@@ -8,7 +8,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from skymask_gpu.bench.cases import CASES, Model, Problem
-from skymask_gpu.bench.rules import CHECKS, make_context, make_info
+from skymask_gpu.bench.rules import CHECKS, make_context, make_info, make_settings
 from skymask_gpu.federation.rules import build_rule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,7 +22,7 @@ def problem() -> Problem:
 
 @pytest.mark.parametrize(("rule", "solver"), [("fedavg", ""), ("skymask", "fused"), ("skymask", "collapsed")])
 def test_a_round(benchmark: BenchmarkFixture, problem: Problem, rule: str, solver: str) -> None:
-    built, info = build_rule(rule, make_context(problem, solver or "auto")), make_info(problem)
+    built, info = build_rule(rule, make_context(problem), make_settings(rule, problem, solver or "auto")), make_info(problem)
 
     def play() -> object:
         result = built(problem.updates[:-1], info)
