@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from skymask_gpu.engine.memory import in_blocks
 from skymask_gpu.federation.clients.batches import Batches, alike_clients
 from skymask_gpu.federation.clients.recipe import LocalTraining
-from skymask_gpu.federation.clients.trainer import Poison, Trainer, for_each_client
+from skymask_gpu.federation.clients.trainer import AfterStep, Poison, Trainer, for_each_client
 
 __all__ = ["LocalUpdates", "train_clients"]
 
@@ -39,6 +39,7 @@ def train_clients(
     poison: Poison | None = None,
     poisoned: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
+    after_step: AfterStep | None = None,
 ) -> LocalUpdates:
     """Train C clients that all start from the global model.
 
@@ -56,6 +57,9 @@ def train_clients(
             on instead of their batches.
         poisoned: ``(C,)`` bool, which clients poison their batches; None: no client does.
         progress: called with the number of clients that are done so far.
+        after_step: ``after_step(params (c, P), step, clients (c,))``, called after each step of c
+            clients at a time, whose numbers are from 0 to C - 1. It returns ``(c, P)`` parameters to
+            go on from, or None for those that it was given. The momentum stays as it is.
 
     Returns:
         The updates and buffers, in the order of the clients in ``batches``.
@@ -73,7 +77,7 @@ def train_clients(
         >>> train_clients(module, start_P, samples, torch.arange(12) % 2, batches, recipe).updates.shape
         torch.Size([2, 8])
     """
-    trainer, device = Trainer(module, inputs, labels, config, poison), inputs.device
+    trainer, device = Trainer(module, inputs, labels, config, poison, after_step), inputs.device
     start_P = global_params.detach().to(device)
     start_buffers = {name: value.detach().to(device) for name, value in (buffers or dict(module.named_buffers())).items()}
     if poisoned is None:
@@ -102,7 +106,9 @@ def _in_blocks(
         def train_block(begin: int, end: int, poisons: bool = poisons, group: list[int] = group) -> None:
             nonlocal done
             clients = group[begin:end]
-            params_CP, trained = train(start_P, start_buffers, index_CSB[clients], steps_C[clients], poisons)
+            params_CP, trained = train(
+                start_P, start_buffers, index_CSB[clients], steps_C[clients], poisons, torch.tensor(clients)
+            )
             updates_CP[clients] = params_CP.sub_(start_P)
             for name, value in trained.items():
                 buffers_C[name][clients] = value

@@ -28,7 +28,7 @@ from skymask_gpu.engine.flat_model import fast_layout
 from skymask_gpu.engine.memory import is_out_of_memory
 from skymask_gpu.federation.clients.recipe import LocalTraining
 
-__all__ = ["Poison", "Trainer", "batching_for", "for_each_client"]
+__all__ = ["AfterStep", "Poison", "Trainer", "batching_for", "for_each_client"]
 
 # What a block of clients may keep for its backward pass: on a CPU about what its cache holds, on a
 # GPU half of its memory. It is not half of what is free, because PyTorch keeps what it once had: a
@@ -41,6 +41,7 @@ _GPU_SHARE = 0.5
 _VMAP_FLOPS = 2e7
 
 Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+AfterStep = Callable[[Tensor, int, Tensor], Tensor | None]
 
 
 def batching_for(module: nn.Module, batch_inputs: Tensor, config: LocalTraining) -> str:
@@ -86,14 +87,24 @@ class Trainer:
         labels: ``(n,)`` their labels.
         config: the recipe.
         poison: what malicious clients do to their batches, see :func:`train_clients`.
+        after_step: called after each step, see :func:`train_clients`.
 
     Attributes:
         module: the copy of the model, in training mode.
         flat: its parameters as one vector.
     """
 
-    def __init__(self, module: nn.Module, inputs: Tensor, labels: Tensor, config: LocalTraining, poison: Poison | None) -> None:
-        self._inputs, self._labels, self._config, self._poison = inputs, labels, config, poison
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        config: LocalTraining,
+        poison: Poison | None = None,
+        after_step: AfterStep | None = None,
+    ) -> None:
+        self._inputs, self._labels, self._config = inputs, labels, config
+        self._poison, self._after_step = poison, after_step
         self.module = copy.deepcopy(module).to(inputs.device).train()
         self.flat = FlatModel(self.module, inputs[:2], labels[:2])
 
@@ -132,7 +143,13 @@ class Trainer:
         return max(1, int(_GPU_SHARE * whole_bytes) // kept_bytes)
 
     def at_once(
-        self, start_P: Tensor, start_buffers: dict[str, Tensor], index_CSB: Tensor, steps_C: Tensor, poisoned: bool
+        self,
+        start_P: Tensor,
+        start_buffers: dict[str, Tensor],
+        index_CSB: Tensor,
+        steps_C: Tensor,
+        poisoned: bool,
+        clients_C: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Train C clients, those with the most steps first, by one ``vmap(grad)`` per step.
 
@@ -142,6 +159,7 @@ class Trainer:
             index_CSB: ``(C, S, B)`` the samples that each client sees.
             steps_C: ``(C,)`` the number of steps that each takes, in descending order.
             poisoned: whether these clients poison their batches.
+            clients_C: ``(C,)`` their numbers, which the hook is told.
 
         Returns:
             The trained parameters ``(C, P)``, and the buffers, each ``(C, ...)``.
@@ -168,10 +186,17 @@ class Trainer:
                 raise ValueError(f"local.batching: the model does not run under vmap, use 'loop': {error}") from error
             for name, value in params.items():
                 self._descend(value, gradient[name], momentum.get(name))
+            self._call_after_step(params, step, clients_C[:active])
         return torch.cat([params_C[name].flatten(1) for name in self.flat.shapes], 1), buffers_C
 
     def in_a_loop(
-        self, start_P: Tensor, start_buffers: dict[str, Tensor], index_CSB: Tensor, steps_C: Tensor, poisoned: bool
+        self,
+        start_P: Tensor,
+        start_buffers: dict[str, Tensor],
+        index_CSB: Tensor,
+        steps_C: Tensor,
+        poisoned: bool,
+        clients_C: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Like :meth:`at_once`, one client after the other."""
         params_CP = start_P.new_empty(len(index_CSB), len(start_P))
@@ -188,6 +213,7 @@ class Trainer:
                 gradients = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
                 for (name, value), gradient in zip(params.items(), gradients, strict=True):
                     self._descend(value.detach_(), gradient, momentum.get(name))
+                self._call_after_step({name: value[None] for name, value in params.items()}, step, clients_C[client, None])
             params_CP[client] = self.flat.flatten(params)
         return params_CP, buffers_C
 
@@ -206,6 +232,16 @@ class Trainer:
         if momentum is not None:
             step = momentum.mul_(config.momentum).add_(step)
         params.sub_(step * config.lr)
+
+    def _call_after_step(self, params_C: dict[str, Tensor], step: int, clients_C: Tensor) -> None:
+        """Let the hook change the parameters ``(C, *shape)`` of some clients, in place."""
+        if self._after_step is None:
+            return
+        params_CP = torch.cat([params_C[name].flatten(1) for name in self.flat.shapes], 1)
+        changed_CP = self._after_step(params_CP, step, clients_C)
+        if changed_CP is not None:
+            for name, part in zip(self.flat.shapes, changed_CP.split(self.flat.layer_sizes, 1), strict=True):
+                params_C[name].copy_(part.reshape(params_C[name].shape))
 
     def _loss(self, params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         mixed = self._config.autocast == "bfloat16"
