@@ -49,10 +49,10 @@ def choose(solver: str, blocks: ClientBlocks, config: MaskTraining) -> tuple[str
     reason = why_not_solver(solver, blocks.device, blocks.dtype)
     if reason is not None:
         raise ValueError(f"solver {solver!r} cannot run here: {reason}; solver='auto' picks one that can")
-    if not SOLVERS[solver].takes_blocks and not blocks.in_memory:
-        able = " or ".join(repr(name) for name in _block_solvers())
+    if not SOLVERS[solver].from_disk and not blocks.in_memory:
+        able = " or ".join(repr(name) for name in _disk_solvers())
         raise ValueError(
-            f"solver {solver!r} wants the updates in one tensor, these are on disk; use {able}, or pass updates.stack()"
+            f"solver {solver!r} wants the updates in memory, these are on disk; use {able}, or pass updates.stack()"
         )
     return solver, "asked for"
 
@@ -82,7 +82,7 @@ def _cheapest(blocks: ClientBlocks, config: MaskTraining) -> tuple[str, str]:
 
 
 def _from_disk(blocks: ClientBlocks) -> tuple[str, str]:
-    refusals = {name: why_not_solver(name, blocks.device, blocks.dtype) for name in _block_solvers()}
+    refusals = {name: why_not_solver(name, blocks.device, blocks.dtype) for name in _disk_solvers()}
     for name, reason in refusals.items():
         if reason is None:
             return name, "auto: the updates are on disk"
@@ -90,5 +90,5 @@ def _from_disk(blocks: ClientBlocks) -> tuple[str, str]:
     raise ValueError(f"updates on disk need solver {name!r}, which cannot run here: {reason}")
 
 
-def _block_solvers() -> list[str]:
-    return [name for name, known in SOLVERS.items() if known.takes_blocks]
+def _disk_solvers() -> list[str]:
+    return [name for name, known in SOLVERS.items() if known.from_disk]

@@ -51,7 +51,16 @@ def _cost(device_type: str, num_rows: int, config: MaskTraining) -> float:
     return _ROW[device_type] * num_rows + bins + _COLUMN[device_type]
 
 
-@solver("collapsed", exact=False, takes_blocks=True, most_rows=MOST_ROWS, why_not=_why_not, extra_bytes=_bin_bytes, cost=_cost)
+@solver(
+    "collapsed",
+    exact=False,
+    takes_blocks=True,
+    from_disk=True,
+    most_rows=MOST_ROWS,
+    why_not=_why_not,
+    extra_bytes=_bin_bytes,
+    cost=_cost,
+)
 def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
     """Train the masks of all bins, then give every row its bits; arguments as in ``Solver.run``.
 

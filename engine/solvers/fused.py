@@ -5,9 +5,14 @@ only through the masked mean, so the pass that applies step t can also gather th
 t + 1 needs.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers.solution import Loss, MaskedModel, Solution, stops
 from skymask_gpu.engine.solvers.solver import solver
@@ -24,46 +29,97 @@ def _cost(device_type: str, num_rows: int, config: MaskTraining) -> float:
     return _ROW_STEP[device_type] * num_rows * config.steps
 
 
-@solver("fused", why_not=why_not, cost=_cost)
-def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
-    """Train the masks of all rows; see :meth:`Solver.run` for the arguments."""
-    dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
-    num_rows, device = updates_RP.shape[0], updates_RP.device
-    with phase("mask steps", updates_RP):
-        mean_P = updates_RP.sum(0, dtype=dtype) / num_rows
-    masked = MaskedModel(loss, global_params_P.to(dtype), mean_P, num_rows, config, keep_history=False)
+@solver("fused", takes_blocks=True, why_not=why_not, cost=_cost)
+def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
+    """Train the masks of all rows; see :meth:`Solver.run` for the arguments.
+
+    The blocks, which are the clients' rows and the root's, are never copied into one tensor.
+    """
+    rows = _Rows.of(updates, keep_logits=keep_logits, has_steps=config.steps > 1)
+    with phase("mask steps", updates):
+        mean_P = functools.reduce(torch.add, [block.sum(0, dtype=rows.dtype) for block in rows.blocks]) / len(updates)
+    masked = MaskedModel(loss, global_params_P.to(rows.dtype), mean_P, len(updates), config, keep_history=False)
 
     masked.evaluate()
-    logits_RP, step, not_captured = None, 0, None
+    step, not_captured = 0, None
     if config.steps > 1:
-        logits_RP = torch.empty(updates_RP.shape, dtype=dtype, device=device)
         # This pass reads no logits: they all equal ``config.init``.
-        with phase("mask steps", updates_RP, logits_RP):
-            masked.move(
-                first_step(updates_RP, logits_RP, masked.slope_P, masked.mean_P, init=config.init, full_step=config.full_step)
+        with phase("mask steps", updates, rows.logits_RP):
+            masked.move(rows.sums(first_step, masked, init=config.init, full_step=config.full_step))
+        step, not_captured = _until_the_last_step(rows, masked, config)
+
+    stored_RP = rows.logits_RP if config.steps > 1 else None
+    with phase("bits", updates, stored_RP, rows.kept, len(updates) * updates.num_params // 8):
+        bits = rows.bits(masked, config)
+    return Solution(bits, rows.kept, masked.losses(step + 1), not_captured=not_captured)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """All rows block by block, and the logits of each block, which are parts of one tensor.
+
+    Attributes:
+        blocks: ``(n, P)`` each.
+        dtype: of logits and sums.
+        logits_RP: R rows of logits; None if they are neither stored nor kept.
+        keeps_logits: whether the last step stores logits, too.
+        has_steps: whether there is a step before the last, which stores logits.
+    """
+
+    blocks: list[Tensor]
+    dtype: torch.dtype
+    logits_RP: Tensor | None
+    keeps_logits: bool
+    has_steps: bool
+
+    @classmethod
+    def of(cls, updates: ClientBlocks, *, keep_logits: bool, has_steps: bool) -> "_Rows":
+        dtype = torch.float64 if updates.dtype == torch.float64 else torch.float32
+        logits_RP = None
+        if keep_logits or has_steps:
+            logits_RP = torch.empty(len(updates), updates.num_params, dtype=dtype, device=updates.device)
+        return cls(list(updates), dtype, logits_RP, keep_logits, has_steps)
+
+    @property
+    def kept(self) -> Tensor | None:
+        """The logits, if they are wanted after the last step."""
+        return self.logits_RP if self.keeps_logits else None
+
+    def sums(self, step: Callable[..., tuple[Tensor, Tensor]], masked: MaskedModel, **settings: float) -> tuple[Tensor, Tensor]:
+        """Take a step with every block: the gate sum and the weighted sum of all rows."""
+        assert self.logits_RP is not None
+        parts = self.logits_RP.split([len(block) for block in self.blocks])
+        found = [
+            step(block, logits, masked.slope_P, masked.mean_P, **settings)
+            for block, logits in zip(self.blocks, parts, strict=True)
+        ]
+        gate_sum_P, weighted_sum_P = found[0]
+        for gates_P, weighted_P in found[1:]:
+            gate_sum_P += gates_P
+            weighted_sum_P += weighted_P
+        return gate_sum_P, weighted_sum_P
+
+    def bits(self, masked: MaskedModel, config: MaskTraining) -> Tensor:
+        """The packed bits of all rows after the last step."""
+        sizes = [len(block) for block in self.blocks]
+        parts: Sequence[Tensor | None] = [None] * len(sizes) if self.logits_RP is None else self.logits_RP.split(sizes)
+        found = [
+            last_step(
+                block,
+                logits if self.has_steps else None,
+                masked.slope_P,
+                masked.mean_P,
+                init=config.init,
+                full_step=config.full_step,
+                threshold=config.logit_threshold,
+                logits_out_RP=logits if self.keeps_logits else None,
             )
-        step, not_captured = _until_the_last_step(updates_RP, logits_RP, masked, config)
-
-    kept_RP = None
-    if keep_logits:
-        kept_RP = torch.empty(updates_RP.shape, dtype=dtype, device=device) if logits_RP is None else logits_RP
-    with phase("bits", updates_RP, logits_RP, kept_RP, updates_RP.numel() // 8):
-        bits = last_step(
-            updates_RP,
-            logits_RP,
-            masked.slope_P,
-            masked.mean_P,
-            init=config.init,
-            full_step=config.full_step,
-            threshold=config.logit_threshold,
-            logits_out_RP=kept_RP,
-        )
-    return Solution(bits, kept_RP, masked.losses(step + 1), not_captured=not_captured)
+            for block, logits in zip(self.blocks, parts, strict=True)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _until_the_last_step(
-    updates_RP: Tensor, logits_RP: Tensor, masked: MaskedModel, config: MaskTraining
-) -> tuple[int, str | None]:
+def _until_the_last_step(rows: _Rows, masked: MaskedModel, config: MaskTraining) -> tuple[int, str | None]:
     """Train from step 1 to the forward and backward pass of the last step.
 
     Returns:
@@ -71,14 +127,14 @@ def _until_the_last_step(
     """
 
     def move() -> None:
-        with phase("mask steps", updates_RP, logits_RP, logits_RP):
-            masked.move(next_step(updates_RP, logits_RP, masked.slope_P, masked.mean_P, full_step=config.full_step))
+        with phase("mask steps", *rows.blocks, rows.logits_RP, rows.logits_RP):
+            masked.move(rows.sums(next_step, masked, full_step=config.full_step))
 
     def whole_step() -> None:
         masked.evaluate()
         move()
 
-    loop = StepLoop(whole_step, updates_RP.device)
+    loop = StepLoop(whole_step, masked.mean_P.device)
     step = 1
     for stop in stops(config):
         loop.run(stop - step)

@@ -43,7 +43,9 @@ class Solver:
     Attributes:
         train: the training itself; :meth:`run` calls it.
         exact: whether its masks are the reference's within rounding.
-        takes_blocks: whether it reads updates block by block, so that they may stay on disk.
+        takes_blocks: whether it works on the updates block by block. Otherwise it gets them as one
+            tensor, into which several blocks are copied.
+        from_disk: whether it reads the blocks so seldom that they may stay on disk.
         most_rows: the largest number of rows that it takes; None: any number.
         why_not: ``why_not(device, dtype)``: why it cannot run on that device with updates of that
             dtype; None if it can.
@@ -57,6 +59,7 @@ class Solver:
     train: Train
     exact: bool = True
     takes_blocks: bool = False
+    from_disk: bool = False
     most_rows: int | None = None
     why_not: Callable[[torch.device, torch.dtype], str | None] = _runs_everywhere
     extra_bytes: Callable[[int, int, torch.dtype, MaskTraining], int] = _logits_bytes

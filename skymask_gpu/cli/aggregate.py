@@ -5,7 +5,6 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from skymask_gpu.cli.console import UNCERTAIN, console, warn
 from skymask_gpu.defence import Aggregation, RootTraining, SkyMask, mean_buffers
 from skymask_gpu.engine import SOLVERS, FlatModel
-from skymask_gpu.engine.choice import check_solver
 from skymask_gpu.io.files import check_writable, read_tensors, write_tensors, write_text
 from skymask_gpu.io.torchrun import ShardedUpdates, column_mesh, load_own_columns
 from skymask_gpu.io.user_files import UserUpdates, flat_model, load_module, load_root, load_updates
@@ -82,10 +80,6 @@ def aggregate(
         sent: UserUpdates
         if mesh is None:
             sent = load_updates(updates, flat, global_state, local_models=local_models)
-            check_solver(solver)
-            wants_all = solver != "auto" and not SOLVERS[solver].takes_blocks
-            if wants_all and not isinstance(sent.updates, torch.Tensor):
-                sent = replace(sent, updates=list(sent.updates))
         else:
             sent = load_own_columns(updates, flat, module, global_state, mesh, local_models=local_models)
             if solver == "auto" and updates.is_dir():

@@ -19,6 +19,7 @@ from skymask_gpu.defence.parse import Clients, Updates, check_form, parse
 from skymask_gpu.defence.root import RootTraining, root_direction
 from skymask_gpu.defence.screen import Screened, culprits, far_out, harmful, screen
 from skymask_gpu.engine import (
+    SOLVERS,
     ClientBlocks,
     ClusteredMasks,
     Clustering,
@@ -158,7 +159,9 @@ def _parsed(this: _Round) -> Clients:
     updates = this.call.updates
     if isinstance(updates, Tensor | ClientBlocks):
         updates = updates.to(this.device)
-    return parse(updates, this.loss, this.settings.module, this.own_params_L if this.call.local_models else None)
+    solver, subtracted_L = this.settings.solver, this.own_params_L if this.call.local_models else None
+    in_memory = solver != "auto" and not SOLVERS[solver].from_disk
+    return parse(updates, this.loss, this.settings.module, subtracted_L, in_memory=in_memory)
 
 
 def _direction(this: _Round) -> Tensor:

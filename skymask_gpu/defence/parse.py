@@ -91,7 +91,9 @@ def _check_stacked(updates: Tensor | ClientBlocks, num_params: int) -> None:
         raise ValueError(f"updates must be float32 or bfloat16, got {updates.dtype}; cast with updates.float()")
 
 
-def parse(updates: Updates, model: FlatModel, module: nn.Module, subtracted_L: Tensor | None) -> Clients:
+def parse(
+    updates: Updates, model: FlatModel, module: nn.Module, subtracted_L: Tensor | None, *, in_memory: bool = False
+) -> Clients:
     """Rows from a stacked tensor, blocks or state dicts; a client whose state dict is malformed is rejected.
 
     Args:
@@ -100,12 +102,14 @@ def parse(updates: Updates, model: FlatModel, module: nn.Module, subtracted_L: T
         module: names and kinds of the buffers.
         subtracted_L: what is subtracted from every row, the global parameters where clients sent their local models; None for
             nothing. Of sharded updates, this rank's own columns.
+        in_memory: whether state dicts of a sequence other than a list are read once, into one tensor, instead of each time
+            a block of them is needed.
 
     Raises:
         ValueError: no client sent a state dict that can be used.
     """
     if not isinstance(updates, Tensor | ClientBlocks):
-        return _from_state_dicts(updates, model, module, subtracted_L)
+        return _from_state_dicts(updates, model, module, subtracted_L, in_memory or isinstance(updates, list | tuple))
     rows = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates])
     if subtracted_L is not None:
         rows = rows.minus(subtracted_L)
@@ -119,9 +123,13 @@ def raise_none_left(rejected: Mapping[int, str]) -> NoReturn:
 
 
 def _from_state_dicts(
-    updates: Sequence[Mapping[str, Tensor]], model: FlatModel, module: nn.Module, subtracted_P: Tensor | None
+    updates: Sequence[Mapping[str, Tensor]],
+    model: FlatModel,
+    module: nn.Module,
+    subtracted_P: Tensor | None,
+    in_memory: bool,
 ) -> Clients:
-    """Dicts in a list are stacked; those of any other sequence are read again each time a block is needed."""
+    """The rows of state dicts, in memory or read again each time a block of them is needed."""
     known, device = module.state_dict(), model.initial_params.device
     buffer_names = {name for name, _ in module.named_buffers()}
     clients: list[int] = []
@@ -148,8 +156,11 @@ def _from_state_dicts(
             tensors = {name: value.double() - subtracted[name] for name, value in tensors.items()}
         return model.flatten({name: value.float() for name, value in tensors.items()})
 
-    if isinstance(updates, list | tuple):
-        rows = ClientBlocks([torch.stack([flat(client) for client in clients])])
+    if in_memory:
+        stacked_KP = torch.empty(len(clients), model.num_params, device=device)
+        for row_P, client in zip(stacked_KP, clients, strict=True):
+            row_P.copy_(flat(client))
+        rows = ClientBlocks([stacked_KP])
     else:
         groups = [clients[first : first + _CLIENTS_PER_BLOCK] for first in range(0, len(clients), _CLIENTS_PER_BLOCK)]
 

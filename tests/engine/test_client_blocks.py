@@ -49,7 +49,7 @@ def test_blocks_in_memory_and_on_disk_give_what_one_tensor_gives(
             assert torch.equal(getattr(got.cuts, name), getattr(want.cuts, name))
 
 
-def test_other_solvers_stack_blocks_in_memory_and_refuse_those_on_disk(
+def test_other_solvers_take_blocks_in_memory_and_refuse_those_on_disk(
     problem: tuple[Tensor, FlatModel], tmp_path: Path
 ) -> None:
     rows_RP, loss = problem
@@ -57,7 +57,7 @@ def test_other_solvers_stack_blocks_in_memory_and_refuse_those_on_disk(
     blocks = ClientBlocks(rows_RP.split(11))
     assert torch.equal(train_masks(blocks, loss.initial_params, loss, solver="fused").bits, want.bits)
     disk = on_disk(tmp_path, rows_RP, [20, 20])
-    with pytest.raises(ValueError, match="solver 'fused' wants the updates in one tensor, these are on disk"):
+    with pytest.raises(ValueError, match="solver 'fused' wants the updates in memory, these are on disk"):
         train_masks(disk, loss.initial_params, loss, solver="fused")
     masks = train_masks(disk, loss.initial_params, loss)
     assert (masks.solver, masks.solver_reason) == ("collapsed", "auto: the updates are on disk")
