@@ -5,10 +5,7 @@ from torch import Tensor
 
 from skymask_gpu.kernels.anywhere import hamming_counts
 
-__all__ = ["hamming_shares", "keep_share", "ones_where_masks_differ", "pack_bits", "unpack_bits"]
-
-# Elements of a temporary made from columns of the bits.
-_CHUNK_ELEMENTS = 2**22
+__all__ = ["hamming_shares", "keep_share", "pack_bits", "unpack_bits"]
 
 
 def pack_bits(flags_RP: Tensor) -> Tensor:
@@ -35,24 +32,11 @@ def hamming_shares(bits: Tensor, num_params: int) -> Tensor:
     return hamming_counts(bits).to(torch.float64) / num_params
 
 
-def keep_share(ones_R: Tensor, num_varying: Tensor) -> Tensor:
-    """``(R,)`` float64 from what :func:`ones_where_masks_differ` counted: the share of ones; 1 where no column differs."""
-    return torch.where(num_varying > 0, ones_R.double() / num_varying.clamp_min(1), 1.0)
+def keep_share(ones_S: Tensor) -> Tensor:
+    """The share of ones of each row, ``(R,)`` float64, from the counts of :func:`skymask_gpu.kernels.varying_ones`.
 
-
-def ones_where_masks_differ(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's number of ones among the columns in which the rows differ, ``(R,)`` int64, and how many such columns, ``()``.
-
-    On the bits' device, without waiting for it. Padding bits are 0 in every row and count for nothing.
+    ``ones_S`` is ``(R + 1,)``: the ones of each row, and last the number of columns in which rows differ. Where that is 0, all
+    shares are 1.
     """
-    num_rows = len(bits)
-    shifts_8 = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    ones_R = torch.zeros(num_rows, dtype=torch.int64, device=bits.device)
-    num_varying = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for part in bits.split(max(1, _CHUNK_ELEMENTS // (8 * num_rows)), dim=1):
-        flags_RT = ((part.unsqueeze(-1) >> shifts_8) & 1).flatten(1)
-        ones_T = flags_RT.sum(0, dtype=torch.int64)
-        varying_T = (ones_T > 0) & (ones_T < num_rows)
-        ones_R += (flags_RT & varying_T).sum(1, dtype=torch.int64)
-        num_varying += varying_T.sum()
-    return ones_R, num_varying
+    ones_R, num_varying = ones_S[:-1], ones_S[-1]
+    return torch.where(num_varying > 0, ones_R.double() / num_varying.clamp_min(1), 1.0)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.bits import keep_share, ones_where_masks_differ
+from skymask_gpu.engine.bits import keep_share
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.sharding import ColumnShards
-from skymask_gpu.kernels.anywhere import hamming_counts
+from skymask_gpu.kernels.anywhere import hamming_counts, varying_ones
 
 __all__ = ["Distances", "mask_distances", "sharded_distances", "sharded_keep_share"]
 
@@ -71,8 +71,8 @@ def mask_distances(bits: Tensor, num_params: int) -> Distances:
 
 def sharded_keep_share(bits: Tensor, shards: ColumnShards) -> Tensor:
     """The keep share, ``(R,)`` float64, of bits of which each rank holds those of its own columns; the same on every rank."""
-    ones_R, num_varying = ones_where_masks_differ(bits)
-    return keep_share(shards.sum(ones_R), shards.sum(num_varying))
+    with phase("distances", bits, bits):
+        return keep_share(shards.sum(varying_ones(bits)))
 
 
 def sharded_distances(bits: Tensor, shards: ColumnShards) -> Distances:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.bits import keep_share, ones_where_masks_differ
+from skymask_gpu.engine.bits import keep_share
 from skymask_gpu.engine.choice import choose
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.memory import explain_out_of_memory
@@ -17,6 +17,7 @@ from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.solvers import SOLVERS
 from skymask_gpu.engine.solvers.solution import Cuts, Solution
 from skymask_gpu.engine.training_config import MaskTraining
+from skymask_gpu.kernels.anywhere import varying_ones
 
 __all__ = ["NonFiniteLossError", "TrainedMasks", "train_masks"]
 
@@ -71,7 +72,7 @@ class TrainedMasks:
             >>> TrainedMasks(bits, 4, None, [], 0, "reference", "", {}).keep_share()
             tensor([1., 0.], dtype=torch.float64)
         """
-        return keep_share(*ones_where_masks_differ(self.bits))
+        return keep_share(varying_ones(self.bits))
 
 
 @without_tf32()

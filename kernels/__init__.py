@@ -15,6 +15,7 @@ Every kernel has a folder, in which all of it stands together:
 | ``bins/`` | edges, contents and training steps of bins of rows: ``collapsed`` trains on them |
 | ``cuts/`` | bits of all rows from the history of the bins' training |
 | ``hamming/`` | in how many bits each two masks differ |
+| ``ones/`` | how many ones a mask has among the columns in which masks differ |
 | ``mean/`` | the mean of the benign updates |
 | ``mixture/``, ``tree/`` | mixtures of two normals, minimum spanning trees: clustering |
 
@@ -66,6 +67,7 @@ from skymask_gpu.kernels.mixture import (
     two_normals,
     two_normals_reference,
 )
+from skymask_gpu.kernels.ones import varying_ones, varying_ones_reference
 from skymask_gpu.kernels.tree import path_maxima, path_maxima_reference
 
 __all__ = [
@@ -97,5 +99,7 @@ __all__ = [
     "replay_reference",
     "two_normals",
     "two_normals_reference",
+    "varying_ones",
+    "varying_ones_reference",
     "why_not",
 ]

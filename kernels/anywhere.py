@@ -12,10 +12,10 @@ from typing import Concatenate, ParamSpec
 
 from torch import Tensor
 
-from skymask_gpu.kernels import hamming, mean, mixture, tree
+from skymask_gpu.kernels import hamming, mean, mixture, ones, tree
 from skymask_gpu.kernels.dispatch import why_not
 
-__all__ = ["chosen_mean", "gaussian_mixture", "hamming_counts", "path_maxima", "two_normals"]
+__all__ = ["chosen_mean", "gaussian_mixture", "hamming_counts", "path_maxima", "two_normals", "varying_ones"]
 
 P = ParamSpec("P")
 Kernel = Callable[Concatenate[Tensor, P], Tensor]
@@ -36,3 +36,4 @@ gaussian_mixture = _or_twin(mixture.gaussian_mixture, mixture.gaussian_mixture_r
 hamming_counts = _or_twin(hamming.hamming_counts, hamming.hamming_counts_reference)
 path_maxima = _or_twin(tree.path_maxima, tree.path_maxima_reference)
 two_normals = _or_twin(mixture.two_normals, mixture.two_normals_reference)
+varying_ones = _or_twin(ones.varying_ones, ones.varying_ones_reference)

@@ -24,10 +24,11 @@ from skymask_gpu.kernels.hamming.triton import VARIANTS as HAMMING
 from skymask_gpu.kernels.mask_step.triton import VARIANTS as MASK_STEP
 from skymask_gpu.kernels.mean.triton import VARIANTS as MEAN
 from skymask_gpu.kernels.mixture.triton import VARIANTS as MIXTURE
+from skymask_gpu.kernels.ones.triton import VARIANTS as ONES
 from skymask_gpu.kernels.shared.triton import VARYING_POINTERS, Variant, launch_options
 from skymask_gpu.kernels.tree.triton import VARIANTS as TREE
 
-VARIANTS: tuple[Variant, ...] = (*MASK_STEP, *BINS, *CUTS, *HAMMING, *MIXTURE, *TREE, *MEAN)
+VARIANTS: tuple[Variant, ...] = (*MASK_STEP, *BINS, *CUTS, *HAMMING, *MIXTURE, *TREE, *MEAN, *ONES)
 
 # An instruction of the disassembly, after its address: perhaps a predicate, the name with its suffixes, the operands.
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")

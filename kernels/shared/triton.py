@@ -15,7 +15,7 @@ from torch import Tensor
 VARYING = ("num_rows", "rows_per_split", "num_sampled", "num_values", "num_steps", "stored_stride")
 # It does the same for pointers to multiples of 16 bytes. These point into a tensor, behind as many
 # rows as came before.
-VARYING_POINTERS = ("bits_ptr", "chosen_ptr")
+VARYING_POINTERS = ("bits_ptr", "chosen_ptr", "ones_ptr")
 
 # Decorates every kernel that is launched.
 kernel = triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=VARYING_POINTERS)

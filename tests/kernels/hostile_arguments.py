@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, tree
+from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, ones, tree
 
 REALS, FLOAT32, DTYPES = (
     ("float32", "bfloat16"),
@@ -72,6 +72,7 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
         {},
     ),
     "hamming_counts": (hamming.hamming_counts, {"bits": Argument(("R", "bytes"), ("uint8",), ANY)}, {"unit": 1}),
+    "varying_ones": (ones.varying_ones, {"bits": Argument(("R", "bytes"), ("uint8",), ANY)}, {}),
     "chosen_mean": (mean.chosen_mean, {"rows": ROWS, "chosen": Argument(("R",), ("bool",), ANY)}, {}),
     "two_normals": (
         mixture.two_normals,

@@ -29,6 +29,7 @@ from skymask_gpu.kernels.hamming import triton as hamming
 from skymask_gpu.kernels.mask_step import triton as mask_step
 from skymask_gpu.kernels.mean import triton as mean
 from skymask_gpu.kernels.mixture import triton as mixture
+from skymask_gpu.kernels.ones import triton as ones
 from skymask_gpu.kernels.tree import triton as tree
 
 BINS, STEPS = 32, 5
@@ -59,6 +60,7 @@ def launch(rows, columns, sampled):
     # the bits and the verdicts of a block behind others
     bits = torch.zeros(2 * rows, -(-columns // 8), dtype=torch.uint8)
     cuts.cut_bits(updates, slope, slope > 0, bits[rows:])
+    ones.varying_ones(torch.zeros(rows, -(-columns // 8), dtype=torch.uint8))
     mean.chosen_mean(updates, torch.ones(2 * rows, dtype=torch.bool)[rows:])
 
     hamming.popcount_counts(bits[:rows])

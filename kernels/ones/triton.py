@@ -1,0 +1,126 @@
+"""Ones in varying columns in Triton: see ``__init__.py``. Traffic: the bits twice.
+
+The first kernel gathers, for 32 columns at a time, where some row and where every row has a one; a
+column varies where the two differ. The second one counts. Shares of rows and of words are added up
+by atomics, which are exact for integers in any order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from skymask_gpu.kernels.shared.triton import Variant, kernel, launch_options, on_device_of
+
+# Words of 32 columns that a program looks at in one go. Rows are padded to a multiple of 4 words, so
+# that loads are 16 bytes wide.
+BLOCK_W = 512
+PAD_BYTES = 16
+NUM_WARPS = 4
+# Rows, and blocks of words, of one program.
+ROWS_PER_PROGRAM = 64
+BLOCKS_PER_PROGRAM = 8
+
+
+@kernel
+def some_and_all_kernel(
+    # pointers
+    words_ptr,  # (R, W) int32
+    some_ptr,  # (W,) int32, bits of every row are set in it
+    all_ptr,  # (W,) int32, bits that a row lacks are cleared in it
+    # sizes; words in units of 4
+    num_rows,
+    word_units,
+    # meta-parameters
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    num_words = word_units * 4
+    offs_w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    mask_w = offs_w < num_words
+    first = tl.program_id(1) * ROWS
+    some = tl.zeros([BLOCK_W], dtype=tl.int32)
+    every = tl.full([BLOCK_W], -1, dtype=tl.int32)
+    row_ptr = words_ptr + first.to(tl.int64) * num_words + offs_w
+    for _ in range(first, tl.minimum(first + ROWS, num_rows)):
+        word = tl.load(row_ptr, mask=mask_w, other=0)  # [BLOCK_W]
+        some |= word
+        every &= word
+        row_ptr += num_words
+    tl.atomic_or(some_ptr + offs_w, some, mask=mask_w, sem="relaxed")
+    tl.atomic_and(all_ptr + offs_w, every, mask=mask_w, sem="relaxed")
+
+
+@kernel
+def ones_kernel(
+    # pointers
+    words_ptr,  # (R, W) int32
+    some_ptr,  # (W,) int32
+    all_ptr,  # (W,) int32
+    ones_ptr,  # (R,) int64, added to
+    # sizes; words in units of 4
+    word_units,
+    # meta-parameters
+    BLOCKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    num_words = word_units * 4
+    row = tl.program_id(0)
+    counts = tl.zeros([BLOCK_W], dtype=tl.int32)
+    for block in range(BLOCKS):
+        offs_w = (tl.program_id(1) * BLOCKS + block) * BLOCK_W + tl.arange(0, BLOCK_W)
+        mask_w = offs_w < num_words
+        word = tl.load(words_ptr + row.to(tl.int64) * num_words + offs_w, mask=mask_w, other=0)  # [BLOCK_W]
+        some = tl.load(some_ptr + offs_w, mask=mask_w, other=0)  # [BLOCK_W]
+        every = tl.load(all_ptr + offs_w, mask=mask_w, other=0)  # [BLOCK_W]
+        word = (word & (some ^ every)).to(tl.uint32, bitcast=True)
+        # LLVM makes one POPC of this; Triton has no such function that its interpreter knows
+        word = word - ((word >> 1) & 0x55555555)
+        word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+        counts += ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+    tl.atomic_add(ones_ptr + row, tl.sum(counts).to(tl.int64), sem="relaxed")
+
+
+# --- called with checked arguments ---
+
+
+def varying_ones(bits: Tensor) -> Tensor:
+    num_rows = len(bits)
+    padding = -bits.shape[1] % PAD_BYTES
+    # a copy only where rows are no multiple of 16 bytes; padding is 0 in all rows and varies nowhere
+    words_RW = (torch.nn.functional.pad(bits, (0, padding)) if padding else bits.contiguous()).view(torch.int32)
+    num_words = words_RW.shape[1]
+    some_W = torch.zeros(num_words, dtype=torch.int32, device=bits.device)
+    all_W = torch.full_like(some_W, -1)
+    ones_S = torch.zeros(num_rows + 1, dtype=torch.int64, device=bits.device)
+    blocks = triton.cdiv(num_words, BLOCK_W)
+    options, units = launch_options(NUM_WARPS), num_words // 4
+    with on_device_of(bits):
+        some_and_all_kernel[(blocks, triton.cdiv(num_rows, ROWS_PER_PROGRAM))](
+            words_RW, some_W, all_W, num_rows, units, ROWS=ROWS_PER_PROGRAM, BLOCK_W=BLOCK_W, **options
+        )
+        # the columns that vary are a row of their own, whose ones are their number
+        for rows, ones, count in ((words_RW, ones_S, num_rows), (some_W ^ all_W, ones_S[num_rows:], 1)):
+            ones_kernel[(count, triton.cdiv(blocks, BLOCKS_PER_PROGRAM))](
+                rows, some_W, all_W, ones, units, BLOCKS=BLOCKS_PER_PROGRAM, BLOCK_W=BLOCK_W, **options
+            )
+    return ones_S
+
+
+# The offline compile builds these.
+VARIANTS = (
+    Variant(
+        "some_and_all[uint8]",
+        some_and_all_kernel,
+        NUM_WARPS,
+        {"words_ptr": "i32", "some_ptr": "i32", "all_ptr": "i32"},
+        {"ROWS": ROWS_PER_PROGRAM, "BLOCK_W": BLOCK_W},
+    ),
+    Variant(
+        "varying_ones[uint8]",
+        ones_kernel,
+        NUM_WARPS,
+        {"words_ptr": "i32", "some_ptr": "i32", "all_ptr": "i32", "ones_ptr": "i64"},
+        {"BLOCKS": BLOCKS_PER_PROGRAM, "BLOCK_W": BLOCK_W},
+    ),
+)
