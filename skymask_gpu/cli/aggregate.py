@@ -191,6 +191,9 @@ def _verdict_json(result: Aggregation, sent: UserUpdates) -> str:
     evidence = result.evidence()
     for client, shares in zip(evidence.clients, evidence.shares.tolist(), strict=True):
         clients[sent.names[client]]["evidence"] = dict(zip(evidence.layers, shares, strict=True))
+    facts = zip(evidence.clients, result.keep_share.tolist(), result.cosines.tolist(), strict=True)
+    for client, keep_share, cosine in facts:
+        clients[sent.names[client]] |= {"keep_share": keep_share, "cosine": cosine}
     clients.update({name: {"benign": False, "reason": reason} for name, reason in sent.unreadable.items()})
     report = {
         "clients": clients,

@@ -38,6 +38,9 @@ class Aggregation:
             own columns, ``shards.columns``; all else is the same on every rank.
         clusters: the verdict on the clients that have a mask.
         clients: ``(K,)`` the numbers of the clients that have a mask.
+        keep_share: ``(K,)`` float64, the share of ones in each of their masks among the columns in which masks differ: how
+            much of the update the root data want. Honest clients have the larger shares.
+        cosines: ``(K,)`` float64, the cosine of each of their updates with the root direction.
         buffers: mean over the benign clients of the buffers (batch-norm statistics) they sent, by name.
         seconds: wall time by phase. Each phase ends with the host reading something that the device computed last, and so do
             ``total`` and ``average``: no wait is added for the clock. Only what the collapsed solver does after it last looks
@@ -54,6 +57,8 @@ class Aggregation:
     masks: TrainedMasks
     clusters: ClusteredMasks
     clients: Tensor
+    keep_share: Tensor
+    cosines: Tensor
     buffers: dict[str, Tensor]
     seconds: dict[str, float]
     layers: dict[str, int]

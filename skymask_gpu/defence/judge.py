@@ -120,9 +120,9 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
             root_row_P = _root_row(this, direction_P, screened)
         masks, screened = _train(this, screened, root_row_P, direction_P)
         with clock.phase("clustering", 4 * len(masks.bits) ** 2):
-            clusters = _verdict(this, masks, screened)
+            verdict = _verdict(this, masks, screened, direction_P)
         with clock.phase("average"):
-            result = _average(this, screened, masks, clusters)
+            result = _average(this, screened, masks, verdict)
     return replace(result, seconds={**clock.seconds, **masks.seconds})
 
 
@@ -226,31 +226,49 @@ def _train(this: _Round, screened: Screened, root_row_P: Tensor, direction_P: Te
     return train(screened), screened
 
 
-def _verdict(this: _Round, masks: TrainedMasks, screened: Screened) -> ClusteredMasks:
-    keep_share_R = norms_K = None
-    if this.settings.clustering.rule == "signed":  # the other rules do not look at them
-        keep_share_R, norms_K = sharded_keep_share(masks.bits, this.shards), screened.norms
-    distances = sharded_distances(masks.bits, this.shards)
-    return cluster(distances, screened.alignments, this.settings.clustering, keep_share=keep_share_R, norms=norms_K)
+@dataclass(frozen=True)
+class _Verdict:
+    """Who is benign, and what speaks for or against each client, ``(K,)`` float64: keep share, cosine with the root."""
+
+    clusters: ClusteredMasks
+    keep_share: Tensor
+    cosines: Tensor
 
 
-def _average(this: _Round, screened: Screened, masks: TrainedMasks, clusters: ClusteredMasks) -> Aggregation:
+def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P: Tensor) -> _Verdict:
+    keep_share_R = sharded_keep_share(masks.bits, this.shards)
+    clusters = cluster(
+        sharded_distances(masks.bits, this.shards),
+        screened.alignments,
+        this.settings.clustering,
+        keep_share=keep_share_R,
+        norms=screened.norms,
+    )
+    # an update, or a root direction, of zeros has no direction: a cosine of 0
+    lengths_K = screened.norms.double() * torch.linalg.vector_norm(direction_P.double())
+    cosines_K = torch.where(lengths_K > 0, screened.alignments / lengths_K, 0.0).clamp(-1, 1)
+    return _Verdict(clusters, keep_share_R[:-1], cosines_K)
+
+
+def _average(this: _Round, screened: Screened, masks: TrainedMasks, verdict: _Verdict) -> Aggregation:
     """The result, without its seconds: the host's last look comes after all that was started, so that they are wall time."""
-    clients = screened.clients
-    update_P = this.shards.gather(mean_of_rows(clients.rows, clusters.benign))
-    buffers = mean_buffers(clients.buffers, clusters.benign)
+    clients, benign_K = screened.clients, verdict.clusters.benign
+    update_P = this.shards.gather(mean_of_rows(clients.rows, benign_K))
+    buffers = mean_buffers(clients.buffers, benign_K)
     if not (clients.rows.in_memory or torch.isfinite(update_P).all()):
         raise ValueError("updates: some became NaN or Inf after they were first read; read the same in every pass")
-    benign_N = torch.zeros(clients.num_clients, dtype=torch.bool, device=clusters.benign.device)
-    benign_N[clients.numbers[clusters.benign]] = True
-    by_mask = dict.fromkeys(clients.numbers[~clusters.benign].tolist(), clusters.reason)
+    benign_N = torch.zeros(clients.num_clients, dtype=torch.bool, device=benign_K.device)
+    benign_N[clients.numbers[benign_K]] = True
+    by_mask = dict.fromkeys(clients.numbers[~benign_K].tolist(), verdict.clusters.reason)
     return Aggregation(
         update=update_P,
         benign=benign_N,
         rejected=dict(sorted({**clients.rejected, **by_mask}.items())),
         masks=masks,
-        clusters=clusters,
+        clusters=verdict.clusters,
         clients=clients.numbers,
+        keep_share=verdict.keep_share,
+        cosines=verdict.cosines,
         buffers=buffers,
         seconds={},
         layers=dict(zip(this.loss.shapes, this.loss.layer_sizes, strict=True)),
