@@ -77,24 +77,48 @@ def _bits_of(value_T, width, slopes_TT, means_TT, training, logit_T, bit_T):
 
 
 @njit(**JIT)
-def _find_pass(
-    logits_BP,
-    centres_BP,
-    counts_BP,
-    ends_2P,
-    slopes_TP,
-    means_TP,
-    training,
-    position_P,
-    left_P,
-    crossings_P,
-    begin,
-    end,
-):
+def _compact(width, crossings_T, columns_T, left_T, below_T, above_T, slopes_TT, means_TT):
+    """Put the columns that have a cut side by side, in place; returns how many there are.
+
+    Only they are bisected. ``columns_T`` notes where each of them was.
+    """
+    num_cuts = 0
+    for k in range(width):
+        if crossings_T[k] > 0:
+            columns_T[num_cuts] = k
+            num_cuts += 1
+    for n in range(num_cuts):
+        k = columns_T[n]
+        below_T[n], above_T[n], left_T[n] = below_T[k], above_T[k], left_T[k]
+    for t in range(slopes_TT.shape[0]):
+        for n in range(num_cuts):
+            slopes_TT[t, n], means_TT[t, n] = slopes_TT[t, columns_T[n]], means_TT[t, columns_T[n]]
+    return num_cuts
+
+
+@njit(**JIT)
+def _bisect(num_cuts, left_T, below_T, above_T, middle_T, slopes_TT, means_TT, training, logit_T, bit_T):
+    """Halve the interval between the two probes, from ``below_T`` to ``above_T``, of each column with a cut."""
+    for _ in range(BISECTIONS):
+        for n in range(num_cuts):
+            middle_T[n] = below_T[n] + (above_T[n] - below_T[n]) / np.float32(2)
+        _bits_of(middle_T, num_cuts, slopes_TT, means_TT, training, logit_T, bit_T)
+        for n in range(num_cuts):
+            if bit_T[n] == left_T[n]:
+                below_T[n] = middle_T[n]
+            else:
+                above_T[n] = middle_T[n]
+
+
+@njit(**JIT)
+def _find_pass(bins, ends_2P, slopes_TP, means_TP, training, position_P, left_P, crossings_P, begin, end):
+    """``bins``: logits, centres and counts."""
+    logits_BP, centres_BP, counts_BP = bins
     num_steps = slopes_TP.shape[0]
     slopes_TT, means_TT = np.zeros((num_steps, TILE), np.float32), np.zeros((num_steps, TILE), np.float32)
     lowest_T, highest_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
-    # arrays of their own: of rows of one array LLVM does not see that they are apart, and then it does not vectorise
+    # Each has an array of its own. LLVM cannot see that rows of one array do not overlap, and then it
+    # does not vectorise.
     last_T, below_T, above_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     middle_T, logit_T = np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
     left_T, right_T, bit_T = np.empty(TILE, np.int32), np.empty(TILE, np.int32), np.empty(TILE, np.int32)
@@ -109,6 +133,8 @@ def _find_pass(
         copy(highest_T[:width], ends_2P[1, a : a + width])
         _bits_of(lowest_T, width, slopes_TT, means_TT, training, logit_T, left_T)
         _bits_of(highest_T, width, slopes_TT, means_TT, training, logit_T, right_T)
+
+        # The probes: the smallest value, the bins that hold any row, the largest value.
         before_T[:] = left_T
         crossings_T[:] = 0
         copy(last_T, lowest_T)
@@ -118,31 +144,13 @@ def _find_pass(
             _follow(centres_BP[b, a : a + width], bit_T, filled_T, last_T, before_T, below_T, above_T, crossings_T)
         filled_T[:] = 1
         _follow(highest_T[:width], right_T, filled_T, last_T, before_T, below_T, above_T, crossings_T)
-
-        # only where the bit changes is there a cut to find: those columns side by side
-        num_cuts = 0
         for k in range(width):
             position_P[a + k] = np.float32(np.inf)
             left_P[a + k] = left_T[k] != 0
             crossings_P[a + k] = crossings_T[k]
-            if crossings_T[k] > 0:
-                columns_T[num_cuts] = k
-                num_cuts += 1
-        for n in range(num_cuts):
-            k = columns_T[n]
-            below_T[n], above_T[n], left_T[n] = below_T[k], above_T[k], left_T[k]
-        for t in range(num_steps):
-            for n in range(num_cuts):
-                slopes_TT[t, n], means_TT[t, n] = slopes_TT[t, columns_T[n]], means_TT[t, columns_T[n]]
-        for _ in range(BISECTIONS):
-            for n in range(num_cuts):
-                middle_T[n] = below_T[n] + (above_T[n] - below_T[n]) / np.float32(2)
-            _bits_of(middle_T, num_cuts, slopes_TT, means_TT, training, logit_T, bit_T)
-            for n in range(num_cuts):
-                if bit_T[n] == left_T[n]:
-                    below_T[n] = middle_T[n]
-                else:
-                    above_T[n] = middle_T[n]
+
+        num_cuts = _compact(width, crossings_T, columns_T, left_T, below_T, above_T, slopes_TT, means_TT)
+        _bisect(num_cuts, left_T, below_T, above_T, middle_T, slopes_TT, means_TT, training, logit_T, bit_T)
         for n in range(num_cuts):
             position_P[a + columns_T[n]] = above_T[n]
 
@@ -187,9 +195,10 @@ def find_cuts(
     num_params = logits_BP.shape[1]
     position_P, left_P = torch.empty(num_params), torch.empty(num_params, dtype=torch.bool)
     crossings_P = torch.empty(num_params, dtype=torch.int32)
-    bins = (x.numpy() for x in (logits_BP, centres_BP, counts_BP, ends_2P, slopes_TP, means_TP))
+    bins = tuple(x.numpy() for x in (logits_BP, centres_BP, counts_BP))
+    history = (x.numpy() for x in (ends_2P, slopes_TP, means_TP))
     training = np.array([init, full_step, threshold], np.float32)
-    arguments = (*bins, training, *(x.numpy() for x in (position_P, left_P, crossings_P)))
+    arguments = (bins, *history, training, *(x.numpy() for x in (position_P, left_P, crossings_P)))
     run_on_column_shares(lambda begin, end: _find_pass(*arguments, begin, end), num_params, TILE)
     return position_P, left_P, crossings_P
 
