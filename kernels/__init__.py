@@ -1,4 +1,4 @@
-"""Compiled kernels over stacked updates and mask bits; they know tensors, and nothing of federated learning.
+"""Compiled kernels over stacked updates and mask bits. They know tensors, nothing else.
 
 Every kernel has a folder, in which all of it stands together:
 
@@ -22,13 +22,14 @@ Every kernel has a folder, in which all of it stands together:
 | file or folder | what it is for |
 | --- | --- |
 | ``dispatch.py`` | which compiled code runs on which device, or why none can |
-| ``anywhere.py`` | the kernels of clustering and averaging for any device, by twins where necessary |
+| ``anywhere.py`` | the kernels of clustering and averaging on any device, by twins if need be |
 | ``shared/`` | what the kernels share: checks, the training step, threads, vectors |
 | ``offline.py`` | compiles all Triton kernels without a GPU, for the tests and the benchmark |
 
 Where kernels run: a public function runs compiled code (CUDA: Triton, CPU: Numba) or raises a
-ValueError that says why it cannot. It never falls back on its own. Callers that prefer a slow answer
-to none call the twin, which runs on any device; ``anywhere.py`` does so for clustering and averaging.
+ValueError that says why it cannot. It never falls back on its own. Callers that prefer a slow
+answer to none call the twin, which runs on any device; ``anywhere.py`` does so for clustering and
+averaging.
 
 What they check: shapes, dtypes, devices and strides, because compiled code has no bounds checks. An
 error names the argument.

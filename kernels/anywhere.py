@@ -2,8 +2,8 @@
 
 Masks may be trained in plain PyTorch on any device (``mps``, CUDA without Triton), and must be
 compared and averaged there too. This is the only place where a plain twin stands in for a compiled
-kernel. Mask training has no such choice: the solvers ``fused`` and ``collapsed`` say why they cannot
-run, and the user can choose ``reference``.
+kernel. Mask training has no such choice: the solvers ``fused`` and ``collapsed`` say why they
+cannot run, and the user can choose ``reference``.
 """
 
 from collections.abc import Callable

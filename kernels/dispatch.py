@@ -1,7 +1,7 @@
-"""Which compiled code runs a kernel on which device, or why none can: the one policy of all kernels.
+"""Which compiled code runs a kernel on which device, or why none can: one policy for all.
 
-A public function never falls back on its own: it runs compiled code, or raises a ValueError with the
-reason. ``anywhere.py`` is the one place that takes a plain twin instead.
+A public function never falls back on its own: it runs compiled code, or raises a ValueError with
+the reason. ``anywhere.py`` is the one place that takes a plain twin instead.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """Compile every Triton kernel for a GPU that need not be here, and read off what the compiler made.
 
-``python -m skymask_gpu.kernels.offline 90`` prints one JSON line per variant: its registers, spills,
-and the instructions, loads and stores of each loop. It must run without TRITON_INTERPRET, because
-Triton decides when a kernel is decorated whether it is interpreted.
+``python -m skymask_gpu.kernels.offline 90`` prints one JSON line per variant: its registers,
+spills, and the instructions, loads and stores of each loop. It must run without TRITON_INTERPRET,
+because Triton decides when a kernel is decorated whether it is interpreted.
 """
 
 import argparse
@@ -30,18 +30,22 @@ from skymask_gpu.kernels.tree.triton import VARIANTS as TREE
 
 VARIANTS: tuple[Variant, ...] = (*MASK_STEP, *BINS, *CUTS, *HAMMING, *MIXTURE, *TREE, *MEAN, *ONES)
 
-# An instruction of the disassembly, after its address: perhaps a predicate, the name with its suffixes, the operands.
+# A line of the disassembly: address, perhaps a predicate, name with suffixes, operands.
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
 @dataclass(frozen=True)
 class Code:
-    """A stretch of a kernel's machine code: one loop without the loops inside it, or all that is outside of loops."""
+    """A part of the machine code: a loop without its inner loops, or all outside of loops."""
 
-    instructions: int  # a thread issues for one passage
-    special: int  # of these, those at the rate of the special function units (exponential, reciprocal, root, population count)
-    load_bytes: tuple[int, ...]  # of each load from global memory
-    store_bytes: tuple[int, ...]  # of each store to global memory
+    # What a thread issues when it passes through the code once.
+    instructions: int
+    # Those among them that run in the special function units (exponential, reciprocal, root,
+    # population count).
+    special: int
+    # The width of each load from global memory and of each store to it.
+    load_bytes: tuple[int, ...]
+    store_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,22 @@ class CompiledVariant:
 
     kernel: str
     sm: int
-    registers: int  # a thread
-    local_bytes: int  # a thread; not 0 means spills
+    # Per thread; local memory means that registers are spilt.
+    registers: int
+    local_bytes: int
     stack_bytes: int
-    shared_bytes: int  # a program
-    wide_loads: int  # 16-byte global loads in the PTX, also those straight into shared memory
-    narrow_loads: int  # all other global loads
-    threads: int  # a program
-    constants: dict[str, int | float]  # the meta-parameters: block sizes and the like
-    outside: Code  # of all loops
-    loops: tuple[Code, ...]  # in the order of the program; a loop comes before those inside it
+    # Per program.
+    shared_bytes: int
+    threads: int
+    # Loads from global memory in the PTX: those of 16 bytes, also straight into shared memory, and
+    # all others.
+    wide_loads: int
+    narrow_loads: int
+    # The meta-parameters: block sizes and the like.
+    constants: dict[str, int | float]
+    # All code outside of loops; then the loops in the order of the program, an outer one first.
+    outside: Code
+    loops: tuple[Code, ...]
 
 
 def sources(vec: int) -> Iterator[tuple[str, ASTSource, dict[str, int | bool]]]:
@@ -91,7 +101,7 @@ def _type_of(argument: str, variant: Variant, constants: dict[str, object]) -> s
         return "constexpr"
     if argument.endswith("_ptr"):
         return f"*{variant.pointers.get(argument, 'fp32')}"
-    # Strides stay plain integers: 16-byte loads must follow from VEC alone, not from a lucky stride.
+    # Strides stay plain integers, because 16-byte loads must follow from VEC alone.
     return "fp32" if argument in ("init", "full_step", "threshold") else "i32"
 
 
@@ -122,9 +132,10 @@ def compile_variant(name: str, source: ASTSource, options: dict[str, object], sm
 
 
 def count_code(disassembly: str) -> list[Code]:
-    """What is outside of loops, then each loop, of one kernel in machine code as ``cuobjdump --dump-sass`` prints it.
+    """The code outside of loops, then each loop, from what ``cuobjdump --dump-sass`` prints.
 
-    A loop is what lies between a branch and an earlier address that it jumps to. Both sides of a branch inside count.
+    A loop lies between a branch and an earlier address that it jumps to. Both sides of a branch
+    inside it count.
     """
     code = [(int(address, 16), name, operands) for address, name, operands in _INSTRUCTION.findall(disassembly)]
     end_of: dict[int, int] = {}
@@ -132,7 +143,7 @@ def count_code(disassembly: str) -> list[Code]:
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
         begin = int(target[1], 16) if target else address + 1
-        # behind the end stand a branch to itself and padding
+        # Behind the end come a branch to itself and padding.
         if begin == address or name == "NOP":
             continue
         kept.append((address, name))
@@ -141,7 +152,7 @@ def count_code(disassembly: str) -> list[Code]:
     loops = sorted(end_of.items())
     inside: list[list[str]] = [[] for _ in (None, *loops)]
     for address, name in kept:
-        # the innermost is the one that begins last
+        # The innermost loop is the one that begins last.
         around = [number for number, (begin, end) in enumerate(loops, start=1) if begin <= address <= end]
         inside[around[-1] if around else 0].append(name)
     return [_count(names) for names in inside]
@@ -157,7 +168,7 @@ def _count(names: list[str]) -> Code:
 
 
 def _width(name: str) -> int:
-    """Bytes a thread moves by a global load or store, which names its width in bits if it is not 32."""
+    """The bytes per thread of a global load or store; its name has the bits if not 32."""
     bits = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
     return int(bits[1]) // 8 if bits else 4
 
@@ -170,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("sm", type=int, nargs="*", default=[80, 90, 100])
     parser.add_argument("--vec", type=int, default=8, choices=(8, 4, 2, 1), help="the number of columns is a multiple of this")
-    parser.add_argument("--kernel", help="only this one, as next_step[fp32]")
+    parser.add_argument("--kernel", help="only this one, such as next_step[fp32]")
     options = parser.parse_args()
     names = [name for name, _, _ in sources(options.vec)]
     if options.kernel not in (None, *names):

@@ -6,8 +6,8 @@ trained on the means of the bins, weighted by their counts (``bin_step``). ``cut
 their bits back.
 
 Shapes: R rows, S sampled rows, P parameters, B bins, E = B - 1 edges. Devices: CUDA through Triton,
-CPU through Numba. Rows are float32 or bfloat16, with any row stride and unit column stride. All else
-is contiguous float32, counts are uint16.
+CPU through Numba. Rows are float32 or bfloat16, with any row stride and unit column stride. All
+else is contiguous float32, counts are uint16.
 """
 
 from functools import partial
@@ -44,19 +44,26 @@ MOST_ROWS = 2**16 - 1
 def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
     """Edges, ``(num_bins - 1, P)`` float32 ascending, between bins that follow the data.
 
-    The inner bins divide the sampled range so that each holds as much of the sum of the roots of the gaps between neighbours:
-    a density between equal counts and equal widths, with gaps clamped to ``WIDEST_GAP``. The two outermost bins lie beyond the
-    sample and hold outliers that it missed, so that one scaled client cannot move a bin that others are in.
+    Each inner bin covers the same share of a sum over the sampled range: the sum of the roots of
+    the gaps between neighbouring values. Its density lies between equal counts and equal widths.
+    Gaps are clamped to ``WIDEST_GAP``. The two outermost bins begin beyond the sample and hold
+    outliers that it missed, so one scaled client cannot move a bin that other clients are in.
 
     Args:
-        rows_RP: ``(R, P)`` float32 or bfloat16.
-        sampled_S: ``(S,)`` int64, the rows to look at, S >= 1, from 0 to R - 1. A CPU checks that; a GPU, which would have to
-            wait for it, takes the first or the last row instead of one beyond them.
+        rows_RP: ``(R, P)`` float32 or bfloat16, unit column stride.
+        sampled_S: ``(S,)`` int64, the rows to look at, S >= 1, from 0 to R - 1. A CPU checks the
+            numbers. A GPU would have to wait for them; it takes the first or the last row instead
+            of one beyond them.
         num_bins: B >= 4.
 
     Raises:
-        ValueError: a shape, a dtype, a device, a stride or a number does not fit, or no kernel exists for the device. So do
-            the functions below.
+        ValueError: a shape, a dtype, a device, a stride or a number does not fit, or no kernel
+            exists for the device. The functions below raise it too.
+
+    Example:
+        >>> rows_RP = torch.tensor([[0.0], [1], [2], [3], [103]])
+        >>> bin_edges(rows_RP, torch.arange(5), 4).flatten().tolist()
+        [-2.0, 2.5, 105.0]
     """
     check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")
     check_tensor("sampled", sampled_S, ("S",), (torch.int64,), device=rows_RP.device)
@@ -69,10 +76,27 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
 
 
 def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
-    """Add rows, at most 65,535 in all, to bins: ``counts_BP`` (uint16), ``sums_BP``, each column's smallest and largest value.
+    """Add rows to the bins: to ``counts_BP``, ``sums_BP`` and ``ends_2P``, in place.
 
-    A value that equals an edge is in the bin above it. Rows are added one after the other: blocks of rows in turn give the same
-    sums, to the bit, as all rows at once. The caller sees to it that they are 65,535 at most, which is what uint16 holds.
+    A value that equals an edge is in the bin above it. Rows are added one after the other, so
+    blocks of rows in turn give the same sums, to the bit, as all rows at once.
+
+    Args:
+        rows_RP: ``(R, P)`` float32 or bfloat16. All calls together may add at most 65,535 rows,
+            which is what uint16 holds; each call checks only its own.
+        edges_EP: ``(B - 1, P)`` float32, ascending.
+        counts_BP: ``(B, P)`` uint16.
+        sums_BP: ``(B, P)`` float32.
+        ends_2P: ``(2, P)`` float32, each column's smallest and largest value; begin with inf and
+            -inf.
+
+    Example:
+        >>> counts_BP, sums_BP = torch.zeros(2, 1, dtype=torch.uint16), torch.zeros(2, 1)
+        >>> ends_2P = torch.tensor([[torch.inf], [-torch.inf]])
+        >>> rows_RP, edges_EP = torch.tensor([[1.0], [5.0], [7.0]]), torch.tensor([[5.0]])
+        >>> bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+        >>> counts_BP.flatten().tolist(), sums_BP.flatten().tolist(), ends_2P.flatten().tolist()
+        ([1, 2], [1.0, 12.0], [1.0, 7.0])
     """
     check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")
     if len(rows_RP) > MOST_ROWS:
@@ -87,7 +111,26 @@ def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tens
 def bin_step(
     logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
-    """The step of :mod:`skymask_gpu.kernels.mask_step` on bins: overwrites the logits, returns the weighted sums ``(P,)``."""
+    """One training step of bins: that of :mod:`skymask_gpu.kernels.mask_step`, weighted by counts.
+
+    Args:
+        logits_BP: ``(B, P)`` float32, overwritten.
+        centres_BP: ``(B, P)`` float32, the means of the bins.
+        counts_BP: ``(B, P)`` uint16.
+        slope_P: ``(P,)`` float32, gradient over gate sum over clip, finite.
+        mean_P: ``(P,)`` float32, the masked mean before the step.
+        full_step: by how much a clipped gradient moves a logit (lr * clip).
+
+    Returns:
+        The sums over the rows in all bins, both ``(P,)``: of the gates, and of gate times centre.
+
+    Example:
+        >>> logits_BP, centres_BP = torch.zeros(2, 1), torch.tensor([[-1.0], [1.0]])
+        >>> counts_BP = torch.tensor([[1], [3]], dtype=torch.uint16)
+        >>> slope_P, mean_P = torch.zeros(1), torch.zeros(1)
+        >>> bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=1.0)
+        (tensor([2.]), tensor([1.]))
+    """
     check_tensor("logits", logits_BP, ("B", "P"), (torch.float32,))
     num_params, device = logits_BP.shape[1], logits_BP.device
     check_bins(num_params, device, logits=logits_BP, centres=centres_BP, counts=counts_BP)

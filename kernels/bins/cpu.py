@@ -1,4 +1,4 @@
-"""The bins on a CPU, in Numba: column tiles that stay in the cache, columns shared among threads."""
+"""The bins on a CPU, in Numba: tiles of columns stay in the cache, and threads share them."""
 
 from functools import cache
 
@@ -33,7 +33,7 @@ _WIDEST_GAP, _GUARD = np.float32(WIDEST_GAP), np.float32(GUARD)
 
 @cache
 def _sorting_network(size: int) -> np.ndarray:
-    """The pairs (low, high), ``(n, 2)``, of Batcher's odd-even merge sort (1968) for ``size`` values."""
+    """The pairs (low, high), ``(n, 2)``, of Batcher's odd-even merge sort (1968)."""
     pairs = []
     p = 1
     while p < size:
@@ -58,7 +58,7 @@ def _add_roots_of_gaps(lower_T, upper_T, widest_T, before_T, reached_T):
 
 @njit(**JIT)
 def _edges_pass(sampled_S, rows, stride, network, edges_EP, begin, end):
-    num_inner = edges_EP.shape[0] - 1  # inner bins
+    num_inner_bins = edges_EP.shape[0] - 1
     num_rows = sampled_S.size
     sorted_ST = np.zeros((num_rows, SORT_TILE), np.float32)
     reached_ST = np.zeros((num_rows, SORT_TILE), np.float32)
@@ -83,14 +83,14 @@ def _edges_pass(sampled_S, rows, stride, network, edges_EP, begin, end):
         for i in range(1, num_rows):
             _add_roots_of_gaps(sorted_ST[i - 1], sorted_ST[i], widest_T, reached_ST[i - 1], reached_ST[i])
         first_T[:] = 0
-        for inner in range(1, num_inner):
-            share = np.float32(inner / num_inner)
+        for inner in range(1, num_inner_bins):
+            share = np.float32(inner / num_inner_bins)
             for k in range(0, width, LANES):
                 first_T[k] = inner_edges(ordered, reached, SORT_TILE, num_rows, k, share, first_T[k], edge_T, k)
             copy(edges_EP[inner, a : a + width], edge_T)
         for k in range(width):
             edge_T[k] = highest_T[k] + _GUARD * spread_T[k]
-        copy(edges_EP[num_inner, a : a + width], edge_T)
+        copy(edges_EP[num_inner_bins, a : a + width], edge_T)
 
 
 @njit(**JIT)
@@ -175,7 +175,7 @@ def _step_pass(
 ):
     """``logits``, ``centres`` and ``counts`` are the flat memory of (B, P) arrays."""
     num_bins = logits.size // num_params
-    # the last columns, fewer than are taken at once
+    # Where the last columns, fewer than 64, are copied to.
     logit_W, centre_W, count_W = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
     slope_T, mean_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     gate_sum_T, weighted_sum_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
@@ -222,7 +222,8 @@ def bin_step(
 ) -> tuple[Tensor, Tensor]:
     num_params = slope_P.numel()
     gate_sum_P, weighted_sum_P = torch.empty(num_params), torch.empty(num_params)
-    bins = (x.view(-1).numpy() for x in (logits_BP, centres_BP, counts_BP))  # logits are written: never a copy
+    # A view and never a copy, because the logits are written.
+    bins = (x.view(-1).numpy() for x in (logits_BP, centres_BP, counts_BP))
     vectors = (slope_P.numpy(), mean_P.numpy(), np.float32(full_step), gate_sum_P.numpy(), weighted_sum_P.numpy())
     arguments = (num_params, *bins, *vectors)
     run_on_column_shares(lambda begin, end: _step_pass(*arguments, begin, end), num_params, TILE)

@@ -13,8 +13,8 @@ GUARD = 1.0
 
 
 def bin_edges_reference(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
-    """Plain twin of :func:`bin_edges`."""
-    sorted_SP = rows_RP[sampled_S].float().sort(0).values
+    """Plain twin of :func:`bin_edges`; in float64 if the rows are."""
+    sorted_SP = rows_RP[sampled_S].to(torch.promote_types(rows_RP.dtype, torch.float32)).sort(0).values
     num_sampled = len(sorted_SP)
     lowest_P, highest_P = sorted_SP[0], sorted_SP[-1]
     spread_P = sorted_SP[3 * (num_sampled - 1) // 4] - sorted_SP[(num_sampled - 1) // 4]

@@ -1,7 +1,8 @@
 """The bins in Triton: see ``__init__.py`` for what they compute.
 
-A program owns a block of columns and goes over the rows or bins itself. So there are no atomics, and
-the results are the same in every run. Edges and bins are contiguous; rows may lie any stride apart.
+A program owns a block of columns and goes over the rows or bins itself. So there are no atomics,
+and the results are the same in every run. Edges and bins are contiguous; rows may lie any stride
+apart.
 """
 
 import torch
@@ -15,8 +16,8 @@ from skymask_gpu.kernels.shared.triton import Variant, kernel, launch_options, m
 # Columns whose sample a program sorts: 16 values per thread.
 EDGES_BLOCK_P = 32
 EDGES_WARPS = 4
-# Each thread owns 16 (bin, column) cells; their two edges, count and sum stay in registers while the
-# rows are read.
+# Each thread owns 16 (bin, column) cells; their two edges, count and sum stay in registers while
+# the rows are read.
 CELLS_PER_THREAD = 16
 ROWS_AT_ONCE = 4
 STEP_BLOCK_B = 8
@@ -33,7 +34,7 @@ def bin_edges_kernel(
     rows_ptr,  # (R, P) float32 or bfloat16
     sampled_ptr,  # (S,) int64
     edges_ptr,  # (E, P) float32, written
-    # sizes; columns and strides in units of VEC elements, so that the compiler knows their alignment
+    # sizes; columns and strides in units of VEC elements: the compiler then knows their alignment
     num_rows,
     num_sampled,
     num_edges,
@@ -53,7 +54,8 @@ def bin_edges_kernel(
     mask_s = offs_s < num_sampled
     last = num_sampled - 1
     row = tl.load(sampled_ptr + offs_s, mask=mask_s, other=0)  # [BLOCK_S]
-    # no host has looked at the numbers: one that is no row must not read other memory
+    # Nobody has checked the numbers, which would make the host wait. One that is no row must not
+    # read other memory.
     row = tl.minimum(tl.maximum(row, 0), num_rows - 1)
     value = tl.load(
         rows_ptr + row[None, :] * rows_stride_units * VEC + offs_p[:, None],
@@ -116,7 +118,7 @@ def bin_rows_kernel(
     offs_b = tl.arange(0, BLOCK_B)
     mask = (offs_b < num_bins)[:, None] & mask_p[None, :]
     at = offs_b.to(tl.int64)[:, None] * num_cols + offs_p[None, :]
-    # a bin holds lower <= value < upper; the outermost are open, and bins beyond B hold nothing
+    # A bin holds lower <= value < upper. The outermost are open, and bins beyond B hold nothing.
     lower = tl.load(edges_ptr + at - num_cols, mask=mask & (offs_b > 0)[:, None], other=float("-inf"))  # [BLOCK_B, BLOCK_P]
     upper = tl.load(edges_ptr + at, mask=mask & (offs_b < num_bins - 1)[:, None], other=float("inf"))  # [BLOCK_B, BLOCK_P]
     count = tl.load(counts_ptr + at, mask=mask, other=0).to(tl.int32)  # [BLOCK_B, BLOCK_P]
@@ -126,7 +128,7 @@ def bin_rows_kernel(
     for first in range(0, num_rows, ROWS_AT_ONCE):
         for i in tl.static_range(ROWS_AT_ONCE):
             row = first + i
-            # a row beyond the last is NaN, which is in no bin and at no end
+            # A row beyond the last is NaN, which is in no bin and at no end.
             row_width = tl.where(row < num_rows, num_cols, 0)
             value = tl.load(
                 rows_ptr + tl.cast(row, tl.int64) * rows_stride_units * VEC + offs_p,
@@ -212,7 +214,7 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
 
 
 def bin_tile(num_bins: int) -> tuple[int, int, int]:
-    """Bins, columns and warps of a program that adds rows to bins: all bins, and columns for 16 bytes a load."""
+    """Bins, columns and warps per program: all bins, and enough columns for 16-byte loads."""
     block_b = triton.next_power_of_2(num_bins)
     block_p = max(16, 2048 // block_b)
     return block_b, block_p, min(32, block_b * block_p // (32 * CELLS_PER_THREAD))

@@ -1,4 +1,4 @@
-"""The inner loops of the bins on a CPU, in vectors; the conventions are those of ``shared/vectors.py``.
+"""The inner loops of the bins on a CPU, in vectors, as ``shared/vectors.py`` describes them.
 
 Numba's cache does not notice changes of this file: delete ``__pycache__`` of this folder after one.
 """
@@ -78,7 +78,7 @@ def inner_edges(builder, ordered, reached, stride, num_rows, column, share, firs
 
 
 def _rows_below(builder, reached, target, column, stride, first, last):
-    """Of each column, the number of rows before the last whose ``reached`` lies below the target."""
+    """Per column, the number of rows before the last whose ``reached`` lies below the target."""
 
     def next_row(place, count):
         below = builder.fcmp_ordered("<", load(builder, reached, place, FLOATS), target)
@@ -89,7 +89,8 @@ def _rows_below(builder, reached, target, column, stride, first, last):
 
     counts = spread(builder, builder.trunc(first, llvm.IntType(32)), _WORDS)
     start = builder.add(column, builder.mul(stride, first))
-    # If ``first`` is the last row, the one passage counts nothing, because it is not below its share.
+    # If ``first`` is the last row, the one passage counts nothing, because it is not below its
+    # share.
     _, counts = repeat(builder, (start, counts), next_row)
     return counts
 

@@ -1,4 +1,4 @@
-"""The replay and the cuts on a CPU, in Numba: column tiles that stay in the cache, shared by threads."""
+"""The replay and the cuts on a CPU, in Numba: tiles of columns stay in the cache."""
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ def _replay_pass(
 
 @njit(**JIT)
 def _follow(value_T, bit_T, filled_T, last_T, before_T, below_T, above_T, crossings_T):
-    """Go on to the next probe of each column: note where the bit changes for the first time, and how often."""
+    """Go on to the next probe of each column; note the first change of the bit, and count all."""
     for k in range(value_T.size):
         changed = (filled_T[k] != 0) & (bit_T[k] != before_T[k])
         first = changed & (crossings_T[k] == 0)
@@ -67,7 +67,7 @@ def _above_threshold(logit_T, threshold, bit_T):
 
 @njit(**JIT)
 def _bits_of(value_T, width, slopes_TT, means_TT, training, logit_T, bit_T):
-    """Replay one value a column; ``training`` holds the initial logit, the full step and the threshold as a logit."""
+    """The bit of one value per column; ``training``: initial logit, full step, threshold."""
     logit_T[:] = training[0]
     for t in range(slopes_TT.shape[0]):
         slope_T, mean_T = slopes_TT[t], means_TT[t]
@@ -98,7 +98,7 @@ def _compact(width, crossings_T, columns_T, left_T, below_T, above_T, slopes_TT,
 
 @njit(**JIT)
 def _bisect(num_cuts, left_T, below_T, above_T, middle_T, slopes_TT, means_TT, training, logit_T, bit_T):
-    """Halve the interval between the two probes, from ``below_T`` to ``above_T``, of each column with a cut."""
+    """Halve the interval from ``below_T`` to ``above_T`` of each column, ten times."""
     for _ in range(BISECTIONS):
         for n in range(num_cuts):
             middle_T[n] = below_T[n] + (above_T[n] - below_T[n]) / np.float32(2)
@@ -117,8 +117,8 @@ def _find_pass(bins, ends_2P, slopes_TP, means_TP, training, position_P, left_P,
     num_steps = slopes_TP.shape[0]
     slopes_TT, means_TT = np.zeros((num_steps, TILE), np.float32), np.zeros((num_steps, TILE), np.float32)
     lowest_T, highest_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
-    # Each has an array of its own. LLVM cannot see that rows of one array do not overlap, and then it
-    # does not vectorise.
+    # Each has an array of its own. LLVM cannot see that rows of one array do not overlap, and then
+    # it does not vectorise.
     last_T, below_T, above_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     middle_T, logit_T = np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
     left_T, right_T, bit_T = np.empty(TILE, np.int32), np.empty(TILE, np.int32), np.empty(TILE, np.int32)
@@ -157,7 +157,7 @@ def _find_pass(bins, ends_2P, slopes_TP, means_TP, training, position_P, left_P,
 
 @njit(**JIT)
 def _cut_pass(num_rows, rows, stride, cut_P, flips, bits, begin, end):
-    """``flips``: for each byte of a row of bits, the columns whose bit is 0 below the cut; ``bits`` are flat."""
+    """``flips``: per byte of a row, the columns whose bit is 0 below the cut. ``bits`` are flat."""
     for a in range(begin, end, CUT_TILE):
         stop = min(a + CUT_TILE, end)
         whole = a + (stop - a) // WIDE * WIDE

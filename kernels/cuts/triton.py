@@ -1,8 +1,8 @@
 """The replay and the cuts in Triton: see ``__init__.py`` for what they compute.
 
 A program owns a block of columns and goes over the rows, bins or steps itself. So there are no
-atomics, and the results are the same in every run. Bins and the history are contiguous; rows may lie
-any stride apart.
+atomics, and the results are the same in every run. Bins and the history are contiguous; rows may
+lie any stride apart.
 """
 
 import torch
@@ -66,7 +66,7 @@ def replay_kernel(
 
 @triton.jit
 def _bit_after(value, slopes_ptr, means_ptr, offs_p, mask_p, num_cols, num_steps, init, full_step, threshold):
-    """The bit of one value a column after the history; all ``[BLOCK_P]``."""
+    """The bit of one value per column after the history; all are ``[BLOCK_P]``."""
     logit = tl.zeros_like(value) + init
     for step in range(num_steps):
         at = tl.cast(step, tl.int64) * num_cols + offs_p
@@ -78,7 +78,7 @@ def _bit_after(value, slopes_ptr, means_ptr, offs_p, mask_p, num_cols, num_steps
 
 @triton.jit
 def _note_crossing(changed, last, probe, below, above, crossings):
-    """Where the bit changes between two probes: between which, if it is the first change, and one change more."""
+    """Count a change of the bit; if it is the first, note the two probes around it."""
     first = changed & (crossings == 0)
     return tl.where(first, last, below), tl.where(first, probe, above), crossings + changed.to(tl.int32)
 
@@ -111,7 +111,7 @@ def find_cuts_kernel(
     num_cols = num_col_units * VEC
     offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_p = offs_p < num_cols
-    lowest = tl.load(ends_ptr + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P], like all that follow
+    lowest = tl.load(ends_ptr + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P], as is all below
     highest = tl.load(ends_ptr + num_cols + offs_p, mask=mask_p, other=0.0)
     left = _bit_after(lowest, slopes_ptr, means_ptr, offs_p, mask_p, num_cols, num_steps, init, full_step, threshold)
     right = _bit_after(highest, slopes_ptr, means_ptr, offs_p, mask_p, num_cols, num_steps, init, full_step, threshold)

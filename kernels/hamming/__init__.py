@@ -9,7 +9,8 @@ computing them gives the same result. Columns in which all rows agree add nothin
 only the other columns are looked at. In masks of 500 clients (a CNN on MNIST) 19 to 30% of the
 columns vary, which lie in 48 to 67% of the bytes; under noise 72%, in 94% of the bytes.
 
-Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA through Triton, CPU through Numba.
+Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA through Triton, CPU through
+Numba.
 """
 
 from functools import partial
@@ -28,21 +29,26 @@ _MOST = {torch.int32: 2**31 - 1, torch.uint16: 2**16 - 1}
 
 
 def hamming_counts(bits: Tensor, unit: int = 1, dtype: torch.dtype = torch.int32) -> Tensor:
-    """``(R, R)``: the number of bits in which two rows differ, in units of ``unit``, rounded.
+    """The number of bits in which each two rows differ, ``(R, R)``, in units of ``unit``, rounded.
 
     Args:
-        bits: ``(R, bytes)`` uint8, of any strides; padding bits, at most 7, are equal in all rows.
+        bits: ``(R, bytes)`` uint8, with any strides. Padding bits, at most 7, are equal in all
+            rows.
         unit: at least 1.
-        dtype: of the result, int32 or uint16; rows that differ in all bits must have a count that fits.
+        dtype: that of the result, int32 or uint16. A count of all bits must fit into it.
 
     Raises:
         ValueError: a shape or a dtype does not fit, or no kernel exists for the device.
+
+    Example:
+        >>> hamming_counts(torch.tensor([[0b0011], [0b0101], [0b1100]], dtype=torch.uint8)).tolist()
+        [[0, 2, 4], [2, 0, 2], [4, 2, 0]]
     """
     check_tensor("bits", bits, ("R", "bytes"), (torch.uint8,), "any strides")
     check_number("unit", unit, 1)
     if dtype not in _MOST:
         raise ValueError(f"dtype must be torch.int32 or torch.uint16, got {dtype}")
-    # the last byte holds one bit at least that is no padding; counts are int32 before they are divided
+    # The last byte holds at least one bit that is no padding. Counts are int32 before the division.
     most = 8 * bits.shape[1] - 7
     if most > _MOST[torch.int32] or (most + unit // 2) // unit > _MOST[dtype]:
         raise ValueError(f"dtype must hold counts of {most:,} bits in units of {unit}, got {dtype}; use a larger unit")

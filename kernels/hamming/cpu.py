@@ -1,7 +1,7 @@
 """Differing bits on a CPU, in Numba: exclusive or, population count and sum, in tiles.
 
-The tiles of rows and bytes stay in the cache. With many rows, the columns in which all rows agree are
-taken out first, and the others packed anew.
+The tiles of rows and bytes stay in the cache. With many rows, the columns in which all rows agree
+are taken out first, and the others packed anew.
 """
 
 from functools import cache
@@ -21,8 +21,8 @@ from skymask_gpu.kernels.shared.vectors import INDEX, address, call, repeat, vec
 TILE, OTHER_TILE, CHUNK = 64, 16, 1024
 # Rows of the other tile that are compared at once.
 GROUP = 4
-# From this number of rows on, packing costs less than it saves. Measured on masks of a CNN on MNIST:
-# with 500 rows both cost the same.
+# From this number of rows on, packing costs less than it saves. Measured on masks of a CNN on
+# MNIST: with 500 rows both cost the same.
 MANY_ROWS = 1024
 # Bytes per row that one thread looks at before it goes to the next row.
 _BYTES_AT_ONCE = 4096
@@ -127,7 +127,7 @@ def _pack_pass(bits, num_bytes, at_V, flags_V, chosen, packed_RC, begin, end):
 
 @cache
 def _chosen_bits() -> np.ndarray:
-    """``[flags, byte]``: the bits of the byte where the flags are set, moved together at the low end."""
+    """``[flags, byte]``: the bits of the byte where flags are set, moved to the low end."""
     chosen = np.zeros((256, 256), np.uint8)
     flags, byte = np.arange(256)[:, None], np.arange(256)[None]
     number = np.zeros((256, 1), np.int64)

@@ -1,4 +1,4 @@
-"""The plain twin of the differing bits, in PyTorch: what the compiled versions are compared with."""
+"""The plain twin of the differing bits, in PyTorch: compiled versions are compared with it."""
 
 import torch
 from torch import Tensor

@@ -1,13 +1,14 @@
-"""Differing bits, pair by pair, in Triton: see ``kernels/hamming.py``. Two kernels, chosen by the number of rows.
+"""Differing bits, pair by pair, in Triton. There are two kernels, chosen by the number of rows.
 
-* popcount: exclusive or and population count of 32 columns at a time. A multiprocessor counts the bits of 16 words a clock
-  (sm_80 to 100), so it compares 512 pairs of bits.
-* tensor core: bits are spread to bytes, and int8 products of tiles make the Gram matrix G of the 0/1 matrix, from which the
-  counts follow. On sm_90 a warp issues 294 instructions for 256 columns of a 64 x 64 tile, four warps in turn: 3,600 pairs of
-  bits a clock, which is near the tensor cores' own limit (4,096).
+* popcount: exclusive or and population count of 32 columns at a time. A multiprocessor counts the
+  bits of 16 words per clock (sm_80 to 100), so it compares 512 pairs of bits.
+* tensor core: bits are spread to bytes, and int8 products of tiles make the Gram matrix of the 0/1
+  matrix, from which the counts follow. On sm_90 a warp issues 294 instructions for 256 columns of a
+  64 x 64 tile, and four warps take turns. That makes 3,600 pairs of bits per clock, near the tensor
+  cores' own limit of 4,096.
 
-A program owns a tile of pairs on or above the diagonal and a share of the columns; shares are added up by atomics, which are
-exact for integers in any order.
+A program owns a tile of pairs on or above the diagonal and a share of the columns. Shares are added
+up by atomics, which are exact for integers in any order.
 """
 
 import torch
@@ -17,17 +18,19 @@ from torch import Tensor
 
 from skymask_gpu.kernels.shared.triton import Variant, kernel, launch_options, on_device_of
 
-# Words of 32 columns that a program looks at in one go; rows are padded to a multiple of them.
+# Words of 32 columns that a program looks at together; rows are padded to a multiple of them.
 UNIT_WORDS = 8
 POPCOUNT_BLOCK_R = 16
 POPCOUNT_WARPS = 1
 GRAM_BLOCK_R = 64
 GRAM_WARPS = 4
-# Up to so many rows one tile by population count takes less (256 pairs / 512 a clock) than one by tensor cores (4,096 / 3,600);
-# beyond, three tiles of the first kind already take more. From counted instructions; not measured on a GPU.
+# Up to this number of rows, one tile by population count (256 pairs at 512 per clock) is faster
+# than one by tensor cores (4,096 at 3,600). With more rows, three tiles of the first kind already
+# take longer. This follows from counted instructions; it is not measured on a GPU.
 POPCOUNT_ROWS = 16
-# From so many rows on, only bytes that vary are looked at: the product grows with the square of the rows, finding and copying
-# the bytes with the rows. From bytes and operations; not measured on a GPU.
+# From this number of rows on, only bytes that vary are looked at. The product grows with the square
+# of the rows, finding and copying the bytes with their number. This follows from bytes and
+# operations; it is not measured on a GPU.
 MANY_ROWS = 2048
 # Enough to fill any current GPU (an H200 has 132 multiprocessors) without many atomics.
 ENOUGH_PROGRAMS = 512
@@ -44,7 +47,7 @@ def _share_of_units(units_ptr):
 
 @triton.jit
 def _count_ones(word):
-    # LLVM makes one POPC of this; Triton has no such function that its interpreter knows
+    # LLVM turns this into one POPC. Triton has no such function that its interpreter knows.
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
@@ -52,7 +55,7 @@ def _count_ones(word):
 
 @triton.jit
 def _spread(words, bit, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Bit ``bit`` of every byte, as a byte 0 or 1: ``[ROWS, 4 * WORDS]`` int8; the compiler leaves the four bytes packed."""
+    """Bit ``bit`` of every byte, as a byte 0 or 1: ``[ROWS, 4 * WORDS]`` int8, packed in fours."""
     flags = (words >> bit) & 0x01010101
     flags = tl.join(flags, flags >> 16)
     flags = tl.join(flags, flags >> 8)
@@ -76,7 +79,7 @@ def hamming_popcount_kernel(
         return
     offs_i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_j = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    # rows beyond the last are the last once more, and are not stored
+    # Rows beyond the last are the last one again, and are not stored.
     row_i = words_ptr + tl.minimum(offs_i, num_rows - 1).to(tl.int64) * row_units * UNIT_WORDS
     row_j = words_ptr + tl.minimum(offs_j, num_rows - 1).to(tl.int64) * row_units * UNIT_WORDS
     differing = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.int32)
@@ -118,7 +121,7 @@ def hamming_gram_kernel(
         for bit in tl.static_range(8):
             ones_i = _spread(words_i, bit, BLOCK_R, UNIT_WORDS)
             ones_j = _spread(words_j, bit, BLOCK_R, UNIT_WORDS)
-            # until Triton 3.7 the result is float32 unless it is said
+            # Up to Triton 3.7 the result would be float32 without out_dtype.
             gram = tl.dot(ones_i, tl.trans(ones_j), gram, out_dtype=tl.int32)
     at = offs_i.to(tl.int64)[:, None] * num_rows + offs_j[None, :]
     tl.atomic_add(sums_ptr + at, gram, mask=(offs_i < num_rows)[:, None] & (offs_j < num_rows)[None, :], sem="relaxed")
@@ -176,7 +179,10 @@ def _sum_over_units(counting_kernel: object, bits: Tensor, columns: Tensor | Non
 
 
 def _words(bits: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows as whole units of words, ``(R, W)`` uint32, and how many units to look at, ``(1,)`` int32, without the host.
+    """Rows as whole units of words, ``(R, W)`` uint32, and how many units to look at.
+
+    That number is ``(1,)`` int32, and the host does not wait for it.
+
 
     Bytes of ``columns`` come first, then zeros, in which no rows differ.
     """
@@ -187,7 +193,8 @@ def _words(bits: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
         order = columns.argsort(descending=True, stable=True)
         bits = bits.index_select(1, order).mul_(columns[order])
         units_1 = (columns.sum(dtype=torch.int32).view(1) + unit_bytes - 1) // unit_bytes
-    # a copy where rows are no multiple of a unit: less than what one tile of rows has to read
+    # Rows that are no multiple of a unit are copied: that is less than one tile of rows has to
+    # read.
     padding = -bits.shape[1] % unit_bytes
     padded = torch.nn.functional.pad(bits, (0, padding)) if padding else bits.contiguous()
     return padded.view(torch.uint32), units_1

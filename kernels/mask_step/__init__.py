@@ -47,18 +47,26 @@ def first_step(
     """The step from logits that all equal ``init``: reads no logits, writes ``logits_RP``.
 
     Args:
-        updates_RP: ``(R, P)`` float32 or bfloat16 (CPU: float64 too), unit column stride.
-        logits_RP: ``(R, P)`` of the compute dtype, written.
-        slope_P: ``(P,)`` gradient over gate sum over clip, finite.
-        mean_P: ``(P,)`` masked mean of the updates at ``init``.
+        updates_RP: ``(R, P)`` float32 or bfloat16 (on a CPU float64 too), unit column stride.
+        logits_RP: ``(R, P)`` float32 (float64 for float64 updates), overwritten.
+        slope_P: ``(P,)`` gradient over gate sum over clip, finite; dtype of the logits.
+        mean_P: ``(P,)`` masked mean of the updates at ``init``; dtype of the logits.
         init: the logit of every row and parameter before the step.
-        full_step: what a clipped gradient moves a logit by (lr * clip).
+        full_step: by how much a clipped gradient moves a logit (lr * clip).
 
     Returns:
         ``gate_sum`` and ``weighted_sum``, both ``(P,)``, at the new logits.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or no kernel exists for the device.
+        ValueError: shapes, dtypes, strides or devices do not fit, or no kernel exists for the
+            device.
+
+    Example:
+        >>> updates_RP, logits_RP = torch.tensor([[-1.0], [1.0]]), torch.empty(2, 1)
+        >>> slope_P, mean_P = torch.tensor([1e30]), torch.zeros(1)
+        >>> _ = first_step(updates_RP, logits_RP, slope_P, mean_P, init=1.0, full_step=1.0)
+        >>> logits_RP.flatten().tolist()
+        [2.0, 0.0]
     """
     _check(updates_RP, slope_P, mean_P, logits=logits_RP)
     return _backend("updates", updates_RP).first_step(updates_RP, logits_RP, slope_P, mean_P, init=init, full_step=full_step)
@@ -67,7 +75,17 @@ def first_step(
 def next_step(
     updates_RP: Tensor, logits_RP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
-    """A step from stored logits: reads and overwrites ``logits_RP``. Arguments, result and errors as in :func:`first_step`."""
+    """A step from stored logits: reads and overwrites ``logits_RP``.
+
+    Arguments, result and errors are those of :func:`first_step`.
+
+    Example:
+        >>> updates_RP, logits_RP = torch.tensor([[-1.0], [1.0]]), torch.zeros(2, 1)
+        >>> slope_P, mean_P = torch.zeros(1), torch.zeros(1)
+        >>> gate_sum_P, _ = next_step(updates_RP, logits_RP, slope_P, mean_P, full_step=1.0)
+        >>> gate_sum_P.tolist()
+        [1.0]
+    """
     _check(updates_RP, slope_P, mean_P, logits=logits_RP)
     return _backend("updates", updates_RP).next_step(updates_RP, logits_RP, slope_P, mean_P, full_step=full_step)
 
@@ -83,7 +101,9 @@ def last_step(
     threshold: float,
     logits_out_RP: Tensor | None = None,
 ) -> Tensor:
-    """The final step: the bits ``m > threshold`` instead of sums.
+    """The final step: it returns the bits ``m > threshold`` instead of sums.
+
+    All other arguments and the errors are those of :func:`first_step`.
 
     Args:
         logits_RP: ``(R, P)`` stored logits, or ``None`` if they all equal ``init``.
@@ -91,7 +111,15 @@ def last_step(
         logits_out_RP: where to keep the final logits, or ``None``; may be ``logits_RP`` itself.
 
     Returns:
-        ``(R, ceil(P / 8))`` uint8, bit j of byte b is parameter 8 b + j (little-endian); padding bits are 0.
+        ``(R, ceil(P / 8))`` uint8. Bit j of byte b is that of parameter 8 b + j (little-endian);
+        padding bits are 0.
+
+    Example:
+        >>> updates_RP = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+        >>> slope_P, mean_P = torch.full((2,), 1e30), torch.zeros(2)
+        >>> training = {"init": 1.0, "full_step": 1.0, "threshold": 0.0}
+        >>> last_step(updates_RP, None, slope_P, mean_P, **training).flatten().tolist()
+        [3, 2]
     """
     stored = {"logits": logits_RP, "logits_out": logits_out_RP}
     _check(updates_RP, slope_P, mean_P, **{name: tensor for name, tensor in stored.items() if tensor is not None})

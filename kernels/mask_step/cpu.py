@@ -1,6 +1,6 @@
-"""The fused mask step on a CPU: one Numba loop over column tiles that stay in the L2 cache, columns shared among threads.
+"""The mask step on a CPU, in Numba: one loop over tiles of columns that stay in the L2 cache.
 
-Eager torch needs nine passes over a tile for the same work.
+Threads share the columns. Eager PyTorch needs nine passes over a tile for the same work.
 """
 
 import numpy as np
@@ -13,17 +13,19 @@ from skymask_gpu.kernels.shared.cpu_step import move, move_and_add
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
 from skymask_gpu.kernels.shared.vectors import WIDE, pack_above
 
-# Columns a tile: slopes, means and both sums fit in a part of L2 while rows stream by, in pieces that are worth fetching ahead.
+# Columns per tile. Slopes, means and both sums fit in a part of L2 while the rows are read, and a
+# row's part of a tile is long enough for the processor to fetch ahead.
 TILE = 8192
-# Rows that are added up before they join the total: keeps float32 rounding from growing with the number of clients.
+# Rows that are added up before they join the total, so that the rounding of float32 does not grow
+# with the number of clients.
 ROWS_A_BATCH = 64
 assert TILE % WIDE == 0
 
-# --- the passes -------------------------------------------------------------------------------------------------------
+# --- the passes ---
 
 
-# Matrices come flat, row i at i * stride; vectors_2P holds slope and mean. The last columns, fewer than are taken at once, are
-# copied to where there is room.
+# Matrices arrive flat, row i at i * stride; vectors_2P holds slope and mean. The last columns, if
+# fewer than 64, are copied to where there is room for 64.
 
 
 @njit(**JIT)
@@ -84,7 +86,7 @@ def _bits_pass(
     begin,
     end,
 ):
-    num_bytes = -(-vectors_2P.shape[1] // 8)  # of a row of bits
+    num_bytes = -(-vectors_2P.shape[1] // 8)
     slope_T, mean_T = np.zeros(TILE, vectors_2P.dtype), np.zeros(TILE, vectors_2P.dtype)
     init_T, moved_T = np.full(TILE, init, vectors_2P.dtype), np.zeros(TILE, vectors_2P.dtype)
     update_W, logit_W = np.zeros(WIDE, updates.dtype), np.full(WIDE, init, vectors_2P.dtype)
@@ -103,14 +105,15 @@ def _bits_pass(
             if rest > 0:
                 update_W[:rest], logit_W[:rest] = updates[at + whole : at + width], before[start + whole : start + width]
                 move(update_W, 0, logit_W, 0, slope_T[whole:], mean_T[whole:], 0, full_step, moved_T, whole)
-                moved_T[width:] = threshold  # no bit beyond the last column
+                # No bit is set beyond the last column.
+                moved_T[width:] = threshold
                 pack_above(moved_T, whole, threshold, packed_W, 0)
                 bits[byte + whole // 8 : byte + (width + 7) // 8] = packed_W[: (rest + 7) // 8]
             if keep:
                 logits[to : to + width] = moved_T[:width]
 
 
-# --- called with checked arguments from kernels/mask_step.py ------------------------------------------------------------
+# --- called with checked arguments ---
 
 
 def first_step(

@@ -1,8 +1,9 @@
-"""Triton kernel of the fused mask step, its launchers, and the compile specs that the offline check builds.
+"""The mask step in Triton: the kernel and its launchers.
 
-Traffic a step and element in float32: read update and logit, write logit = 12 bytes (first step 8, last step 8 and a bit).
-A program owns BLOCK_P columns and walks down its share of the rows, so the sums over rows need no atomics and are the same in
-every run; row shares are summed by torch at the end.
+Traffic per step and element in float32: an update and a logit are read and a logit is written, 12
+bytes (first step 8, last step 8 and one bit). A program owns BLOCK_P columns and walks down its
+share of the rows. So the sums over rows need no atomics and are the same in every run. PyTorch adds
+up the shares at the end.
 """
 
 import torch
@@ -30,7 +31,7 @@ def mask_step_kernel(
     gate_sum_ptr,  # (splits, P) float32, written unless EMIT_BITS
     weighted_sum_ptr,  # (splits, P) float32, written unless EMIT_BITS
     bits_ptr,  # (R, bytes) uint8, written if EMIT_BITS
-    # sizes; columns and strides in units of VEC elements, so that the compiler knows their alignment
+    # sizes; columns and strides in units of VEC elements: the compiler then knows their alignment
     num_rows,
     rows_per_split,
     num_col_units,
@@ -65,7 +66,7 @@ def mask_step_kernel(
         offs_r = row + tl.arange(0, BLOCK_R)
         mask_r = offs_r < row_end
         mask = mask_r[:, None] & mask_p[None, :]
-        # R * P exceeds 2**31: rows are 64-bit before they meet a stride
+        # R * P exceeds 2**31, so rows become 64-bit before they are multiplied by a stride.
         rows_64 = offs_r.to(tl.int64)[:, None]
         update = tl.load(updates_ptr + rows_64 * updates_stride_units * VEC + offs_p[None, :], mask=mask, other=0.0).to(
             tl.float32
@@ -91,7 +92,7 @@ def mask_step_kernel(
                 mask=mask_r[:, None] & (offs_b < num_bytes)[None, :],
             )
         else:
-            # sigmoid(0) of a masked row is not 0
+            # The gate of a masked row must not count: sigmoid(0) is not 0.
             gate = tl.where(mask, tl.sigmoid(logit), 0.0)
             gate_sum += gate
             weighted_sum += gate * update
@@ -158,7 +159,8 @@ def _launch_sums(
 ) -> tuple[Tensor, Tensor]:
     num_rows, num_params = updates_RP.shape
     num_splits = _num_splits(num_rows, num_params)
-    # both begin at multiples of 16 bytes, whatever the number of splits: the compiler looks at that too
+    # Both begin at multiples of 16 bytes, whatever the number of splits. Otherwise Triton would
+    # compile again.
     num_sums = num_splits * num_params
     sums_2SP = torch.empty(2, -(-num_sums // 4) * 4, dtype=torch.float32, device=updates_RP.device)[:, :num_sums]
     sums_2SP = sums_2SP.view(2, num_splits, num_params)
@@ -208,7 +210,8 @@ def _launch(
     if gate_sum_SP is not None and weighted_sum_SP is not None and grid[1] < num_splits:
         gate_sum_SP[grid[1] :].zero_()
         weighted_sum_SP[grid[1] :].zero_()
-    unused = slope_P  # a pointer that the compiled variant never touches
+    # A pointer that the compiled variant never touches.
+    unused = slope_P
     with on_device_of(updates_RP):
         mask_step_kernel[grid](
             updates_RP,

@@ -25,14 +25,20 @@ __all__ = ["chosen_mean", "chosen_mean_reference"]
 
 
 def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
-    """``(P,)`` float64: the mean of the chosen rows; NaN if none is chosen.
+    """The mean of the chosen rows, ``(P,)`` float64; NaN if none is chosen.
 
     Args:
         rows_RP: ``(R, P)`` float32 or bfloat16, unit column stride.
-        chosen_R: ``(R,)`` bool.
+        chosen_R: ``(R,)`` bool, with any stride.
 
     Raises:
-        ValueError: a shape, a dtype, a device or a stride does not fit, or no kernel exists for the device.
+        ValueError: a shape, a dtype, a device or a stride does not fit, or no kernel exists for the
+            device.
+
+    Example:
+        >>> rows_RP = torch.tensor([[1.0], [torch.nan], [2.0]])
+        >>> chosen_mean(rows_RP, torch.tensor([True, False, True])).tolist()
+        [1.5]
     """
     check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")
     check_tensor("chosen", chosen_R, (len(rows_RP),), (torch.bool,), "any strides", device=rows_RP.device)

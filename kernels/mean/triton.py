@@ -1,7 +1,7 @@
-"""The mean of chosen rows in Triton: see ``kernels/mean.py``. Traffic: the chosen rows once.
+"""The mean of chosen rows in Triton; the chosen rows are read once.
 
-As in ``mask_step.py``, a program owns BLOCK_P columns and walks down its share of the rows, so the sums need no atomics and are
-the same in every run.
+A program owns BLOCK_P columns and walks down its share of the rows. So the sums need no atomics and
+are the same in every run.
 """
 
 import torch
@@ -24,7 +24,7 @@ def chosen_mean_kernel(
     rows_ptr,  # (R, P) float32 or bfloat16
     chosen_ptr,  # (R,) bool
     sums_ptr,  # (splits, P) float32, written
-    # sizes; columns and strides in units of VEC elements, so that the compiler knows their alignment
+    # sizes; columns and strides in units of VEC elements: the compiler then knows their alignment
     num_rows,
     rows_per_split,
     num_col_units,
@@ -55,12 +55,18 @@ def chosen_mean_kernel(
 # --- called with checked arguments ---
 
 
+def split_rows(num_rows: int, num_params: int) -> int:
+    """How many rows one program adds up: fewer where few columns would leave the GPU idle."""
+    wanted_splits = triton.cdiv(ENOUGH_PROGRAMS, triton.cdiv(num_params, BLOCK_P))
+    num_splits = max(1, min(wanted_splits, triton.cdiv(num_rows, 2 * BLOCK_R)))
+    return triton.cdiv(triton.cdiv(num_rows, num_splits), BLOCK_R) * BLOCK_R
+
+
 def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
     num_rows, num_params = rows_RP.shape
     vec = vector_elements(num_params, rows_RP)
     num_blocks = triton.cdiv(num_params, BLOCK_P)
-    wanted_splits = max(1, min(triton.cdiv(ENOUGH_PROGRAMS, num_blocks), triton.cdiv(num_rows, 2 * BLOCK_R)))
-    rows_per_split = triton.cdiv(triton.cdiv(num_rows, wanted_splits), BLOCK_R) * BLOCK_R
+    rows_per_split = split_rows(num_rows, num_params)
     num_splits = triton.cdiv(num_rows, rows_per_split)
     sums_SP = torch.empty(num_splits, num_params, device=rows_RP.device)
     with on_device_of(rows_RP):

@@ -1,7 +1,7 @@
-"""Mixtures of two normals, fitted by expectation maximisation (EM): to which normal each row belongs.
+"""Mixtures of two normals, fitted by expectation maximisation (EM).
 
-With weights w, means and (co)variances of the two components, and p[i, c] the probability that row
-i belongs to component c,
+They say to which of the two normals each row belongs. With weights w, means and (co)variances of
+the two components, and p[i, c] the probability that row i belongs to component c,
 
     M step:  w[c] = sum_i p[i, c],     mean[c] = sum_i p[i, c] x[i] / w[c],
              cov[c] = sum_i p[i, c] (x[i] - mean[c]) (x[i] - mean[c])^T / w[c]
@@ -39,15 +39,23 @@ __all__ = [
 
 
 def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
-    """Labels 0 or 1, ``(R,)`` int64, of a one-dimensional mixture of two normals, from the best cut into two means.
+    """To which of two normals each number belongs: labels 0 or 1, ``(R,)`` int64.
+
+    EM starts from the cut of the numbers in two that leaves the least squares around the two means.
 
     Args:
         x_R: ``(R,)`` float64, R >= 2.
-        max_steps: at most so many steps of EM, at least 1; fewer where a step changes nothing.
-        variance_floor: of each normal, as a share of the variance of all of ``x_R``.
+        max_steps: the most steps of EM, at least 1. It ends earlier if a step changes nothing.
+        variance_floor: the least variance of each normal, as a share of the variance of ``x_R``.
 
     Raises:
-        ValueError: a shape or a dtype does not fit, ``max_steps`` is less than 1, or no kernel exists for the device.
+        ValueError: a shape or a dtype does not fit, ``max_steps`` is less than 1, or no kernel
+            exists for the device.
+
+    Example:
+        >>> x_R = torch.tensor([0.0, 0.1, 0.2, 5.0, 5.1], dtype=torch.float64)
+        >>> two_normals(x_R, 10, 1e-3).tolist()
+        [0, 0, 0, 1, 1]
     """
     check_tensor("x", x_R, ("R",), (torch.float64,), "any strides")
     if len(x_R) < 2:
@@ -60,18 +68,25 @@ def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
 
 
 def gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
-    """Labels 0 or 1, ``(R,)`` int64, of two normals with full covariances, fitted by EM from hard labels.
+    """To which of two normals with full covariances each row belongs: labels, ``(R,)`` int64.
 
-    The same as scikit-learn's ``GaussianMixture(2)`` with its defaults, from that start: at most 100 steps, until the mean
-    log-likelihood rises by less than 1e-3, 1e-6 added to the variances.
+    From the given labels it computes the same as scikit-learn's ``GaussianMixture(2)`` with its
+    defaults: at most 100 steps, until the mean log-likelihood rises by less than 1e-3, with 1e-6
+    added to the variances.
 
     Args:
         x_RK: ``(R, 2)`` float64.
-        labels_R: ``(R,)`` int64, 0 or 1; a GPU gives a row with another label to neither.
+        labels_R: ``(R,)`` int64, 0 or 1, where EM starts. A GPU does not check them; it gives a row
+            with another label to neither normal.
 
     Raises:
-        ValueError: a shape, a dtype or a device does not fit, on a CPU a label is neither 0 nor 1, or no kernel exists for the
-            device.
+        ValueError: a shape, a dtype or a device does not fit, a label on a CPU is neither 0 nor 1,
+            or no kernel exists for the device.
+
+    Example:
+        >>> x_RK = torch.tensor([[0.0, 0], [0, 1], [1, 0], [9, 9], [9, 8]], dtype=torch.float64)
+        >>> gaussian_mixture(x_RK, torch.tensor([0, 0, 0, 1, 1])).tolist()
+        [0, 0, 0, 1, 1]
     """
     check_tensor("x", x_RK, ("R", 2), (torch.float64,), "any strides")
     check_tensor("labels", labels_R, (len(x_RK),), (torch.int64,), "any strides", device=x_RK.device)

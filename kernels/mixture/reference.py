@@ -40,7 +40,8 @@ def gaussian_mixture_reference(x_RK: Tensor, labels_R: Tensor) -> Tensor:
     num_rows, num_dims = x_RK.shape
     member_R2 = torch.nn.functional.one_hot(labels_R, 2).to(x_RK)
     likelihood, settled = -math.inf, False
-    for _ in range(MOST_STEPS + 1):  # the last one's labels are of the parameters it settled on, as scikit-learn's are
+    # One step more: the last labels follow from the parameters it settled on, as scikit-learn's do.
+    for _ in range(MOST_STEPS + 1):
         weight_2 = member_R2.sum(0) + 10 * torch.finfo(x_RK.dtype).eps
         mean_2K = member_R2.T @ x_RK / weight_2[:, None]
         offset_2RK = x_RK - mean_2K[:, None]
@@ -61,13 +62,16 @@ def gaussian_mixture_reference(x_RK: Tensor, labels_R: Tensor) -> Tensor:
 
 
 def best_cut(x_R: Tensor) -> Tensor:
-    """Labels 0 and 1, ``(R,)`` int64: the cut in two that leaves the least squares around the two means. No host."""
+    """Labels of the cut in two with the least squares around the two means, ``(R,)`` int64.
+
+    The host does not wait for it.
+    """
     num_rows = len(x_R)
     sorted_R, order = x_R.sort()
     count_R = torch.arange(1, num_rows, dtype=x_R.dtype, device=x_R.device)
     left_sum = sorted_R.cumsum(0)[:-1]
     right_sum = sorted_R.sum() - left_sum
-    # least squares within two groups = most squares between them
+    # The squares within two groups are least where those between them are most.
     cut = (left_sum**2 / count_R + right_sum**2 / (num_rows - count_R)).argmax() + 1
     beyond_R = torch.arange(num_rows, device=x_R.device) >= cut
     return torch.zeros_like(order).scatter_(0, order, beyond_R.long())

@@ -1,8 +1,9 @@
-"""Mixtures of two normals in Triton: see ``kernels/mixture.py``. One program fits a whole mixture, to convergence.
+"""Mixtures of two normals in Triton: one program fits a whole mixture, to convergence.
 
-It goes over the rows in blocks and keeps sums and parameters only. What the probability of a row was is computed again from the
-parameters of the step before, in each of the two passes of a step: the first takes weights and means, the second variances
-around the new means. So any number of rows will do, and nothing is written but the labels.
+It goes over the rows in blocks and keeps only sums and parameters. Each step passes over the rows
+twice: first for weights and means, then for variances around the new means. Both passes compute the
+probability of a row again from the parameters of the step before. So any number of rows will do,
+and only the labels are written.
 """
 
 import torch
@@ -23,7 +24,7 @@ _LOG_2PI = tl.constexpr(1.8378770664093453)
 
 @triton.jit
 def _softmax(first, second):
-    """Of two numbers, and the logarithm of the sum of their exponentials."""
+    """The softmax of two numbers, and the logarithm of the sum of their exponentials."""
     highest = tl.maximum(first, second)
     lower = tl.exp(tl.minimum(first, second) - highest)
     total = 1.0 + lower
@@ -33,7 +34,7 @@ def _softmax(first, second):
 
 @triton.jit
 def _members(x, label, step, scale_0, mean_0, sharpness_0, scale_1, mean_1, sharpness_1):
-    """Probabilities of the two components: of the labels before the first step, then of the parameters."""
+    """The probabilities of both components: by the label in step 0, then by the parameters."""
     log_0 = scale_0 - sharpness_0 * (x - mean_0) * (x - mean_0)
     log_1 = scale_1 - sharpness_1 * (x - mean_1) * (x - mean_1)
     member_0, member_1, _ = _softmax(log_0, log_1)
@@ -56,7 +57,7 @@ def two_normals_kernel(
 ):
     floor = tl.load(floor_ptr)
     zero = floor * 0
-    # the logarithm of a component's density at x: scale - sharpness * (x - mean)^2
+    # The logarithm of a component's density at x is scale - sharpness * (x - mean)^2.
     scale_0, mean_0, sharpness_0 = zero, zero, zero
     scale_1, mean_1, sharpness_1 = zero, zero, zero
     step = 0
@@ -92,7 +93,7 @@ def two_normals_kernel(
         new_scale_1 = tl.log(weight_1) - 0.5 * tl.log(variance_1)
         new_sharpness_0, new_sharpness_1 = 0.5 / variance_0, 0.5 / variance_1
 
-        # equal parameters make equal probabilities, in this step and in all that follow
+        # Equal parameters make equal probabilities, in this step and in all that follow.
         changing = (new_scale_0 != scale_0) | (new_mean_0 != mean_0) | (new_sharpness_0 != sharpness_0)
         changing = changing | (new_scale_1 != scale_1) | (new_mean_1 != mean_1) | (new_sharpness_1 != sharpness_1)
         scale_0, mean_0, sharpness_0 = new_scale_0, new_mean_0, new_sharpness_0
@@ -109,7 +110,7 @@ def two_normals_kernel(
 
 @triton.jit
 def _plane_members(x, y, label, step, scale_0, x_0, y_0, per_x0, slope_0, per_y0, scale_1, x_1, y_1, per_x1, slope_1, per_y1):
-    """As above in two dimensions, and the logarithm of the density of both together."""
+    """As ``_members`` in two dimensions, and the logarithm of the density of both together."""
     white_x0, white_x1 = (x - x_0) * per_x0, (x - x_1) * per_x1
     white_y0, white_y1 = (y - y_0 - slope_0 * white_x0) * per_y0, (y - y_1 - slope_1 * white_x1) * per_y1
     log_0 = scale_0 - 0.5 * (white_x0 * white_x0 + white_y0 * white_y0)
@@ -122,7 +123,7 @@ def _plane_members(x, y, label, step, scale_0, x_0, y_0, per_x0, slope_0, per_y0
 
 @triton.jit
 def _whitening(weight, rows, xx, yx, yy):
-    """By the Cholesky factor of a covariance: scale, 1 / root of xx, slope, 1 / root of what is left of yy."""
+    """From a covariance's Cholesky factor: scale, 1 / root of xx, slope, 1 / root of yy's rest."""
     root_x = tl.sqrt(xx)
     slope = yx / root_x
     root_y = tl.sqrt(yy - slope * slope)
@@ -172,7 +173,8 @@ def gaussian_mixture_kernel(
             sum_log += tl.where(mask_r, log_sum, 0.0)
         before = likelihood
         likelihood = tl.sum(sum_log) / rows
-        # of the parameters so far; before step 1 there are none, and none before those. One step more follows, as in the twin
+        # This is the likelihood of the parameters so far. Steps 0 and 1 have none to compare it
+        # with. When it has settled, one step more follows, as in the twin.
         rising = ((step < 2) | (tl.abs(likelihood - before) >= TOLERANCE)) & (step < MOST_STEPS)
         weight_0, weight_1 = tl.sum(sum_0) + _TEN_EPS, tl.sum(sum_1) + _TEN_EPS
         new_x_0, new_y_0 = tl.sum(sum_x0) / weight_0, tl.sum(sum_y0) / weight_0

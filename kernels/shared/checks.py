@@ -1,6 +1,7 @@
 """Checks of tensors before compiled code, which knows no bounds, reads and writes their memory.
 
-They look at shapes, dtypes, devices and strides only, never at values on a GPU, so they cost microseconds and no wait.
+They look only at shapes, dtypes, devices and strides, never at values on a GPU. So they cost
+microseconds, and nobody waits.
 """
 
 from typing import Literal
@@ -26,15 +27,15 @@ def check_tensor(
     *,
     device: torch.device | None = None,
 ) -> None:
-    """Raise a ValueError that names the argument unless it is such a tensor.
+    """Raise a ValueError that names the argument unless it is a tensor of this kind.
 
     Args:
         name: what the argument is called.
         tensor: what the caller passed.
-        shape: of each dimension its size, or a letter for any size of at least 1.
+        shape: the size of each dimension, or a letter for any size of at least 1.
         dtypes: any of these.
-        layout: how the elements must lie in memory. Rows that are written must not overlap.
-        device: where it must be; None for anywhere.
+        layout: how the elements must lie in memory. Written rows must not overlap.
+        device: where it must be; None allows any device.
     """
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}; use torch.as_tensor")
@@ -60,7 +61,11 @@ def check_number(name: str, value: object, least: int) -> None:
 
 
 def check_bins(num_params: int, device: torch.device, **bins: Tensor) -> int:
-    """The number of bins of tensors ``(B, P)`` under their names: uint16 counts, all else float32; at least 2 bins."""
+    """The number of bins of tensors ``(B, P)``, checked: counts are uint16, all else float32.
+
+    Raises:
+        ValueError: a tensor does not fit, or there are fewer than 2 bins.
+    """
     num_bins = 0
     for name, tensor in bins.items():
         dtypes = (torch.uint16,) if name == "counts" else (torch.float32,)

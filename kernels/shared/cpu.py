@@ -1,4 +1,4 @@
-"""What all Numba kernels share: the compiler's options, and stored updates as flat arrays of floats.
+"""What all Numba kernels share: compiler options, and updates as flat arrays of floats.
 
 The kernels' arguments are not annotated, here and in all files that only Numba or Triton compile:
 they have no Python types, ``Any`` on each would say nothing, and mypy leaves these files out.
@@ -18,7 +18,7 @@ JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": 
 
 @intrinsic
 def widen(typingctx, value):
-    """A stored update as a float: bfloat16 arrives as uint16 and is the upper half of a float32."""
+    """A stored update as a float; bfloat16 arrives as uint16, the upper half of a float32."""
 
     def widen_bfloat16(context, builder, sig, args):
         wide = builder.shl(builder.zext(args[0], llvm.IntType(32)), llvm.Constant(llvm.IntType(32), 16))
@@ -42,9 +42,10 @@ def copy(to_T, from_T):
 
 
 def flat(rows_RP: Tensor) -> tuple[np.ndarray, int]:
-    """The memory from the first to the last element as one contiguous array (a view), and the row stride in it.
+    """The memory from the first to the last element as one flat array (a view), and the row stride.
 
-    A strided 2-D array would hide from the compiler that columns are adjacent. bfloat16, which numpy has not, comes as uint16.
+    A strided 2-D array would hide from the compiler that columns are adjacent. NumPy has no
+    bfloat16; it is viewed as uint16.
     """
     num_rows, num_params = rows_RP.shape
     memory = rows_RP.detach().as_strided(((num_rows - 1) * rows_RP.stride(0) + num_params,), (1,))

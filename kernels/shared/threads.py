@@ -28,7 +28,10 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
 
 
 def run_on_column_shares(run: Callable[[int, int], object], num_params: int, tile: int) -> None:
-    """Call ``run(begin, end)`` on whole tiles, shared among torch's threads; columns never meet, so shares change nothing."""
+    """Call ``run(begin, end)`` on shares of whole tiles, by torch's threads.
+
+    No column needs another, so the number of shares changes no result.
+    """
     num_threads = torch.get_num_threads()
     tiles = -(-num_params // tile)
     num_shares = min(tiles, num_threads * SHARES_PER_THREAD) if num_threads > 1 else 1
@@ -41,7 +44,8 @@ def run_on_column_shares(run: Callable[[int, int], object], num_params: int, til
     if openmp is None:
         list(_pool(num_threads).map(lambda share: run(*share), shares))
         return
-    # After each operation torch's threads wait by spinning for milliseconds, on the cores that threads of our own would need
+    # After each operation torch's threads wait by spinning for milliseconds, on the cores that
+    # threads of our own would need. So the work is given to them.
     left, errors = iter(shares), []
 
     @_CALLBACK
@@ -49,7 +53,8 @@ def run_on_column_shares(run: Callable[[int, int], object], num_params: int, til
         try:
             for share in left:
                 run(*share)
-        except BaseException as error:  # would be lost: it cannot cross the C stack
+        # An error cannot cross the C stack and would be lost; it is raised below.
+        except BaseException as error:
             errors.append(error)
 
     openmp.GOMP_parallel(work, None, num_threads, 0)

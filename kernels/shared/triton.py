@@ -1,4 +1,4 @@
-"""What all Triton kernels share: the training step, the width of loads, and how to list and launch."""
+"""What all Triton kernels share: the training step, the width of loads, listing, launching."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +25,7 @@ MOST_COLUMNS = 2**31 - 2**16
 
 
 def launch_options(num_warps: int) -> dict[str, int | bool]:
-    """Options of every launch, and of every compilation in ``offline.py``, so that both make the same code."""
+    """Options of every launch and of the offline compile, so that both make the same code."""
     return {"num_warps": num_warps, "enable_fp_fusion": True}
 
 
@@ -48,7 +48,7 @@ class Variant:
 
 @triton.jit
 def moved(logit, update, slope, mean, full_step):
-    """The logit after a step. Every kernel that trains or replays calls this, so their logits are equal to the bit."""
+    """The logit after a step. All kernels that train or replay call it: their logits are equal."""
     gate = tl.sigmoid(logit)
     gradient = slope * (gate * (1.0 - gate)) * (update - mean)
     return logit - tl.minimum(tl.maximum(gradient, -1.0), 1.0) * full_step
@@ -71,5 +71,5 @@ def vector_elements(num_params: int, *tensors: Tensor | None) -> int:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device the current one, on which Triton launches. The interpreter takes any."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device.index) if tensor.device.type == "cuda" else nullcontext()

@@ -1,8 +1,9 @@
 """Code in LLVM's own vectors, for the few loops that LLVM does not vectorise well by itself.
 
-Every CPU has some form of these vectors, and masks live in registers where there are mask registers.
-``vector_code`` makes a function of Numba from one that writes LLVM instructions. Beside each such
-function stands its NumPy twin, ``*_reference``, which says what it computes; the tests compare them.
+Every CPU has some form of these vectors, and masks live in registers where there are mask
+registers. ``vector_code`` makes a function of Numba from one that writes LLVM instructions. Beside
+each such function stands its NumPy twin, ``*_reference``, which says what it computes; the tests
+compare them.
 
 Conventions: arrays are flat and contiguous, positions are counted in elements, and nothing is
 checked, so callers must stay inside. Numba's cache does not notice changes of this file: delete
@@ -36,7 +37,7 @@ _BYTES_OF = {llvm.IntType(16): 2, llvm.FloatType(): 4, llvm.DoubleType(): 8}
 
 @dataclass(frozen=True)
 class Elements:
-    """An array within LLVM code: the address of its first element, and Numba's type of an element."""
+    """An array within LLVM code: the address of its first element, and Numba's element type."""
 
     pointer: llvm.Value
     dtype: types.Type
@@ -60,7 +61,8 @@ def vector_code(returns):
 
             return returns(*kinds), code
 
-        # Numba looks at the arguments' names; the first is the typing context instead of the builder.
+        # Numba looks at the arguments' names. The first, the builder, stands for its typing
+        # context.
         typing.__name__, typing.__doc__, typing.__signature__ = emit.__name__, emit.__doc__, inspect.signature(emit)
         return intrinsic(typing)
 
@@ -96,7 +98,7 @@ def spread(builder, value, vector):
 
 
 def load_updates(builder, elements, position, floats):
-    """Stored updates as ``floats``: bfloat16 arrives as uint16 and is the upper half of a float32."""
+    """Stored updates as ``floats``; bfloat16 arrives as uint16, the upper half of a float32."""
     if elements.dtype != types.uint16:
         return load(builder, elements, position, floats)
     halves, words = (llvm.VectorType(llvm.IntType(bits), floats.count) for bits in (16, 32))
@@ -111,7 +113,7 @@ def call(builder, name, result, *arguments):
 
 
 def repeat(builder, start, body):
-    """Write a loop: ``values, again = body(*values)`` from ``start``, at least once, while ``again``.
+    """Write a loop: ``values, again = body(*values)`` from ``start``, until not ``again``.
 
     Returns:
         The last values.
@@ -134,7 +136,7 @@ def repeat(builder, start, body):
 
 @vector_code(types.void)
 def fetch(builder, rows, at):
-    """Tell the CPU that ``rows[at]`` and the rest of its cache line will be read soon. Nothing waits."""
+    """Tell the CPU that the cache line of ``rows[at]`` will be read soon. Nothing waits."""
     flag = llvm.IntType(32)
     place = address(builder, rows, at, llvm.IntType(8))
     # The flags say: for reading, to stay in L2, data.
@@ -143,7 +145,7 @@ def fetch(builder, rows, at):
 
 @vector_code(types.void)
 def pack_above(builder, logits, at, threshold, bits, to):
-    """Write to ``bits[to:]``, eight bytes, which of the 64 ``logits[at:]`` lie above the threshold."""
+    """Write to ``bits[to:]``, 8 bytes, which of the 64 ``logits[at:]`` lie above the threshold."""
     vector = llvm.VectorType(llvm.DoubleType() if logits.dtype == types.float64 else llvm.FloatType(), WIDE)
     above = builder.fcmp_ordered(">", load(builder, logits, at, vector), spread(builder, threshold, vector))
     flags = builder.bitcast(above, llvm.IntType(WIDE))
@@ -156,7 +158,7 @@ def pack_above_reference(logits, at, threshold, bits, to):
 
 @vector_code(types.void)
 def pack_below(builder, rows, at, cuts, column, flips, byte, bits, to):
-    """Write to ``bits[to:]``, eight bytes, which of the 64 ``rows[at:]`` lie below ``cuts[column:]``.
+    """Write to ``bits[to:]``, 8 bytes, which of the 64 ``rows[at:]`` lie below ``cuts[column:]``.
 
     A bit is flipped where ``flips[byte:]`` is set.
     """

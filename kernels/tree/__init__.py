@@ -7,10 +7,10 @@ tree, with
 
     height[row] = max(h[row], e[row])
 
-Rows that lie nearer to the new row than to the rest of the tree then get e[i] = distance[row, i] and
-h[i] = height[row]. If several rows are equally near, the one with the lowest number comes first (as
-``torch.argmin`` promises). The heights do not depend on that choice, because each is the bottleneck
-of the best path to the root.
+Rows that lie nearer to the new row than to the rest of the tree then get e[i] = distance[row, i]
+and h[i] = height[row]. If several rows are equally near, the one with the lowest number comes first
+(as ``torch.argmin`` promises). The heights do not depend on that choice, because each is the
+bottleneck of the best path to the root.
 
 Shapes: N rows and the root, R = N + 1. Devices: on CUDA one Triton launch grows the whole tree,
 without the host. On a CPU the plain twin runs.
@@ -31,15 +31,21 @@ _DTYPES = (torch.float64, torch.float32, torch.int32, torch.uint16)
 
 
 def path_maxima(stored_RR: Tensor, kept_N: Tensor, unit: float = 1.0) -> Tensor:
-    """``(N,)`` float64: the longest edge on each kept row's way to the root in the minimum spanning tree.
+    """The longest edge on each kept row's path to the root, ``(N,)`` float64.
 
     Args:
-        stored_RR: ``(R, R)`` symmetric distances, finite, root last: float64, float32, int32 or uint16.
-        kept_N: ``(N,)`` bool, the rows that the tree spans beside the root; the others' heights are 0.
-        unit: what one of ``stored_RR`` is worth.
+        stored_RR: ``(R, R)`` symmetric distances, finite, root last: float64, float32, int32 or
+            uint16.
+        kept_N: ``(N,)`` bool, the rows that the tree spans beside the root; all others get 0.
+        unit: the distance that a stored 1 stands for.
 
     Raises:
         ValueError: a shape, a dtype or a device does not fit, or no kernel exists for the device.
+
+    Example:
+        >>> distances = torch.tensor([[0, 1, 9], [1, 0, 4], [9, 4, 0]], dtype=torch.int32)
+        >>> path_maxima(distances, torch.ones(2, dtype=torch.bool)).tolist()
+        [4.0, 4.0]
     """
     check_tensor("distances", stored_RR, ("R", "R"), _DTYPES, "any strides")
     num_rows, num_columns = stored_RR.shape

@@ -14,7 +14,8 @@ def path_maxima_reference(stored_RR: Tensor, kept_N: Tensor, unit: float = 1.0) 
         return stored_RR[node].to(torch.float64) * unit
 
     height_R = torch.zeros(root + 1, dtype=torch.float64, device=stored_RR.device)
-    # the shortest edge into the tree (inf: in it, or not to come into it), and the tree's node it leads to
+    # The shortest edge into the tree, and the tree's node that it leads to. The edge is inf for
+    # rows that are in the tree or are to stay out.
     outside_R = torch.cat([kept_N, kept_N.new_zeros(1)])
     edge_R = torch.where(outside_R, distances_to(root), torch.inf)
     parent_R = torch.full((root + 1,), root, device=stored_RR.device)

@@ -1,7 +1,8 @@
-"""The longest edges on the ways to the root, in Triton: see ``kernels/tree.py``. One program grows the whole tree.
+"""The longest edges on the paths to the root, in Triton: one program grows the whole tree.
 
-Each step reads one row of distances, in blocks, and finds the next row to come in while it does. The shortest edges and the
-heights they lead to lie in memory between the steps, which is the cache for as many rows as there are, so any number will do.
+Each step reads one row of distances in blocks, and meanwhile finds the next row to take in. The
+shortest edges and the heights they lead to lie in memory between the steps, so any number of rows
+will do. In practice they stay in the cache.
 """
 
 import torch
@@ -19,7 +20,7 @@ def path_maxima_kernel(
     # pointers
     stored_ptr,  # (R, R) float64, float32, int32 or uint16
     edges_ptr,  # (R,) float64, inf where a row is to come in, NaN where not; overwritten
-    leads_ptr,  # (R,) float64, overwritten: the height of the row of the tree that the edge leads to
+    leads_ptr,  # (R,) float64, overwritten: the height of the tree's row that the edge leads to
     heights_ptr,  # (R,) float64, 0, written where a row is to come in
     unit_ptr,  # (1,) float64
     # sizes
@@ -42,7 +43,7 @@ def path_maxima_kernel(
             distance = tl.load(row_ptr + offs_r, mask=mask_r, other=0).to(tl.float64) * unit  # [BLOCK_R]
             edge = tl.load(edges_ptr + offs_r, mask=mask_r, other=float("nan"))  # [BLOCK_R]
             lead = tl.load(leads_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
-            # NaN, which nothing is less than: the row that came in has no edge any more
+            # The row that came in has no edge any more: nothing is less than NaN.
             edge = tl.where(offs_r == node, float("nan"), edge)
             closer = distance < edge
             edge = tl.where(closer, distance, edge)
@@ -51,7 +52,7 @@ def path_maxima_kernel(
             better = edge < best
             best = tl.where(better, edge, best)
             best_at = tl.where(better, offs_r, best_at)
-        # what one thread stored another loads below and in the next step
+        # Other threads load what a thread stored, below and in the next step.
         tl.debug_barrier()
         shortest = tl.min(best, axis=0)
         growing = shortest < float("inf")

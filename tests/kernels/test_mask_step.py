@@ -144,6 +144,11 @@ def test_last_step_emits_packed_bits(
     inputs = make_inputs(shape, dtype, device_of(name))
     twin = in_float64(inputs)
     want_RP = twin["logits_RP"]
+    before_RP = torch.full_like(want_RP, 0.3) if from_init else want_RP.clone()
+    # A gate is off by up to 4 roundings (its exponential 2, a sum, a quotient), its derivative by one
+    # more; a difference, a product and a difference follow: 8 roundings of the largest term.
+    per_gate_RP = twin["slope_P"] * (twin["updates_RP"] - twin["mean_P"])
+    bound_RP = 8 * EPS * (1 + before_RP.abs() + per_gate_RP.abs())
     settings = {"init": 0.3, "full_step": 1.0, "threshold": 0.2}
     want_bits = last_step_reference(
         twin["updates_RP"], None if from_init else want_RP, twin["slope_P"], twin["mean_P"], **settings, logits_out_RP=want_RP
@@ -154,11 +159,12 @@ def test_last_step_emits_packed_bits(
     bits = backend(name).last_step(**inputs, logits_RP=stored_RP, **settings, logits_out_RP=out_RP)
     assert bits.shape == want_bits.shape
     # float32 may round a logit across the threshold; away from it every bit is the same, and padding bits are 0
-    doubtful = last_step_bits((want_RP - 0.2).abs() < 1e-5)
-    assert int(((bits ^ want_bits) & ~doubtful).count_nonzero()) == 0
-    assert int(doubtful.count_nonzero()) <= 1 + want_RP.numel() // 1000
+    doubtful_RP = (want_RP - 0.2).abs() <= bound_RP
+    assert int(((bits ^ want_bits) & ~last_step_bits(doubtful_RP)).count_nonzero()) == 0
+    # logits lie some units apart, and the bound is 1e-5: hardly one in 10,000 is in doubt
+    assert int(doubtful_RP.count_nonzero()) <= 1 + want_RP.numel() // 1000
     if out_RP is not None:
-        assert_close("logits", out_RP, want_RP, 8 * EPS)  # two sigmoids' worth of operations, each rounded
+        assert ((out_RP - want_RP).abs() <= bound_RP).all()
     if stored_RP is not None:
         assert torch.equal(stored_RP, logits_RP), "the stored logits must stay as they are"
 
