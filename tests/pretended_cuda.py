@@ -615,6 +615,7 @@ def _cpu_kernels() -> dict[Any, dict[str, Callable[..., Any]]]:
         **alike("hamming", "hamming_counts"),
         **alike("mask_step", "first_step", "next_step", "last_step"),
         **alike("mean", "chosen_mean"),
+        **alike("ones", "varying_ones"),
         launchers("mixture"): mixtures,
         launchers("tree"): {"path_maxima": tree.path_maxima_reference},
     }
