@@ -14,8 +14,9 @@ from skymask_gpu.engine.clustering.backends import Backend, dense_backend, pick_
 from skymask_gpu.engine.clustering.config import Clustering
 from skymask_gpu.engine.clustering.published import published
 from skymask_gpu.engine.clustering.ruling import Facts
-from skymask_gpu.engine.clustering.signed import Witnesses, signed
+from skymask_gpu.engine.clustering.signed import signed
 from skymask_gpu.engine.clustering.two_stage import two_stage
+from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.distances import Distances, mask_distances
 
 __all__ = ["ClusteredMasks", "cluster", "cluster_distances", "cluster_masks"]

@@ -1,0 +1,129 @@
+"""Statistics of cuts: how well S cuts of N clients explain what F witnesses say, and how far apart the two sides lie.
+
+A cut is a set of clients, its far side; share p is on the far side and q = 1 - p on the near one. With T the covariance of the
+witnesses and d the difference of the sides' means, the linear discriminant W^-1 d with W = T - p q d d^T separates the sides
+best (Fisher 1936), and 1 - R^2 with R^2 = p q d^T T^-1 d is the share of the variance along it that the cut leaves.
+
+Shapes: N clients, R = N + 1 rows, F witnesses, S cuts. ``in_N`` is 1.0 for the clients that are looked at and 0.0 for others.
+"""
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine.clustering.ruling import mean_of
+from skymask_gpu.engine.distances import Distances
+
+__all__ = ["apart", "effect", "em", "means_of_sides", "nats", "shares", "standard", "starts", "white"]
+
+# The number of EM steps. The results on the stored sets are the same from 20 to 80.
+STEPS = 40
+# EM starts with each of these shares of the clients, the lowest ones in a witness, as the far side; 0 means a single client.
+STARTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5)
+# The variance that a witness must add to those before it, in units of its own variance. Rounding leaves about 1e-16.
+LEAST_VARIANCE = 1e-8
+# What a cut leaves of the variance is at least this share, so that its logarithm is finite.
+LEAST_LEFT = 1e-6
+_TINY = 1e-12
+
+
+def standard(values_N: Tensor, in_N: Tensor) -> Tensor:
+    """The values with mean 0 and variance 1 among the clients looked at, ``(N,)``; all 0 where all are equal."""
+    centred_N = (values_N - mean_of(values_N, in_N)) * in_N
+    return centred_N / (centred_N.square().sum() / in_N.sum()).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def white(columns: list[Tensor], in_N: Tensor) -> Tensor:
+    """The span of the columns, ``(F, N)``, with the unit matrix as covariance; 0 where a column adds nothing.
+
+    Gram-Schmidt, done twice against rounding, so that the first columns do not depend on the later ones.
+    """
+    done: list[Tensor] = []
+    for column_N in columns:
+        rest_N = standard(column_N, in_N)
+        for _ in range(2):
+            for white_N in done:
+                rest_N = rest_N - mean_of(rest_N * white_N, in_N) * white_N
+        variance = mean_of(rest_N.square(), in_N)
+        done.append(torch.where(variance > LEAST_VARIANCE, rest_N / variance.clamp_min(LEAST_VARIANCE).sqrt(), 0.0))
+    return torch.stack(done)
+
+
+def starts(columns: list[Tensor], in_N: Tensor) -> Tensor:
+    """The far sides that EM starts from, the lowest shares of each column, ``(S, N)`` float64."""
+    found = []
+    for column_N in columns:
+        order_N = column_N.masked_fill(in_N == 0, torch.inf).argsort(stable=True)
+        rank_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(1, len(order_N) + 1, device=order_N.device))
+        found += [rank_N <= (share * in_N.sum()).clamp_min(1.0) for share in STARTS]
+    return torch.stack(found) * in_N
+
+
+def em(white_FN: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
+    """Two normals with a common covariance: who is more likely of the far one, ``(S, N)`` bool.
+
+    The EM of McLachlan & Peel, Finite Mixture Models, 3.3, by a fixed number of steps. Among white witnesses T is the unit
+    matrix, hence W^-1 d = d / (1 - p q |d|^2).
+    """
+    for _ in range(STEPS):
+        p_S = shares(far_SN, in_N).clamp(_TINY, 1 - _TINY)
+        q_S = 1 - p_S
+        # p times the far mean, which is -q times the near one
+        moment_SF = (far_SN * in_N) @ white_FN.T / in_N.sum()
+        difference_SF = moment_SF / (p_S * q_S)[:, None]
+        left_S = (1 - (moment_SF * difference_SF).sum(1)).clamp_min(LEAST_LEFT)
+        middle_SF = moment_SF * ((1 / p_S - 1 / q_S) / 2)[:, None]
+        along_SN = difference_SF @ white_FN - (difference_SF * middle_SF).sum(1, keepdim=True)
+        far_SN = torch.sigmoid(along_SN / left_S[:, None] + (p_S / q_S).log()[:, None])
+    return far_SN > 0.5
+
+
+def shares(far_SN: Tensor, in_N: Tensor) -> Tensor:
+    """The share p of each far side, ``(S,)``."""
+    return (far_SN * in_N).sum(1) / in_N.sum()
+
+
+def nats(far_SN: Tensor, white_FN: Tensor, in_N: Tensor) -> Tensor:
+    """What each cut explains beyond chance, ``(S,)``; 0 where a side is empty.
+
+    It is -log of a probability: (n - F - 1) / 2 log(1 - R^2) is the log-probability, exact for F = 2 and close to it otherwise,
+    that a given cut of n normal clients leaves as little as 1 - R^2 (the F test of Hotelling's T^2), and log(n over np) counts
+    the cuts of that size, any of which might have been found.
+    """
+    num = in_N.sum()
+    p_S = shares(far_SN, in_N)
+    moment_SF = (far_SN * in_N) @ white_FN.T / num
+    left_S = (1 - moment_SF.square().sum(1) / (p_S * (1 - p_S)).clamp_min(_TINY)).clamp_min(LEAST_LEFT)
+    freedom = (num - len(white_FN) - 1).clamp_min(0.0)
+    num_cuts_S = torch.lgamma(num + 1) - torch.lgamma(num * p_S + 1) - torch.lgamma(num * (1 - p_S) + 1)
+    return (-freedom / 2 * left_S.log() - num_cuts_S).masked_fill((p_S <= 0) | (p_S >= 1), 0.0)
+
+
+def effect(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
+    """How much higher the far side is in one witness, over the spread within the sides: z, ``(S,)``."""
+    standard_N = standard(values_N, in_N)
+    p_S = shares(far_SN, in_N)
+    pq_S = (p_S * (1 - p_S)).clamp_min(_TINY)
+    moment_S = (far_SN * in_N) @ standard_N / in_N.sum()
+    return moment_S / pq_S / (1 - moment_S.square() / pq_S).clamp_min(LEAST_LEFT).sqrt()
+
+
+def means_of_sides(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> tuple[Tensor, Tensor]:
+    """The means on the far and the near side, ``(S,)`` each; NaN for an empty side, which no comparison holds for."""
+    near_SN = in_N * ~far_SN
+    return (far_SN * values_N).sum(1) / far_SN.sum(1), (near_SN * values_N).sum(1) / near_SN.sum(1)
+
+
+def apart(distances: Distances, far_SN: Tensor, in_N: Tensor) -> Tensor:
+    """Squared distance of the sides' centroids over the variance within them, ``(S,)``; 0 on average where nothing differs."""
+    near_SN, far_SN = in_N * ~far_SN, in_N * far_SN
+    root_S = in_N.new_zeros(len(far_SN), 1)
+    near_SR, far_SR = torch.cat([near_SN, root_S], 1), torch.cat([far_SN, root_S], 1)
+    to_near_SR, to_far_SR = distances.times(torch.cat([near_SR, far_SR]).T.contiguous()).T.split(len(far_SN))
+    num_near_S, num_far_S = near_SN.sum(1), far_SN.sum(1)
+    # sums of squares around the centroids
+    squares_near_S = (near_SR * to_near_SR).sum(1) / (2 * num_near_S)
+    squares_far_S = (far_SR * to_far_SR).sum(1) / (2 * num_far_S)
+    between_S = (near_SR * to_far_SR).sum(1) / (num_near_S * num_far_S)
+    between_S = between_S - squares_near_S / num_near_S - squares_far_S / num_far_S
+    variance_S = (squares_near_S + squares_far_S) / (in_N.sum() - 2)
+    return between_S / variance_S - 1 / num_near_S - 1 / num_far_S

@@ -1,0 +1,46 @@
+"""``Witnesses``: what is known of each client beside the distances of the masks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Witnesses"]
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """What is known of the clients beside their masks' distances, ``(N,)`` float64 each; None: not known.
+
+    Attributes:
+        alignment: inner products of updates with the root direction.
+        keep_share: share of ones among the columns in which masks differ.
+        norms: Euclidean norms of the updates.
+    """
+
+    alignment: Tensor | None = None
+    keep_share: Tensor | None = None
+    norms: Tensor | None = None
+
+    @property
+    def agreement(self) -> Tensor | None:
+        """The cosine with the root direction, up to the root direction's length; 0 for an update of zeros.
+
+        Without norms it is the alignment itself, which grows with the length of the update.
+        """
+        if self.alignment is None or self.norms is None:
+            return self.alignment
+        return self.alignment / self.norms.clamp_min(torch.finfo(torch.float64).tiny)
+
+    @property
+    def cosine(self) -> Tensor | None:
+        """The agreement where it is a cosine; None without norms."""
+        return None if self.norms is None else self.agreement
+
+    @property
+    def of_side(self) -> list[Tensor]:
+        """The witnesses that tell which side is worse.
+
+        An alignment alone is none of them: a scaled update agrees the more the longer it is.
+        """
+        return [witness for witness in (self.keep_share, self.cosine) if witness is not None]

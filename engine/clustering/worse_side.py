@@ -1,0 +1,158 @@
+"""The cut of the signed rule: two groups of clients that differ in everything that is seen of them, one of which is worse.
+
+``signed.py`` says how the cut is used; ``cut_statistics.py`` has the formulas.
+
+Shapes: N clients, F witnesses, S cuts.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine.clustering.cut_statistics import (
+    apart,
+    effect,
+    em,
+    means_of_sides,
+    nats,
+    shares,
+    standard,
+    starts,
+    white,
+)
+from skymask_gpu.engine.clustering.two_stage import SMALLEST_SHARE
+from skymask_gpu.engine.clustering.witnesses import Witnesses
+from skymask_gpu.engine.distances import Distances
+
+__all__ = ["Cut", "worse_side"]
+
+# The nats that a cut must explain: a fixed number, and this number per client.
+NATS, NATS_A_CLIENT = 4.5, 0.2
+# A far side below this share of the clients must explain more by this factor, since a few odd clients are no rarity.
+FEW, FEW_FACTOR = 0.12, 1.3
+# A cut that needs the second component too must explain more by this factor, since honest label groups lie apart in it.
+SECOND_DIRECTION = 2.0
+# The masks of the two sides must lie apart by this multiple of the variance within the sides, if a component has a say.
+AT_ALL_APART = 0.1
+# A far side is worse if the sum of its two z lies this far below 0.
+WORSE = 3.0
+# A minority with a lower cosine is also worse if the masks lie apart by this multiple of the variance within the sides.
+APART = 0.5
+# The far side's mean cosine must be below this share of the near side's.
+LESS_ALIGNED = 0.8
+# A majority goes only if its mean cosine is below this share of the minority's, and each z is below the second number.
+HARDLY_ALIGNED, HARDLY_Z = 0.3, -3.0
+# A minority whose mean cosine is below this multiple of the near side's opposes the root data. If its keep share is lower too,
+# and z of its cosine below the second number, it must explain fewer nats: a fixed number, and this number per client.
+OPPOSED, OPPOSED_Z = -0.4, -3.0
+OPPOSED_NATS, OPPOSED_NATS_A_CLIENT = 3.0, 0.15
+# Two clients or more, at most this share of all, need explain nothing if their masks lie apart from the others' by the second
+# number, as a multiple of the variance within the sides, and z of their cosine is below the third.
+LONE, FAR_APART, FAR_APART_Z = 1 / 3, 0.8, -2.0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """``far_N``: who is cut off, nobody if nothing counts; ``found``, ``()`` bool; z of both witnesses, ``()``."""
+
+    far_N: Tensor
+    found: Tensor
+    agreement_z: Tensor
+    keep_z: Tensor
+
+
+def worse_side(distances: Distances, scores_N2: Tensor, witnesses: Witnesses, among_N: Tensor, factor: float) -> Cut:
+    """The cut that explains most of those whose far side is to go; it must explain ``factor`` times what suffices else."""
+    in_N = among_N.to(torch.float64)
+    signs = [standard(witness, in_N) for witness in (witnesses.agreement, witnesses.keep_share) if witness is not None]
+    first_N, second_N = scores_N2.T
+    far_SN = starts([*signs, sum(signs[1:], signs[0]), first_N, -first_N, second_N, -second_N], in_N)
+    white_FN = white([*signs, first_N, second_N], in_N)
+
+    least = factor * (NATS + NATS_A_CLIENT * len(in_N))
+    least_opposed = factor * (OPPOSED_NATS + OPPOSED_NATS_A_CLIENT * len(in_N))
+    wide, opposed, lone = [], [], []
+    num = len(signs)
+    for num_used, times in ((num + 1, 1.0), (num, 1.0), (1, 1.0), (num + 2, SECOND_DIRECTION)):
+        split_SN = em(white_FN[:num_used], far_SN, in_N)
+        # either side may be the worse one
+        sides = _Sides.measured(torch.cat([split_SN, ~split_SN]) & among_N, distances, witnesses, in_N)
+        nats_S = nats(sides.far_SN.to(torch.float64), white_FN[:num_used], in_N)
+        rarity_S = times * torch.where(sides.share_S < FEW, FEW_FACTOR, 1.0)
+        counts_S = (nats_S > rarity_S * least) & sides.may_go_S
+        if num_used > num:
+            counts_S = counts_S & (sides.apart_S > AT_ALL_APART)
+        wide.append(sides.best(nats_S, counts_S))
+        opposed.append(sides.best(nats_S, (nats_S > rarity_S * least_opposed) & sides.opposed_S))
+        lone.append(sides.best(sides.apart_S, sides.minority_apart(factor * FAR_APART)))
+    best = wide[0]
+    for cut in (*wide[1:], *opposed, lone[0]):
+        best = _either(best.found, best, cut)
+    return best
+
+
+def _either(condition: Tensor, one: Cut, other: Cut) -> Cut:
+    return Cut(*(torch.where(condition, getattr(one, f.name), getattr(other, f.name)) for f in fields(Cut)))
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """What is seen of the far sides of S cuts."""
+
+    far_SN: Tensor
+    share_S: Tensor
+    agreement_z_S: Tensor
+    keep_z_S: Tensor
+    apart_S: Tensor
+    may_go_S: Tensor
+    opposed_S: Tensor
+
+    @classmethod
+    def measured(cls, far_SN: Tensor, distances: Distances, witnesses: Witnesses, in_N: Tensor) -> "_Sides":
+        agreement_N, keep_N, cosine_N = witnesses.agreement, witnesses.keep_share, witnesses.cosine
+        nothing_S = in_N.new_zeros(len(far_SN))
+        agreement_z_S = nothing_S if agreement_N is None else effect(agreement_N, far_SN, in_N)
+        keep_z_S = nothing_S if keep_N is None else effect(keep_N, far_SN, in_N)
+        apart_S = apart(distances, far_SN, in_N)
+        share_S = shares(far_SN.to(torch.float64), in_N)
+        minority_S = share_S <= 0.5
+        z_S = keep_z_S if cosine_N is None else keep_z_S + agreement_z_S
+        worse_S = (z_S <= -WORSE) | ((apart_S > APART) & (agreement_z_S < 0))
+        may_go_S, opposed_S = worse_S & minority_S, torch.zeros_like(minority_S)
+        if agreement_N is not None:
+            far_S, near_S = means_of_sides(agreement_N, far_SN, in_N)
+            if cosine_N is not None:
+                worse_S = worse_S & (far_S < LESS_ALIGNED * near_S)
+            hardly = HARDLY_ALIGNED if cosine_N is not None else 0.0
+            astray_S = (near_S > 0) & (far_S < hardly * near_S) & (keep_z_S < HARDLY_Z) & (agreement_z_S < HARDLY_Z)
+            may_go_S = worse_S & (minority_S | astray_S)
+            opposed_S = minority_S & (near_S > 0) & (far_S < OPPOSED * near_S)
+            opposed_S = opposed_S & (agreement_z_S < OPPOSED_Z)
+            if keep_N is not None:
+                opposed_S = opposed_S & (keep_z_S < 0)
+        return cls(
+            far_SN,
+            share_S,
+            agreement_z_S,
+            keep_z_S,
+            apart_S,
+            may_go_S=may_go_S & (share_S <= 1 - SMALLEST_SHARE),
+            opposed_S=opposed_S,
+        )
+
+    def minority_apart(self, least: float) -> Tensor:
+        """Which far sides lie apart as one group and have a lower cosine, ``(S,)`` bool."""
+        num_S = self.far_SN.sum(1)
+        return (self.share_S <= LONE) & (num_S > 1) & (self.apart_S > least) & (self.agreement_z_S < FAR_APART_Z)
+
+    def best(self, merit_S: Tensor, counts_S: Tensor) -> Cut:
+        """The cut of the largest merit among those that count."""
+        index_1 = merit_S.masked_fill(~counts_S, -torch.inf).argmax().unsqueeze(0)
+        found = counts_S.any()
+        return Cut(
+            self.far_SN.index_select(0, index_1)[0] & found,
+            found,
+            self.agreement_z_S.index_select(0, index_1)[0],
+            self.keep_z_S.index_select(0, index_1)[0],
+        )
