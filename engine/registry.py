@@ -2,10 +2,11 @@
 
 import difflib
 import inspect
+import weakref
 from collections.abc import Callable, ItemsView, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
-__all__ = ["Registry", "one_of"]
+__all__ = ["Registry", "forget", "one_of"]
 
 Thing = TypeVar("Thing")
 
@@ -53,7 +54,10 @@ class Registry(Generic[Thing]):
         ValueError: shape must be one of square, got 'squares'; did you mean 'square'?
     """
 
+    _all: ClassVar["weakref.WeakSet[Registry]"] = weakref.WeakSet()
+
     def __init__(self, setting: str) -> None:
+        Registry._all.add(self)
         self.setting = setting
         self._things: dict[str, Thing] = {}
         self._files: dict[str, str] = {}
@@ -114,3 +118,10 @@ class Registry(Generic[Thing]):
     def items(self) -> ItemsView[str, Thing]:
         """Names and things, in the order of registration."""
         return self._things.items()
+
+
+def forget(file: str) -> None:
+    """Take out of every registry what ``file`` has entered, so that the file can be imported again."""
+    for registry in list(Registry._all):
+        for name in [name for name, where in registry._files.items() if where == file]:
+            registry.remove(name)

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from skymask_gpu.engine.profiling import OTHER, Profile, Recording, copy_bandwidth, recording
 from skymask_gpu.federation.config import RunConfig
-from skymask_gpu.federation.rounds import Federation
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleResult
+from skymask_gpu.federation.simulation import Federation
 from skymask_gpu.io.files import write_text, write_whole
 
 __all__ = ["NOTE", "FirstRound", "RoundProfile", "choose_run", "profile_rounds", "write_profiles", "write_trace"]

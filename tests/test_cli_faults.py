@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from skymask_gpu import cli
 from skymask_gpu.cli import console as cli_console
 from skymask_gpu.defence import SkyMask
-from skymask_gpu.federation import rounds
+from skymask_gpu.federation import playing
 from skymask_gpu.federation.example import MALICIOUS, write_example
 from skymask_gpu.io.files import LOCK, append_line, locked, read_lines, write_tensors, write_text
 
@@ -388,7 +388,7 @@ def test_the_advice_after_ctrl_c_is_a_command_that_works(run: Run, tmp_path: Pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rounds, "run_rounds", interrupt)
+        patch.setattr(playing, "play", interrupt)
         code, printed = run("run", config, "--data-dir", data, "--out", tmp_path / "out", "--strict", "--overwrite")
         assert code == 130
         advice = shlex.split(printed[printed.index("go on with: skymask-gpu") :])[4:]

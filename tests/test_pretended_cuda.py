@@ -25,14 +25,16 @@ from skymask_gpu import Aggregation, Clustering, MaskTraining, RootTraining, Sky
 from skymask_gpu.engine import ClientBlocks, flat_model, profiling, step_loop
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.step_loop import StepLoop
-from skymask_gpu.federation import rounds
+from skymask_gpu.federation import simulation
 from skymask_gpu.federation.attacks import ATTACKS, AttackConfig, Layers
 from skymask_gpu.federation.clients import LocalTraining, trainer
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
 from skymask_gpu.federation.datasets import Dataset
 from skymask_gpu.federation.models import MODELS
-from skymask_gpu.federation.rounds import CHECKPOINT, Federation, run_rounds
+from skymask_gpu.federation.playing import play
 from skymask_gpu.federation.rules import RULES, SkyMaskSettings
+from skymask_gpu.federation.run_folder import CHECKPOINT
+from skymask_gpu.federation.simulation import Federation
 from skymask_gpu.io.files import read_tensors
 from tests.pretended_cuda import CUDA, Pretence, PretendedError, pretended_cuda, to_cuda
 
@@ -219,7 +221,7 @@ def assert_same_verdict(got: Aggregation, want: Aggregation) -> None:
 @pytest.fixture(autouse=True)
 def one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images and filters lie in memory as on a GPU, also where the CPU is asked for what is right: both add in one order."""
-    for module in (flat_model, trainer, rounds):
+    for module in (flat_model, trainer, simulation):
         monkeypatch.setattr(module, "fast_layout", lambda tensor: tensor.contiguous())
 
 
@@ -400,11 +402,11 @@ def images(side: int) -> Dataset:
 
 
 def assert_runs_alike(config: RunConfig, folder: Path, side: int = 8) -> None:
-    wanted = list(run_rounds(Federation.build(config, images(side)), folder / "cpu"))
+    wanted = list(play(Federation.build(config, images(side)), folder / "cpu"))
     with pretended_cuda() as gpu:
         federation = Federation.build(config, images(side))
         assert federation.flat.initial_params.device == CUDA
-        records = list(run_rounds(federation, folder / "cuda"))
+        records = list(play(federation, folder / "cuda"))
         assert sum(gpu.launches.values()) > 0
         assert not gpu.faults
     different = {"accuracy", "attack_success_rate", "root_losses", "solver", "mask_steps"}
@@ -464,11 +466,11 @@ def test_other_local_training(local: LocalTraining, tmp_path: Path) -> None:
 def test_a_stopped_run_goes_on(rule: str, tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, rounds=3, defence=dataclasses.replace(SMALL.defence, rule=rule))
     with pretended_cuda():
-        whole = list(run_rounds(Federation.build(config, images(8)), tmp_path / "whole"))
-        stopped = run_rounds(Federation.build(config, images(8)), tmp_path / "stopped")
+        whole = list(play(Federation.build(config, images(8)), tmp_path / "whole"))
+        stopped = play(Federation.build(config, images(8)), tmp_path / "stopped")
         next(stopped)
         stopped.close()
-        assert list(run_rounds(Federation.build(config, images(8)), tmp_path / "stopped")) == whole[1:]
+        assert list(play(Federation.build(config, images(8)), tmp_path / "stopped")) == whole[1:]
 
 
 # --- a fault of each kind is found ----------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from skymask_gpu.engine.profiling import OTHER, Recording, recording
 from skymask_gpu.federation.attacks import AttackConfig
 from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, RunConfig, read_config
-from skymask_gpu.federation.rounds import Federation
+from skymask_gpu.federation.simulation import Federation
 from skymask_gpu.profile import FirstRound, choose_run, profile_rounds
 
 ALWAYS = {"collect", "root", "mask steps", "model passes", "bits", "distances", "clustering", "average", OTHER}

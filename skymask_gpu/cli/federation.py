@@ -49,13 +49,15 @@ def run(
     with extra_named("run"):
         from skymask_gpu.federation.config import read_config
         from skymask_gpu.federation.datasets import load_dataset
-        from skymask_gpu.federation.rounds import Federation, clear_results, has_results
+        from skymask_gpu.federation.run_folder import clear_results, has_results
+        from skymask_gpu.federation.simulation import Federation
 
     runs = _with_data(read_config(config), data_dir)
     folder = out or Path("runs") / config.stem
     folders = [folder / r.name if len(runs) > 1 else folder for r in runs]
     _check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
-    # all of them before the first round, and before anything is overwritten: what cannot run is said now
+    # all of them before the first round, and before anything is overwritten: what cannot run is
+    # said now
     with console.status("loading ..."):
         keys = {(r.data.dataset, r.data.data_dir) for r in runs}
         datasets = {(name, where): load_dataset(name, Path(where) if where else None) for name, where in keys}
@@ -75,12 +77,12 @@ def run(
 
 
 def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:
-    from skymask_gpu.federation.rounds import run_rounds
+    from skymask_gpu.federation.playing import play
 
     with _progress("{task.description:<20}") as progress:
         for settings, federation, run_folder in zip(runs, federations, folders, strict=True):
             task = progress.add_task(escape(settings.name), total=settings.rounds, status="")
-            for record in run_rounds(federation, run_folder, partial(_show_status, progress, task)):
+            for record in play(federation, run_folder, partial(_show_status, progress, task)):
                 progress.update(task, completed=record["round"] + 1)
                 line = escape(f"{settings.name}, round {record['round'] + 1}: {_status(record)}")
                 progress.console.print(f"[dim]{line}[/]", soft_wrap=True)
@@ -88,7 +90,7 @@ def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:
 
 
 def _warn_of(finished: "list[FinishedRun]", *, strict: bool) -> None:
-    """Say what somebody who reads the numbers must know besides; with ``strict`` the exit code says so, too."""
+    """Say what a reader of the numbers must know besides; with ``strict`` also by the exit code."""
     from skymask_gpu.report import concerns
 
     sentences = [f"{run.name}: {sentence}" for run in finished for sentence in concerns(run)]
@@ -108,7 +110,7 @@ def sweep(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Play every combination of a grid (attacks, rules, shares, numbers of clients, seeds ...), and report them as tables."""
+    """Play every combination of a grid of attacks, rules, shares, seeds ..., and report tables."""
     with extra_named("run"):
         from skymask_gpu.federation.config import read_grid
         from skymask_gpu.federation.sweep import check_cells, check_inputs, clear_cells, has_cells

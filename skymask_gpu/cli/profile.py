@@ -30,7 +30,7 @@ def profile(
     """Where the server's time, traffic and memory go in a run's first round: table, plot and Chrome trace."""
     with extra_named("run"):
         from skymask_gpu.federation.config import read_config
-        from skymask_gpu.federation.rounds import Federation
+        from skymask_gpu.federation.simulation import Federation
         from skymask_gpu.profile import NOTE, FirstRound, choose_run, profile_rounds, write_profiles, write_trace
 
     run = choose_run(read_config(config))

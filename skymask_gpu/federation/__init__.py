@@ -1,1 +1,65 @@
-"""A simulated federation: data, models, local training, attacks, aggregation rules and rounds."""
+"""A simulated federation: data, models, local training, attacks, aggregation rules and rounds.
+
+>>> from pathlib import Path
+>>> from tempfile import TemporaryDirectory
+>>> from skymask_gpu.federation import AttackConfig, DataConfig, DefenceConfig, Federation
+>>> from skymask_gpu.federation import RunConfig, play
+>>> run = RunConfig(
+...     rounds=2,
+...     data=DataConfig(dataset="digits", clients=20),
+...     attack=AttackConfig(name="sign-flip", share=0.2),
+...     defence=DefenceConfig(rule="median"),
+... )
+>>> with TemporaryDirectory() as folder:
+...     for record in play(Federation.build(run), Path(folder)):
+...         print(record["round"], record["participants"], 0 <= record["accuracy"] <= 1)
+0 20 True
+1 20 True
+
+| file | what |
+| --- | --- |
+| ``config.py`` | ``RunConfig`` and its tables |
+| ``tables.py``, ``choices.py`` | from TOML to dataclasses; attacks and rules by name |
+| ``datasets/`` | data sets, their downloads, and each client's share of them |
+| ``models/``, ``clients/`` | the networks; how many clients train at once |
+| ``transforms/`` | what clients do to their updates before they send them |
+| ``attacks/``, ``rules/`` | what malicious clients do; how the server aggregates |
+| ``simulation.py`` | ``Federation``: one round |
+| ``playing.py`` | ``play``: all rounds, recorded and resumed |
+| ``record.py``, ``run_folder.py`` | a round's line and files; the run's folder and its checkpoint |
+| ``sweep.py`` | many runs, each in a process of its own |
+| ``example.py`` | the files of one round, to try ``skymask-gpu aggregate`` on |
+
+The names below are imported when they are first asked for, since they import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skymask_gpu.federation.attacks import AttackConfig
+    from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
+    from skymask_gpu.federation.playing import play
+    from skymask_gpu.federation.simulation import Federation
+
+__all__ = ["AttackConfig", "DataConfig", "DefenceConfig", "Federation", "ModelConfig", "RunConfig", "play"]
+
+_HOMES = {
+    "AttackConfig": "skymask_gpu.federation.attacks",
+    "DataConfig": "skymask_gpu.federation.config",
+    "DefenceConfig": "skymask_gpu.federation.config",
+    "Federation": "skymask_gpu.federation.simulation",
+    "ModelConfig": "skymask_gpu.federation.config",
+    "RunConfig": "skymask_gpu.federation.config",
+    "play": "skymask_gpu.federation.playing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,4 +1,4 @@
-"""Attacks, rules and transforms by name, each with a dataclass of its own settings, and the tables that choose one of them.
+"""Attacks, rules and transforms by name, each with its settings, and tables that choose one.
 
 In a TOML file the settings of the chosen entry stand beside the keys that all entries share::
 
@@ -11,7 +11,7 @@ In a TOML file the settings of the chosen entry stand beside the keys that all e
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ class Choices(Registry[Callable[..., Any]]):
 
     Args:
         setting: the setting that chooses one, as its user writes it; errors name it.
+        common: the keys that the table has for every entry; no entry's settings may have them, too.
 
     Example:
         >>> @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,9 @@ class Choices(Registry[Callable[..., Any]]):
         Scaled(factor=2.0)
     """
 
-    def __init__(self, setting: str) -> None:
+    def __init__(self, setting: str, common: Sequence[str] = ("name",)) -> None:
         super().__init__(setting)
+        self._common = common
         self._settings: dict[str, type] = {}
 
     def register(self, name: str, *, settings: type = NoSettings) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -52,15 +54,20 @@ class Choices(Registry[Callable[..., Any]]):
 
         Args:
             name: what users write.
-            settings: a frozen dataclass whose fields are the entry's own keys; it checks their values in ``__post_init__``.
+            settings: a frozen dataclass whose fields are the entry's own keys; it checks their
+                values in ``__post_init__``.
 
         Raises:
-            ValueError: there is an entry of this name already; the message names the file that registered it.
-            TypeError: ``settings`` is no dataclass.
+            ValueError: there is an entry of this name already; the message names the file that
+                registered it.
+            TypeError: ``settings`` is no dataclass, or has a key that all entries have.
         """
         caller = inspect.stack(context=0)[1].filename
-        if not dataclasses.is_dataclass(settings):
-            raise TypeError(f"{self.setting} {name!r}: settings must be a dataclass, got {settings!r}; decorate it with one")
+        if not (isinstance(settings, type) and dataclasses.is_dataclass(settings)):
+            raise TypeError(f"{self.setting} {name!r}: its settings must be a dataclass, got {settings!r}")
+        for field in dataclasses.fields(settings):
+            if field.name in (*self._common, "settings"):
+                raise TypeError(f"{self.setting} {name!r}: its settings must not have a field {field.name!r}, choose another")
 
         def enter(thing: Callable[..., Any]) -> Callable[..., Any]:
             self.add(name, thing, caller)
@@ -68,6 +75,10 @@ class Choices(Registry[Callable[..., Any]]):
             return thing
 
         return enter
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        del self._settings[name]
 
     def settings_of(self, name: str) -> type:
         """The dataclass of the settings of ``name``.
@@ -80,7 +91,7 @@ class Choices(Registry[Callable[..., Any]]):
 
 
 def with_settings(thing: Callable[..., Any], settings: Any, *arguments: Any) -> Any:
-    """Call an entry: its settings are the last argument, but an entry that has none is called without them."""
+    """Call an entry; its settings, where it has some, are the last argument."""
     return thing(*arguments) if isinstance(settings, NoSettings) else thing(*arguments, settings)
 
 
@@ -121,7 +132,7 @@ class Choice:
 
 
 def own_fields(kind: type) -> list[dataclasses.Field]:
-    """The fields that a user sets: all of a dataclass but the ``settings`` of a table, whose keys stand beside the others."""
+    """The fields that are keys of a table: all but ``settings``, whose fields stand beside them."""
     hidden = {"settings"} if issubclass(kind, Choice) else set()
     return [field for field in dataclasses.fields(kind) if field.name not in hidden]
 

@@ -1,4 +1,4 @@
-"""The TOML file of a federated run or a sweep: its tables as dataclasses, and how the file makes one run or many."""
+"""The TOML file of a federated run or a sweep: its tables as dataclasses, and its runs."""
 
 import functools
 import itertools
@@ -15,9 +15,11 @@ from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.federation.datasets.partition import PARTITIONS
 from skymask_gpu.federation.models import MODELS
+from skymask_gpu.federation.plugins import load_plugins
 from skymask_gpu.federation.rules import RULES
 from skymask_gpu.federation.rules.interface import clients_per_malicious
 from skymask_gpu.federation.tables import Table, applied, as_table, merged, read_table
+from skymask_gpu.federation.transforms import TransformConfig
 
 __all__ = ["DataConfig", "DefenceConfig", "ModelConfig", "RunConfig", "read_config", "read_grid"]
 
@@ -53,7 +55,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """``[model]``: the network, by name, or as ``file.py:Class`` of the user's own, which is called without arguments."""
+    """``[model]``: the network, by name, or as ``file.py:Class``.
+
+    Attributes:
+        name: key of :data:`~skymask_gpu.federation.models.MODELS`, or a class of the user's own,
+            which is called without arguments.
+    """
 
     name: str = "mlp"
 
@@ -68,7 +75,8 @@ class DefenceConfig(Choice):
 
     Attributes:
         rule: key of :data:`~skymask_gpu.federation.rules.RULES`.
-        assumed_malicious: how many malicious clients the rule reckons with (f of Krum and others); -1: as many as there are.
+        assumed_malicious: how many malicious clients the rule reckons with (f of Krum and others);
+            -1: as many as there are.
         settings: the rule's own keys; None: their defaults.
     """
 
@@ -95,8 +103,13 @@ class RunConfig:
         rounds: how many.
         server_lr: the server adds this times the aggregated update.
         clients_per_round: how many clients, drawn anew, take part in a round; 0: all.
-        checkpoint_every: rounds from checkpoint to checkpoint; a stopped run goes on from the last one.
-        evaluate_every: rounds from test to test of the global model; the last round is always tested.
+        checkpoint_every: rounds from checkpoint to checkpoint; a stopped run goes on from the last
+            one.
+        evaluate_every: rounds from test to test of the global model; the last round is always
+            tested.
+        plugins: absolute paths of Python files that register attacks, rules, transforms, models or
+            data sets.
+        transforms: what clients do to their updates before they send them, in this order.
     """
 
     name: str = "run"
@@ -106,6 +119,8 @@ class RunConfig:
     clients_per_round: int = 0
     checkpoint_every: int = 1
     evaluate_every: int = 1
+    plugins: tuple[str, ...] = ()
+    transforms: tuple[TransformConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     local: LocalTraining = field(default_factory=LocalTraining)
@@ -132,7 +147,7 @@ class RunConfig:
         self.attack.num_malicious(self.data.clients)
 
     def _check_assumed_malicious(self) -> None:
-        """Krum and what is built on it are defined for few malicious clients; the true number may be larger than that."""
+        """Refuse an f that the rule is not defined for; only the true number may be larger."""
         clients, f, rule = self.clients_per_round or self.data.clients, self.defence.assumed_malicious, self.defence.rule
         factor = clients_per_malicious(rule)
         if factor is not None and f > 0 and clients < factor * f + 3:
@@ -152,13 +167,15 @@ class RunConfig:
         Raises:
             ValueError: an unknown key, or a value out of range.
         """
+        load_plugins(table.get("plugins", []))
         return read_table(cls, table, "a run's settings")
 
 
 def read_config(path: Path) -> list[RunConfig]:
-    """The runs of a TOML file: one, or one for each ``[[variants]]`` table, which overrides keys of the file and has a name.
+    """The runs of a TOML file: one, or one for each ``[[variants]]`` table.
 
-    Where variants have several attacks or rules, settings that only some of them have apply to these.
+    A variant has a name and overrides keys of the file. Where variants have several attacks or
+    rules, settings that only some of them have apply to these.
 
     Raises:
         ValueError: no such file, no TOML, an unknown key, or a value out of range.
@@ -181,10 +198,11 @@ def read_config(path: Path) -> list[RunConfig]:
 
 
 def read_grid(path: Path) -> list[RunConfig]:
-    """The runs of a sweep: every combination of the lists in the file's ``[grid]`` table, whose keys are dotted ones of a run.
+    """The runs of a sweep: every combination of the lists in the file's ``[grid]`` table.
 
-    Settings of an attack or a rule apply to the cells that have it; cells that then are the same are one. With attack
-    ``"none"`` the share of attackers is 0, so that several shares give one such run.
+    Its keys are dotted ones of a run. Settings of an attack or a rule apply to the cells that have
+    it; cells that then are the same are one. With attack ``"none"`` the share of attackers is 0, so
+    that several shares give one such run.
 
     Raises:
         ValueError: as for :func:`read_config`, or there is no grid.
@@ -202,7 +220,8 @@ def read_grid(path: Path) -> list[RunConfig]:
         cell = content
         for key, value in chosen.items():
             cell = merged(cell, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value))
-        if cell.get("attack", {}).get("name", "none") == "none":
+        attack = cell.get("attack", {})
+        if isinstance(attack, dict) and attack.get("name", "none") == "none":
             cell = merged(cell, {"attack": {"share": 0.0}})
             chosen.pop("attack.share", None)
         cells.append(cell)
@@ -221,9 +240,20 @@ def _short(key: str) -> str:
 
 
 def _read_toml(path: Path) -> Table:
+    """The file's tables; its plugins, with absolute paths, are imported by then."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"config: no file {path}") from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"config: {path} is no TOML: {error}") from error
+    plugins = content.get("plugins", [])
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        raise ValueError(f"config: {path}: plugins must be a list of strings, got {plugins!r}")
+    variants, grid = content.get("variants"), content.get("grid")
+    inner = [*(variants if isinstance(variants, list) else []), grid]
+    if any(isinstance(table, dict) and "plugins" in table for table in inner):
+        raise ValueError(f"config: {path}: plugins must stand at the top of the file, not in [[variants]] or [grid]")
+    content["plugins"] = [str((path.parent / plugin).resolve()) for plugin in plugins]
+    load_plugins(content["plugins"])
+    return content

@@ -1,6 +1,15 @@
-"""A run's folder: which files it holds, how a checkpoint is written and read, and which lines a resumed run goes on from.
+"""A run's folder: its files, its checkpoint, and the lines that a resumed run goes on from.
 
-A file that somebody damaged is refused with an error that names it and the remedy; nothing is dropped without a word.
+| file | what |
+| --- | --- |
+| ``config.json`` | the run's settings |
+| ``metrics.jsonl`` | one line per round, the same in every repeat |
+| ``times.jsonl`` | one line per round |
+| ``checkpoint.safetensors`` | what the next round starts from |
+| ``masks.safetensors`` | what the rule stores of the last round: of SkyMask, PCA scores and evidence |
+
+A file that somebody damaged is refused with an error that names it and the remedy; nothing is
+dropped without a word.
 """
 
 import json
@@ -57,12 +66,15 @@ def write_checkpoint(folder: Path, number: int, config: RunConfig, tensors: dict
     write_tensors(folder / CHECKPOINT, tensors, about)
 
 
-def read_checkpoint(folder: Path, config: RunConfig, known: dict[str, str], state_prefix: str) -> tuple[int, dict[str, Tensor]]:
+def read_checkpoint(
+    folder: Path, config: RunConfig, known: dict[str, str], state_prefixes: tuple[str, ...]
+) -> tuple[int, dict[str, Tensor]]:
     """The round after which it was written, and its tensors.
 
     Args:
         known: the :func:`layout` that the model's tensors must have.
-        state_prefix: what the names of all other tensors begin with; they must be as they were written.
+        state_prefixes: what the names of all other tensors begin with; they must be as they were
+            written.
 
     Raises:
         ValueError: the file is damaged, or of a run with other settings than ``config``.
@@ -75,7 +87,7 @@ def read_checkpoint(folder: Path, config: RunConfig, known: dict[str, str], stat
     about = _Checkpoint.read(path, metadata)
     _refuse_other_settings(about.settings, config, folder)
     found = layout(tensors)
-    state = {name: kind for name, kind in (about.layout or found).items() if name.startswith(state_prefix)}
+    state = {name: kind for name, kind in (about.layout or found).items() if name.startswith(state_prefixes)}
     wanted = known | state
     for name in (*wanted, *found):
         if wanted.get(name) != found.get(name):
@@ -84,7 +96,7 @@ def read_checkpoint(folder: Path, config: RunConfig, known: dict[str, str], stat
 
 
 def check_same_run(config: RunConfig, folder: Path) -> None:
-    """Raise a ValueError if ``folder`` has a checkpoint of a run with other settings, or a damaged one."""
+    """Raise a ValueError if the checkpoint in ``folder`` is damaged or has other settings."""
     path = folder / CHECKPOINT
     if path.exists():
         try:
@@ -104,14 +116,15 @@ def _refuse_other_settings(before: dict[str, Any], config: RunConfig, folder: Pa
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Those that decide how a run goes on."""
     settings = config.to_dict()
-    del settings["rounds"], settings["checkpoint_every"], settings["data"]["data_dir"]
+    del settings["rounds"], settings["checkpoint_every"], settings["plugins"], settings["data"]["data_dir"]
     return settings
 
 
 def kept_lines(folder: Path, done: int, config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     """The lines of metrics and times up to round ``done``, by file. Nothing is written.
 
-    Lines of later rounds are left out with a warning: their rounds are played again, and the same lines come out.
+    Lines of later rounds are left out with a warning: their rounds are played again, and the same
+    lines come out.
 
     Raises:
         ValueError: a line is damaged or missing, or the checkpoint is.
@@ -147,7 +160,7 @@ def _some(numbers: list[int]) -> str:
 
 
 def _checkpoint_every(folder: Path, config: RunConfig) -> int:
-    """How often the run that wrote the folder saved a checkpoint; the run that goes on may have another number."""
+    """How often the run that wrote the folder saved a checkpoint; this run may have another."""
     try:
         return int(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["checkpoint_every"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -187,5 +200,5 @@ def damaged(path: Path, what: str) -> ValueError:
 
 
 def layout(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Name -> type and shape; a checkpoint says them once more in its metadata, so that a tensor that was lost is missed."""
+    """Name -> type and shape. A checkpoint's metadata has them, too: a lost tensor is missed."""
     return {name: f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for name, tensor in tensors.items()}

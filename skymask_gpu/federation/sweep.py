@@ -1,6 +1,7 @@
-"""A sweep: many runs, each in a process and a folder of its own; a cell that fails or is killed leaves the others alone.
+"""A sweep: many runs, each in a process and a folder of its own.
 
-The sweep's folder holds ``cells/NAME/`` for each run: what :mod:`skymask_gpu.federation.rounds` writes, or ``error.txt``.
+A cell that fails or is killed leaves the others alone. The sweep's folder holds ``cells/NAME/`` for
+each run: what :mod:`skymask_gpu.federation.run_folder` says, or ``error.txt``.
 """
 
 import multiprocessing
@@ -12,13 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.datasets import load_dataset
 from skymask_gpu.federation.models import build_model
-from skymask_gpu.federation.rounds import METRICS, Federation, check_same_run, clear_results, run_rounds
+from skymask_gpu.federation.playing import play
+from skymask_gpu.federation.run_folder import METRICS, check_same_run, clear_results
+from skymask_gpu.federation.simulation import Federation
 from skymask_gpu.io.files import locked, write_text
 
 __all__ = [
@@ -40,7 +44,14 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 @dataclass(frozen=True)
 class CellState:
-    """How far a cell is: ``"running"``, ``"done"`` or ``"failed"``, with the rounds on disk and, if it failed, the error."""
+    """How far a cell is.
+
+    Attributes:
+        config: the cell's run.
+        state: ``"running"``, ``"done"`` or ``"failed"``.
+        rounds: the number of rounds on disk.
+        error: of a cell that failed, its first line.
+    """
 
     config: RunConfig
     state: str
@@ -71,7 +82,7 @@ def check_cells(folder: Path, configs: list[RunConfig]) -> None:
 
 
 def check_inputs(configs: list[RunConfig]) -> None:
-    """Load each data set and build each model once, so that what no cell could do without is missed before the first one.
+    """Load each data set and build each model once: what is missing is said before the first cell.
 
     Raises:
         ValueError: a data set's files are missing or damaged, or a model does not fit.
@@ -84,9 +95,11 @@ def check_inputs(configs: list[RunConfig]) -> None:
 
 
 def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[CellState]:
-    """Play every cell that is not done, ``jobs`` at a time, and yield each one's state whenever it changes.
+    """Play every cell that is not done, ``jobs`` at a time, and yield each change of a cell's
+    state.
 
-    A cell that failed before is tried again. With several jobs the threads are shared out among them.
+    A cell that failed before is tried again. With several jobs the threads are shared out among
+    them.
     """
     waiting = list(reversed(configs))
     running: list[tuple[RunConfig, BaseProcess, int]] = []
@@ -119,7 +132,7 @@ def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Ce
 
 def _start(config: RunConfig, folder: Path, jobs: int) -> BaseProcess:
     (folder / ERROR).unlink(missing_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=_play, args=(config, folder), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=_play, args=(config.to_dict(), folder), daemon=True)
     with _threads_for(jobs):
         process.start()
     return process
@@ -141,12 +154,17 @@ def _threads_for(jobs: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _play(config: RunConfig, folder: Path) -> None:
-    """In the cell's own process: all rounds, or the error on disk and exit status 1."""
+def _play(settings: dict[str, Any], folder: Path) -> None:
+    """In the cell's own process: all rounds, or the error on disk and exit status 1.
+
+    The settings come as tables, since the classes of a plugin's settings are not known before the
+    plugin is imported.
+    """
     try:
+        config = RunConfig.from_dict(settings)
         # a cell of a sweep that was killed may still play
         with locked(folder):
-            for _ in run_rounds(Federation.build(config), folder):
+            for _ in play(Federation.build(config), folder):
                 pass
     except Exception as error:
         write_text(folder / ERROR, f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")

@@ -1,7 +1,8 @@
-"""TOML tables to dataclasses and back: types are checked, unknown keys are refused with the nearest known one.
+"""TOML tables to dataclasses and back; an unknown key is refused with the nearest known one.
 
-A table that is a :class:`~skymask_gpu.federation.choices.Choice` holds the settings of the entry that it chooses beside its
-own keys. Where a file makes several runs that choose differently, :func:`applied` keeps a key where it applies.
+A table that is a :class:`~skymask_gpu.federation.choices.Choice` holds the settings of the entry
+that it chooses beside its own keys. Where a file makes several runs that choose differently,
+:func:`applied` keeps a key where it applies.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ def read_table(kind: type, table: Table, source: str, prefix: str = "", tables: 
         table: what the file holds.
         source: the file, which errors name.
         prefix: of the table's keys in errors, as ``"data."``.
-        tables: the dataclass whose fields are all tables of the file, to look for a key that stands in the wrong one.
+        tables: the dataclass whose fields are all tables of the file, to look for a key that stands
+            in the wrong one.
 
     Raises:
         ValueError: an unknown key, a value of another type, or one that the dataclass refuses.
@@ -32,7 +34,10 @@ def read_table(kind: type, table: Table, source: str, prefix: str = "", tables: 
     tables = tables or kind
     shared, own = _fields(kind), {}
     if issubclass(kind, Choice):
-        kind.check_name(_chosen(kind, table))
+        name = _chosen(kind, table)
+        if name is dataclasses.MISSING:
+            raise ValueError(f"config: {source}: {prefix}{kind.key} is missing, and it has no default")
+        kind.check_name(name)
         own = _own(kind, table)
     values: Table = {}
     settings: Table = {}
@@ -56,7 +61,7 @@ def _made(kind: type, values: Table, source: str, prefix: str) -> Any:
 
 
 def _value(name: str, value: Any, wanted: Any, source: str, tables: type) -> Any:
-    """A TOML value as the type that a field has: integers are floats where floats are wanted, lists tuples."""
+    """A TOML value as the type that a field has; integers become floats, lists become tuples."""
     if get_origin(wanted) is tuple:
         (item, *_) = get_args(wanted)
         if not isinstance(value, list) or (isinstance(item, type) and not all(_fits(one, item) for one in value)):
@@ -96,8 +101,8 @@ def _fields(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in own_fields(kind)}
 
 
-def _chosen(kind: type[Choice], table: Table) -> str:
-    """The name that a table chooses."""
+def _chosen(kind: type[Choice], table: Table) -> Any:
+    """The name that a table chooses; MISSING if it chooses none and there is no default."""
     (field,) = (field for field in dataclasses.fields(kind) if field.name == kind.key)
     return table.get(kind.key, field.default)
 
@@ -110,10 +115,10 @@ def _own(kind: type[Choice], table: Table) -> dict[str, Any]:
 
 
 def applied(kind: type, contents: Sequence[Table], source: str) -> list[set[str]]:
-    """Take settings of attacks and rules out of runs that they do not apply to, for a file that makes several runs.
+    """Take settings of attacks and rules out of those runs of a file that they do not apply to.
 
-    A key that some run's attack or rule has applies to the runs that choose it, and the others go without. A key that no
-    run's has stays in, and is refused when the run is read.
+    A key that some run's attack or rule has applies to the runs that choose it, and the others go
+    without. A key that no run's has stays in, and is refused when the run is read.
 
     Args:
         kind: the dataclass of a run.

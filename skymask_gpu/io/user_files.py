@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.io.files import check_regular, check_tensors, read_tensors
 
-__all__ = ["UserUpdates", "build_module", "flat_model", "load_module", "load_root", "load_updates"]
+__all__ = ["UserUpdates", "build_module", "flat_model", "import_file", "load_module", "load_root", "load_updates"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,28 @@ class UserUpdates:
     updates: Tensor | Sequence[Mapping[str, Tensor]]
     names: list[str]
     unreadable: dict[str, str]  # file -> reason
+
+
+def import_file(option: str, path: Path, name: str) -> ModuleType:
+    """Import a user's Python file under ``name``; ``option`` is what errors call the setting. This **executes** the file.
+
+    Raises:
+        ValueError: the file is no Python file, or it cannot be imported; the error names its line.
+    """
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"{option}: {path} is no Python file")
+    python_module = importlib.util.module_from_spec(module_spec)
+    # as `python file.py` would have it: dataclasses look their module up, and neighbours can be imported
+    sys.modules[module_spec.name] = python_module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        module_spec.loader.exec_module(python_module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{option}: {path} cannot be imported: {_what_and_where(error, path)}") from error
+    finally:
+        sys.path.pop(0)
+    return python_module
 
 
 def build_module(option: str, spec: str) -> nn.Module:
@@ -40,19 +63,7 @@ def build_module(option: str, spec: str) -> nn.Module:
     path = Path(file)
     if not file or not path.is_file():
         raise ValueError(f"{option} must be file.py:Class with an existing file, got {spec!r}")
-    module_spec = importlib.util.spec_from_file_location(f"skymask_user_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"{option} must be file.py:Class, {path} is no Python file")
-    python_module = importlib.util.module_from_spec(module_spec)
-    # as `python file.py` would have it: dataclasses look their module up, and neighbours can be imported
-    sys.modules[module_spec.name] = python_module
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        module_spec.loader.exec_module(python_module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{option}: {path} cannot be imported: {_what_and_where(error, path)}") from error
-    finally:
-        sys.path.pop(0)
+    python_module = import_file(option, path, f"skymask_user_{path.stem}")
     if not hasattr(python_module, name):
         raise ValueError(f"{option}: {path} has no {name!r}")
     try:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
-from skymask_gpu.federation.rounds import MASKS
+from skymask_gpu.federation.run_folder import MASKS
 from skymask_gpu.io.files import read_tensors, write_whole
 from skymask_gpu.report.summary import FinishedRun
 from skymask_gpu.report.sweep import Block, Sweep, rule_order
@@ -244,7 +244,7 @@ def _left_out(count: int, what: str) -> str:
 
 
 def _plot_masked(runs: list[FinishedRun], draw: Any, height: float, what: str, path: Path) -> bool:
-    masked = [run for run in runs if (run.folder / MASKS).exists()]
+    masked = [run for run in runs if _has_masks(run)]
     if not masked:
         return False
     shown = masked if len(masked) <= _MASK_PANELS else _one_an_attack(masked)
@@ -263,6 +263,12 @@ def _plot_masked(runs: list[FinishedRun], draw: Any, height: float, what: str, p
             figure.suptitle(f"{len(shown)} of the {len(masked)} runs that have masks: one an attack, of the lowest seed")
         _save(figure, path)
     return True
+
+
+def _has_masks(run: FinishedRun) -> bool:
+    """Whether the run's rule stored masks; another one than SkyMask may store something else."""
+    path = run.folder / MASKS
+    return path.exists() and {"scores", "evidence", "clients", "benign", "malicious"} <= read_tensors(path)[0].keys()
 
 
 def _one_an_attack(runs: list[FinishedRun]) -> list[FinishedRun]:

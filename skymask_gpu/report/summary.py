@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skymask_gpu.federation.rounds import CONFIG, METRICS, TIMES
+from skymask_gpu.federation.run_folder import CONFIG, METRICS, TIMES
 from skymask_gpu.federation.sweep import ERROR
 from skymask_gpu.io.files import read_lines
 

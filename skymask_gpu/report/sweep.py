@@ -19,7 +19,7 @@ _ANY_PARTITION = ("data.bias", "data.alpha")
 _HEAD = ("data.dataset", "model.name", "data.partition", *_ANY_PARTITION, "data.clients")
 _SHARE = "attack.share"
 # these cannot change a result
-_NO_SETTINGS = ("name", "seed", "checkpoint_every", "evaluate_every", "data.data_dir")
+_NO_SETTINGS = ("name", "seed", "checkpoint_every", "evaluate_every", "plugins", "data.data_dir")
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,16 @@ def arrange(runs: list[FinishedRun]) -> Sweep:
 
 
 def differing_keys(settings: list[dict[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all; a key that is not given counts as None."""
-    keys = sorted({key for flat in settings for key in flat})
-    return [key for key in keys if len({flat.get(key) for flat in settings}) > 1]
+    """The keys whose values are not the same in all; a key that is not given counts as None.
+
+    A key that only some attacks or rules have differs only if its values do.
+    """
+
+    def values(key: str) -> set[Any]:
+        own = key.startswith(("attack.", "defence."))
+        return {flat.get(key) for flat in settings if key in flat or not own}
+
+    return [key for key in sorted({key for flat in settings for key in flat}) if len(values(key)) > 1]
 
 
 def rule_order(rule: str) -> tuple[int, str]:

@@ -131,7 +131,7 @@ def latex_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> str:
 def csv_text(runs: list[FinishedRun], folder: Path) -> str:
     """One line a run: every setting that differs between runs, and the results; rates are shares, unknown ones empty."""
     settings = [flat_settings(run.config) for run in runs]
-    fixed = ("name", "seed", "rounds", "checkpoint_every", "evaluate_every", "data.data_dir", *_COLUMNS)
+    fixed = ("name", "seed", "rounds", "checkpoint_every", "evaluate_every", "plugins", "data.data_dir", *_COLUMNS)
     keys = [*_COLUMNS, *(key for key in differing_keys(settings) if key not in fixed)]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from skymask_gpu.engine import registry
-from skymask_gpu.engine.registry import Registry
+from skymask_gpu.engine.registry import Registry, forget
 
 
 def test_its_examples_run() -> None:
@@ -46,3 +46,13 @@ def test_what_is_removed_can_be_registered_again() -> None:
     things.remove("a")
     things.register("a")(2)
     assert things["a"] == 2
+
+
+def test_what_a_file_has_registered_is_forgotten_in_all_registries() -> None:
+    things: Registry[int] = Registry("thing")
+    others: Registry[int] = Registry("other")
+    for registry_, name in ((things, "a"), (things, "b"), (others, "a")):
+        registry_.add(name, 1, "mine.py")
+    others.add("c", 2, "yours.py")
+    forget("mine.py")
+    assert (list(things), list(others)) == ([], ["c"])

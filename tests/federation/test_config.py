@@ -67,6 +67,9 @@ def test_variants_override_keys_of_the_file(checkout: Path) -> None:
         ("[defence]\nmask_steps = 0", r"MaskTraining\.steps must"),
         ("[defence]\nclustering = 'dbscan'", r"Clustering\.rule must"),
         ("[local]\nlr = 0", r"local\.lr must be finite and above 0"),
+        ("[[transforms]]\nstd = 1.0", r"transforms\[0\]\.name is missing, and it has no default"),
+        ("transforms = [3]", r"transforms must be a list of names or tables, got \[3\]"),
+        ("plugins = 'mine.py'", r"plugins must be a list of strings, got 'mine\.py'"),
         ("[[variants]]\nrounds = 2", "each with a name"),
         ("[[variants]]\nname = 'a'\n[[variants]]\nname = 'a'", "names of the variants must differ"),
         ("= 3", "is no TOML"),
@@ -207,6 +210,7 @@ mask_steps = 5
     ("text", "message"),
     [
         ("rounds = 2", r"must have a \[grid\] table of lists"),
+        ("attack = 3\n[grid]\nseed = [0]", r"attack must be a table, got 3"),
         ("[grid]\nseed = 3", r"grid\.seed must be a list of different values, got 3"),
         ("[grid]\nseed = []", r"grid\.seed must be a list of different values"),
         ("[grid]\nseed = [1, 1]", r"grid\.seed must be a list of different values"),

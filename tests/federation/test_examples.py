@@ -14,8 +14,9 @@ import torch
 from skymask_gpu.federation.attacks import ATTACKS
 from skymask_gpu.federation.config import RunConfig, read_config, read_grid
 from skymask_gpu.federation.datasets import Dataset, load_dataset
-from skymask_gpu.federation.rounds import Federation, run_rounds
+from skymask_gpu.federation.playing import play
 from skymask_gpu.federation.rules import RULES
+from skymask_gpu.federation.simulation import Federation
 
 EXAMPLES = sorted(path.stem for path in (Path(__file__).parents[2] / "examples").glob("*.toml"))
 
@@ -124,7 +125,7 @@ def test_an_example_runs(name: str, checkout: Path, tmp_path: Path, dataset_of: 
         runs[-1].name: runs[-1],
         runs[offset % len(runs)].name: runs[offset % len(runs)],
     }.values():
-        (record,) = run_rounds(Federation.build(shorten(config), dataset), tmp_path / config.name)
+        (record,) = play(Federation.build(shorten(config), dataset), tmp_path / config.name)
         assert 0 <= record["accuracy"] <= 1
         assert record["participants"] == shorten(config).data.clients
 
@@ -135,7 +136,7 @@ def test_every_rule_takes_a_round_on_mnist(
 ) -> None:
     cells = read_runs(checkout / "examples" / "attacks_mnist.toml")
     (config,) = [c for c in cells if c.attack.name == "min-max" and c.defence.rule == rule]
-    (record,) = run_rounds(Federation.build(shorten(config), dataset_of("mnist")), tmp_path)
+    (record,) = play(Federation.build(shorten(config), dataset_of("mnist")), tmp_path)
     assert record["accuracy"] > 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from skymask_gpu.federation.config import read_grid
-from skymask_gpu.federation.rounds import CONFIG, METRICS
+from skymask_gpu.federation.run_folder import CONFIG, METRICS
 from skymask_gpu.federation.sweep import ERROR, CellState, cell_folder, clear_cells, has_cells, play_cells
 
 GRID = """

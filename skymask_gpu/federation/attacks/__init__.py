@@ -1,11 +1,11 @@
 """Attacks: what malicious clients train on, what they do in local training, and what they send.
 
-The attacker controls the malicious clients, lets them act together, and knows the updates of all others (full knowledge, the
-strongest threat model).
+The attacker controls the malicious clients, lets them act together, and knows the updates of all
+others (full knowledge, the strongest threat model).
 
 | file | what |
 | --- | --- |
-| ``interface.py`` | ``ATTACKS``, the registry; ``AttackConfig``, the ``[attack]`` table; ``Attack``, the hooks of a run |
+| ``interface.py`` | ``ATTACKS``; ``AttackConfig``, the ``[attack]`` table; ``Attack``, the hooks |
 | ``own.py`` | none, noise, sign-flip, scaling: on each malicious client's own update |
 | ``shifts.py`` | ipm, lie, min-max, min-sum: away from the honest mean |
 | ``fang.py`` | trim, krum |

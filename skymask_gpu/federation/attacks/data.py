@@ -17,7 +17,7 @@ _TRIGGER_SIDE = 3
 
 @ATTACKS.register("label-flip")
 class LabelFlip(Attack):
-    """Label flip (Fang et al., USENIX Security 2020, section 5.1): label l of L classes becomes L - 1 - l."""
+    """Label flip (Fang et al., USENIX Security 2020, section 5.1): label l becomes L - 1 - l."""
 
     poisons_data = True
 
@@ -47,13 +47,15 @@ class Backdoor:
 
 
 class PixelBackdoor(Attack):
-    """Backdoors (BadNets: Gu et al., arXiv:1708.06733): the first samples of each batch carry the trigger and the target class.
+    """Backdoors with a pixel pattern (BadNets: Gu et al., arXiv:1708.06733).
 
-    ``poison_share`` of a batch is poisoned, rounded, but at least one sample. Batches are drawn at random, so their first
-    samples are random samples, too.
+    The first samples of each malicious batch carry the trigger and the target class:
+    ``poison_share`` of a batch is poisoned, rounded, but at least one sample. Batches are drawn at
+    random, so their first samples are random samples, too.
 
     Raises:
-        ValueError: the data have no such target class, or are no images that could carry the trigger.
+        ValueError: the data have no such target class, or are no images that could carry the
+            trigger.
     """
 
     poisons_data = True
@@ -82,9 +84,9 @@ class PixelBackdoor(Attack):
 class LieBackdoor(PixelBackdoor):
     """A Little Is Enough (Baruch et al., NeurIPS 2019), the form that plants a backdoor.
 
-    Malicious clients train on data with the trigger, and send their updates, each parameter clipped to mean +- z * std of the
-    honest updates. The paper besides keeps the backdoored model near the honest one while it is trained; local training is
-    not changed here.
+    Malicious clients train on data with the trigger, and send their updates, each parameter clipped
+    to mean +- z * std of the honest updates. The paper besides keeps the backdoored model near the
+    honest one while it is trained; local training is not changed here.
     """
 
     def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
@@ -102,7 +104,7 @@ class ScalingBackdoor(Scaling, Backdoor):
 
 @ATTACKS.register("scaling-backdoor", settings=ScalingBackdoor)
 class ScaledBackdoor(PixelBackdoor):
-    """Model replacement (Bagdasaryan et al., AISTATS 2020): malicious clients train on the trigger and scale their updates."""
+    """Model replacement (Bagdasaryan et al., AISTATS 2020): a backdoor in scaled updates."""
 
     def __init__(self, context: AttackContext, settings: ScalingBackdoor) -> None:
         super().__init__(context, settings)
@@ -113,14 +115,14 @@ class ScaledBackdoor(PixelBackdoor):
 
 
 def add_trigger(inputs: Tensor, brightest: float) -> Tensor:
-    """Copies of images with the trigger, a square of 3 x 3 pixels in the lower right corner, all channels alike.
+    """Copies of images with the trigger, a square of 3 x 3 pixels in the lower right corner.
 
-    A pixel pattern as in BadNets (Gu et al., arXiv:1708.06733).
+    A pixel pattern as in BadNets (Gu et al., arXiv:1708.06733); all channels have it.
 
     Args:
         inputs: ``(..., channels, height, width)``.
-        brightest: value of the pattern's pixels. Take the largest of all training inputs, so that the pattern is the same in
-            training and in tests.
+        brightest: value of the pattern's pixels. Take the largest of all training inputs, so that
+            the pattern is the same in training and in tests.
 
     Raises:
         ValueError: the inputs are no images, or smaller than the pattern.

@@ -1,4 +1,4 @@
-"""Fang's attacks on the trimmed mean and on Krum (Fang et al., USENIX Security 2020), with full knowledge.
+"""Fang's attacks on the trimmed mean and on Krum (Fang et al., USENIX Security 2020).
 
 Without an honest update, malicious clients send their own updates.
 """
@@ -21,10 +21,10 @@ _COLUMNS_AT_ONCE = 2**14
 
 @ATTACKS.register("trim")
 def trim(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
-    """The trimmed-mean attack (Fang et al., USENIX Security 2020, section 4.2.2, full knowledge), b = 2.
+    """The trimmed-mean attack (Fang et al., section 4.2.2, full knowledge, b = 2).
 
-    Each parameter is drawn beyond the honest extreme that lies against the sign of the honest mean, up to b times as far from
-    zero, or b times as near where the extreme has the other sign.
+    Each parameter is drawn beyond the honest extreme that lies against the sign of the honest mean,
+    up to b times as far from zero, or b times as near where the extreme has the other sign.
     """
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) == 0:
@@ -41,12 +41,13 @@ def trim(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
 def krum(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
     """The Krum attack (Fang et al., USENIX Security 2020, section 4.2.1, full knowledge).
 
-    s is the sign of the honest mean (0 where that is 0). One malicious client sends -lambda * s, the others that plus a random
-    vector of length 0.01, so that they are each other's neighbours. Lambda starts at the bound of theorem 1 and is halved until
-    Krum picks one of them, or until it is below 1e-5.
+    s is the sign of the honest mean (0 where that is 0). One malicious client sends -lambda * s,
+    the others that plus a random vector of length 0.01, so that they are each other's neighbours.
+    Lambda starts at the bound of theorem 1 and is halved until Krum picks one of them, or until it
+    is below 1e-5.
 
-    All candidates are sums of the same vectors, so that their distances follow from one float64 Gram matrix, and the cost of a
-    halving does not depend on P.
+    All candidates are sums of the same vectors, so that their distances follow from one float64
+    Gram matrix, and the cost of a halving does not depend on P.
     """
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) == 0:
@@ -74,9 +75,11 @@ def _gram(blocks: list[Tensor]) -> Tensor:
 
 
 def _krum_bound(gram_VV: Tensor, num_honest: int, num_malicious: int) -> float:
-    """The bound on lambda (Fang et al., theorem 1), beyond which Krum picks none of malicious updates that are all alike.
+    """The bound on lambda (Fang et al., theorem 1).
 
-    Where the malicious clients are neighbours enough for each other, there is no bound; one honest neighbour is counted then.
+    If all malicious updates are alike, Krum picks none of them beyond this bound. Where the
+    malicious clients are neighbours enough for each other, there is no bound; one honest neighbour
+    is counted then.
     """
     neighbours = max(num_honest - 2, 1)
     distances_HH = _squared_distances(gram_VV[:num_honest, :num_honest])
@@ -88,9 +91,10 @@ def _krum_bound(gram_VV: Tensor, num_honest: int, num_malicious: int) -> float:
 
 
 def _krum_picks_malicious(gram_VV: Tensor, num_malicious: int, step: float) -> bool:
-    """Whether Krum (Blanchard et al., NeurIPS 2017) picks a malicious client when they move by ``step`` against the sign.
+    """Whether Krum picks a malicious client when these move by ``step`` against the sign.
 
-    Krum picks the client with the smallest sum of squared distances to its N - F - 2 nearest.
+    Krum (Blanchard et al., NeurIPS 2017) picks the client with the smallest sum of squared
+    distances to its N - F - 2 nearest.
     """
     num_clients = len(gram_VV) - 1
     # maps the rows of V, the last of which is s, to what the clients send

@@ -1,4 +1,4 @@
-"""What an attack is: its table in a run's TOML file, what the attacker knows, and the hooks that a run calls.
+"""What an attack is: its table in a run's file, what the attacker knows, and its hooks.
 
 N clients, F of them malicious, H = N - F honest, P parameters.
 """
@@ -15,10 +15,10 @@ from skymask_gpu.federation.choices import Choice, Choices, with_settings
 
 __all__ = ["ATTACKS", "Attack", "AttackConfig", "AttackContext", "Threat", "attack", "build_attack"]
 
-# Every attack by name. An entry is a function that computes what malicious clients send from a round's updates,
-#     attack(updates_NP, malicious_N, threat[, settings]) -> (F, P),
+# Every attack by name. An entry is a function from a round's updates to what malicious clients
+# send,     attack(updates_NP, malicious_N, threat[, settings]) -> (F, P),
 # or a subclass of Attack, which is made once per run as attack(context[, settings]).
-ATTACKS = Choices("attack.name")
+ATTACKS = Choices("attack.name", common=("name", "share"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,8 @@ class Threat:
         generator: on the CPU; seeded anew each round.
         clients: ``(N,)`` int64, which clients the rows are; None outside of a run.
         global_params: ``(P,)`` the model that the clients started from; None outside of a run.
-        previous_params: ``(P,)`` the model that they started from in the round before; None in the first round.
+        previous_params: ``(P,)`` the model that they started from in the round before; None in the
+            first round.
     """
 
     config: AttackConfig
@@ -105,26 +106,36 @@ class Threat:
 
 
 class Attack:
-    """One run's attacker. A subclass overrides the hooks that it needs; without any, malicious clients are honest.
+    """One run's attacker. A subclass overrides the hooks that it needs.
 
-    ``__init__`` takes an :class:`AttackContext`, and the attack's settings where it has some. It raises a ValueError if
-    the attack does not fit the model or the data: nobody has trained by then.
+    Without any of them, malicious clients are honest.
+    ``__init__`` takes an :class:`AttackContext`, and the attack's settings where it has some. It
+    raises a ValueError if the attack does not fit the model or the data: nobody has trained by
+    then.
 
     Attributes:
         poisons_data: whether :meth:`poison` changes batches.
-        target_class: of a backdoor, the class that inputs with its trigger are to be taken for; None: it has no trigger,
-            and no success is measured.
+        target_class: of a backdoor, the class that inputs with its trigger are to be taken for;
+            None: it has no trigger, and no success is measured.
     """
 
     poisons_data: ClassVar[bool] = False
     target_class: int | None = None
 
     def poison(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What malicious clients train on instead of ``(..., B, *sample)`` inputs and ``(..., B)`` labels."""
+        """What malicious clients train on instead.
+
+        Args:
+            inputs: ``(..., B, *sample)``: one client's batch, or those of several clients.
+            labels: ``(..., B)`` int64.
+        """
         return inputs, labels
 
     def after_step(self, params_FP: Tensor, step: int, clients_F: Tensor, threat: Threat) -> Tensor | None:
         """Called after each local step of malicious clients, some of them at a time.
+
+        If these do not fit in memory together, their steps begin anew with fewer clients, and this
+        is called again: what the attack remembers must not depend on the number of calls.
 
         Args:
             params_FP: ``(F, P)`` their local models after the step; not to be written to.
@@ -152,14 +163,20 @@ class Attack:
         raise NotImplementedError("an attack with a target_class must define its trigger")
 
     def state(self) -> dict[str, Tensor]:
-        """What it remembers from round to round; a checkpoint holds it. The tensors are not written to later."""
+        """What it remembers from round to round; a checkpoint holds it.
+
+        The tensors are not written to later.
+        """
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take up a ``state``; an empty one is that before the first round."""
 
     def replaced(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
-        """A new ``(N, P)`` matrix with the malicious rows of :meth:`send`; without malicious rows, the updates themselves."""
+        """A new ``(N, P)`` matrix with the malicious rows of :meth:`send`.
+
+        Without malicious rows, these are the updates themselves.
+        """
         if not malicious_N.any():
             return updates_NP
         sent_NP = updates_NP.clone()
@@ -196,10 +213,12 @@ def attack(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
         threat: the attack, and its source of randomness.
 
     Returns:
-        A new ``(N, P)`` matrix in which the malicious rows are replaced; without malicious rows, the updates themselves.
+        A new ``(N, P)`` matrix in which the malicious rows are replaced; without malicious rows,
+        the updates themselves.
 
     Raises:
-        ValueError: the attack looks at the model or the data, too, as backdoors do; build it with :func:`build_attack`.
+        ValueError: the attack looks at the model or the data, too, as backdoors do; build it with
+            :func:`build_attack`.
     """
     name = threat.config.name
     if inspect.isclass(ATTACKS[name]):

@@ -40,7 +40,7 @@ class Noise:
 
 @ATTACKS.register("noise", settings=Noise)
 def noise(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Noise) -> Tensor:
-    """Additive noise (Li et al., arXiv:2002.00211): Gaussian noise in each parameter of each malicious client's own update."""
+    """Additive noise (Li et al., arXiv:2002.00211): Gaussian, on each client's own update."""
     own_FP = updates_NP[malicious_N]
     return own_FP + settings.std * torch.randn(own_FP.shape, generator=threat.generator).to(own_FP)
 
@@ -62,8 +62,9 @@ class Scaling:
 
 @ATTACKS.register("scaling", settings=Scaling)
 def scaling(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Scaling) -> Tensor:
-    """Model replacement's scaling (Bagdasaryan et al., AISTATS 2020, section 4.2): its own update times a factor.
+    """Model replacement (Bagdasaryan et al., AISTATS 2020, section 4.2): each own update is scaled.
 
-    With the factor N / F, the mean of all updates is the mean of the malicious ones if the honest ones are zero.
+    With the factor N / F, the mean of all updates is the mean of the malicious ones if the honest
+    ones are zero.
     """
     return updates_NP[malicious_N] * (settings.factor or len(malicious_N) / int(malicious_N.sum()))

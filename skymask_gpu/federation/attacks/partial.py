@@ -16,13 +16,13 @@ __all__ = ["BaseAttack", "Layers", "Sparse", "base_names", "poisoned_columns"]
 
 
 def base_names() -> list[str]:
-    """The attacks that can be wrapped: those that are a function of the updates, but for the one that does nothing."""
+    """The attacks that can be wrapped: those that are a function of the updates, without "none"."""
     return [name for name, entry in ATTACKS.items() if name != "none" and not inspect.isclass(entry)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseAttack(Choice):
-    """``attack.base``: the attack that acts in the poisoned parameters, as a name, or as a table with its own settings.
+    """``attack.base``: the attack in the poisoned parameters, a name or a table with settings.
 
     Attributes:
         name: one of :func:`base_names`.
@@ -44,7 +44,8 @@ class Layers:
     """Settings of ``layers``.
 
     Attributes:
-        layers: names of the poisoned parameters (``"conv1.weight"``), or of modules that hold them (``"conv1"``).
+        layers: names of the poisoned parameters (``"conv1.weight"``), or of modules that hold them
+            (``"conv1"``).
         base: what is done in the poisoned parameters.
     """
 
@@ -122,7 +123,7 @@ class InSomeParams(_Partial):
 
 
 def poisoned_columns(wanted: Iterable[str], layers: Mapping[str, slice]) -> list[slice]:
-    """The columns of each parameter in ``layers`` that is wanted by its name or by that of a module that holds it.
+    """The columns of each parameter that is wanted by its name or its module's.
 
     Raises:
         ValueError: a name stands for no parameter.

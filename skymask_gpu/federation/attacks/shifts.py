@@ -1,7 +1,7 @@
-"""Attacks that shift away from the honest updates' mean: inner product manipulation, ALIE, Min-Max and Min-Sum.
+"""Attacks that shift away from the honest mean: IPM, A Little Is Enough, Min-Max and Min-Sum.
 
-All malicious clients send the same. Where an attack needs more honest updates than there are (two for a standard deviation,
-else one), malicious clients send their own updates.
+All malicious clients send the same. Where an attack needs more honest updates than there are (two
+for a standard deviation, else one), malicious clients send their own updates.
 """
 
 from dataclasses import dataclass
@@ -38,9 +38,10 @@ class IPM:
 
 @ATTACKS.register("ipm", settings=IPM)
 def ipm(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: IPM) -> Tensor:
-    """Inner product manipulation (Xie et al., "Fall of Empires", UAI 2019): all send -epsilon times the honest mean.
+    """Inner product manipulation (Xie et al., "Fall of Empires", UAI 2019).
 
-    The mean of all N then points against the honest mean if epsilon is above H / F.
+    All send -epsilon times the honest mean. The mean of all N then points against the honest mean
+    if epsilon is above H / F.
     """
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) == 0:
@@ -53,8 +54,8 @@ class Direction:
     """Settings of ``min-max`` and ``min-sum``.
 
     Attributes:
-        direction: they move against the honest updates' standard deviation (``"std"``), their unit mean (``"unit"``) or the
-            sign of their mean (``"sign"``).
+        direction: they move against the honest updates' standard deviation (``"std"``), their unit
+            mean (``"unit"``) or the sign of their mean (``"sign"``).
     """
 
     direction: str = "std"
@@ -67,8 +68,9 @@ class Direction:
 def min_max(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Direction) -> Tensor:
     """Min-Max (Shejwalkar & Houmansadr, NDSS 2021, section IV-B).
 
-    All send mean + gamma * direction, with the largest gamma for which no honest update is further away than two honest updates
-    are from each other. The paper searches for gamma; here it is solved for.
+    All send mean + gamma * direction, with the largest gamma for which no honest update is further
+    away than two honest updates are from each other. The paper searches for gamma; here it is
+    solved for.
     """
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) < 2:
@@ -76,7 +78,8 @@ def min_max(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: D
     mean_P, direction_P = honest_HP.mean(0), _direction(honest_HP, settings.direction)
     offset_HP = mean_P - honest_HP
     widest = torch.cdist(offset_HP, offset_HP, compute_mode="use_mm_for_euclid_dist").max().double().square()
-    # |offset + gamma direction|^2 <= widest holds for every honest client up to the smallest positive root of the quadratics
+    # |offset + gamma direction|^2 <= widest holds for every honest client up to the smallest
+    # positive root of the quadratics
     a = direction_P.double().square().sum()
     if a == 0:
         return mean_P.expand(int(malicious_N.sum()), -1)
@@ -90,9 +93,10 @@ def min_max(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: D
 def min_sum(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Direction) -> Tensor:
     """Min-Sum (Shejwalkar & Houmansadr, NDSS 2021, section IV-B).
 
-    All send mean + gamma * direction, with the largest gamma for which the sum of squared distances to the honest updates is no
-    larger than that of any honest update. With H honest updates u and their mean m, the sum from a point x is
-    H |x - m|^2 + sum |u - m|^2, so that gamma * |direction| is the largest distance of an honest update from the mean.
+    All send mean + gamma * direction, with the largest gamma for which the sum of squared distances
+    to the honest updates is no larger than that of any honest update. With H honest updates u and
+    their mean m, the sum from a point x is H |x - m|^2 + sum |u - m|^2, so that gamma * |direction|
+    is the largest distance of an honest update from the mean.
     """
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) < 2:
@@ -105,7 +109,7 @@ def min_sum(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: D
 
 
 def _direction(honest_HP: Tensor, kind: str) -> Tensor:
-    """The perturbations of Shejwalkar & Houmansadr: inverse standard deviation, inverse unit vector, inverse sign."""
+    """The perturbations of Shejwalkar & Houmansadr: against the deviation, the mean or its sign."""
     if kind == "std":
         return -honest_HP.std(0)
     mean_P = honest_HP.mean(0)
@@ -114,7 +118,7 @@ def _direction(honest_HP: Tensor, kind: str) -> Tensor:
 
 @ATTACKS.register("lie")
 def lie(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
-    """A Little Is Enough (Baruch et al., NeurIPS 2019, algorithm 3), the form that prevents convergence.
+    """A Little Is Enough (Baruch et al., NeurIPS 2019, algorithm 3), against convergence.
 
     All send mean - z * std of the honest updates.
     """
@@ -125,7 +129,7 @@ def lie(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
 
 
 def clipped_to_band(updates_NP: Tensor, malicious_N: Tensor) -> Tensor:
-    """``(F, P)``: malicious clients' own updates, each parameter clipped to mean +- z * std of the honest updates."""
+    """``(F, P)``: malicious clients' own updates within mean +- z * std of the honest ones."""
     own_FP, honest_HP = updates_NP[malicious_N], updates_NP[~malicious_N]
     if len(honest_HP) < 2:
         return own_FP
@@ -134,10 +138,12 @@ def clipped_to_band(updates_NP: Tensor, malicious_N: Tensor) -> Tensor:
 
 
 def _largest_z(malicious_N: Tensor) -> float:
-    """Baruch et al.'s z, for which, in each parameter, enough honest clients are expected beyond the attackers.
+    """Baruch et al.'s z: in each parameter, enough honest clients are expected beyond the
+    attackers.
 
-    They need s = floor(N / 2 + 1) - F of them to be a majority together: Phi(z) = (N - F - s) / (N - F). From a majority of
-    attackers on z has no bound; it is 3 then. For a single attacker the formula gives a z of 0 or just below.
+    The attackers need s = floor(N / 2 + 1) - F honest clients to be a majority with them, hence
+    Phi(z) = (N - F - s) / (N - F). From a majority of attackers on, z has no bound; it is 3 then.
+    For a single attacker the formula gives a z of 0 or just below.
     """
     num_clients, num_malicious = len(malicious_N), int(malicious_N.sum())
     num_honest = num_clients - num_malicious

@@ -5,7 +5,8 @@
 | ``interface.py`` | ``RULES``, the registry; what a rule is given and gives back |
 | ``averages.py`` | fedavg, median, trimmed-mean, geometric-median: they judge nobody |
 | ``krum.py`` | krum, multi-krum, bulyan |
-| ``fltrust.py``, ``flame.py``, ``deepsight.py``, ``tolpegin.py``, ``fldetector.py``, ``skymask.py`` | one rule each |
+| ``fltrust.py``, ``flame.py``, ``deepsight.py`` | one rule each |
+| ``tolpegin.py``, ``fldetector.py``, ``skymask.py`` | one rule each |
 | ``wrappers.py`` | a function as a rule; a rule that NaN and Inf do not reach |
 | ``rows.py``, ``clustering.py``, ``last_layer.py`` | what several rules share |
 """

@@ -22,7 +22,9 @@ def fedavg(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 
 @RULES.register("median")
 def median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
-    """The coordinate-wise median (Yin et al., ICML 2018); of an even number of values the mean of the two in the middle."""
+    """The coordinate-wise median (Yin et al., ICML 2018); of an even number of values the mean of
+    the two in the middle.
+    """
     return RuleResult(_coordinate_median(updates_MP).to(updates_MP.dtype), None)
 
 
@@ -30,8 +32,8 @@ def median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 def trimmed_mean(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """The coordinate-wise trimmed mean (Yin et al., ICML 2018).
 
-    Of each coordinate the f smallest and the f largest of n values are left out, and the others averaged; at most (n - 1) // 2
-    are left out at each end.
+    Of each coordinate the f smallest and the f largest of n values are left out, and the others
+    averaged; at most (n - 1) // 2 are left out at each end.
     """
     num_rows = len(updates_MP)
     trim = min(info.num_malicious, (num_rows - 1) // 2)
@@ -41,11 +43,12 @@ def trimmed_mean(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 
 @RULES.register("geometric-median")
 def geometric_median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
-    """The geometric median by the smoothed Weiszfeld algorithm (RFA: Pillutla et al., IEEE Trans. Signal Processing 2022).
+    """The geometric median by the smoothed Weiszfeld algorithm (RFA: Pillutla et al., IEEE Trans.
+    Signal Processing 2022).
 
-    Each step is the mean of the updates, weighted by one over the larger of nu and the distance to the point so far; nu = 1e-6.
-    It starts from the coordinate-wise median and ends after 100 steps, or once a step is shorter than 1e-7 of the way from the
-    origin to the point.
+    Each step is the mean of the updates, weighted by one over the larger of nu and the distance to
+    the point so far; nu = 1e-6. It starts from the coordinate-wise median and ends after 100 steps,
+    or once a step is shorter than 1e-7 of the way from the origin to the point.
     """
     point_P = _coordinate_median(updates_MP)
     for _ in range(_MOST_STEPS):

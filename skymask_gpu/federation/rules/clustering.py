@@ -9,9 +9,11 @@ __all__ = ["best_cut", "hdbscan_labels"]
 def hdbscan_labels(
     distances_NN: Tensor, *, min_cluster_size: int, min_samples: int, allow_single_cluster: bool = False
 ) -> Tensor:
-    """``(N,)`` int64 cluster of each row, -1 for noise, by HDBSCAN (Campello et al., PAKDD 2013) on a matrix of distances.
+    """``(N,)`` int64 cluster of each row, -1 for noise, by HDBSCAN (Campello et al., PAKDD 2013) on
+    a matrix of distances.
 
-    ``min_samples`` does not count the row itself, as in the papers' hdbscan package; scikit-learn's counts it.
+    ``min_samples`` does not count the row itself, as in the papers' hdbscan package; scikit-learn's
+    counts it.
     """
     from sklearn.cluster import HDBSCAN
 
@@ -30,13 +32,15 @@ def hdbscan_labels(
 
 
 def best_cut(values_KN: Tensor) -> tuple[Tensor, Tensor]:
-    """The best two means of each row of numbers: exact, since clusters on a line are cut at one place.
+    """The best two means of each row of numbers: exact, since clusters on a line are cut at one
+    place.
 
     Args:
         values_KN: ``(K, N)`` float64, N >= 2.
 
     Returns:
-        ``(K, N)`` bool, which values are in the upper cluster, and ``(K,)`` the sum of the squared distances to the two means.
+        ``(K, N)`` bool, which values are in the upper cluster, and ``(K,)`` the sum of the squared
+        distances to the two means.
     """
     num_values = values_KN.shape[1]
     sorted_KN = (values_KN - values_KN.mean(1, keepdim=True)).sort(1).values

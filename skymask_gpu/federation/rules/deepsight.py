@@ -1,4 +1,6 @@
-"""DeepSight: what a client's model says of the data it was trained on, and clusters of models that agree in it."""
+"""DeepSight: what a client's model says of the data it was trained on, and clusters of models that
+agree in it.
+"""
 
 import torch
 from torch import Tensor
@@ -24,21 +26,24 @@ class DeepSight:
 
     With C classes, G the global model and k a client, for the last layer's weights w and biases b:
 
-    * energy of class i: E_ki = |b_ki - b_Gi| + sum_h |w_kih - w_Gih|; NEUP: C_ki = E_ki^2 / sum_j E_kj^2.
-    * threshold exceedings: TE_k = the number of classes with C_ki > max(0.01, 1 / C) max_j C_kj. A client is suspicious if
-      TE_k <= median(TE) / 2: it was trained on few classes.
-    * DDifs: the mean over random inputs of the ratio of the probabilities that k and G give a class; for three sets of inputs.
+    * energy of class i: E_ki = |b_ki - b_Gi| + sum_h |w_kih - w_Gih|; NEUP: C_ki = E_ki^2 / sum_j
+      E_kj^2.
+    * threshold exceedings: TE_k = the number of classes with C_ki > max(0.01, 1 / C) max_j C_kj. A
+      client is suspicious if TE_k <= median(TE) / 2: it was trained on few classes.
+    * DDifs: the mean over random inputs of the ratio of the probabilities that k and G give a
+      class; for three sets of inputs.
     * cosine distance of the biases' updates.
 
-    HDBSCAN clusters the clients by their cosine distances, by their NEUPs and by the DDifs of each set. Two clients are at
-    distance 0 in a clustering if they are in the same cluster, else at 1. The mean of the three kinds, of which the DDifs'
-    is the mean of its sets', is clustered by HDBSCAN again. A cluster is accepted if less than a third (tau) of it is
-    suspicious. Accepted updates are clipped to the median length of all updates and averaged; if there is none, the update is
-    zero.
+    HDBSCAN clusters the clients by their cosine distances, by their NEUPs and by the DDifs of each
+    set. Two clients are at distance 0 in a clustering if they are in the same cluster, else at 1.
+    The mean of the three kinds, of which the DDifs' is the mean of its sets', is clustered by
+    HDBSCAN again. A cluster is accepted if less than a third (tau) of it is suspicious. Accepted
+    updates are clipped to the median length of all updates and averaged; if there is none, the
+    update is zero.
 
-    Where the paper leaves room: inputs are uniform in [0, 1) (integer ones uniform up to the largest in the root data), 256 a
-    set instead of 20,000 and the same in every round; HDBSCAN has the defaults of the hdbscan package (5 and 5); a client that
-    is noise is a cluster of its own.
+    Where the paper leaves room: inputs are uniform in [0, 1) (integer ones uniform up to the
+    largest in the root data), 256 a set instead of 20,000 and the same in every round; HDBSCAN has
+    the defaults of the hdbscan package (5 and 5); a client that is noise is a cluster of its own.
 
     Raises:
         ValueError: the model's last layer has no weight or no bias.

@@ -16,10 +16,11 @@ _NOISE_FACTOR = 0.001
 def flame(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """FLAME (Nguyen et al., USENIX Security 2022, algorithm 1).
 
-    HDBSCAN on the cosine distances of the local models (not of the updates) finds the one cluster of more than half of the n
-    clients: min_cluster_size n // 2 + 1, min_samples 1, a single cluster allowed. With S the median length of all updates, the
-    cluster's updates are clipped to length S and averaged, and noise of standard deviation lambda * S is added to each
-    parameter; lambda = 0.001, the paper's for image classification. The noise is drawn from ``info.generator``.
+    HDBSCAN on the cosine distances of the local models (not of the updates) finds the one cluster
+    of more than half of the n clients: min_cluster_size n // 2 + 1, min_samples 1, a single cluster
+    allowed. With S the median length of all updates, the cluster's updates are clipped to length S
+    and averaged, and noise of standard deviation lambda * S is added to each parameter; lambda =
+    0.001, the paper's for image classification. The noise is drawn from ``info.generator``.
     """
     distances_MM = cosine_distances(inner_products(updates_MP, info.global_params))
     labels_M = hdbscan_labels(

@@ -17,22 +17,24 @@ _REFERENCES = 20
 class FLDetector:
     """FLDetector (Zhang et al., KDD 2022).
 
-    * Prediction: client i's update in round t is predicted from its last one and the way that the global model w went,
-      u_i(t-1) + H (w(t) - w(t-1)). H is the L-BFGS approximation, :func:`hessian_times`, from the last N differences of the
-      global model and of the mean update.
-    * Suspicious score: the distance of the update from its prediction, divided by the sum of these of all clients of the round,
-      and averaged over the client's last N rounds. N = 10.
-    * Detection: the gap statistic (Tibshirani et al., JRSS B 2001; 20 uniform reference sets from ``info.generator``) says
-      whether the scores, scaled to [0, 1], make more than one cluster. If so, of two clusters by k-means, exact on a line, the
-      one with the higher scores is malicious.
+    * Prediction: client i's update in round t is predicted from its last one and the way that the
+      global model w went, u_i(t-1) + H (w(t) - w(t-1)). H is the L-BFGS approximation,
+      :func:`hessian_times`, from the last N differences of the global model and of the mean update.
+    * Suspicious score: the distance of the update from its prediction, divided by the sum of these
+      of all clients of the round, and averaged over the client's last N rounds. N = 10.
+    * Detection: the gap statistic (Tibshirani et al., JRSS B 2001; 20 uniform reference sets from
+      ``info.generator``) says whether the scores, scaled to [0, 1], make more than one cluster. If
+      so, of two clusters by k-means, exact on a line, the one with the higher scores is malicious.
 
-    What follows a detection is this rule's own: the paper starts the training anew without the detected clients, as a server
-    would. Here they are left out from this round on and training goes on; the scores of the others are forgotten, so that the
-    next detection is N scored rounds later. Scores begin in the third round, when there is a first difference of mean updates;
-    the first detection is possible in round N + 2 (12). In shorter runs nobody is detected.
+    What follows a detection is this rule's own: the paper starts the training anew without the
+    detected clients, as a server would. Here they are left out from this round on and training goes
+    on; the scores of the others are forgotten, so that the next detection is N scored rounds later.
+    Scores begin in the third round, when there is a first difference of mean updates; the first
+    detection is possible in round N + 2 (12). In shorter runs nobody is detected.
 
-    With partial participation, the prediction of a client that was away goes on in each round by H (w(t) - w(t-1)), and its
-    score is the mean of those that it has. A client without an earlier update has no score and is kept.
+    With partial participation, the prediction of a client that was away goes on in each round by H
+    (w(t) - w(t-1)), and its score is the mean of those that it has. A client without an earlier
+    update has no score and is kept.
 
     Kept are the clients that were never detected; the update is their mean.
     """
@@ -83,7 +85,8 @@ class FLDetector:
         return RuleResult(mean_P, kept_M)
 
     def state(self) -> dict[str, Tensor]:
-        """Each client's predicted update, ``(num_clients, P)``, its last scores, the detected clients and the last differences.
+        """Each client's predicted update, ``(num_clients, P)``, its last scores, the detected
+        clients and the last differences.
 
         Empty before the first round. The tensors are not written to later.
         """
@@ -109,11 +112,13 @@ class FLDetector:
 
 
 def hessian_times(vector_P: Tensor, model_steps_KP: Tensor, mean_steps_KP: Tensor) -> Tensor:
-    """``(P,)``: the L-BFGS Hessian times a vector, in the compact form of Byrd, Nocedal & Schnabel (Math. Programming 1994).
+    """``(P,)``: the L-BFGS Hessian times a vector, in the compact form of Byrd, Nocedal & Schnabel
+    (Math. Programming 1994).
 
-    The steps s of the model are the columns of S, those y of the gradients (here mean updates) the columns of Y, the oldest
-    first; sigma = y.s / s.s of the last. H v = sigma v - [Y, sigma S] [[-D, L^T], [L, sigma S^T S]]^-1 [Y, sigma S]^T v, where
-    L is the strictly lower part of S^T Y, and D its diagonal. A singular matrix has its pseudo-inverse. Zero without steps.
+    The steps s of the model are the columns of S, those y of the gradients (here mean updates) the
+    columns of Y, the oldest first; sigma = y.s / s.s of the last. H v = sigma v - [Y, sigma S]
+    [[-D, L^T], [L, sigma S^T S]]^-1 [Y, sigma S]^T v, where L is the strictly lower part of S^T Y,
+    and D its diagonal. A singular matrix has its pseudo-inverse. Zero without steps.
     """
     if len(model_steps_KP) == 0:
         return torch.zeros_like(vector_P)
@@ -131,7 +136,9 @@ def hessian_times(vector_P: Tensor, model_steps_KP: Tensor, mean_steps_KP: Tenso
 
 
 def _distance_shares(updates_MP: Tensor, predicted_CP: Tensor, clients_M: Tensor, known_M: Tensor) -> Tensor:
-    """``(M,)`` float64 distance of each known client's update from its prediction, as a share of their sum."""
+    """``(M,)`` float64 distance of each known client's update from its prediction, as a share of
+    their sum.
+    """
     distances_M = squared_distances_to(updates_MP, predicted_CP[clients_M]).sqrt() * known_M
     return distances_M / distances_M.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
@@ -159,7 +166,9 @@ def _detected(scores_CN: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _is_more_than_one_cluster(scaled_J: Tensor, generator: torch.Generator) -> bool:
-    """Whether Gap(1) < Gap(2) - s(2), that is, one is not the smallest number of clusters that the gap statistic accepts."""
+    """Whether Gap(1) < Gap(2) - s(2), that is, one is not the smallest number of clusters that the
+    gap statistic accepts.
+    """
     references_BJ = torch.rand(_REFERENCES, len(scaled_J), dtype=torch.float64, generator=generator).to(scaled_J.device)
     log_one, log_two = _log_dispersions(scaled_J[None])
     log_one_B, log_two_B = _log_dispersions(references_BJ)
@@ -169,7 +178,9 @@ def _is_more_than_one_cluster(scaled_J: Tensor, generator: torch.Generator) -> b
 
 
 def _log_dispersions(values_KN: Tensor) -> tuple[Tensor, Tensor]:
-    """``(K,)`` logarithms of the sum of squared distances to one mean, and to the best two means, of each row of values."""
+    """``(K,)`` logarithms of the sum of squared distances to one mean, and to the best two means,
+    of each row of values.
+    """
     tiny = torch.finfo(values_KN.dtype).tiny
     one_K = (values_KN - values_KN.mean(1, keepdim=True)).square().sum(1)
     return one_K.clamp_min(tiny).log(), best_cut(values_KN)[1].clamp_min(tiny).log()

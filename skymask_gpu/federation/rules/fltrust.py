@@ -15,9 +15,9 @@ _TINY = torch.finfo(torch.float64).tiny
 def fltrust(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """FLTrust (Cao et al., NDSS 2021).
 
-    A client's trust score is the cosine of its update and the root update, 0 if negative. The update is the mean of the
-    clients' updates, scaled to the length of the root update and weighted by the scores. Clients with a score above 0 are kept;
-    if there is none, the update is zero.
+    A client's trust score is the cosine of its update and the root update, 0 if negative. The
+    update is the mean of the clients' updates, scaled to the length of the root update and weighted
+    by the scores. Clients with a score above 0 are kept; if there is none, the update is zero.
 
     Raises:
         ValueError: ``info.root_update`` is not finite.

@@ -17,8 +17,9 @@ __all__ = ["bulyan", "krum", "multi_krum"]
 def krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """Krum (Blanchard et al., NeurIPS 2017): the one update with the smallest score.
 
-    A row's score is the sum of the squared distances to the n - f - 2 other rows that are nearest to it. The paper wants
-    n >= 2f + 3; with more malicious rows the rule goes on, with at least one neighbour.
+    A row's score is the sum of the squared distances to the n - f - 2 other rows that are nearest
+    to it. The paper wants n >= 2f + 3; with more malicious rows the rule goes on, with at least one
+    neighbour.
     """
     best = krum_scores(updates_MP, info.num_malicious).argmin()
     return RuleResult(updates_MP[best].clone(), torch.arange(len(updates_MP), device=updates_MP.device) == best)
@@ -27,10 +28,11 @@ def krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 @RULES.register("multi-krum")
 @needs_clients(2)
 def multi_krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
-    """Multi-Krum (Blanchard et al., NeurIPS 2017): the mean of the m = n - f updates with the smallest Krum scores.
+    """Multi-Krum (Blanchard et al., NeurIPS 2017): the mean of the m = n - f updates with the
+    smallest Krum scores.
 
-    All rows are scored once, as in the paper; some libraries choose one row at a time and score the others anew. At least one
-    row is kept.
+    All rows are scored once, as in the paper; some libraries choose one row at a time and score the
+    others anew. At least one row is kept.
     """
     num_kept = max(1, len(updates_MP) - info.num_malicious)
     kept_M = torch.zeros(len(updates_MP), dtype=torch.bool, device=updates_MP.device)
@@ -43,8 +45,9 @@ def multi_krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 def bulyan(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """Bulyan on Krum (El Mhamdi et al., ICML 2018).
 
-    Krum chooses theta = n - 2f rows one after the other, each time among those not yet chosen, r of them, with r - f - 2
-    neighbours (at least one). Of each coordinate the beta = theta - 2f chosen values nearest their median are averaged.
+    Krum chooses theta = n - 2f rows one after the other, each time among those not yet chosen, r of
+    them, with r - f - 2 neighbours (at least one). Of each coordinate the beta = theta - 2f chosen
+    values nearest their median are averaged.
 
     Raises:
         ValueError: f > 0 and n < 4f + 3.
@@ -76,7 +79,9 @@ def _num_neighbours(num_rows: int, num_malicious: int) -> int:
 
 
 def _chosen_by_krum(distances_MM: Tensor, num_malicious: int, num_chosen: int) -> Tensor:
-    """``(num_chosen,)`` row numbers. Distances are sorted once; a chosen row is then taken out of the others' lists."""
+    """``(num_chosen,)`` row numbers. Distances are sorted once; a chosen row is then taken out of
+    the others' lists.
+    """
     left_R = torch.arange(len(distances_MM), device=distances_MM.device)
     # rows that are equal have distance 0, too: -1 puts a row itself first in its list
     sorted_RR, order_RR = distances_MM.clone().fill_diagonal_(-1).sort(1)
@@ -95,7 +100,9 @@ def _chosen_by_krum(distances_MM: Tensor, num_malicious: int, num_chosen: int) -
 
 
 def _mean_around_median(values_Tp: Tensor, num_averaged: int) -> Tensor:
-    """``(p,)`` mean of the values of each column that are nearest the column's median; of two as near the smaller one first."""
+    """``(p,)`` mean of the values of each column that are nearest the column's median; of two as
+    near the smaller one first.
+    """
     sorted_Tp = values_Tp.sort(0).values
     median_p = (sorted_Tp[(len(sorted_Tp) - 1) // 2] + sorted_Tp[len(sorted_Tp) // 2]) / 2
     nearest = (sorted_Tp - median_p).abs().sort(dim=0, stable=True).indices[:num_averaged]

@@ -11,7 +11,9 @@ __all__ = ["LastLayer"]
 
 @dataclass(frozen=True)
 class LastLayer:
-    """The last two parameters of a classifier: a weight with ``num_classes`` rows and as many biases."""
+    """The last two parameters of a classifier: a weight with ``num_classes`` rows and as many
+    biases.
+    """
 
     num_classes: int
     num_weights: int

@@ -1,6 +1,7 @@
 """Sums, norms and distances of the rows of ``(N, P)`` updates, in float64 on blocks of columns.
 
-No temporary is larger than ``(N, N)`` or a block, and values as large as 1e30 neither overflow nor turn to NaN.
+No temporary is larger than ``(N, N)`` or a block, and values as large as 1e30 neither overflow nor
+turn to NaN.
 """
 
 from collections.abc import Iterator
@@ -42,7 +43,9 @@ def mean_of_kept(updates_NP: Tensor, kept_N: Tensor) -> Tensor:
 
 
 def clipped_mean(updates_NP: Tensor, kept_N: Tensor, norms_N: Tensor, bound: Tensor) -> Tensor:
-    """``(P,)`` mean of the kept rows, each scaled down to the norm ``bound`` if it is longer; zero if nobody is kept."""
+    """``(P,)`` mean of the kept rows, each scaled down to the norm ``bound`` if it is longer; zero
+    if nobody is kept.
+    """
     scale_N = (bound / norms_N.clamp_min(torch.finfo(norms_N.dtype).tiny)).clamp_max(1)
     return weighted_sum(updates_NP, kept_N * scale_N / kept_N.sum().clamp_min(1)).to(updates_NP.dtype)
 
@@ -81,7 +84,9 @@ def squared_distances(updates_NP: Tensor) -> Tensor:
 
 
 def cosine_distances(products_NN: Tensor) -> Tensor:
-    """``(N, N)`` float64 1 - cosine of all pairs, from their inner products; a row of zeros is at 1 from all others."""
+    """``(N, N)`` float64 1 - cosine of all pairs, from their inner products; a row of zeros is at 1
+    from all others.
+    """
     lengths_N = products_NN.diagonal().sqrt()
     lengths_NN = (lengths_N[:, None] * lengths_N).clamp_min(torch.finfo(products_NN.dtype).tiny)
     distances_NN = (1 - products_NN / lengths_NN).fill_diagonal_(0)

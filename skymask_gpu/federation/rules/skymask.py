@@ -48,7 +48,10 @@ class SkyMaskSettings:
 @RULES.register("skymask", settings=SkyMaskSettings)
 @takes_any_row
 class SkyMaskRule:
-    """SkyMask (Yan et al., ECCV 2024) with its root model trained like a client. It rejects NaN and Inf itself."""
+    """SkyMask (Yan et al., ECCV 2024) with its root model trained like a client.
+
+    It rejects NaN and Inf itself.
+    """
 
     def __init__(self, context: RuleContext, settings: SkyMaskSettings) -> None:
         self._defence = SkyMask(

@@ -1,4 +1,6 @@
-"""Tolpegin et al.: malicious clients stand apart in the principal components of the last layer's updates."""
+"""Tolpegin et al.: malicious clients stand apart in the principal components of the last layer's
+updates.
+"""
 
 import torch
 from torch import Tensor
@@ -16,11 +18,13 @@ __all__ = ["Tolpegin"]
 class Tolpegin:
     """The defence of Tolpegin et al. (ESORICS 2020), with a verdict in place of a look at the plot.
 
-    The updates of the last layer are standardised, each parameter to mean 0 and variance 1 over the clients, and their first
-    two principal components taken. The paper plots these for one source class over several rounds and leaves the verdict to
-    the reader. Here, as in published comparisons, they are those of the whole layer in one round, k-means makes two clusters of
-    them, and the larger one is averaged. It always makes two clusters, so it rejects clients when nobody attacks. Everyone is
-    kept if there are fewer than three clients, all are equal, or the clusters are equally large.
+    The updates of the last layer are standardised, each parameter to mean 0 and variance 1 over the
+    clients, and their first two principal components taken. The paper plots these for one source
+    class over several rounds and leaves the verdict to the reader. Here, as in published
+    comparisons, they are those of the whole layer in one round, k-means makes two clusters of them,
+    and the larger one is averaged. It always makes two clusters, so it rejects clients when nobody
+    attacks. Everyone is kept if there are fewer than three clients, all are equal, or the clusters
+    are equally large.
 
     k-means starts from the best cut along the first component, so nothing is drawn.
 

@@ -14,7 +14,7 @@ __all__ = ["FiniteRows", "Stateless"]
 
 
 class Stateless:
-    """A rule that remembers nothing, from its function ``(updates (M, P), info[, settings]) -> RuleResult``."""
+    """A rule that remembers nothing, from its function of ``(updates_MP, info[, settings])``."""
 
     def __init__(self, function: Callable[..., RuleResult], settings: Any) -> None:
         self._function, self._settings = function, settings
@@ -32,7 +32,8 @@ class Stateless:
 class FiniteRows:
     """A rule that is given the rows without NaN or Inf only; the others are not kept.
 
-    Each rejected row counts as one of the ``num_malicious``. If no row is left, the update is zero and nobody is kept.
+    Each rejected row counts as one of the ``num_malicious``. If no row is left, the update is zero
+    and nobody is kept.
     """
 
     def __init__(self, rule: Rule) -> None:

@@ -4,32 +4,22 @@ import dataclasses
 import json
 import multiprocessing
 import random
-import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from skymask_gpu.federation import rounds
+from skymask_gpu.federation import simulation
 from skymask_gpu.federation.attacks import AttackConfig, Layers, ScalingBackdoor, add_trigger
 from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
-from skymask_gpu.federation.rounds import (
-    CHECKPOINT,
-    CONFIG,
-    MASKS,
-    METRICS,
-    TIMES,
-    Federation,
-    clear_results,
-    has_results,
-    run_rounds,
-)
+from skymask_gpu.federation.playing import play
+from skymask_gpu.federation.run_folder import CHECKPOINT, CONFIG, MASKS, METRICS, TIMES
+from skymask_gpu.federation.simulation import Federation
 from skymask_gpu.federation.sweep import _play
-from skymask_gpu.io.files import append_line, read_lines, read_tensors, write_tensors, write_whole
+from skymask_gpu.io.files import read_lines, read_tensors
 
 SMALL = RunConfig(
     rounds=4,
@@ -49,7 +39,7 @@ def assert_same_checkpoints(*folders: Path) -> None:
 
 
 def test_a_run_records_every_round(tmp_path: Path) -> None:
-    records = list(run_rounds(Federation.build(SMALL), tmp_path))
+    records = list(play(Federation.build(SMALL), tmp_path))
     assert read_lines(tmp_path / METRICS) == records
     assert [record["round"] for record in records] == [0, 1, 2, 3]
     for record in records:
@@ -70,14 +60,14 @@ def test_a_run_records_every_round(tmp_path: Path) -> None:
 
 
 def test_a_run_repeats_and_resumes_to_the_bit(tmp_path: Path) -> None:
-    whole = list(run_rounds(Federation.build(SMALL), tmp_path / "whole"))
-    stopped = run_rounds(Federation.build(SMALL), tmp_path / "stopped")
+    whole = list(play(Federation.build(SMALL), tmp_path / "whole"))
+    stopped = play(Federation.build(SMALL), tmp_path / "stopped")
     next(stopped), next(stopped)
     stopped.close()
     # the power went out after the line of round 2 and in the middle of that of round 3, before their checkpoint
     with (tmp_path / "stopped" / METRICS).open("a") as file:
         file.write(json.dumps({"round": 2}) + '\n{"round": 3, "accu')
-    rest = list(run_rounds(Federation.build(SMALL), tmp_path / "stopped"))
+    rest = list(play(Federation.build(SMALL), tmp_path / "stopped"))
     assert [record["round"] for record in rest] == [2, 3]
     assert read_lines(tmp_path / "stopped" / METRICS) == whole
     assert (tmp_path / "stopped" / METRICS).read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
@@ -98,13 +88,13 @@ def test_a_run_repeats_and_resumes_to_the_bit(tmp_path: Path) -> None:
 def test_every_kind_of_state_survives_a_stop(changes: dict, tmp_path: Path) -> None:
     """Checkpoints every third round; stopped after the fourth and, half-way through its files, after the fifth."""
     config = dataclasses.replace(SMALL, rounds=7, checkpoint_every=3, **changes)
-    whole = list(run_rounds(Federation.build(config), tmp_path / "whole"))
+    whole = list(play(Federation.build(config), tmp_path / "whole"))
     for stop in (4, 2):
-        stopped = run_rounds(Federation.build(config), tmp_path / "stopped")
+        stopped = play(Federation.build(config), tmp_path / "stopped")
         for _ in range(stop):
             next(stopped)
         stopped.close()
-    assert [record["round"] for record in run_rounds(Federation.build(config), tmp_path / "stopped")] == [3, 4, 5, 6]
+    assert [record["round"] for record in play(Federation.build(config), tmp_path / "stopped")] == [3, 4, 5, 6]
     assert read_lines(tmp_path / "stopped" / METRICS) == whole
     assert len(read_lines(tmp_path / "stopped" / TIMES)) == 7
     assert_same_checkpoints(tmp_path / "stopped", tmp_path / "whole")
@@ -114,11 +104,11 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path)
     """kill -9 at random moments: of starting, of a round, of writing."""
     config = dataclasses.replace(SMALL, rounds=120, checkpoint_every=2, local=LocalTraining(steps=2, batch_size=8))
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["skymask_gpu.federation.rounds", "skymask_gpu.federation.sweep"])
-    _play(config, tmp_path / "whole")
+    processes.set_forkserver_preload(["skymask_gpu.federation.simulation", "skymask_gpu.federation.sweep"])
+    _play(config.to_dict(), tmp_path / "whole")
     metrics, pause, lengths = tmp_path / "killed" / METRICS, random.Random(0), []
     for kill in range(20):
-        process = processes.Process(target=_play, args=(config, tmp_path / "killed"))
+        process = processes.Process(target=_play, args=(config.to_dict(), tmp_path / "killed"))
         process.start()
         before, deadline = lengths[-1] if lengths else 0, time.monotonic() + 60
         # every fourth is killed while it starts; the others once they have got on
@@ -133,22 +123,22 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path)
         lengths.append(metrics.read_bytes().count(b"\n") if metrics.exists() else 0)
     assert lengths[-1] < 120, "the run ended before it was killed twenty times"
     assert len(set(lengths)) > 10, "it did not get on between kills"
-    _play(config, tmp_path / "killed")
+    _play(config.to_dict(), tmp_path / "killed")
     assert metrics.read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
     assert_same_checkpoints(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_convolutions_are_deterministic_during_a_round_and_not_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cudnn, seen = torch.backends.cudnn, []
-    train = rounds.train_clients
+    train = simulation.train_clients
 
     def noting(*arguments: Any, **settings: Any) -> Any:
         seen.append((cudnn.deterministic, cudnn.benchmark))
         return train(*arguments, **settings)
 
-    monkeypatch.setattr(rounds, "train_clients", noting)
+    monkeypatch.setattr(simulation, "train_clients", noting)
     monkeypatch.setattr(cudnn, "benchmark", True)
-    for _ in run_rounds(Federation.build(dataclasses.replace(SMALL, rounds=2)), tmp_path / "run"):
+    for _ in play(Federation.build(dataclasses.replace(SMALL, rounds=2)), tmp_path / "run"):
         assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
     assert seen == [(True, False)] * 2
 
@@ -159,7 +149,7 @@ def test_only_some_clients_take_part(tmp_path: Path) -> None:
     played = [federation.play_round(number, federation.first_model()) for number in range(3)]
     assert all(len(set(p.clients.tolist())) == 6 for p in played)
     assert len({tuple(p.clients.tolist()) for p in played}) == 3, "drawn anew each round"
-    records = list(run_rounds(federation, tmp_path))
+    records = list(play(federation, tmp_path))
     assert [record["accuracy"] is None for record in records] == [True, False, False]
     for record, p in zip(records, played, strict=True):
         assert record["participants"] == 6
@@ -168,7 +158,7 @@ def test_only_some_clients_take_part(tmp_path: Path) -> None:
 
 def test_a_rule_that_judges_nobody_has_no_rates(tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, defence=DefenceConfig(rule="median"), rounds=1)
-    (record,) = run_rounds(Federation.build(config), tmp_path)
+    (record,) = play(Federation.build(config), tmp_path)
     assert (record["kept"], record["false_positive_rate"], record["false_negative_rate"]) == (None, None, None)
     assert not (tmp_path / MASKS).exists()
 
@@ -176,7 +166,7 @@ def test_a_rule_that_judges_nobody_has_no_rates(tmp_path: Path) -> None:
 def test_a_backdoor_is_measured_on_triggered_samples_of_other_classes(tmp_path: Path) -> None:
     attack = AttackConfig(name="scaling-backdoor", share=0.2, settings=ScalingBackdoor(target_class=3))
     config = dataclasses.replace(SMALL, attack=attack, rounds=3, defence=DefenceConfig(rule="fedavg"))
-    records = list(run_rounds(Federation.build(config), tmp_path / "fedavg"))
+    records = list(play(Federation.build(config), tmp_path / "fedavg"))
     assert records[-1]["attack_success_rate"] > 0.9, "nothing stands against model replacement"
     federation = Federation.build(config)
     others = federation.dataset.test_labels != 3
@@ -213,152 +203,8 @@ class Net(nn.Sequential):
     mean = buffers["2.running_mean"][:-1][kept].mean(0)
     torch.testing.assert_close(played.model.buffers["2.running_mean"], mean)
     assert played.model.buffers["2.num_batches_tracked"] == 5
-    records = list(run_rounds(Federation.build(config), tmp_path / "run"))
+    records = list(play(Federation.build(config), tmp_path / "run"))
     assert records[-1]["accuracy"] > 0.7, "the statistics fit the parameters"
-
-
-def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
-    list(run_rounds(Federation.build(dataclasses.replace(SMALL, rounds=1)), tmp_path))
-    other = dataclasses.replace(SMALL, seed=7, defence=DefenceConfig(rule="fedavg"))
-    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed, defence\)"):
-        list(run_rounds(Federation.build(other), tmp_path))
-    # more rounds are the same run
-    assert len(list(run_rounds(Federation.build(SMALL), tmp_path))) == 3
-
-
-def test_a_checkpoint_without_its_metrics_is_refused_and_clearing_removes_results_only(tmp_path: Path) -> None:
-    list(run_rounds(Federation.build(dataclasses.replace(SMALL, rounds=1)), tmp_path))
-    (tmp_path / METRICS).unlink()
-    assert has_results(tmp_path)
-    with pytest.raises(ValueError, match="lacks rounds that"):
-        list(run_rounds(Federation.build(SMALL), tmp_path))
-    (tmp_path / "thesis.txt").write_text("mine")
-    clear_results(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    assert not has_results(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Federation, Path]:
-    """Four rounds of plain averaging and their folder, to be copied and damaged."""
-    config = dataclasses.replace(SMALL, defence=DefenceConfig(rule="fldetector"), local=LocalTraining(steps=1, batch_size=4))
-    federation, folder = Federation.build(config), tmp_path_factory.mktemp("finished")
-    list(run_rounds(federation, folder))
-    return federation, folder
-
-
-def change_line(name: str, line: int, text: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        lines = (folder / name).read_text().splitlines()
-        (folder / name).write_text("\n".join([*lines[:line], *([text] if text else []), *lines[line + 1 :]]) + "\n")
-
-    return change
-
-
-def change_checkpoint(tensors: dict[str, torch.Tensor | None] | None = None, **about: str | None) -> Callable[[Path], None]:
-    """Other tensors or metadata; None takes one out."""
-
-    def change(folder: Path) -> None:
-        before, metadata = read_tensors(folder / CHECKPOINT)
-        after, metadata = {**before, **(tensors or {})}, {**metadata, **about}
-        write_tensors(
-            folder / CHECKPOINT,
-            {name: tensor for name, tensor in after.items() if tensor is not None},
-            {name: text for name, text in metadata.items() if text is not None},
-        )
-
-    return change
-
-
-def cut_short(folder: Path) -> None:
-    (folder / CHECKPOINT).write_bytes((folder / CHECKPOINT).read_bytes()[:-100])
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (change_line(METRICS, 1, "???"), r"metrics\.jsonl, line 2 is no JSON: .*; mend the line, or .*--overwrite"),
-        (change_line(METRICS, 0, '{"round": "1"}'), r"metrics\.jsonl, line 1 must be .* got \"round\": \"1\"; mend"),
-        (change_line(METRICS, 0, '{"round": true}'), r"metrics\.jsonl, line 1 must be .* got \"round\": true"),
-        (change_line(METRICS, 0, '{"round": -1}'), r"metrics\.jsonl, line 1 must be .* got \"round\": -1"),
-        (change_line(METRICS, 3, '{"accuracy": 1}'), r"metrics\.jsonl, line 4 must be .* got none; mend"),
-        (change_line(METRICS, 2, "[2]"), r"metrics\.jsonl, line 3 must be a JSON object"),
-        (change_line(METRICS, 2, "\N{SNOWMAN}"), r"metrics\.jsonl, line 3 is no JSON"),
-        (change_line(METRICS, 2, ""), r"metrics\.jsonl lacks rounds that .*checkpoint\.safetensors has \(2\); put them back"),
-        (change_line(METRICS, 2, '{"round": 1}\n{"round": 2}'), r"metrics\.jsonl has a round twice or out of order"),
-        (change_line(TIMES, 2, "???"), r"times\.jsonl, line 3 is no JSON.*, or remove the file: a run goes on without"),
-        (change_checkpoint(round=None), r"checkpoint\.safetensors is damaged: its metadata .* put a sound copy .*--overwrite"),
-        (change_checkpoint(round="x"), r"checkpoint\.safetensors is damaged: its metadata"),
-        (change_checkpoint(round="-7"), r"checkpoint\.safetensors is damaged: its round must be at least 0, got -7"),
-        (change_checkpoint(config=None), r"checkpoint\.safetensors is damaged: its metadata"),
-        (change_checkpoint(config="[]"), r"checkpoint\.safetensors is damaged: its metadata"),
-        (change_checkpoint({"global_params": None}), r"damaged: global_params must be float32 \(4810,\), it is missing"),
-        (change_checkpoint({"global_params": torch.zeros(7)}), r"damaged: global_params must be .* it is float32 \(7,\)"),
-        (change_checkpoint({"global_params": torch.zeros(4810).double()}), r"damaged: global_params .* it is float64"),
-        (change_checkpoint({"global_params": torch.full((4810,), torch.nan)}), r"damaged: the global model holds NaN or Inf"),
-        (change_checkpoint({"buffer/x": torch.zeros(1)}), r"damaged: buffer/x must be absent, it is float32 \(1,\)"),
-        (change_checkpoint({"rule/mean": None}), r"damaged: rule/mean must be float32 \(4810,\), it is missing"),
-        (cut_short, r"checkpoint\.safetensors is no safetensors file: .* put a sound copy"),
-        (lambda folder: (folder / CHECKPOINT).unlink(), r"has 4 rounds, but .*checkpoint\.safetensors, .* is missing; put it"),
-    ],
-)
-def test_a_damaged_file_is_named_with_the_remedy_and_nothing_is_changed(
-    damage: Callable[[Path], None], message: str, finished: tuple[Federation, Path], tmp_path: Path
-) -> None:
-    federation, whole = finished
-    folder = tmp_path / "copy"
-    shutil.copytree(whole, folder)
-    damage(folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ValueError, match=message) as error:
-        list(run_rounds(federation, folder))
-    assert str(folder) in str(error.value)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_lost_times_and_a_lost_last_newline_do_not_stop_a_resume(finished: tuple[Federation, Path], tmp_path: Path) -> None:
-    federation, whole = finished
-    folder = tmp_path / "copy"
-    shutil.copytree(whole, folder)
-    (folder / TIMES).unlink()
-    text = (folder / METRICS).read_text()
-    (folder / METRICS).write_text(text.rstrip("\n"))
-    assert list(run_rounds(federation, folder)) == []
-    assert (folder / METRICS).read_text() == text
-
-
-def test_rounds_that_are_played_again_are_said(finished: tuple[Federation, Path], tmp_path: Path) -> None:
-    federation, whole = finished
-    folder = tmp_path / "copy"
-    shutil.copytree(whole, folder)
-    with (folder / METRICS).open("a") as file:
-        file.write('{"round": 4}\n')
-    with pytest.warns(UserWarning, match="stopped after the checkpoint of round 3 was due; it plays round 4 again"):
-        list(run_rounds(federation, folder))
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    path.write_text("old")
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_metrics_are_appended_a_line_at_a_time(tmp_path: Path) -> None:
-    path = tmp_path / METRICS
-    for number in range(3):
-        append_line(path, {"round": number})
-    assert path.read_text() == '{"round": 0}\n{"round": 1}\n{"round": 2}\n'
-    with pytest.raises(ValueError, match="JSON compliant"):
-        append_line(path, {"accuracy": float("nan")})
-    assert len(read_lines(path)) == 3
 
 
 def mnist_run(mnist_dir: Path, malicious: int, rounds: int, steps: int) -> RunConfig:
@@ -384,7 +230,7 @@ def check_verdicts(records: list[dict], malicious: int) -> None:
 def test_skymask_on_mnist_is_exact(malicious: int, mnist_dir: Path, tmp_path: Path) -> None:
     """The paper's CNN, 100 clients, bias 0.5: the first two rounds, with short local training."""
     config = mnist_run(mnist_dir, malicious, rounds=2, steps=5)
-    check_verdicts(list(run_rounds(Federation.build(config), tmp_path)), malicious)
+    check_verdicts(list(play(Federation.build(config), tmp_path)), malicious)
 
 
 @pytest.mark.slow
@@ -392,7 +238,7 @@ def test_skymask_on_mnist_is_exact(malicious: int, mnist_dir: Path, tmp_path: Pa
 def test_skymask_on_mnist_stays_exact(malicious: int, mnist_dir: Path, tmp_path: Path) -> None:
     """Ten rounds of ten local steps."""
     config = mnist_run(mnist_dir, malicious, rounds=10, steps=10)
-    records = list(run_rounds(Federation.build(config), tmp_path))
+    records = list(play(Federation.build(config), tmp_path))
     for record in records:
         print({k: record[k] for k in ("round", "accuracy", "false_positive_rate", "false_negative_rate")})
     check_verdicts(records, malicious)

@@ -1,0 +1,113 @@
+"""Play a federation's rounds and record them in a folder; a stopped run goes on where it was.
+
+All randomness is drawn from (seed, round), so a run that was stopped and resumed is the same as one
+that was not. What "the same" means: on a CPU with the same number of threads, to the byte. On a GPU
+of the same kind with the same versions of PyTorch and cuDNN, convolutions are told to be
+deterministic, and blocks of clients do not depend on what ran before, unless memory runs out; other
+operations of a model of your own, and sums over more than 2,000 clients in clustering, may still
+add in another order and change the last digits (not measured).
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from skymask_gpu.engine.numerics import deterministic_convolutions
+from skymask_gpu.federation.record import metrics_line, times_line, write_rule_tensors
+from skymask_gpu.federation.run_folder import (
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    TIMES,
+    damaged,
+    kept_lines,
+    layout,
+    read_checkpoint,
+    write_checkpoint,
+)
+from skymask_gpu.federation.simulation import Federation, GlobalModel, Progress
+from skymask_gpu.io.files import append_line, write_text
+
+__all__ = ["play"]
+
+# what the names of a checkpoint's tensors begin with
+_BUFFER, _RULE, _ATTACK = "buffer/", "rule/", "attack/"
+
+
+def play(federation: Federation, folder: Path, progress: Progress = lambda text: None) -> Iterator[dict[str, Any]]:
+    """Play the rounds that ``folder`` does not yet hold, and yield each one's record.
+
+    A record is on disk when it is yielded. A round after which the global model holds NaN or Inf is
+    the last one: no later round could mend it. Its record says ``"diverged": true``.
+
+    Args:
+        federation: what plays; it may have played before.
+        folder: the run's; what it holds is described in :mod:`skymask_gpu.federation.run_folder`.
+        progress: is told what is going on.
+
+    Raises:
+        ValueError: the folder holds another run, or one of its files is damaged; the error names
+            the file and the remedy.
+    """
+    config = federation.config
+    folder.mkdir(parents=True, exist_ok=True)
+    first, model, diverged = _resume(federation, folder)
+    write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+    for number in range(first, config.rounds):
+        if diverged:
+            return
+        with deterministic_convolutions():
+            played = federation.play_round(number, model, progress)
+            model = played.model
+            diverged = not model.is_finite()
+            progress("testing")
+            is_last = diverged or number + 1 == config.rounds
+            record = metrics_line(federation, number, played, is_last=is_last, diverged=diverged)
+        # The lines first: a checkpoint is never ahead of the metrics, and lines ahead of the
+        # checkpoint are dropped on resume.
+        append_line(folder / TIMES, times_line(number, played))
+        append_line(folder / METRICS, record)
+        write_rule_tensors(folder, number, played, federation.malicious)
+        if (number + 1) % config.checkpoint_every == 0 or is_last:
+            states = _prefixed(_RULE, federation.rule.state()) | _prefixed(_ATTACK, federation.attack.state())
+            write_checkpoint(folder, number, config, _model_tensors(model) | states)
+        yield record
+
+
+def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, bool]:
+    """The first round to play, the global model before it, and whether it has diverged."""
+    done, model = -1, federation.first_model()
+    tensors: dict[str, Tensor] = {}
+    if (folder / CHECKPOINT).exists():
+        known = layout(_model_tensors(GlobalModel(model.params, model.buffers, previous=model.params)))
+        done, tensors = read_checkpoint(folder, federation.config, known, (_RULE, _ATTACK))
+        tensors = {name: tensor.to(model.params.device) for name, tensor in tensors.items()}
+        model = GlobalModel(tensors["global_params"], _unprefixed(_BUFFER, tensors), tensors["previous_params"])
+    # also without a checkpoint: the federation may have played before
+    federation.rule.restore(_unprefixed(_RULE, tensors))
+    federation.attack.restore(_unprefixed(_ATTACK, tensors))
+    kept = kept_lines(folder, done, federation.config)
+    diverged = bool(kept[METRICS]) and bool(kept[METRICS][-1].get("diverged", False))
+    if not diverged and not model.is_finite():
+        raise damaged(folder / CHECKPOINT, "the global model holds NaN or Inf, and no line of the metrics says so")
+    for name, records in kept.items():
+        if (folder / name).exists():
+            write_text(folder / name, "".join(json.dumps(record) + "\n" for record in records))
+    return done + 1, model, diverged
+
+
+def _model_tensors(model: GlobalModel) -> dict[str, Tensor]:
+    """What a checkpoint holds of the model."""
+    before = {} if model.previous is None else {"previous_params": model.previous}
+    return {"global_params": model.params, **before, **_prefixed(_BUFFER, model.buffers)}
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _unprefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,77 @@
+"""What a round leaves in its run's folder: metrics, times, and the tensors that its rule stores."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from skymask_gpu.federation.run_folder import MASKS
+from skymask_gpu.io.files import write_tensors
+
+if TYPE_CHECKING:
+    from skymask_gpu.federation.simulation import Federation, RoundResult
+
+__all__ = ["metrics_line", "times_line", "write_rule_tensors"]
+
+
+def metrics_line(
+    federation: "Federation", number: int, played: "RoundResult", *, is_last: bool, diverged: bool
+) -> dict[str, Any]:
+    """The round's line in ``metrics.jsonl``; it is the same in every repeat.
+
+    Args:
+        federation: tests the model, where a test is due.
+        number: of the round.
+        played: the round.
+        is_last: whether the run ends here; the last round is always tested.
+        diverged: whether the global model holds NaN or Inf.
+    """
+    config = federation.config
+    tested = (number + 1) % config.evaluate_every == 0 or is_last
+    backdoor = tested and federation.attack.target_class is not None
+    return {
+        "run": config.name,
+        "round": number,
+        "accuracy": federation.accuracy(played.model) if tested else None,
+        "attack_success_rate": federation.attack_success_rate(played.model) if backdoor else None,
+        "participants": len(played.clients),
+        "diverged": diverged,
+        **_rejection_rates(played, federation.malicious),
+        **played.rule_result.record,
+    }
+
+
+def _rejection_rates(played: "RoundResult", malicious_N: Tensor) -> dict[str, Any]:
+    """Which of the clients that took part were judged wrongly.
+
+    A false positive is an honest client that is rejected, a false negative a malicious one that is
+    kept. A rate is None where there is no such client, or where the rule judges nobody.
+    """
+    if played.rule_result.kept is None:
+        return {"kept": None, "false_positive_rate": None, "false_negative_rate": None, "rejected": []}
+    kept_M, malicious_M = played.rule_result.kept.cpu(), malicious_N[played.clients]
+    num_malicious = int(malicious_M.sum())
+    num_honest = len(malicious_M) - num_malicious
+    return {
+        "kept": int(kept_M.sum()),
+        "false_positive_rate": int((~kept_M & ~malicious_M).sum()) / num_honest if num_honest else None,
+        "false_negative_rate": int((kept_M & malicious_M).sum()) / num_malicious if num_malicious else None,
+        "rejected": played.clients[~kept_M].tolist(),
+    }
+
+
+def times_line(number: int, played: "RoundResult") -> dict[str, Any]:
+    """The round's line in ``times.jsonl``: seconds."""
+    seconds = {name: round(value, 4) for name, value in played.rule_result.seconds.items()}
+    phases = {"phases": seconds} if seconds else {}
+    return {"round": number, **{name: round(value, 4) for name, value in played.seconds.items()}, **phases}
+
+
+def write_rule_tensors(folder: Path, number: int, played: "RoundResult", malicious_N: Tensor) -> None:
+    """Store what the rule has of the round, in place of the round before, and who is malicious."""
+    if played.rule_result.tensors is None:
+        return
+    tensors, texts = played.rule_result.tensors()
+    if "clients" in tensors:
+        tensors["malicious"] = malicious_N[tensors["clients"]]
+    write_tensors(folder / MASKS, tensors, {"round": str(number), **texts})

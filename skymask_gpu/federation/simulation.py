@@ -1,0 +1,282 @@
+"""A simulated federation: its rounds of local training, row transforms, attack and aggregation."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from skymask_gpu.defence import RootTraining, mean_buffer
+from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine.flat_model import fast_layout
+from skymask_gpu.federation.attacks import Attack, AttackContext, Threat, build_attack
+from skymask_gpu.federation.clients import LocalUpdates, draw_batches, train_clients
+from skymask_gpu.federation.config import RunConfig
+from skymask_gpu.federation.datasets import Dataset, load_dataset, split_root
+from skymask_gpu.federation.datasets.partition import partition
+from skymask_gpu.federation.models import build_model
+from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule
+from skymask_gpu.federation.transforms import client_generators, transformed
+
+__all__ = ["Federation", "GlobalModel", "Progress", "RoundResult"]
+
+_TEST_BATCH = 1000
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """The global model before a round.
+
+    Attributes:
+        params: ``(P,)``.
+        buffers: by name.
+        previous: ``(P,)`` the parameters before the last round; None before the first.
+    """
+
+    params: Tensor
+    buffers: dict[str, Tensor]
+    previous: Tensor | None = None
+
+    def is_finite(self) -> bool:
+        """Whether no value is NaN or Inf."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in (self.params, *self.buffers.values()))
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What came of a round.
+
+    Attributes:
+        model: the global model after it.
+        clients: ``(M,)`` int64, who took part.
+        rule_result: what the rule said.
+        seconds: what local training and aggregation took.
+    """
+
+    model: GlobalModel
+    clients: Tensor
+    rule_result: RuleResult
+    seconds: dict[str, float]
+
+
+def _columns_of_layers(flat: FlatModel) -> dict[str, slice]:
+    """Each parameter's columns in an update."""
+    ends = list(accumulate(flat.layer_sizes))
+    return {name: slice(end - size, end) for name, size, end in zip(flat.shapes, flat.layer_sizes, ends, strict=True)}
+
+
+def _shared_out(config: RunConfig, dataset: Dataset) -> list[Tensor]:
+    """Indices of each client's training samples, and last those of the root data set."""
+    data, labels = config.data, dataset.train_labels.cpu()
+    generator = torch.Generator().manual_seed(config.seed)
+    root, rest = split_root(labels, data.root_samples, generator, data.root_bias)
+    shares = partition(
+        data.partition,
+        labels[rest],
+        data.clients,
+        bias=data.bias,
+        alpha=data.alpha,
+        subjects=None if dataset.train_subjects is None else dataset.train_subjects.cpu()[rest],
+        generator=generator,
+    )
+    return [*(rest[share] for share in shares), root]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What stays the same from round to round.
+
+    Attributes:
+        config: the run.
+        dataset: on the device that trains.
+        module: the model's layers; its own parameters are those before the first round.
+        flat: the same as a function of a vector.
+        layers: each parameter's columns in an update, by name.
+        parts: indices of each client's training samples, and last those of the root data set.
+        malicious: ``(N,)`` bool, which clients attack.
+        attack: what they do; it may remember rounds.
+        rule: how the server aggregates; it may remember rounds.
+    """
+
+    config: RunConfig
+    dataset: Dataset
+    module: nn.Module
+    flat: FlatModel
+    layers: dict[str, slice]
+    parts: list[Tensor]
+    malicious: Tensor
+    attack: Attack
+    rule: Rule
+
+    @classmethod
+    def build(cls, config: RunConfig, dataset: Dataset | None = None) -> "Federation":
+        """Load the data, share them out, and make the model, the attack and the rule.
+
+        All of it is on the GPU if there is one.
+
+        Raises:
+            ValueError: the data are missing, or the model, the attack or the rule does not fit
+                them.
+        """
+        data = config.data
+        dataset = dataset or load_dataset(data.dataset, Path(data.data_dir) if data.data_dir else None)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dataset = dataset.to(device)
+        parts = _shared_out(config, dataset)
+        module = build_model(config.model.name, tuple(dataset.train_inputs.shape[1:]), dataset.num_classes, config.seed)
+        module = module.to(device)
+        root_inputs, root_labels = dataset.train_inputs[parts[-1]], dataset.train_labels[parts[-1]]
+        flat = FlatModel(module, root_inputs, root_labels)
+        layers = _columns_of_layers(flat)
+        attack_context = AttackContext(
+            layers=layers,
+            num_classes=dataset.num_classes,
+            input_shape=tuple(root_inputs.shape[1:]),
+            brightest=float(dataset.train_inputs.max()),
+        )
+        rule_context = RuleContext(
+            module=module,
+            root_inputs=root_inputs,
+            root_labels=root_labels,
+            num_clients=data.clients,
+            root_training=RootTraining(lr=config.local.lr, grad_clip=config.local.grad_clip),
+            seed=config.seed,
+        )
+        return cls(
+            config,
+            dataset,
+            module,
+            flat,
+            layers,
+            parts,
+            torch.arange(data.clients) < config.attack.num_malicious(data.clients),
+            build_attack(config.attack, attack_context),
+            build_rule(config.defence.rule, rule_context, config.defence.settings),
+        )
+
+    def first_model(self) -> GlobalModel:
+        return GlobalModel(self.flat.initial_params, {name: value.clone() for name, value in self.module.named_buffers()})
+
+    def play_round(self, number: int, model: GlobalModel, progress: Progress = lambda text: None) -> RoundResult:
+        """Round ``number``, from ``model``; ``progress`` is told what is going on."""
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+        start = self._now()
+        clients = self._taking_part(generator)
+        malicious_M = self.malicious[clients]
+        threat = Threat(config.attack, generator, clients, model.params, model.previous)
+        sent = self._train(clients, malicious_M, model, threat, progress)
+        trained = self._now()
+        draws = client_generators(config.seed, number, clients) if config.transforms else []
+        rows_MP = transformed(sent.updates[:-1], config.transforms, draws, self.layers)
+        updates_MP = self.attack.replaced(rows_MP, malicious_M.to(rows_MP.device), threat)
+        attacked = self._now()
+        progress("aggregating")
+        assumed = config.defence.assumed_malicious
+        info = RoundInfo(
+            global_params=model.params,
+            root_update=sent.updates[-1],
+            clients=clients,
+            num_malicious=int(malicious_M.sum()) if assumed < 0 else min(assumed, len(clients)),
+            generator=generator,
+        )
+        result = self.rule(updates_MP, info)
+        seconds = {"local_training": trained - start, "aggregation": self._now() - attacked}
+        params_P = model.params + config.server_lr * result.update
+        kept_M = torch.ones(len(clients), dtype=torch.bool) if result.kept is None else result.kept.cpu()
+        after = GlobalModel(params_P, _mean_buffers(model, sent, kept_M), previous=model.params)
+        return RoundResult(after, clients, result, seconds)
+
+    def _taking_part(self, generator: torch.Generator) -> Tensor:
+        num_clients, wanted = self.config.data.clients, self.config.clients_per_round
+        if wanted == 0:
+            return torch.arange(num_clients)
+        return torch.randperm(num_clients, generator=generator)[:wanted].sort().values
+
+    def _train(
+        self, clients: Tensor, malicious_M: Tensor, model: GlobalModel, threat: Threat, progress: Progress
+    ) -> LocalUpdates:
+        """The updates of the clients, and last of the root model, as local training gives them."""
+        parts = [self.parts[client] for client in clients.tolist()] + [self.parts[-1]]
+        batches = draw_batches(parts, self.config.local, threat.generator)
+        # dropout, where a model has it, draws from here
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (), generator=threat.generator)))
+            return train_clients(
+                self.module,
+                model.params,
+                self.dataset.train_inputs,
+                self.dataset.train_labels,
+                batches,
+                self.config.local,
+                buffers=model.buffers,
+                poison=self.attack.poison if self.attack.poisons_data else None,
+                poisoned=torch.cat([malicious_M, torch.tensor([False])]),
+                progress=lambda done: progress(f"training client {done} of {len(parts)}"),
+                after_step=self._attackers_steps(malicious_M, threat),
+            )
+
+    def _attackers_steps(self, malicious_M: Tensor, threat: Threat) -> Callable[[Tensor, int, Tensor], Tensor | None] | None:
+        """The attack's hook after a local step, for the malicious clients only; None: it has none."""
+        if type(self.attack).after_step is Attack.after_step:
+            return None
+        clients = threat.clients
+        assert clients is not None
+
+        def after_step(params_CP: Tensor, step: int, rows_C: Tensor) -> Tensor | None:
+            # the last row is the root model's, which is no client
+            is_client_C = rows_C < len(clients)
+            malicious_C = is_client_C & malicious_M[rows_C.clamp_max(len(clients) - 1)]
+            if not malicious_C.any():
+                return None
+            here_C = malicious_C.to(params_CP.device)
+            changed_FP = self.attack.after_step(params_CP[here_C], step, clients[rows_C[malicious_C]], threat)
+            if changed_FP is not None:
+                params_CP[here_C] = changed_FP
+            return params_CP
+
+        return after_step
+
+    def _now(self) -> float:
+        """Seconds, when all that was started on the device is done."""
+        device = self.dataset.train_inputs.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def accuracy(self, model: GlobalModel) -> float:
+        """The share of test samples that the global model gets right."""
+        hits = self._predictions(model, self.dataset.test_inputs) == self.dataset.test_labels
+        return int(hits.sum()) / len(hits)
+
+    def attack_success_rate(self, model: GlobalModel) -> float:
+        """The share of triggered test samples that the model takes for the target class.
+
+        Samples that are of the target class are left out.
+        """
+        target = self.attack.target_class
+        assert target is not None, "only a backdoor has a success rate"
+        others = self.dataset.test_inputs[self.dataset.test_labels != target]
+        hits = self._predictions(model, self.attack.trigger(others)) == target
+        return int(hits.sum()) / len(hits)
+
+    @torch.no_grad()
+    def _predictions(self, model: GlobalModel, inputs: Tensor) -> Tensor:
+        self.module.eval()
+        params = {name: fast_layout(tensor) for name, tensor in self.flat.unflatten(model.params).items()}
+        tensors = (params, model.buffers)
+        parts = (fast_layout(part) for part in inputs.split(_TEST_BATCH))
+        return torch.cat([functional_call(self.module, tensors, (part,)).argmax(1) for part in parts])
+
+
+def _mean_buffers(model: GlobalModel, sent: LocalUpdates, kept_M: Tensor) -> dict[str, Tensor]:
+    """Means over the clients that the step is made of, see :func:`skymask_gpu.defence.mean_buffer`."""
+    if not kept_M.any():
+        return model.buffers
+    return {name: mean_buffer(value[:-1][kept_M.to(value.device)]) for name, value in sent.buffers.items()}
