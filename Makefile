@@ -94,5 +94,5 @@ wheel: $(VENV)/.dev  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(OLDEST) build dist demo-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(OLDEST) build dist demo-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

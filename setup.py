@@ -32,7 +32,6 @@ TEST = [
     "triton>=3.6,<3.10; platform_system == 'Linux'",
     "pytest>=8.4",
     "pytest-xdist>=3.5",
-    "pytest-benchmark>=4",
     "hypothesis>=6.100",
 ]
 DEV = [*TEST, "ruff>=0.6", "mypy>=1.11", "build>=1.2"]

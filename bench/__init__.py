@@ -1,1 +1,12 @@
-"""Benchmarks: a speed is printed only where the results agree, and only beside something measured in the same run."""
+"""Benchmarks: a speed is printed only where the result was checked, and only beside something measured in the same run.
+
+| file | what |
+| --- | --- |
+| ``cases`` | models, root samples and updates of any number of clients |
+| ``providers``, ``rules``, ``solvers`` | what is timed, and how its result is checked |
+| ``points``, ``checking``, ``run``, ``measure``, ``ratio`` | the runner: order and limits, checks, times, intervals |
+| ``table``, ``summary``, ``plots`` | rows and their CSV file, Markdown, PNG |
+| ``against`` | two revisions side by side |
+| ``gpu``, ``gpu_figures``, ``kernel_checks`` | what the owner of a GPU runs |
+| ``studies/`` | a command per table of the docs |
+"""

@@ -1,4 +1,4 @@
-"""What the benchmark runs on: a model, root samples and synthetic updates, for each number of clients."""
+"""What the benchmark runs on: models, root samples and synthetic updates, for each number of clients."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.bench.solvers import honest_rows, make_model
-from skymask_gpu.engine import FlatModel, MaskTraining, TrainedMasks
+from skymask_gpu.bench.table import NotTimedError
+from skymask_gpu.engine import FlatModel, MaskTraining
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
 from skymask_gpu.federation.models import build_model
 
@@ -17,8 +18,10 @@ __all__ = ["CASES", "CLIENTS", "DTYPES", "Case", "Model", "Problem", "TooLargeEr
 
 CLIENTS = (50, 500, 5_000, 20_000)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Of the memory that is free: what the updates may take, so that something is left for those who work on them.
+# The updates may take this share of the free memory. The rest is for the solvers that work on them.
 _UPDATES_SHARE = 0.25
+# An attack takes several times the memory of its rows, so it is computed on this many values at a time.
+_ATTACKED_VALUES = 2**28
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,16 @@ class Case:
     """One model, and what is done with its clients' updates.
 
     Attributes:
-        name: of the case.
-        what: mask training by each solver, or a round by each aggregation rule.
-        model: of ``build_model``.
-        input_shape: of one sample.
-        num_classes: outputs.
-        root_samples: of the server.
-        trained_steps: of SGD before the round. Batch norm of an untrained network amplifies rounding, so that no two solvers
-            would agree.
-        mask_steps: of mask training; few where many are not stable in float32.
-        dtypes: of the updates.
+        name: the name on the command line.
+        what: whether each solver trains masks, or each aggregation rule plays a round.
+        model: a name that ``build_model`` knows.
+        input_shape: the shape of one sample.
+        num_classes: the number of the model's outputs.
+        root_samples: how many samples the server has.
+        trained_steps: steps of SGD before the round. The batch norm of an untrained network amplifies
+            rounding, so that no two solvers would agree.
+        mask_steps: steps of mask training; few where more are not stable in float32.
+        dtypes: the types in which the updates are tried.
     """
 
     name: str
@@ -66,11 +69,13 @@ CASES = {
 }
 
 
-class TooLargeError(Exception):
+class TooLargeError(NotTimedError):
     """The updates leave too little memory for anything else."""
 
+    status = "skipped"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Model:
     """A case's network, its root samples and their loss, on the device; the same for any number of clients."""
 
@@ -95,15 +100,11 @@ class Model:
 
 @dataclass
 class Problem:
-    """A case with N clients, of whom the first fifth attack, and the root row last.
+    """A case with N clients, the first fifth of which attack, and the root row last.
 
     Attributes:
         updates: ``(N + 1, P)`` in ``dtype``.
         exact_updates: the same in float32.
-        truth: the masks that all others are compared with, once there are any; None before.
-        truth_name: who made them.
-        agreed: the largest number of clients for which a solver agreed with `reference` in this run, by its name; the problems
-            of one case and dtype share it.
     """
 
     case: Case
@@ -112,21 +113,18 @@ class Problem:
     updates: Tensor
     exact_updates: Tensor
     seed: int
-    agreed: dict[str, int]
-    truth: TrainedMasks | None = None
-    truth_name: str = ""
     training: MaskTraining = field(init=False)
 
     def __post_init__(self) -> None:
-        # always the same number of steps
+        # no early end, so that every solver makes the same number of steps
         self.training = MaskTraining(steps=self.case.mask_steps, min_improvement=-1e9)
 
     @classmethod
-    def build(cls, case: Case, model: Model, num_clients: int, seed: int, free_bytes: int | None) -> Self:
-        """The float32 problem.
+    def build(cls, case: Case, model: Model, num_clients: int, seed: int, free_bytes: int | None = None) -> Self:
+        """The float32 problem, made on the model's device.
 
         Raises:
-            TooLargeError: the updates take too much of ``free_bytes``.
+            TooLargeError: the updates take too much of ``free_bytes``; None: no limit.
         """
         num_bytes = 4 * (num_clients + 1) * model.loss.num_params
         if free_bytes is not None and num_bytes > _UPDATES_SHARE * free_bytes:
@@ -134,19 +132,18 @@ class Problem:
                 f"the updates alone take {num_bytes / 2**30:,.1f} of {free_bytes / 2**30:,.1f} GiB; solvers need several times "
                 f"as much, so at most {_UPDATES_SHARE:.0%} is tried"
             )
-        device = model.loss.initial_params.device
-        rows_RP = honest_rows(model.loss.to("cpu"), num_clients + 1, seed)
-        malicious_N = torch.arange(num_clients) < num_clients // 5
-        rows_RP[:-1] = attack(rows_RP[:-1], malicious_N, Threat(AttackConfig(name="lie", share=0.2)))
+        rows_RP = honest_rows(model.loss, num_clients + 1, seed)
+        malicious_N = torch.arange(num_clients, device=rows_RP.device) < num_clients // 5
+        for part_RC in rows_RP.split(max(1, _ATTACKED_VALUES // num_clients), dim=1):
+            part_RC[:-1] = attack(part_RC[:-1], malicious_N, Threat(AttackConfig(name="lie", share=0.2)))
         if case.what == "rules":
-            # of different lengths, unevenly spaced, so that rounding decides neither whose neighbours are nearest nor which of
-            # two copies is nearer to the median
-            rows_RP[:-1] *= torch.linspace(0.9, 1.1, num_clients).square()[:, None]
-        rows_RP = rows_RP.to(device)
-        return cls(case, model, "float32", rows_RP, rows_RP, seed, {})
+            # Different, unevenly spaced lengths: otherwise rounding would decide whose neighbours are nearest, and
+            # which of two copies is nearer to the median.
+            rows_RP[:-1] *= torch.linspace(0.9, 1.1, num_clients, device=rows_RP.device).square()[:, None]
+        return cls(case, model, "float32", rows_RP, rows_RP, seed)
 
     def to(self, dtype: str) -> "Problem":
-        return replace(self, dtype=dtype, updates=self.exact_updates.to(DTYPES[dtype]), truth=None, truth_name="")
+        return replace(self, dtype=dtype, updates=self.exact_updates.to(DTYPES[dtype]))
 
     @cached_property
     def squared_distances(self) -> np.ndarray:

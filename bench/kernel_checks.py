@@ -1,186 +1,174 @@
-"""Every kernel on a device against its plain twin in float64 on the CPU, quickly: what ``bench/gpu.py`` asks before it times.
+"""A quick check of every kernel on a device against its plain twin on the CPU, for ``bench/gpu.py``.
 
-The tests under ``tests/kernels`` look closer; they too run on a GPU where there is one.
+The tests under ``tests/kernels`` check more, and run on a GPU too where there is one.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, tree
+from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, ones, tree
 
-__all__ = ["CHECKS", "wrong_kernels"]
+__all__ = ["CHECKS", "wrong_with"]
 
 # Rows and parameters: below and across block sizes, odd and a multiple of 8.
 _SIZES = ((3, 5), (67, 1031), (501, 4096))
 _BINS, _STEPS = 32, 4
-# Relative L2 error of float32 results. Bits and crossings may differ where float32 rounds across the threshold.
+# Float32 results may have this relative L2 error. Where float32 may round across a threshold, this share of the elements
+# may differ.
 _TOLERANCE, _MOST_DIFFERING = 1e-5, 2e-3
 
 
-def wrong_kernels(device: torch.device) -> Iterator[tuple[str, str | None]]:
-    """Each kernel's name and what is wrong with it, or None."""
-    for name, check in CHECKS.items():
-        yield name, next(filter(None, (check(rows_RP) for rows_RP in _rows(device))), None)
+@dataclass(frozen=True)
+class Check:
+    """How a kernel is called for the check.
+
+    Attributes:
+        module: the module with the kernel and its twin.
+        make: makes the arguments from rows ``(R, P)``.
+        settings: the keyword arguments.
+        written: the positions of the arguments that the kernel writes.
+        exact: whether the twin gets float64 copies; else it gets copies as they are.
+        at_thresholds: whether a few elements may differ, because rounding decides them.
+    """
+
+    module: ModuleType
+    make: Callable[[Tensor], tuple[Any, ...]]
+    settings: dict[str, float]
+    written: tuple[int, ...] = ()
+    exact: bool = False
+    at_thresholds: bool = False
+
+
+def wrong_with(name: str, device: torch.device) -> str | None:
+    """What is wrong with a kernel of ``CHECKS``, or None."""
+    check = CHECKS[name]
+    for rows_RP in _rows(device):
+        arguments = check.make(rows_RP)
+        twins = tuple(_on_cpu(argument, check.exact) for argument in arguments)
+        got = _all_results(getattr(check.module, name)(*arguments, **check.settings), arguments, check.written)
+        want = _all_results(getattr(check.module, f"{name}_reference")(*twins, **check.settings), twins, check.written)
+        for number, (mine, its) in enumerate(zip(got, want, strict=True)):
+            wrong = (_often_different if check.at_thresholds else _different)(_on_cpu(mine, True), _on_cpu(its, True))
+            if wrong is not None:
+                return f"{wrong} of result {number} for {rows_RP.dtype} rows {tuple(rows_RP.shape)}"
+    return None
 
 
 def _rows(device: torch.device) -> Iterator[Tensor]:
     for num_rows, num_params in _SIZES:
-        generator = torch.Generator().manual_seed(num_rows)
-        rows_RP = 1e-2 * torch.randn(num_rows, num_params, generator=generator)
+        rows_RP = 1e-2 * torch.randn(num_rows, num_params, generator=torch.Generator().manual_seed(num_rows))
         for dtype in (torch.float32, torch.bfloat16):
             yield rows_RP.to(device, dtype)
 
 
-def _exact(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies in float64 on the CPU."""
-    return tuple(tensor.detach().cpu().to(torch.float64) for tensor in tensors)
+def _on_cpu(argument: Any, exact: bool) -> Any:
+    """A copy; of floating point tensors in float64 if ``exact``."""
+    if not isinstance(argument, Tensor):
+        return argument
+    copied = argument.detach().cpu().clone()
+    return copied.double() if exact and copied.is_floating_point() else copied
 
 
-def _compare(**pairs: tuple[Tensor, Tensor]) -> str | None:
-    """Of each name what was got and what was wanted."""
-    for name, (got, want) in pairs.items():
-        got, want = _exact(got, want)
-        error = float((got - want).norm() / want.norm().clamp_min(1e-30))
-        if not error <= _TOLERANCE:
-            return f"{name} of {tuple(got.shape)} is off by {error:.1e}"
-    return None
+def _all_results(returned: Any, arguments: tuple[Any, ...], written: tuple[int, ...]) -> list[Tensor]:
+    results = [] if returned is None else list(returned) if isinstance(returned, tuple) else [returned]
+    return results + [arguments[position] for position in written]
 
 
-def _share(differs: Tensor, what: str) -> str | None:
-    share = float(differs.double().mean())
-    # one element of a small problem is no share
-    return None if share <= _MOST_DIFFERING or int(differs.sum()) <= 1 else f"{share:.1e} of the {what} differ"
+def _different(got: Tensor, want: Tensor) -> str | None:
+    if not got.is_floating_point():
+        return None if torch.equal(got, want) else "elements differ"
+    error = float((got - want).norm() / want.norm().clamp_min(1e-30))
+    return None if error <= _TOLERANCE else f"relative error {error:.1e}"
 
 
-def _training(rows_RP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slope and mean of a step, part of which is clipped, and logits."""
+def _often_different(got: Tensor, want: Tensor) -> str | None:
+    """The positions of cuts are known to the last bisection of the range of the values."""
+    if got.is_floating_point():
+        reach = float(want[want.isfinite()].abs().max()) / 2 ** (cuts.BISECTIONS - 2)
+        differs = ~torch.isclose(got, want, rtol=0, atol=reach)
+    else:
+        differs = got != want
+    # in a small problem a single element is a large share
+    share = float(differs.double().mean()) if int(differs.sum()) > 1 else 0.0
+    return None if share <= _MOST_DIFFERING else f"{share:.1e} of the elements differ"
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------------
+
+
+def _step(rows_RP: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, logits, slope and mean; some of the steps are clipped."""
     generator = torch.Generator().manual_seed(1)
     slope_P = (500 * torch.randn(rows_RP.shape[1], generator=generator)).to(rows_RP.device)
     logits_RP = (3 * torch.randn(rows_RP.shape, generator=generator)).to(rows_RP.device)
-    return slope_P, rows_RP.float().mean(0), logits_RP
+    return rows_RP, logits_RP, slope_P, rows_RP.float().mean(0)
 
 
-def _history(num_params: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    slopes_TP = 300 * torch.randn(_STEPS, num_params, generator=generator)
-    return slopes_TP.to(device), (1e-3 * torch.randn(_STEPS, num_params, generator=generator)).to(device)
+def _last_step(rows_RP: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Without stored logits where the rows are bfloat16."""
+    _, logits_RP, slope_P, mean_P = _step(rows_RP)
+    return rows_RP, logits_RP if rows_RP.dtype == torch.float32 else None, slope_P, mean_P
 
 
-def _step(name: str, **settings: float) -> Callable[[Tensor], str | None]:
-    def check(rows_RP: Tensor) -> str | None:
-        slope_P, mean_P, logits_RP = _training(rows_RP)
-        exact_RP, *exact = _exact(rows_RP, logits_RP, slope_P, mean_P)
-        want = getattr(mask_step, f"{name}_reference")(exact_RP, *exact, **settings)
-        got = getattr(mask_step, name)(rows_RP, logits_RP, slope_P, mean_P, **settings)
-        return _compare(logits=(logits_RP, exact[0]), gate_sum=(got[0], want[0]), weighted_sum=(got[1], want[1]))
-
-    return check
+def _history(rows_RP: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes and means of some steps."""
+    generator, shape = torch.Generator().manual_seed(2), (_STEPS, rows_RP.shape[1])
+    slopes_TP = 300 * torch.randn(shape, generator=generator)
+    return slopes_TP.to(rows_RP.device), (1e-3 * torch.randn(shape, generator=generator)).to(rows_RP.device)
 
 
-def _last_step(rows_RP: Tensor) -> str | None:
-    slope_P, mean_P, logits_RP = _training(rows_RP)
-    settings: dict[str, Any] = {"init": 0.3, "full_step": 1.0, "threshold": 0.2}
-    for stored_RP in (logits_RP, None):
-        exact_RP, exact_slope_P, exact_mean_P = _exact(rows_RP, slope_P, mean_P)
-        exact_logits_RP = None if stored_RP is None else _exact(stored_RP)[0]
-        want = mask_step.last_step_reference(exact_RP, exact_logits_RP, exact_slope_P, exact_mean_P, **settings)
-        got = mask_step.last_step(rows_RP, stored_RP, slope_P, mean_P, **settings)
-        wrong = _share(got.cpu() != want, "bytes of bits")
-        if wrong is not None:
-            return wrong
-    return None
+def _edges(rows_RP: Tensor) -> tuple[Tensor, Tensor, int]:
+    sampled_S = torch.linspace(0, len(rows_RP) - 1, min(64, len(rows_RP))).round().long()
+    return rows_RP, sampled_S.to(rows_RP.device), _BINS
 
 
-def _sampled(rows_RP: Tensor) -> Tensor:
-    return torch.linspace(0, len(rows_RP) - 1, min(64, len(rows_RP))).round().long()
-
-
-def _bin_edges(rows_RP: Tensor) -> str | None:
-    want = bins.bin_edges_reference(rows_RP.cpu(), _sampled(rows_RP), _BINS)
-    return _compare(edges=(bins.bin_edges(rows_RP, _sampled(rows_RP).to(rows_RP.device), _BINS), want))
-
-
-def _binned(rows_RP: Tensor, add: Callable[..., None]) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts, sums and ends, on the device of the rows."""
-    num_params, device = rows_RP.shape[1], rows_RP.device
-    edges_EP = bins.bin_edges_reference(rows_RP.cpu(), _sampled(rows_RP), _BINS).to(device)
-    counts_BP = torch.zeros(_BINS, num_params, dtype=torch.uint16, device=device)
-    ends_2P = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, num_params)
-    sums_BP = torch.zeros(_BINS, num_params, device=device)
-    add(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
-    return counts_BP, sums_BP, ends_2P
-
-
-def _bin_rows(rows_RP: Tensor) -> str | None:
-    got = _binned(rows_RP, bins.bin_rows)
-    want = _binned(rows_RP.cpu(), bins.bin_rows_reference)
-    if not torch.equal(got[0].cpu().int(), want[0].int()):
-        return "counts differ"
-    return "ends differ" if not torch.equal(got[2].cpu(), want[2]) else _compare(sums=(got[1], want[1]))
+def _empty_bins(rows_RP: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows, edges, and counts, sums and ends that are still empty."""
+    edges_EP = bins.bin_edges_reference(*_edges(rows_RP.cpu())).to(rows_RP.device)
+    shape, device = (_BINS, rows_RP.shape[1]), rows_RP.device
+    ends_2P = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, shape[1])
+    return rows_RP, edges_EP, torch.zeros(shape, dtype=torch.uint16, device=device), torch.zeros(shape, device=device), ends_2P
 
 
 def _bins(rows_RP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres, counts and ends by the twin, on the device of the rows."""
-    counts_BP, sums_BP, ends_2P = _binned(rows_RP.cpu(), bins.bin_rows_reference)
-    centres_BP = sums_BP / counts_BP.float().clamp_min(1)
-    return centres_BP.to(rows_RP.device), counts_BP.to(rows_RP.device), ends_2P.to(rows_RP.device)
+    """Centres, counts and ends."""
+    empty = _empty_bins(rows_RP.cpu())
+    bins.bin_rows_reference(*empty)
+    _, _, counts_BP, sums_BP, ends_2P = empty
+    device, centres_BP = rows_RP.device, sums_BP / counts_BP.float().clamp_min(1)
+    return centres_BP.to(device), counts_BP.to(device), ends_2P.to(device)
 
 
-def _bin_step(rows_RP: Tensor) -> str | None:
+def _bin_step(rows_RP: Tensor) -> tuple[Tensor, ...]:
     centres_BP, counts_BP, _ = _bins(rows_RP)
-    slope_P, mean_P, _ = _training(rows_RP)
-    logits_BP = torch.ones_like(centres_BP)
-    exact_BP, *exact = _exact(logits_BP, centres_BP, counts_BP, slope_P, mean_P)
-    want = bins.bin_step_reference(exact_BP, *exact, full_step=1.0)
-    got = bins.bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=1.0)
-    return _compare(logits=(logits_BP, exact_BP), gate_sum=(got[0], want[0]), weighted_sum=(got[1], want[1]))
+    return torch.ones_like(centres_BP), centres_BP, counts_BP, *_step(rows_RP)[2:]
 
 
-def _replay(rows_RP: Tensor) -> str | None:
-    history = _history(rows_RP.shape[1], rows_RP.device)
-    want = cuts.replay_reference(*_exact(rows_RP, *history), init=1.0, full_step=1.0)
-    return _compare(logits=(cuts.replay(rows_RP, *history, init=1.0, full_step=1.0), want))
-
-
-def _find_cuts(rows_RP: Tensor) -> str | None:
+def _find_cuts(rows_RP: Tensor) -> tuple[Tensor, ...]:
     centres_BP, counts_BP, ends_2P = _bins(rows_RP)
-    history = _history(rows_RP.shape[1], rows_RP.device)
-    settings: dict[str, Any] = {"init": 1.0, "full_step": 1.0}
-    logits_BP = cuts.replay_reference(centres_BP, *history, **settings)
-    tensors = (logits_BP, centres_BP, counts_BP, ends_2P, *history)
-    want = cuts.find_cuts_reference(*(tensor.cpu() for tensor in tensors), **settings, threshold=0.0)
-    got = tuple(tensor.cpu() for tensor in cuts.find_cuts(*tensors, **settings, threshold=0.0))
-    differs_P = (got[1] != want[1]) | (got[2] != want[2])
-    # the bisection ends within this of the change
-    reach_P = (ends_2P[1] - ends_2P[0]).cpu() / 2 ** (cuts.BISECTIONS - 1)
-    return _share(differs_P | ((got[0] != want[0]) & ~((got[0] - want[0]).abs() <= reach_P)), "cuts")
+    logits_BP = cuts.replay_reference(centres_BP, *_history(rows_RP), init=1.0, full_step=1.0)
+    return logits_BP, centres_BP, counts_BP, ends_2P, *_history(rows_RP)
 
 
-def _cut_bits(rows_RP: Tensor) -> str | None:
-    cut_P = rows_RP[len(rows_RP) // 2].float()
+def _cut_bits(rows_RP: Tensor) -> tuple[Tensor, ...]:
     left_P = torch.arange(rows_RP.shape[1], device=rows_RP.device) % 3 == 0
-    got, want = (torch.full((len(rows_RP), -(-rows_RP.shape[1] // 8)), 255, dtype=torch.uint8) for _ in range(2))
-    got = got.to(rows_RP.device)
-    cuts.cut_bits(rows_RP, cut_P, left_P, got)
-    cuts.cut_bits_reference(rows_RP.cpu(), cut_P.cpu(), left_P.cpu(), want)
-    return None if torch.equal(got.cpu(), want) else "bits differ"
+    bits = torch.full((len(rows_RP), -(-rows_RP.shape[1] // 8)), 255, dtype=torch.uint8, device=rows_RP.device)
+    return rows_RP, rows_RP[len(rows_RP) // 2].float(), left_P, bits
 
 
-def _hamming_counts(rows_RP: Tensor) -> str | None:
-    bits = (rows_RP.float() * 1e4).int().to(torch.uint8).contiguous()
-    differ = hamming.hamming_counts(bits).cpu() != hamming.hamming_counts_reference(bits.cpu())
-    return "counts differ" if differ.any() else None
+def _bytes(rows_RP: Tensor) -> tuple[Tensor]:
+    return ((rows_RP.float() * 1e4).int().to(torch.uint8),)
 
 
-def _chosen_mean(rows_RP: Tensor) -> str | None:
+def _chosen(rows_RP: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that are not chosen are NaN, which must not be read into the mean."""
     chosen_R = torch.arange(len(rows_RP), device=rows_RP.device) % 3 > 0
-    # what is not chosen must not be read into the mean
-    rows_RP = rows_RP.masked_fill(~chosen_R[:, None], torch.nan)
-    exact_RP, _ = _exact(rows_RP, chosen_R)
-    return _compare(mean=(mean.chosen_mean(rows_RP, chosen_R), mean.chosen_mean_reference(exact_RP, chosen_R.cpu())))
+    return rows_RP.masked_fill(~chosen_R[:, None], torch.nan), chosen_R
 
 
 def _scores(rows_RP: Tensor) -> Tensor:
@@ -191,42 +179,28 @@ def _scores(rows_RP: Tensor) -> Tensor:
     return scores_R2.to(rows_RP.device)
 
 
-def _two_normals(rows_RP: Tensor) -> str | None:
-    x_R = _scores(rows_RP)[:, 0].contiguous()
-    same = torch.equal(mixture.two_normals(x_R, 100, 1e-3).cpu(), mixture.two_normals_reference(x_R.cpu(), 100, 1e-3))
-    return None if same else "labels differ"
-
-
-def _gaussian_mixture(rows_RP: Tensor) -> str | None:
-    x_R2 = _scores(rows_RP)
-    labels_R = (x_R2[:, 1] > 4).long()
-    same = torch.equal(
-        mixture.gaussian_mixture(x_R2, labels_R).cpu(), mixture.gaussian_mixture_reference(x_R2.cpu(), labels_R.cpu())
-    )
-    return None if same else "labels differ"
-
-
-def _path_maxima(rows_RP: Tensor) -> str | None:
+def _distances(rows_RP: Tensor) -> tuple[Tensor, Tensor]:
     scores_R2 = _scores(rows_RP)
-    distances_RR = torch.cdist(scores_R2, scores_R2).fill_diagonal_(0.0)
     kept_N = torch.arange(len(rows_RP) - 1, device=rows_RP.device) % 5 < 4
-    want = tree.path_maxima_reference(distances_RR.cpu(), kept_N.cpu())
-    return _compare(heights=(tree.path_maxima(distances_RR, kept_N), want))
+    return torch.cdist(scores_R2, scores_R2).fill_diagonal_(0.0), kept_N
 
 
-CHECKS: dict[str, Callable[[Tensor], str | None]] = {
-    "first_step": _step("first_step", init=0.75, full_step=0.5),
-    "next_step": _step("next_step", full_step=1.0),
-    "last_step": _last_step,
-    "bin_edges": _bin_edges,
-    "bin_rows": _bin_rows,
-    "bin_step": _bin_step,
-    "replay": _replay,
-    "find_cuts": _find_cuts,
-    "cut_bits": _cut_bits,
-    "hamming_counts": _hamming_counts,
-    "chosen_mean": _chosen_mean,
-    "two_normals": _two_normals,
-    "gaussian_mixture": _gaussian_mixture,
-    "path_maxima": _path_maxima,
+_TRAINING: dict[str, float] = {"init": 1.0, "full_step": 1.0}
+_LAST = {"init": 0.3, "full_step": 1.0, "threshold": 0.2}
+CHECKS = {
+    "first_step": Check(mask_step, _step, {"init": 0.75, "full_step": 0.5}, written=(1,), exact=True),
+    "next_step": Check(mask_step, _step, {"full_step": 1.0}, written=(1,), exact=True),
+    "last_step": Check(mask_step, _last_step, _LAST, exact=True, at_thresholds=True),
+    "bin_edges": Check(bins, _edges, {}),
+    "bin_rows": Check(bins, _empty_bins, {}, written=(2, 3, 4)),
+    "bin_step": Check(bins, _bin_step, {"full_step": 1.0}, written=(0,), exact=True),
+    "replay": Check(cuts, lambda rows_RP: (rows_RP, *_history(rows_RP)), _TRAINING, exact=True),
+    "find_cuts": Check(cuts, _find_cuts, {**_TRAINING, "threshold": 0.0}, at_thresholds=True),
+    "cut_bits": Check(cuts, _cut_bits, {}, written=(3,)),
+    "hamming_counts": Check(hamming, _bytes, {}),
+    "varying_ones": Check(ones, _bytes, {}),
+    "chosen_mean": Check(mean, _chosen, {}),
+    "two_normals": Check(mixture, lambda rows_RP: (_scores(rows_RP)[:, 0].contiguous(), 100, 1e-3), {}),
+    "gaussian_mixture": Check(mixture, lambda r: (_scores(r), (_scores(r)[:, 1] > 4).long()), {}),
+    "path_maxima": Check(tree, _distances, {}),
 }

@@ -27,20 +27,23 @@ __all__ = [
     "limited_memory",
     "measure",
     "measure_steadily",
+    "sample",
 ]
 
 T = TypeVar("T")
 
 _MEMINFO = Path("/proc/meminfo")
 
-# Shorter calls are timed several times for one repeat: on a CPU one by one, at most so often, on a GPU together.
+# A shorter call is timed several times per repeat: on a CPU one by one, at most this often; on a GPU all together.
 _SHORTEST, _MOST_SAMPLES = 0.01, 5
 _LEAST_REPEATS, _MOST_REPEATS = 7, 200
-# A call longer than this spans many spells itself, and to get anew the memory that was given back is little of it.
+# A longer call spans both fast and slow spells of the machine, and getting back the memory that was given back is
+# a small part of it. Its first time therefore counts, and fewer repeats do.
 _LONG, _LEAST_LONG_REPEATS = 3.0, 5
-# A ratio that is known so well is not measured any further.
+# A ratio that is known to within this share is not measured any further.
 _KNOWN_WITHIN = 0.05
-# Of all time: how long each floor is timed at most. Less than a millisecond is threads waking up, no yardstick.
+# Each baseline takes at most this share of the time. On a CPU, a call shorter than one millisecond measures mostly how
+# its threads wake up. A ratio to it would say little, so it is not used as a baseline.
 _FLOOR_SHARE, _SHORTEST_FLOOR = 0.2, 1e-3
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -48,9 +51,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 @dataclass(frozen=True)
 class Measured:
-    """``seconds`` of each repeat, and the peak of memory in bytes above what was held before the first (None: unknown).
+    """What a call cost.
 
-    ``ratios``: by the name of each floor, the seconds of each repeat over those of the floor before and after it.
+    Attributes:
+        seconds: of each repeat.
+        peak_bytes: the peak of memory above what was held before the first call; None: unknown.
+        ratios: by baseline, the seconds of each repeat over those of the baseline before and after it.
     """
 
     seconds: list[float]
@@ -67,7 +73,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Floor:
-    """What others are held against: a call that does the same thing so many times, each for a millisecond or it is none."""
+    """A baseline: a call that does the same thing ``parts`` times, each of which must take a millisecond on a CPU."""
 
     call: Callable[[], object]
     parts: int = 1
@@ -82,7 +88,7 @@ class StoppedError(KeyboardInterrupt):
 
 
 def measure(call: Callable[[], T], repeats: int, device: torch.device) -> tuple[T, Measured]:
-    """The result of the last call, and what the calls cost; warm up before, and compare the result before using the times."""
+    """The result of the last call, and what the calls cost. Warm up first, and check the result before using the times."""
     seconds = []
     held = start_peak(device)
     for _ in range(repeats):
@@ -103,13 +109,14 @@ def measure_steadily(
     is_over: Callable[[], bool] = lambda: False,
     started: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Measured | Exception]:
-    """What each call costs, or what it raised: in rounds, so that no call's repeats all fall into one spell of a busy machine.
+    """What each call costs, or what it raised.
 
-    A call takes part in at least 7 rounds (a long one in 5), then until its ratios are known within 5% or its repeats took so
-    many seconds, or as many as the longest call, beside which that is little. Once ``is_over()`` no repeat begins; calls
-    without any are missing in what is returned. Floors are timed in between, each for a fifth of the time, and a repeat is held
-    against what they took before and after it: what else a machine does comes and goes.
-    On a CPU each call begins with empty caches: whether the updates are still there from the call before is chance.
+    The calls are repeated in rounds, so that no call's repeats all fall into one slow spell of the machine. A call
+    takes part in at least 7 rounds (a long one in 5), and then until its ratios are known to within 5%, or its repeats
+    took ``seconds``, or as long as the longest call. Once ``is_over()``, no repeat begins; calls without a repeat are
+    missing in what is returned. The baselines ``floors`` are timed in between, each for at most a fifth of the time,
+    and each repeat is divided by what they took before and after it, because other load comes and goes. On a CPU each
+    call begins with empty caches, because it is chance whether the call before has left the updates there.
     ``started`` is told each call's name.
 
     Raises:
@@ -118,11 +125,8 @@ def measure_steadily(
     timings = {name: _Timing(call, device) for name, call in calls.items()}
 
     def measured() -> dict[str, Measured | Exception]:
-        return {
-            name: timing.error or Measured(timing.seconds, timing.peak, timing.ratios)
-            for name, timing in timings.items()
-            if timing.error or timing.seconds
-        }
+        begun = {name: t for name, t in timings.items() if t.error or t.seconds}
+        return {name: t.error or Measured(t.seconds, t.peak, t.ratios) for name, t in begun.items()}
 
     try:
         _repeat_in_rounds(timings, device, seconds, floors, is_over, started)
@@ -176,8 +180,10 @@ class _Timing:
     error: Exception | None = None
 
     def begin(self) -> float | None:
-        """The first call, for its peak of memory; it pays for pages that were given back before, so only of a long one the time
-        counts, which is returned then."""
+        """The first call, which measures the peak of memory.
+
+        It also pays for the pages that were given back before, so only the time of a long call counts and is returned.
+        """
         try:
             _empty_caches(self.device)
             held = start_peak(self.device)
@@ -194,7 +200,7 @@ class _Timing:
     def repeat(self) -> float | None:
         start = time.perf_counter()
         try:
-            taken = _sample(self.call, self.device)
+            taken = sample(self.call, self.device)
         except Exception as error:
             self.error = error
             return None
@@ -216,17 +222,17 @@ class _Timing:
 
 
 class _TimedFloor:
-    """Times of a floor again and again, and what was measured since the last of them."""
+    """Times a baseline again and again, and keeps what was measured since the last time."""
 
     def __init__(self, name: str, floor: Floor, device: torch.device) -> None:
         self._name, self._call, self._device = name, floor.call, device
         self._waiting: list[tuple[_Timing, float]] = []
         self._time(0.0)
         self._took_least = self._took
-        self.is_yardstick = self._before >= floor.parts * _SHORTEST_FLOOR
+        self.is_yardstick = device.type != "cpu" or self._before >= floor.parts * _SHORTEST_FLOOR
 
     def note(self, timing: _Timing, seconds: float) -> None:
-        """A repeat; its ratio follows with the floor's next time."""
+        """Note a repeat; its ratio follows when the baseline is timed next."""
         self._waiting.append((timing, seconds))
         passed = time.perf_counter() - self._end
         if passed * _FLOOR_SHARE >= self._took_least:
@@ -242,18 +248,18 @@ class _TimedFloor:
 
     def _time(self, least_seconds: float) -> None:
         start = time.perf_counter()
-        self._before = _sample(self._call, self._device, least_seconds)
+        self._before = sample(self._call, self._device, least_seconds)
         self._end = time.perf_counter()
         self._took = self._end - start
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Have glibc keep what this process frees meanwhile; elsewhere nothing happens.
+    """Have glibc keep what this process frees meanwhile; with other C libraries nothing happens.
 
-    By default large blocks go back to Linux at once, and the next call pays for each page of new ones, in a virtual machine
-    sometimes more than for its work; how many they are depends on what was freed before. Peaks of memory stay what they are:
-    :func:`measure_steadily` gives back what is free before it looks.
+    By default large blocks go back to Linux at once, and the next call pays for each page of new ones, in a virtual
+    machine sometimes more than for its work. How many pages depends on what was freed before. Peaks of memory do not
+    change, because :func:`measure_steadily` gives back what is free before it looks.
     """
     try:
         library = ctypes.CDLL(None)
@@ -271,8 +277,8 @@ def freed_memory_kept() -> Iterator[None]:
         trim(0)
 
 
-def _sample(call: Callable[[], object], device: torch.device, least_seconds: float = 0.0) -> float:
-    """Seconds of a call; short ones are called several times: on a CPU each with empty caches, on a GPU all together."""
+def sample(call: Callable[[], object], device: torch.device, least_seconds: float = 0.0) -> float:
+    """Seconds of a call. A short one is called several times: on a CPU each time with empty caches, on a GPU together."""
     wanted = max(_SHORTEST, least_seconds)
     if device.type != "cpu":
         seconds = _time(call, device)
@@ -298,7 +304,7 @@ def _filler() -> torch.Tensor:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had; None where the system does not tell."""
+    """Bytes that are free; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return proc_field(_MEMINFO, "MemAvailable")
@@ -306,7 +312,7 @@ def free_memory(device: torch.device) -> int | None:
 
 @contextmanager
 def limited_memory(device: torch.device) -> Iterator[None]:
-    """Let allocations on a CPU fail once what is free now is used up; Linux would end the process instead."""
+    """Let allocations on a CPU fail once the memory that is free now is used up; Linux would end the process instead."""
     import resource
 
     free, held = free_memory(device), resident("VmData")
@@ -324,7 +330,7 @@ def limited_memory(device: torch.device) -> Iterator[None]:
 
 
 def _time(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Seconds of one of so many calls; no result outlives its call, so that none counts as the next one's memory."""
+    """Seconds per call. No result outlives its call, so that it does not count as memory of the next one."""
     _synchronise(device)
     start = time.perf_counter()
     for _ in range(calls):

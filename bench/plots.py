@@ -1,6 +1,5 @@
 """Plots of a benchmark, written as PNG files."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from skymask_gpu.bench.providers import MEAN, PASSES
-from skymask_gpu.bench.run import Row
+from skymask_gpu.bench.table import Row
 from skymask_gpu.io.files import write_whole
 
-__all__ = ["plot_memory", "plot_split", "plot_time"]
+__all__ = ["plot_memory", "plot_time"]
 
-# Okabe & Ito's palette, distinguishable without red-green vision; yellow is left out, it is too pale for lines
+# Okabe & Ito's palette, which can be told apart without red-green vision. Yellow is too pale for lines and left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "-.", ":")
@@ -30,22 +29,13 @@ _STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid"
 
 
 def plot_time(rows: list[Row], path: Path) -> None:
-    """Time against the number of clients, a panel a case and dtype, a line a provider, floors dashed."""
+    """Time over the number of clients: one panel per case and dtype, one line per provider, baselines dashed."""
     _plot_against_clients(rows, lambda row: row.median_s, "seconds", path)
 
 
 def plot_memory(rows: list[Row], path: Path) -> None:
-    """Peak memory against the number of clients, likewise."""
+    """Peak memory over the number of clients, likewise."""
     _plot_against_clients(rows, lambda row: row.peak_bytes / 2**20 if row.peak_bytes else None, "peak MiB", path)
-
-
-def plot_split(rows: list[Row], path: Path) -> None:
-    """What the time goes into: of each solver the model's passes and the masks; of SkyMask's round its phases."""
-    with plt.rc_context({**_STYLE, "axes.grid": False}):
-        figure, (solvers, rounds) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-        _solver_bars(solvers, rows)
-        _round_bars(rounds, rows)
-        _save(figure, path)
 
 
 def _plot_against_clients(rows: list[Row], value: Callable[[Row], float | None], label: str, path: Path) -> None:
@@ -67,7 +57,7 @@ def _plot_against_clients(rows: list[Row], value: Callable[[Row], float | None],
 
 
 def _lines(axes: Axes, rows: list[Row], value: Callable[[Row], float | None]) -> None:
-    """A line a provider; a cross on top where memory ran out or the result was wrong."""
+    """One line per provider; a cross on top where memory ran out or the result was wrong."""
     names = list(dict.fromkeys(row.provider for row in rows if value(row) is not None))
     styles = _styles(names)
     for name in names:
@@ -99,46 +89,6 @@ def _styles(names: list[str]) -> dict[str, dict[str, Any]]:
         for i, name in enumerate(others)
     }
     return styles | {name: {"color": colour, "ls": "--", "marker": "."} for name, colour in _FLOORS.items() if name in names}
-
-
-def _solver_bars(axes: Axes, rows: list[Row]) -> None:
-    """At the largest N that `reference` was timed at: the model's passes, and what a solver takes beyond them."""
-    labels, passes_s, rest_s = [], [], []
-    for case in dict.fromkeys(row.case for row in rows if row.what == "solvers"):
-        members = [row for row in rows if row.case == case and row.dtype == "float32" and row.median_s is not None]
-        clients = max((row.clients for row in members if row.provider == "reference"), default=None)
-        at = {row.provider: row.median_s for row in members if row.clients == clients and row.median_s is not None}
-        if PASSES not in at:
-            continue
-        for name, median_s in at.items():
-            if name not in _FLOORS:
-                labels.append(f"{case}, N = {clients:,}: {name}")
-                share = min(at[PASSES] / at["reference"], median_s / at["reference"])
-                passes_s.append(100 * share)
-                rest_s.append(100 * median_s / at["reference"] - 100 * share)
-    positions = range(len(labels))
-    axes.barh(positions, passes_s, color=_COLOURS[5], label="the model's passes")
-    axes.barh(positions, rest_s, left=passes_s, color=_COLOURS[0], label="masks")
-    axes.set_yticks(positions, labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(title="Mask training", xlabel="time in % of reference")
-    axes.legend(fontsize=8, frameon=False)
-
-
-def _round_bars(axes: Axes, rows: list[Row]) -> None:
-    members = [row for row in rows if row.split]
-    names = list(dict.fromkeys(name for row in members for name in json.loads(row.split)))
-    left = [0.0] * len(members)
-    for number, name in enumerate(names):
-        parts = [json.loads(row.split).get(name, 0.0) for row in members]
-        shares = [100 * part / sum(json.loads(row.split).values()) for part, row in zip(parts, members, strict=True)]
-        axes.barh(range(len(members)), shares, left=left, color=_COLOURS[number % len(_COLOURS)], label=name.replace("_", " "))
-        left = [a + b for a, b in zip(left, shares, strict=True)]
-    axes.set_yticks(range(len(members)), [f"N = {row.clients:,}" for row in members], fontsize=8)
-    axes.invert_yaxis()
-    axes.set(title="A round of SkyMask", xlabel="time in %")
-    if members:
-        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,136 +1,200 @@
-"""Who is timed: the floors, the solvers, the aggregation rules and ByzFL's, each with a check of its result."""
+"""What is timed: the baselines, the solvers, the aggregation rules and ByzFL's, each with a check of its result."""
 
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from skymask_gpu.bench.cases import Case, Problem
+from skymask_gpu.bench.cases import Case, Model, Problem
 from skymask_gpu.bench.rules import BYZFL, CHECKS, byzfl_aggregator, make_context, make_info, make_settings
 from skymask_gpu.bench.solvers import differing_share, disagreement
-from skymask_gpu.engine import SOLVERS, TrainedMasks, train_masks, why_not_solver
+from skymask_gpu.bench.table import CannotRunError, NoCheckError, WrongResultError
+from skymask_gpu.engine import TrainedMasks, train_masks, why_not_solver
 from skymask_gpu.engine.solvers import reference
-from skymask_gpu.federation.rules import RULES, Rule, RuleResult, build_rule
+from skymask_gpu.federation.rules import RULES, RuleResult, build_rule
 
-__all__ = ["COMPILED", "MEAN", "PASSES", "CannotRunError", "NoCheckError", "Provider", "providers"]
+__all__ = [
+    "COMPILED",
+    "FEW_CLIENTS",
+    "MEAN",
+    "PASSES",
+    "Provider",
+    "Truth",
+    "check_gradient",
+    "establish_truth",
+    "providers",
+    "solver",
+    "train",
+]
 
 MEAN, PASSES, COMPILED = "mean of the rows", "model passes", "reference, torch.compile"
-# The collapsed solver is approximate: its bits may differ by twice what rounding the updates to bfloat16 changes, or by this
-# share if that is more; its losses by so much of the first.
+# Where reference takes too long, fused is the truth if it agrees with reference on this number of clients.
+FEW_CLIENTS = 50
+# The collapsed solver is approximate. Its bits may differ by twice what rounding the updates to bfloat16
+# changes, or by the first share if that is more; its losses by the second share of the first loss.
 _LEAST_COLLAPSED_DIFFERING, _MOST_COLLAPSED_LOSS_ERROR = 1e-4, 1e-3
-# A gradient at a kink of ReLU or pooling, which rounding puts to either side, shows in all later steps and in all rows. It may
-# change so many bits and so much of the losses; the first steps have to be the same.
+# Rounding may put a gradient at a kink of ReLU or pooling to either side, which shows in all later steps and
+# rows. It may change this share of the bits and losses, but not the first steps.
 _MOST_BY_A_KINK, _STABLE_STEPS = 1e-3, 3
-# Compiling writes every row and parameter tensor out: about 20 s for so many of them.
+# torch.compile writes out every row and parameter tensor, which takes about 20 s for this many.
 _MOST_COMPILED = 1_000
 
-
-class CannotRunError(Exception):
-    """A provider cannot run here; the message says why."""
+Call = Callable[[], Any]
 
 
-class NoCheckError(Exception):
-    """There is nothing to compare a result with, so it is not timed."""
+@dataclass(frozen=True)
+class Truth:
+    """The masks that all solvers are compared with; ``error`` says why there are none.
+
+    Attributes:
+        solver: which solver trained them.
+    """
+
+    masks: TrainedMasks | None = None
+    solver: str = ""
+    error: Exception | None = None
+
+    def known(self) -> TrainedMasks:
+        """The masks.
+
+        Raises:
+            Exception: there are none.
+        """
+        if self.masks is None:
+            raise self.error or NoCheckError("neither reference nor fused ran: there is nothing to compare with")
+        return self.masks
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One line of the plots.
+    """Something that is checked and timed: one line of the plots.
 
     Attributes:
         name: its label.
-        prepare: from the problem to the call that is timed; raises :class:`CannotRunError`.
-        check: of a problem and a call's result: what is wrong, or None. It raises :class:`NoCheckError`; a ValueError it lets
-            through is a failure.
-        compared_with: with what.
-        floors: what its time is held against.
+        prepare: makes the call from the problem; raises a NotTimedError if there can be none.
+        check: tells what a result agrees with; raises a NotTimedError if the result is wrong or has no check.
+        baselines: the columns of the ratios that its row has.
+        baseline: the column of ratios to it, if it is a baseline itself.
+        parts: makes the number of like parts of a baseline's call: each must take a millisecond on a CPU.
+        timed: makes the call that is timed, if it is another one than the one that is checked.
+        moved_bytes: makes the number of bytes that the call has to read and write.
     """
 
     name: str
-    prepare: Callable[[Problem], Callable[[], Any]]
-    check: Callable[[Problem, Any], str | None]
-    compared_with: Callable[[Problem], str]
-    floors: tuple[str, ...] = (MEAN, PASSES)
+    prepare: Callable[[Problem], Call]
+    check: Callable[[Problem, Any, Truth], str]
+    baselines: tuple[str, ...] = ("to_mean", "to_passes")
+    baseline: str = ""
+    parts: Callable[[Problem], int] = lambda problem: 1
+    timed: Callable[[Problem], Call] | None = None
+    moved_bytes: Callable[[Problem], int] | None = None
 
 
 def providers(case: Case) -> list[Provider]:
-    """The floors, then those of the case, `reference` and `fused` before those who are compared with them."""
-    own = _solvers() if case.what == "solvers" else _rules()
-    return [_mean(), _passes(), *own]
+    """The two baselines, then the solvers or the rules."""
+    baselines = [
+        Provider(MEAN, _prepare_mean, _rule_check("fedavg"), ("to_mean",), "to_mean"),
+        Provider(PASSES, _prepare_passes, check_gradient, ("to_mean",), "to_passes", lambda problem: problem.case.mask_steps),
+    ]
+    return baselines + (_solvers() if case.what == "solvers" else _rules())
 
 
-# --- floors -------------------------------------------------------------------------------------------------------------
+# --- baselines ----------------------------------------------------------------------------------------------------------
 
 
-def _mean() -> Provider:
-    """What no aggregation can pass: one read of all rows."""
-    check, compared_with = CHECKS["fedavg"]
-    return Provider(
-        MEAN,
-        lambda problem: lambda: RuleResult(problem.updates[:-1].mean(0), None),
-        check,
-        _always(compared_with),
-        floors=(MEAN,),
-    )
+def _prepare_mean(problem: Problem) -> Call:
+    """One read of all rows: no aggregation can be faster."""
+    return lambda: RuleResult(problem.updates[:-1].mean(0), None)
 
 
-def _passes() -> Provider:
-    """What no mask training can pass: the model's own forward and backward passes."""
+def _prepare_passes(problem: Problem) -> Call:
+    """The model's own forward and backward passes: no mask training can be faster."""
+    loss, steps = problem.model.loss, problem.case.mask_steps
 
-    def prepare(problem: Problem) -> Callable[[], Tensor]:
-        loss, steps = problem.model.loss, problem.case.mask_steps
+    def passes() -> Tensor:
+        for _ in range(steps):
+            params_P = loss.initial_params.detach().requires_grad_()
+            (grad_P,) = torch.autograd.grad(loss(params_P), params_P)
+        return grad_P
 
-        def passes() -> Tensor:
-            for _ in range(steps):
-                params_P = loss.initial_params.detach().requires_grad_()
-                (grad_P,) = torch.autograd.grad(loss(params_P), params_P)
-            return grad_P
+    return passes
 
-        return passes
 
-    def check(problem: Problem, grad_P: Tensor) -> str | None:
-        exact = problem.model.loss.to(torch.float64)
-        params_P = exact.initial_params.requires_grad_()
-        (want_P,) = torch.autograd.grad(exact(params_P), params_P)
-        error = float((grad_P - want_P).norm() / want_P.norm())
-        return None if error <= 1e-2 else f"the gradient is off by {error:.1e}"
-
-    return Provider(PASSES, prepare, check, _always("the gradient in float64"))
+def check_gradient(problem: Problem, grad_P: Tensor, truth: Truth) -> str:
+    exact = problem.model.loss.to(torch.float64)
+    params_P = exact.initial_params.requires_grad_()
+    (want_P,) = torch.autograd.grad(exact(params_P), params_P)
+    error = float((grad_P - want_P).norm() / want_P.norm())
+    if not error <= 1e-2:
+        raise WrongResultError(f"the gradient is off by {error:.1e}")
+    return "the gradient in float64"
 
 
 # --- solvers ------------------------------------------------------------------------------------------------------------
 
 
+def establish_truth(problem: Problem, first_result: Callable[[str], TrainedMasks | None]) -> Truth:
+    """The masks that the solvers of a problem are compared with: those of reference, or of fused where it has agreed.
+
+    Args:
+        problem: the problem.
+        first_result: a solver's result, or None where it does not run or takes too long.
+    """
+    if problem.case.what != "solvers":
+        return Truth()
+    for name in ("reference", "fused"):
+        masks = first_result(name)
+        if masks is None:
+            continue
+        wrong = _wrong_with_few_clients(problem.case, problem.model, problem.dtype) if name == "fused" else None
+        if wrong is not None:
+            return Truth(error=WrongResultError(f"fused at N = {FEW_CLIENTS}: {wrong}"))
+        return Truth(masks, name)
+    return Truth()
+
+
+@cache
+def _wrong_with_few_clients(case: Case, model: Model, dtype: str) -> str | None:
+    """In what fused differs from reference."""
+    problem = Problem.build(case, model, FEW_CLIENTS, seed=0).to(dtype)
+    truth, masks = (train(problem, name) for name in ("reference", "fused"))
+    try:
+        _check_solver("fused", problem, masks, Truth(truth, "reference"))
+    except WrongResultError as wrong:
+        return str(wrong)
+    return None
+
+
+def solver(name: str) -> Provider:
+    """A solver of ``train_masks``."""
+    return Provider(name, partial(_prepare_solver, name), partial(_check_solver, name))
+
+
 def _solvers() -> list[Provider]:
-    """`reference`, and who is compared with it; or with `fused` where it is too slow."""
-    compared_with = lambda problem: problem.truth_name  # noqa: E731
-    return [
-        *(Provider(name, partial(_prepare_solver, name), partial(_check_solver, name), compared_with) for name in _SOLVERS),
-        Provider(COMPILED, _prepare_compiled, partial(_check_solver, COMPILED), compared_with),
-    ]
+    names = ("reference", "fused", "collapsed", "vmap")
+    return [*map(solver, names), Provider(COMPILED, _prepare_compiled, partial(_check_solver, COMPILED))]
 
 
-_SOLVERS = tuple(SOLVERS)
-
-
-def _prepare_solver(name: str, problem: Problem) -> Callable[[], TrainedMasks]:
+def _prepare_solver(name: str, problem: Problem) -> Call:
     reason = why_not_solver(name, problem.updates.device, problem.updates.dtype)
     if reason is not None:
         raise CannotRunError(reason)
-    return lambda: _train(problem.updates, problem, name)
+    return lambda: train(problem, name)
 
 
-def _train(updates_RP: Tensor, problem: Problem, solver: str) -> TrainedMasks:
+def train(problem: Problem, solver: str, updates_RP: Tensor | None = None) -> TrainedMasks:
+    """Masks of the problem's updates, or of others in their place."""
     params_P, loss = problem.model.loss.initial_params, problem.model.loss
-    return train_masks(updates_RP, params_P, loss, config=problem.training, solver=solver)
+    rows_RP = problem.updates if updates_RP is None else updates_RP
+    return train_masks(rows_RP, params_P, loss, config=problem.training, solver=solver)
 
 
-def _prepare_compiled(problem: Problem) -> Callable[[], TrainedMasks]:
+def _prepare_compiled(problem: Problem) -> Call:
     if problem.updates.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise CannotRunError("torch.compile needs a C++ compiler, none was found")
     rows, tensors = len(problem.updates), len(problem.model.loss.layer_sizes)
@@ -141,11 +205,11 @@ def _prepare_compiled(problem: Problem) -> Callable[[], TrainedMasks]:
     if problem.dtype != "float32":
         raise CannotRunError("as in float32, to which reference converts the rows first")
     torch._dynamo.reset()
-    train = torch.compile(reference.train)
+    train_compiled = torch.compile(reference.train)
     loss, config = problem.model.loss, problem.training.for_clients(problem.num_clients)
 
     def run() -> TrainedMasks:
-        solution = train(problem.updates, loss.initial_params, loss, config, False)
+        solution = train_compiled(problem.updates, loss.initial_params, loss, config, False)
         return TrainedMasks(
             solution.bits, loss.num_params, None, solution.losses, len(solution.losses), COMPILED, "asked for", {}
         )
@@ -153,39 +217,34 @@ def _prepare_compiled(problem: Problem) -> Callable[[], TrainedMasks]:
     return run
 
 
-def _check_solver(name: str, problem: Problem, masks: TrainedMasks) -> str | None:
-    if problem.truth is None and name == "reference":
-        problem.truth, problem.truth_name = masks, "the definition"
-        return None
-    if problem.truth is None and name == "fused" and name in problem.agreed:
-        problem.truth, problem.truth_name = masks, f"reference at N = {problem.agreed[name]:,}"
-        return None
-    if problem.truth is None:
-        raise NoCheckError("neither reference ran, nor fused where it had agreed with it before: nothing to compare with")
-    problem.truth_name = problem.truth.solver
+def _check_solver(name: str, problem: Problem, masks: TrainedMasks, truth: Truth) -> str:
+    want = truth.known()
+    if name == truth.solver:
+        return "the definition" if name == "reference" else f"reference at N = {FEW_CLIENTS}"
     if name == "collapsed":
-        rounded, exact = (_train(rows, problem, "fused") for rows in (problem.exact_updates.bfloat16(), problem.exact_updates))
+        rounded = train(problem, "fused", problem.exact_updates.bfloat16())
+        exact = train(problem, "fused", problem.exact_updates)
         allowed = max(2 * differing_share(rounded, exact), _LEAST_COLLAPSED_DIFFERING)
-        return disagreement(masks, problem.truth, most_differing=allowed, most_loss_error=_MOST_COLLAPSED_LOSS_ERROR)
-    reason = disagreement(masks, problem.truth)
-    if reason is not None and name in ("fused", "vmap") and _is_rounding(name, problem, masks, problem.truth):
-        problem.truth_name = f"{problem.truth.solver} in float64, {_STABLE_STEPS} steps in float32"
-        reason = None
-    if reason is None and problem.truth.solver == "reference":
-        problem.agreed[name] = problem.num_clients
-    return reason
+        wrong = disagreement(masks, want, most_differing=allowed, most_loss_error=_MOST_COLLAPSED_LOSS_ERROR)
+    else:
+        wrong = disagreement(masks, want)
+        if wrong is not None and name in ("fused", "vmap") and _is_rounding(name, problem, masks, truth):
+            return f"{truth.solver} in float64, {_STABLE_STEPS} steps in float32"
+    if wrong is not None:
+        raise WrongResultError(wrong)
+    return truth.solver
 
 
-def _is_rounding(name: str, problem: Problem, masks: TrainedMasks, truth: TrainedMasks) -> bool:
-    """Whether rounding alone parts two solvers: not by much, not in the first steps, and in float64 in none."""
+def _is_rounding(name: str, problem: Problem, masks: TrainedMasks, truth: Truth) -> bool:
+    """Whether only rounding parts two solvers: they differ little, not in the first steps, and not in float64."""
 
     def agree(problem: Problem, updates_RP: Tensor) -> bool:
-        return disagreement(*(_train(updates_RP, problem, solver) for solver in (name, truth.solver))) is None
+        return disagreement(*(train(problem, solver, updates_RP) for solver in (name, truth.solver))) is None
 
     few_steps = replace(problem, case=replace(problem.case, mask_steps=min(_STABLE_STEPS, problem.case.mask_steps)))
     exact = replace(problem, model=replace(problem.model, loss=problem.model.loss.to(torch.float64)))
     return (
-        disagreement(masks, truth, most_differing=_MOST_BY_A_KINK, most_loss_error=_MOST_BY_A_KINK) is None
+        disagreement(masks, truth.known(), most_differing=_MOST_BY_A_KINK, most_loss_error=_MOST_BY_A_KINK) is None
         and agree(few_steps, problem.updates)
         and agree(exact, problem.updates.double())
     )
@@ -195,39 +254,41 @@ def _is_rounding(name: str, problem: Problem, masks: TrainedMasks, truth: Traine
 
 
 def _rules() -> list[Provider]:
-    # others than SkyMask run no model
-    floors = {"skymask": (MEAN, PASSES)}
-    ours = [Provider(name, partial(_prepare_rule, name), *_checked(name), floors.get(name, (MEAN,))) for name in sorted(RULES)]
+    # only SkyMask runs the model
+    baselines = {"skymask": ("to_mean", "to_passes")}
+    ours = [
+        Provider(name, partial(_prepare_rule, name), _rule_check(name), baselines.get(name, ("to_mean",)))
+        for name in sorted(RULES)
+    ]
     peers = [
-        Provider(f"ByzFL {name}", partial(_prepare_byzfl, name), check, _always(compared_with), (MEAN,))
-        for name, (_, check, compared_with) in BYZFL.items()
+        Provider(f"ByzFL {name}", partial(_prepare_byzfl, name), _rule_check(name, peer=True), ("to_mean",)) for name in BYZFL
     ]
     return ours + peers
 
 
-def _prepare_rule(name: str, problem: Problem) -> Callable[[], RuleResult]:
+def _prepare_rule(name: str, problem: Problem) -> Call:
     if name not in CHECKS:
         raise NoCheckError("its result is not checked here, so it is not timed")
-    rule, info, rows_NP = _built_rule(name, problem), make_info(problem), problem.updates[:-1]
+    rule, info, rows_NP = (
+        build_rule(name, make_context(problem), make_settings(name, problem)),
+        make_info(problem),
+        problem.updates[:-1],
+    )
     return lambda: rule(rows_NP, info)
 
 
-def _built_rule(name: str, problem: Problem) -> Rule:
-    return build_rule(name, make_context(problem), make_settings(name, problem))
+def _rule_check(name: str, peer: bool = False) -> Callable[[Problem, RuleResult, Truth], str]:
+    def check(problem: Problem, result: RuleResult, truth: Truth) -> str:
+        wrong, compared_with = BYZFL[name][1:] if peer else CHECKS[name]
+        reason = wrong(problem, result)
+        if reason is not None:
+            raise WrongResultError(reason)
+        return compared_with
+
+    return check
 
 
-def _checked(name: str) -> tuple[Callable[[Problem, Any], str | None], Callable[[Problem], str]]:
-    if name not in CHECKS:
-        return lambda *_: None, _always("")
-    check, compared_with = CHECKS[name]
-    return check, _always(compared_with)
-
-
-def _always(text: str) -> Callable[[Problem], str]:
-    return lambda _: text
-
-
-def _prepare_byzfl(name: str, problem: Problem) -> Callable[[], RuleResult]:
+def _prepare_byzfl(name: str, problem: Problem) -> Call:
     aggregate = byzfl_aggregator(name, problem.num_malicious)
     if aggregate is None:
         raise CannotRunError("byzfl is not installed: pip install --no-deps byzfl")

@@ -1,4 +1,4 @@
-"""A ratio of times, and how well it is known."""
+"""A ratio of times with its 95% confidence interval."""
 
 import math
 import statistics
@@ -9,18 +9,19 @@ from typing import Self
 
 __all__ = ["Ratio"]
 
-# Repeats that follow each other are alike, so they are joined to at most so many blocks, of which each counts once.
+# Repeats that follow each other are alike, so they are joined to at most this many blocks, each of which counts once.
 _MOST_BLOCKS = 8
-# Student's t, 97.5th percentile, by degrees of freedom: one less than blocks.
+# Student's t, 97.5th percentile, by degrees of freedom: the number of blocks less one.
 _STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """What a ratio is, and between what it lies with 95% confidence, so far as one run can tell.
+    """A ratio, and the limits between which it lies with 95% confidence, as far as one run can tell.
 
-    The method of batch means: Schmeiser, "Batch size effects in the analysis of simulation output", Operations Research 30
-    (1982). Of logarithms, with the median of each batch instead of its mean, for single repeats can be off by a lot.
+    The method of batch means (Schmeiser, "Batch size effects in the analysis of simulation output", Operations
+    Research 30, 1982), applied to logarithms. Each batch gives its median instead of its mean, because single repeats
+    can be far off.
     """
 
     value: float
@@ -29,7 +30,7 @@ class Ratio:
 
     @classmethod
     def of(cls, repeats: Sequence[float]) -> Self | None:
-        """Of the ratio of each repeat, in the order of time; None of fewer than three."""
+        """From the ratio of each repeat, in the order of time; None for fewer than three repeats."""
         num_blocks = min(len(repeats), _MOST_BLOCKS)
         if num_blocks - 1 not in _STUDENT:
             return None
@@ -40,5 +41,5 @@ class Ratio:
         return cls(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
 
     def is_within(self, share: float) -> bool:
-        """Whether the interval reaches no farther than so much of the value."""
+        """Whether the interval reaches at most this share above the value."""
         return self.high <= self.value * (1 + share)

@@ -1,4 +1,4 @@
-"""The inputs of mask training without any file, and what it means that two solvers agree."""
+"""Inputs of mask training that need no file, and when two solvers agree."""
 
 import numpy as np
 import torch
@@ -9,16 +9,16 @@ from skymask_gpu.federation.models import build_model
 
 __all__ = ["differing_share", "disagreement", "honest_rows", "make_model"]
 
-# Share of bits by which float32 solvers may differ on these inputs, and difference of losses in units of the first.
+# Float32 solvers may differ in this share of the bits, and their losses by this share of the first loss.
 MOST_DIFFERING, MOST_LOSS_ERROR = 1e-5, 1e-5
-# Clustering the masks of 20,000 clients takes a minute.
+# Labels are compared up to this number of clients: clustering 20,000 masks takes a minute.
 MOST_LABELLED = 5_000
 
 
 def make_model(
     name: str = "cnn", input_shape: tuple[int, ...] = (1, 28, 28), num_classes: int = 10, num_samples: int = 100
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model, and root samples ``(num_samples, *input_shape)``: a pattern a class, with noise; and their labels."""
+    """A model, root samples ``(num_samples, *input_shape)`` (one pattern per class, with noise), and their labels."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(num_samples) % num_classes
     patterns = torch.randn(num_classes, *input_shape, generator=generator)
@@ -27,14 +27,15 @@ def make_model(
 
 
 def honest_rows(loss: FlatModel, num_rows: int, seed: int) -> Tensor:
-    """``(num_rows, P)``: noisy steps downhill, as real clients' would be; the work does not depend on the values."""
+    """``(num_rows, P)`` on the loss's device: noisy steps downhill, as real clients' are."""
     params_P = loss.initial_params.clone()
     for _ in range(10):
         params_P.requires_grad_()
         (grad_P,) = torch.autograd.grad(loss(params_P), params_P)
         params_P = (params_P - 0.1 * grad_P.clamp(-0.01, 0.01)).detach()
     downhill_P = params_P - loss.initial_params
-    rows_RP = torch.randn(num_rows, loss.num_params, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator(params_P.device).manual_seed(seed)
+    rows_RP = torch.randn(num_rows, loss.num_params, generator=generator, device=params_P.device)
     return rows_RP.mul_(downhill_P.std() / 2).add_(downhill_P)
 
 
@@ -50,13 +51,13 @@ def disagreement(
     most_differing: float = MOST_DIFFERING,
     most_loss_error: float = MOST_LOSS_ERROR,
 ) -> str | None:
-    """What differs between two solvers' results, or None if they agree: bits, losses, and up to 5,000 clients their labels."""
+    """What differs between two results (bits, losses, and labels of up to 5,000 clients), or None if they agree."""
     share = differing_share(got, want)
     if share > most_differing:
         return f"{share:.1e} of the bits differ"
     if len(got.losses) != len(want.losses):
         return f"{len(got.losses)} steps instead of {len(want.losses)}"
-    # of the first loss: where training takes it down to a tenth, the last one's own rounding is not what is looked for
+    # Relative to the first loss: training may reduce the loss to a tenth, whose rounding would count ten times otherwise.
     error = float(np.abs(np.subtract(got.losses, want.losses)).max() / abs(want.losses[0]))
     if not error <= most_loss_error:
         return f"losses differ by {error:.1e} of the first"

@@ -4,17 +4,17 @@ from itertools import groupby
 from pathlib import Path
 
 from skymask_gpu.bench.ratio import Ratio
-from skymask_gpu.bench.run import RATIOS, Row
+from skymask_gpu.bench.table import RATIOS, Row
 from skymask_gpu.io.files import write_text
 
-__all__ = ["is_known", "ratio_text", "seconds", "write_summary"]
+__all__ = ["cells", "shown_ratios", "write_summary"]
 
-# A ratio's interval reaches at most so much above it where the ratio is given as a number.
+# A ratio is given as a number if its interval reaches at most this share above it.
 _KNOWN = 0.075
 
 
 def write_summary(rows: list[Row], path: Path) -> None:
-    """A table for each case, dtype and number of clients, and what has no time with the reason."""
+    """Write a table per case, dtype and number of clients, and the reason of each row without a time."""
     write_text(path, "\n".join(_lines(rows)) + "\n")
 
 
@@ -27,14 +27,15 @@ def _lines(rows: list[Row]) -> list[str]:
         "",
         f"{first.device}; {first.threads} threads; {first.versions}; commit {first.commit}; seed {first.seed}; {first.time}",
         "",
-        "Every result was compared before it was timed (client labels up to N = 5,000). Times are medians; in brackets the",
-        "20th and the 80th percentile. Memory: the peak above what was held before.",
+        "Every result was compared before it was timed (client labels up to N = 5,000). Times are medians, with the 20th",
+        "and the 80th percentile in brackets. Memory is the peak above what was held before.",
         "",
-        "Ratios are to what was measured in this run on the same updates: `x mean` to a plain mean of the rows and `x passes`",
-        "to the model's own forward and backward passes, which are timed again and again in between (a repeat is held against",
-        "the times before and after it; a mean or a pass of less than a millisecond is no yardstick), `x reference` to that",
-        "solver in the same round, both in passes if these are a yardstick. A number is a ratio that this run knows to within",
-        f"{_KNOWN:.1%}, with 95% confidence; of others the interval stands there: more repeats would narrow it.",
+        "Each ratio is to something that was measured in this run on the same updates: `x mean` to a plain mean of the rows,",
+        "`x passes` to the model's own forward and backward passes, `x reference` to that solver in the same round. The mean",
+        "and the passes are timed again and again, and each repeat is divided by their times before and after it. If they",
+        "take less than a millisecond, no ratio to them is given. `x before` is the ratio to the revision of `--against`.",
+        f"One number: a ratio that this run knows to within {_KNOWN:.1%} with 95% confidence. Two numbers: the interval of a",
+        "ratio that it does not know as well; more repeats would narrow it.",
         "",
         "On a CPU every timed call begins with empty caches, and the process keeps the memory that it frees (glibc).",
     ]
@@ -45,8 +46,9 @@ def _lines(rows: list[Row]) -> list[str]:
         row = timed[0]
         steps = f", model {row.model}, {row.mask_steps} mask steps, {row.root_samples} root samples"
         lines += ["", f"## {case}, N = {clients:,}, P = {row.params:,}, {dtype}{steps}", ""]
-        lines += ["| what | time | x reference | x passes | x mean | peak MiB | first call | agrees with |", "|" + " --- |" * 8]
-        lines += [_table_row(row) for row in timed]
+        heads = ["what", "time", *(f"x {name.removeprefix('to_')}" for name in shown_ratios(rows)), "peak MiB", "first call"]
+        lines += [f"| {' | '.join([*heads, 'agrees with'])} |", "|" + " --- |" * (len(heads) + 1)]
+        lines += [_table_row(row, shown_ratios(rows)) for row in timed]
     untimed: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         if row.status != "ok":
@@ -61,32 +63,33 @@ def _lines(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _table_row(row: Row) -> str:
-    assert row.median_s is not None
-    assert row.p20_s is not None
-    assert row.p80_s is not None
-    ratios = (ratio_text(row.ratio(name)) for name in RATIOS)
+def _table_row(row: Row, ratios: tuple[str, ...]) -> str:
+    time, *others = cells(row, ratios)
+    times = f"{time} ({_seconds(row.p20_s)} - {_seconds(row.p80_s)})"
+    return f"| {' | '.join([row.provider, times, *others, _seconds(row.first_s), row.compared_with])} |"
+
+
+def shown_ratios(rows: list[Row]) -> tuple[str, ...]:
+    """The names of the ratios that these rows have."""
+    return ("to_before",) if any(row.to_before is not None for row in rows) else RATIOS
+
+
+def cells(row: Row, ratios: tuple[str, ...]) -> list[str]:
+    """A row's median time, its ratios (an interval where one is not known well), and its peak memory in MiB."""
     memory = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "unknown"
-    times = f"{seconds(row.median_s)} ({seconds(row.p20_s)} - {seconds(row.p80_s)})"
-    cells = [row.provider, times, *ratios, memory, seconds(row.first_s or 0.0), row.compared_with]
-    return "| " + " | ".join(cells) + " |"
+    return [_seconds(row.median_s), *(_ratio(row.ratio(name)) for name in ratios), memory]
 
 
-def is_known(ratio: Ratio) -> bool:
-    """Whether a run knows the ratio well enough to give it as a number."""
-    return ratio.is_within(_KNOWN)
-
-
-def ratio_text(ratio: Ratio | None) -> str:
-    """A number, or the interval of one that is not known; empty for None."""
+def _ratio(ratio: Ratio | None) -> str:
     if ratio is None:
         return ""
-    return _number(ratio.value) if is_known(ratio) else f"{_number(ratio.low)} to {_number(ratio.high)}"
+    return _number(ratio.value) if ratio.is_within(_KNOWN) else f"{_number(ratio.low)} to {_number(ratio.high)}"
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
-def seconds(value: float) -> str:
+def _seconds(value: float | None) -> str:
+    value = value or 0.0
     return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"

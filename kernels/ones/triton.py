@@ -110,14 +110,14 @@ def varying_ones(bits: Tensor) -> Tensor:
 # The offline compile builds these.
 VARIANTS = (
     Variant(
-        "some_and_all[uint8]",
+        "some_and_all[u8]",
         some_and_all_kernel,
         NUM_WARPS,
         {"words_ptr": "i32", "some_ptr": "i32", "all_ptr": "i32"},
         {"ROWS": ROWS_PER_PROGRAM, "BLOCK_W": BLOCK_W},
     ),
     Variant(
-        "varying_ones[uint8]",
+        "varying_ones[u8]",
         ones_kernel,
         NUM_WARPS,
         {"words_ptr": "i32", "some_ptr": "i32", "all_ptr": "i32", "ones_ptr": "i64"},

@@ -13,10 +13,11 @@ from rich.table import Table
 from skymask_gpu.cli.console import console, extra_named
 
 if TYPE_CHECKING:
-    from skymask_gpu.bench.run import Row
+    from skymask_gpu.bench.points import Limits
+    from skymask_gpu.bench.table import Row
 
 
-# Rows of the final table that still fit on a screen; all are in summary.md.
+# The final table shows as many rows as fit on a screen; all are in summary.md.
 _TABLE_ROWS = 40
 
 
@@ -28,19 +29,18 @@ def register(app: typer.Typer) -> None:
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="50 clients, by default of the CNN only: within a minute.")] = False,
     case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="REV", help="Compare --quick's calls with those of another revision of this git checkout."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default bench-out/TIME.")] = None,
 ) -> None:
-    """Time the solvers and the aggregation rules beside their floors; a result that is wrong gets no time."""
-    import torch
-
-    with extra_named("run"):
-        from skymask_gpu.bench.plots import plot_memory, plot_split, plot_time
-        from skymask_gpu.bench.run import FULL, QUICK, count_rows, measure_cases, write_rows
+    """Time the solvers and the aggregation rules beside their baselines; a result that is wrong gets no time."""
     from skymask_gpu.bench.cases import CASES
-    from skymask_gpu.bench.measure import freed_memory_kept
+    from skymask_gpu.bench.points import FULL, QUICK
     from skymask_gpu.bench.summary import write_summary
 
-    limits = QUICK if quick else FULL
+    limits = QUICK if quick or against else FULL
     unknown = [name for name in case or [] if name not in CASES]
     if unknown:
         raise ValueError(f"--case must be one of {', '.join(CASES)}, got {unknown[0]!r}")
@@ -50,24 +50,10 @@ def bench(
     if (folder / "bench.csv").exists():
         raise ValueError(f"--out: {folder} holds results already; name another folder")
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows: list[Row] = []
-    stopped = False
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    try:
-        with freed_memory_kept(), Progress(*columns, console=console) as progress:
-            task = progress.add_task("", total=count_rows(limits))
-            for row in measure_cases(limits, device, lambda what: progress.update(task, description=what)):
-                rows.append(row)
-                write_rows(folder / "bench.csv", rows)
-                progress.advance(task)
-                if row.status in ("wrong", "failed"):
-                    progress.console.print(f"[red]{_what(row)}[/]", soft_wrap=True)
-    except KeyboardInterrupt:
-        stopped = True
+    rows, stopped = _measured(limits, against, folder)
     write_summary(rows, folder / "summary.md")
-    for plot, name in ((plot_time, "time.png"), (plot_memory, "memory.png"), (plot_split, "split.png")):
-        plot(rows, folder / name)
+    if not against:
+        _draw(rows, folder)
     bad = [row for row in rows if row.status in ("wrong", "failed")]
     timed = sum(row.status == "ok" for row in rows)
     console.print(_table(rows))
@@ -81,19 +67,55 @@ def bench(
         raise typer.Exit(1)
 
 
-def _table(rows: "list[Row]") -> Table:
-    """What has a time; the summary says more."""
-    from skymask_gpu.bench.summary import ratio_text, seconds
+def _measured(limits: "Limits", against: str | None, folder: Path) -> "tuple[list[Row], bool]":
+    """The rows, which are in the folder as soon as they are measured, and whether somebody pressed Ctrl-C."""
+    import torch
 
+    with extra_named("run"):
+        from skymask_gpu.bench import against as revisions
+        from skymask_gpu.bench import run
+    from skymask_gpu.bench.measure import freed_memory_kept
+    from skymask_gpu.bench.table import write_rows
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[Row] = []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    try:
+        with freed_memory_kept(), Progress(*columns, console=console) as progress:
+            task = progress.add_task("", total=run.count_rows(limits))
+            started = lambda what: progress.update(task, description=what)  # noqa: E731
+            measured = (
+                revisions.measure_against(against, limits, started) if against else run.measure_cases(limits, device, started)
+            )
+            for row in measured:
+                rows.append(row)
+                write_rows(folder / "bench.csv", rows)
+                progress.advance(task)
+                if row.status in ("wrong", "failed"):
+                    progress.console.print(f"[red]{_what(row)}[/]", soft_wrap=True)
+    except KeyboardInterrupt:
+        return rows, True
+    return rows, False
+
+
+def _draw(rows: "list[Row]", folder: Path) -> None:
+    with extra_named("run"):
+        from skymask_gpu.bench.plots import plot_memory, plot_time
+    for plot, name in ((plot_time, "time.png"), (plot_memory, "memory.png")):
+        plot(rows, folder / name)
+
+
+def _table(rows: "list[Row]") -> Table:
+    """The rows that have a time; the summary holds more."""
+    from skymask_gpu.bench.summary import cells, shown_ratios
+
+    ratios = shown_ratios(rows)
     table = Table("case", "N", "what", title="times; x: ratios to what was measured in this run")
-    for column in ("time", "x reference", "x passes", "x mean", "peak MiB"):
+    for column in ("time", *(f"x {name.removeprefix('to_')}" for name in ratios), "peak MiB"):
         table.add_column(column, justify="right")
     timed = [row for row in rows if row.status == "ok" and row.median_s is not None]
     for row in timed[:_TABLE_ROWS]:
-        ratios = [ratio_text(row.ratio(name)) for name in ("to_reference", "to_passes", "to_mean")]
-        memory = "unknown" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
-        case = f"{row.case}, {row.dtype}"
-        table.add_row(case, f"{row.clients:,}", escape(row.provider), seconds(row.median_s or 0.0), *ratios, memory)
+        table.add_row(f"{row.case}, {row.dtype}", f"{row.clients:,}", escape(row.provider), *cells(row, ratios))
     if len(timed) > _TABLE_ROWS:
         table.add_row("...", "", f"{len(timed) - _TABLE_ROWS} more in summary.md")
     return table

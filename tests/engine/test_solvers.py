@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from skymask_gpu.bench.real_updates import CASES as COLLAPSED_CASES
-from skymask_gpu.bench.real_updates import attacked
-from skymask_gpu.bench.real_updates import mnist_updates as real_updates
+from skymask_gpu.bench.studies.real_updates import CASES as COLLAPSED_CASES
+from skymask_gpu.bench.studies.real_updates import attacked
+from skymask_gpu.bench.studies.real_updates import mnist_updates as real_updates
 from skymask_gpu.engine import SOLVERS, FlatModel, MaskTraining, TrainedMasks, choice, cluster_masks, train_masks, unpack_bits
 from skymask_gpu.engine import masks as masks_module
 from skymask_gpu.engine.solvers import collapsed, fused
@@ -248,7 +248,7 @@ def test_out_of_memory_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) 
 
 # --- real updates: one round of local training of 100 clients on MNIST --------------------------------------------------
 
-CASES = ["none", "min-max", "sign-flip", "noise", "scaled"]
+CASES = ["none", "min-max", "sign-flip", "noise", "one by 1,000"]
 # Steps tried, most first, for the comparison in float32.
 FLOAT32_STEPS = (10, 6, 3, 2, 1)
 # Share of bits that may differ in float32. A logit within rounding of the threshold may fall on either side; logits spread over
@@ -314,7 +314,10 @@ def float32_truth(updates_RP: Tensor, loss: FlatModel) -> tuple[TrainedMasks, fl
 def test_solvers_agree_on_real_updates(case: str, mnist_updates: tuple[Tensor, FlatModel]) -> None:
     """All steps in float64, where the bits must be those of the reference; in float32 those for which it is stable."""
     # half of the clients: in the reference, which takes most of the time, each costs the same
-    updates_RP, loss = attacked(mnist_updates[0][50:], case), mnist_updates[1]
+    honest_RP, loss = mnist_updates[0][50:], mnist_updates[1]
+    updates_RP = attacked(honest_RP, case) if case in COLLAPSED_CASES else honest_RP.clone()
+    if case == "one by 1,000":
+        updates_RP[0] *= 1000
     num_params = loss.num_params
     truth = solve(updates_RP, loss, "reference", torch.float64)
     labels = cluster_masks(truth.bits, num_params).benign
@@ -364,7 +367,7 @@ def collapsed_error(updates_RP: Tensor, loss: FlatModel) -> tuple[float, float, 
     What may differ is measured here, on the same updates, twice. Updates rounded to bfloat16 tell how much training amplifies
     small changes. A quarter of the bins, whose error is 16 times as large until training amplifies it (docs/collapsed.md),
     tell what comes of the bins themselves: it must be twice as large at least. The larger of the two counts: where training
-    amplifies everything (noise), more bins do not help, and where rounding meets no kink by luck (boosted), it tells nothing.
+    amplifies everything (noise), more bins do not help, and where rounding meets no kink by luck (scaling), it tells nothing.
     """
     exact = solve(updates_RP, loss, "fused", torch.float32)
     rounded = train_masks(updates_RP.bfloat16(), loss.initial_params, loss, solver="fused")
@@ -414,7 +417,7 @@ def test_a_mistake_in_replay_or_cuts_is_caught(
 
 
 def test_cuts_say_what_the_bits_are(mnist_updates: tuple[Tensor, FlatModel]) -> None:
-    updates_RP, loss = attacked(mnist_updates[0], "boosted"), mnist_updates[1]
+    updates_RP, loss = attacked(mnist_updates[0], "scaling"), mnist_updates[1]
     masks = solve(updates_RP, loss, "collapsed", torch.float32)
     assert masks.cuts is not None
     cuts, flags_RP = masks.cuts, unpack_bits(masks.bits, loss.num_params)

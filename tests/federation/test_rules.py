@@ -24,6 +24,7 @@ from skymask_gpu.federation.rules import (
     SkyMaskSettings,
     build_rule,
     deepsight,
+    reference,
     rows,
 )
 from skymask_gpu.federation.rules.clustering import best_cut, hdbscan_labels
@@ -96,17 +97,22 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0))
 
 
-def largest_gap(got: Tensor, want: list[float] | Tensor) -> float:
+def largest_gap(got: Tensor, want: list[float] | np.ndarray | Tensor) -> float:
     return float((got.double() - torch.as_tensor(want, dtype=torch.float64)).abs().max())
 
 
 # --- each rule against a loop -----------------------------------------------------------------------------------------
 
 
+def float64(updates: Tensor) -> np.ndarray:
+    return updates.double().numpy()
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 8])
 def test_the_median_is_that_of_each_coordinate(num_rows: int) -> None:
     updates = random_updates(num_rows)
     result = apply("median", updates)
+    assert largest_gap(result.update, reference.median(float64(updates))) < 1e-6
     assert largest_gap(result.update, [statistics.median(column) for column in updates.T.tolist()]) < 1e-6
     assert result.kept is None
 
@@ -114,9 +120,8 @@ def test_the_median_is_that_of_each_coordinate(num_rows: int) -> None:
 @pytest.mark.parametrize(("num_malicious", "trim"), [(0, 0), (1, 1), (4, 4), (5, 5), (9, 5)])
 def test_the_trimmed_mean_leaves_out_f_at_each_end(num_malicious: int, trim: int) -> None:
     updates = random_updates(12)
-    want = [statistics.fmean(sorted(column)[trim : 12 - trim]) for column in updates.T.tolist()]
     result = apply("trimmed-mean", updates, num_malicious)
-    assert largest_gap(result.update, want) < 1e-6
+    assert largest_gap(result.update, reference.trimmed_mean(float64(updates), trim)) < 1e-6
     assert result.kept is None
 
 
@@ -126,7 +131,7 @@ def test_the_geometric_median_is_where_the_pulls_cancel() -> None:
     updates[:2] *= 20
     point = apply("geometric-median", updates).update.double()
     offsets = updates.double() - point
-    assert (offsets / offsets.norm(dim=1, keepdim=True)).sum(0).norm() < 1e-4
+    assert reference.geometric_median_pull(float64(updates), float64(point)) < 1e-5
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         other = point + 0.1 * torch.randn(NUM_PARAMS, generator=generator, dtype=torch.float64)
@@ -140,42 +145,27 @@ def test_the_geometric_median_of_a_point_with_a_majority_is_that_point() -> None
     assert largest_gap(apply("geometric-median", updates).update, updates[3]) < 1e-5
 
 
-def krum_score(points: list[np.ndarray], index: int, num_malicious: int) -> float:
-    distances = sorted(float(((points[index] - p) ** 2).sum()) for i, p in enumerate(points) if i != index)
-    return sum(distances[: max(1, len(points) - num_malicious - 2)])
-
-
 @pytest.mark.parametrize("num_malicious", [0, 2, 4, 10, 12])
 def test_krum_and_multi_krum_sum_the_nearest_distances(num_malicious: int) -> None:
     updates = random_updates(12)
     updates[5:9] *= 0.3  # scores that depend on how many neighbours count
-    points = list(updates.double().numpy())
-    ranking = sorted(range(12), key=lambda i: krum_score(points, i, num_malicious))
+    ranking = reference.krum_ranking(reference.squared_distances(float64(updates)), num_malicious)
     krum = apply("krum", updates, num_malicious)
     assert krum.kept.nonzero().flatten().tolist() == ranking[:1]
     assert torch.equal(krum.update, updates[ranking[0]])
     kept = ranking[: max(1, 12 - num_malicious)]
     multi_krum = apply("multi-krum", updates, num_malicious)
     assert multi_krum.kept.nonzero().flatten().tolist() == sorted(kept)
-    assert largest_gap(multi_krum.update, np.mean([points[i] for i in kept], 0)) < 1e-6
+    assert largest_gap(multi_krum.update, float64(updates)[kept].mean(0)) < 1e-6
 
 
 @pytest.mark.parametrize(("num_rows", "num_malicious"), [(9, 0), (11, 2), (12, 2), (30, 5)])
 def test_bulyan_selects_one_by_one_and_averages_around_the_median(num_rows: int, num_malicious: int) -> None:
     updates = random_updates(num_rows)
     updates[::3] *= 0.3
-    points, chosen = list(updates.double().numpy()), []
-    left = list(range(num_rows))
-    for _ in range(num_rows - 2 * num_malicious):
-        best = min(left, key=lambda i: krum_score([points[j] for j in left], left.index(i), num_malicious))
-        chosen.append(best)
-        left.remove(best)
-    want = []
-    for coordinate in range(NUM_PARAMS):
-        values = sorted(points[i][coordinate] for i in chosen)
-        middle = statistics.median(values)
-        nearest = sorted(values, key=lambda value: abs(value - middle))
-        want.append(statistics.fmean(nearest[: num_rows - 4 * num_malicious]))
+    rows = float64(updates)
+    chosen = reference.bulyan_chosen(reference.squared_distances(rows), num_malicious)
+    want = reference.mean_near_median(rows[sorted(chosen)], num_rows - 4 * num_malicious)
     result = apply("bulyan", updates, num_malicious)
     assert result.kept.nonzero().flatten().tolist() == sorted(chosen)
     assert largest_gap(result.update, want) < 1e-6
@@ -186,10 +176,7 @@ def test_krums_neighbours_shrink_as_bulyan_selects() -> None:
     generator = torch.Generator().manual_seed(7)
     for _ in range(20):
         updates = torch.randn(15, 3, generator=generator).exp()
-        points, left, chosen = list(updates.double().numpy()), list(range(15)), []
-        for _ in range(9):
-            scores = [krum_score([points[j] for j in left], k, 3) for k in range(len(left))]
-            chosen.append(left.pop(int(np.argmin(scores))))
+        chosen = reference.bulyan_chosen(reference.squared_distances(float64(updates)), 3)
         kept = build_rule("bulyan", make_context())(updates, make_info(updates, 3)).kept
         assert kept.nonzero().flatten().tolist() == sorted(chosen)
 
@@ -205,17 +192,11 @@ def test_fltrust_weights_by_the_cosine_with_the_root() -> None:
     updates = random_updates(10)
     updates[2], updates[4] = -updates[2], 0
     root = random_updates(1, seed=5)[0]
-    total, weights = np.zeros(NUM_PARAMS), 0.0
-    for u in updates.double().numpy():
-        r = root.double().numpy()
-        length = np.linalg.norm(u)
-        score = max(0.0, float(u @ r) / (length * np.linalg.norm(r))) if length > 0 else 0.0
-        if score > 0:
-            total += score * np.linalg.norm(r) / length * u
-            weights += score
+    want, kept = reference.fltrust(float64(updates), float64(root))
     result = apply("fltrust", updates, root_update=root)
-    assert largest_gap(result.update, total / weights) < 1e-6
-    assert result.kept.tolist() == [cosine(u, root) > 0 for u in updates]
+    assert largest_gap(result.update, want) < 1e-6
+    assert result.kept.tolist() == kept
+    assert kept == [cosine(u, root) > 0 for u in updates]
     assert not result.kept[2]
     assert not result.kept[4]
 

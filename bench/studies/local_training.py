@@ -1,8 +1,8 @@
-"""Local training of many clients, side by side and one by one: what ``batching = "auto"`` chooses by.
+"""Local training of many clients, side by side and one by one: the figures by which ``batching = "auto"`` chooses.
 
-``python -m skymask_gpu.bench.local_training`` trains the same clients with the same batches three ways and prints times as
-ratios to a plain loop with ``torch.optim.SGD``. Before, it checks on a few clients that the updates agree, in float64: where
-max pooling or ReLU switch, float32 rounding changes a gradient by more than rounding.
+``python -m skymask_gpu.bench.studies.local_training`` trains the same clients with the same batches in three ways and
+prints times as ratios to a plain loop with ``torch.optim.SGD``. It first checks on a few clients that the updates
+agree, in float64: where max pooling or ReLU switch, rounding to float32 can change a gradient by much more.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table("model", "clients", "vmap / plain loop", "our loop / plain loop", "auto takes", "largest difference")
     agree = True
     for case in options.cases:
-        # what a client of a large network takes is measured on fewer of them
+        # a large network is measured with fewer clients, because the ratio does not depend on their number
         num_clients = max(2, options.clients // 10) if case.startswith("resnet") else options.clients
         seconds, error = compare(case, num_clients, options.repeats, device)
         agree &= error < _TOLERANCE

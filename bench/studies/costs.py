@@ -1,7 +1,7 @@
 """What a row, a bin and a column cost the solvers on this CPU: the constants by which ``auto`` chooses.
 
-``python -m skymask_gpu.bench.costs`` prints nanoseconds beside the model's passes, from mask training with a loss that costs
-nothing; copy them to ``engine/solvers/fused.py`` and ``collapsed.py``.
+``python -m skymask_gpu.bench.studies.costs`` prints nanoseconds, without the model's passes: it trains masks with a
+loss that costs nothing. Copy the numbers to ``engine/mask_training.py``.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """What the published learning rate does to the masks of very many clients: the table of ``docs/collapsed.md``.
 
-``python -m skymask_gpu.bench.many_clients --data-dir DIR``: a mask's gradient carries 1 / N, so 500 real clients (the paper's
-CNN on MNIST, files in DIR) with the learning rate divided by k are judged as k times as many would be. Prints the two-stage
-rule's false positive and false negative rates.
+``python -m skymask_gpu.bench.studies.many_clients --data-dir DIR`` prints false positive and false negative rates of
+the two-stage rule. A mask's gradient contains the factor 1 / N, so 500 real clients (the paper's CNN on MNIST, files in
+DIR) with the learning rate divided by k are judged as k times as many would be.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from skymask_gpu.bench.real_updates import attacked, mnist_updates
+from skymask_gpu.bench.studies.real_updates import attacked, mnist_updates
 from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import MaskTraining, cluster_masks, train_masks
 

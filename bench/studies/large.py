@@ -1,8 +1,8 @@
 """A round of very many clients from disk: time, peak of resident memory, and whether every label is right.
 
-``python -m skymask_gpu.bench.large DIR --clients 20000`` writes synthetic updates of the paper's CNN to DIR, 560 kB a client, a
-fifth of them with the sign flipped (an earlier run's are used again), and judges them in a process of its own, so that only the
-judging counts. Exit code 1: a label is wrong.
+``python -m skymask_gpu.bench.studies.large DIR --clients 20000`` writes synthetic updates of the paper's CNN to DIR
+(560 kB per client, a fifth of them with the sign flipped; those of an earlier run are used again). It judges them in a
+process of its own, so that only the judging counts. Exit code 1: a label is wrong.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from skymask_gpu.engine.peak_memory import resident
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
 from skymask_gpu.io.files import write_tensors
 
-# Clients of a file; the first fifth of each are attackers.
+# Clients per file; the first fifth of each file are attackers.
 _CLIENTS_A_FILE = 500
 
 
@@ -34,7 +34,7 @@ def file_sizes(num_clients: int) -> list[int]:
 
 
 def is_malicious(size: int) -> Tensor:
-    """Of the clients of one file, ``(size,)`` bool."""
+    """Which clients of one file attack, ``(size,)`` bool."""
     return torch.arange(size) < size // 5
 
 
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     write_clients(options.folder, options.clients)
     console = Console()
-    command = [sys.executable, "-P", "-m", "skymask_gpu.bench.large", str(options.folder), "--judge"]
+    command = [sys.executable, "-P", "-m", "skymask_gpu.bench.studies.large", str(options.folder), "--judge"]
     with console.status(f"judging {options.clients:,} clients ..."):
         done = subprocess.run([*command, "--clients", str(options.clients)], capture_output=True, text=True, check=True)
     report = json.loads(done.stdout)

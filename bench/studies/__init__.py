@@ -1,0 +1,12 @@
+"""Studies: each makes one table of the docs. Run one with ``python -m skymask_gpu.bench.studies.NAME``.
+
+| file | table |
+| --- | --- |
+| ``accuracy`` | docs/collapsed.md: which bits the collapsed solver gets wrong |
+| ``many_clients`` | docs/collapsed.md: the learning rate and the number of clients |
+| ``large`` | docs/collapsed.md: 20,000 clients from disk |
+| ``costs`` | the constants by which ``solver="auto"`` chooses |
+| ``local_training`` | docs/federation.md: clients side by side or one by one |
+| ``roofline`` | docs/performance.md: what the Triton kernels need at least on an H200 |
+| ``real_updates`` | no table: the attacked MNIST updates that the first two rest on |
+"""

@@ -1,0 +1,222 @@
+"""The benchmark of a GPU, played on a CPU: what is wrong gets no time, and an interrupted run goes on."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skymask_gpu.bench import gpu, gpu_figures, run
+from skymask_gpu.bench.cases import CASES, Problem
+from skymask_gpu.bench.points import Limits
+from skymask_gpu.bench.providers import Truth, WrongResultError
+from skymask_gpu.bench.table import Row, read_rows, write_rows
+from skymask_gpu.engine.numerics import without_tf32
+from skymask_gpu.federation.rules import RuleResult
+
+CPU = torch.device("cpu")
+LOGREG = CASES["logreg"]
+
+
+@pytest.fixture(autouse=True)
+def few(few_repeats: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A short copy, few clients, no compiling."""
+    honest = gpu_figures.figures
+    chosen = [figure for figure in honest(LOGREG) if figure.name != gpu_figures.COMPILED]
+    monkeypatch.setattr(gpu_figures, "COPIED_BYTES", 2**20)
+    monkeypatch.setattr(gpu_figures, "FEW_CLIENTS", 10)
+    monkeypatch.setattr(gpu, "figures", lambda case: chosen)
+    monkeypatch.setattr(gpu, "MODELS", ("logreg",))
+    monkeypatch.setattr(gpu, "CLIENTS", (12, 500))
+    yield
+    gpu_figures._wrong_when_captured.cache_clear()
+
+
+def measured() -> dict[str, Row]:
+    limits = Limits((12,), ("logreg",), repeat_seconds=0.0, side_by_side=False)
+    return {row.provider: row for row in run.Runner(limits, CPU, gpu.figures).point(LOGREG, 12, "float32")}
+
+
+def test_all_figures_have_times_and_ratios(tmp_path: Path) -> None:
+    rows = measured()
+    assert [*rows] == [figure.name for figure in gpu.figures(LOGREG)]
+    assert {name for name, row in rows.items() if row.status != "ok"} == {"reference"}, [row.detail for row in rows.values()]
+    write_rows(tmp_path / "x.csv", list(rows.values()))
+    copy, step = rows["copy"], rows["next_step"]
+    assert step.moved_bytes == 12 * 13 * 3372
+    assert step.of_copy == pytest.approx(step.moved_bytes / step.median_s / (2 * 2**20 / copy.median_s))
+    assert rows["collapsed"].to_mean > 1
+    assert rows["fused"].to_passes > 1
+    assert all(row.p20_s <= row.median_s <= row.p80_s for row in rows.values() if row.status == "ok")
+
+
+def test_one_row_is_timed_with_tf32_but_checked_without(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runner switches TF32 off around every check and every time."""
+    honest, seen = gpu_figures.loss_and_gradient, []
+
+    def noting(*arguments: Any) -> Any:
+        seen.append(torch.backends.cudnn.conv.fp32_precision)
+        return honest(*arguments)
+
+    monkeypatch.setattr(gpu_figures, "loss_and_gradient", noting)
+    (figure,) = [figure for figure in gpu.figures(LOGREG) if figure.timed is gpu_figures._passes_in_tf32]
+    with without_tf32():
+        figure.prepare(small.problem())()
+        assert set(seen) == {"ieee"}
+        seen.clear()
+        figure.timed(small.problem())()
+        assert set(seen) == {"tf32"}
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+
+
+def test_a_wrong_solver_gets_no_time(sloppy: Callable[..., None]) -> None:
+    sloppy("fused")
+    rows = measured()
+    assert rows["fused"].median_s is None
+    assert (rows["fused"].status, rows["fused"].detail) == ("wrong", "1.2e-03 of the bits differ")
+    assert rows["collapsed"].status == "ok"
+
+
+def test_captured_steps_that_differ_from_launched_ones_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = gpu_figures.train_masks
+    calls: list[int] = []
+
+    def first_wrong(*arguments: Any, **settings: Any) -> Any:
+        masks = honest(*arguments, **settings)
+        calls.append(1)
+        return replace(masks, losses=[1.01 * x for x in masks.losses]) if len(calls) == 1 else masks
+
+    monkeypatch.setattr(gpu_figures, "train_masks", first_wrong)
+    row = measured()["fused"]
+    assert row.status == "wrong"
+    assert row.detail.startswith("captured and launched at N = 10: losses differ")
+
+
+@pytest.mark.parametrize("off", [0, 1, 2], ids=["logits", "gate_sum", "weighted_sum"])
+def test_a_wrong_step_on_all_rows_is_found(off: int, small: Any) -> None:
+    problem = small.problem()
+    result = list(gpu_figures._next_step(problem)())
+    gpu_figures._check_next_step(problem, tuple(result), Truth())
+    result[off] = 1.001 * result[off]
+    with pytest.raises(WrongResultError, match=r"(sum|logits) off by"):
+        gpu_figures._check_next_step(problem, tuple(result), Truth())
+
+
+def test_a_wrong_average_or_label_is_found(small: Any) -> None:
+    problem = small.problem()
+    result, masks, alignment_N = gpu_figures._judging(problem)()
+    truth = Truth(masks, "fused")
+
+    def check(result: RuleResult) -> str:
+        return gpu_figures._check_judging(problem, (result, masks, alignment_N), truth)
+
+    assert check(result).startswith("the mean in float64")
+    with pytest.raises(WrongResultError, match="the update is off"):
+        check(replace(result, update=1.01 * result.update))
+    with pytest.raises(WrongResultError, match="labels differ from those of the CPU"):
+        check(replace(result, kept=~result.kept))
+
+
+def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(gpu_figures, "first_step", exhausted)
+    rows = measured()
+    assert (rows["next_step"].status, rows["next_step"].detail) == ("out of memory", "no more")
+    assert rows["collapsed"].status == "ok"
+    monkeypatch.setattr(Problem, "build", exhausted)
+    rows = measured()
+    assert {(row.status, row.detail) for row in rows.values()} == {("out of memory", "no more")}
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
+    """The command with a GPU that is a CPU, its parts in this process, a copy and a mean instead of all figures."""
+    monkeypatch.setattr(gpu, "_gpu", lambda: (CPU, "NVIDIA Test 1"))
+    figures = gpu.figures(LOGREG)[:2]
+    monkeypatch.setattr(gpu, "figures", lambda case: figures)
+    monkeypatch.setattr(gpu, "CHECKS", {"next_step": None})
+    monkeypatch.setattr(gpu, "wrong_with", lambda name, device: None)
+
+    def run_part(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, gpu.main(command[4:]))
+
+    monkeypatch.setattr(subprocess, "run", run_part)
+    monkeypatch.setattr(gpu, "conditions", lambda device, seed: {"device": "NVIDIA Test 1"})
+    monkeypatch.setattr("skymask_gpu.bench.run.conditions", lambda device, seed: {"device": "NVIDIA Test 1"})
+    return gpu.main
+
+
+def test_without_a_gpu_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().out == "no CUDA GPU is present: nothing is measured\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: Callable[[list[str]], int]
+) -> None:
+    path = tmp_path / "test-1.csv"
+    assert played(["--out", str(tmp_path), "--seconds", "-1"]) == 3
+    assert played(["--out", str(tmp_path)]) == 0
+    rows = {(row.clients, row.provider): row for row in read_rows(path)}
+    names = [figure.name for figure in gpu.figures(LOGREG)]
+    assert set(rows) == {(0, "next_step"), *((n, name) for n in (12, 500) for name in names)}
+    assert rows[12, "copy"].to_500 == rows[12, "copy"].median_s / rows[500, "copy"].median_s
+    # stopped within the second point: its rows are measured again, the first point's stay
+    write_rows(path, [row for key, row in rows.items() if key != (500, names[-1])])
+    assert played(["--out", str(tmp_path)]) == 0
+    again = {(row.clients, row.provider): row for row in read_rows(path)}
+    assert set(again) == set(rows)
+    assert again[12, "copy"].median_s == rows[12, "copy"].median_s
+    assert again[500, "copy"].median_s != rows[500, "copy"].median_s
+
+
+def test_a_wrong_or_failing_kernel_is_a_row_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: Callable[[list[str]], int]
+) -> None:
+    def wrong_with(name: str, device: torch.device) -> str:
+        if name == "replay":
+            return "logits are off"
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(gpu, "CHECKS", {"replay": None, "mean": None})
+    monkeypatch.setattr(gpu, "wrong_with", wrong_with)
+    assert played(["--out", str(tmp_path)]) == 1
+    rows = {row.provider: (row.status, row.detail) for row in read_rows(tmp_path / "test-1.csv")}
+    assert rows["replay"] == ("wrong", "logits are off")
+    assert rows["mean"] == ("failed", "RuntimeError: no such instruction")
+    assert rows["copy"] == ("ok", "")
+
+
+def test_a_process_that_ends_early_is_a_row_and_a_lost_gpu_gets_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: Callable[[list[str]], int]
+) -> None:
+    codes = {gpu.KERNELS: iter([-11]), "logreg": iter([4, 4, 0])}
+    parts: list[str] = []
+
+    def run_part(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        parts.append(command[command.index("--part") + 1])
+        return subprocess.CompletedProcess(command, next(codes[parts[-1]]))
+
+    monkeypatch.setattr(subprocess, "run", run_part)
+    assert played(["--out", str(tmp_path)]) == 1
+    assert parts == [gpu.KERNELS, "logreg", "logreg", "logreg"]
+    (row,) = read_rows(tmp_path / "test-1.csv")
+    assert (row.case, row.status, row.detail) == ("kernels", "failed", "its process ended with exit code -11: start again")
+
+
+def test_another_files_columns_are_refused(tmp_path: Path, played: Callable[[list[str]], int]) -> None:
+    (tmp_path / "test-1.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"test-1\.csv has other columns than this benchmark writes"):
+        played(["--out", str(tmp_path)])

@@ -1,0 +1,93 @@
+"""The studies: what each command prints and writes, on a small scale."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skymask_gpu.bench import solvers
+from skymask_gpu.bench.studies import accuracy, costs, large, many_clients, real_updates
+from skymask_gpu.defence import RootTraining, root_direction
+from skymask_gpu.engine import FlatModel
+
+SMALL_MODEL = solvers.make_model("logreg", (561,), 6, num_samples=20)
+
+
+def test_clients_from_disk_are_judged_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert large.main([str(tmp_path), "--clients", "30"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 labels wrong" in printed
+    assert "auto: the updates are on disk" in printed
+    (file,) = tmp_path.glob("*.safetensors")
+    before = file.stat().st_mtime_ns
+    large.write_clients(tmp_path, 30)
+    assert file.stat().st_mtime_ns == before, "what is there is used again"
+
+
+def test_a_wrong_label_of_a_client_from_disk_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "make_model", lambda: SMALL_MODEL)
+    large.write_clients(tmp_path, 30)
+    monkeypatch.setattr(large, "is_malicious", lambda size: torch.arange(size) < size // 5 + 1)
+    assert large.judge(tmp_path, 30)["wrong_labels"] == 1
+
+
+def test_a_row_of_the_accuracy_table_is_measured_and_drawn(tmp_path: Path) -> None:
+    loss = FlatModel(*SMALL_MODEL)
+    updates_RP = solvers.honest_rows(loss, 31, seed=0)
+    direction_P = root_direction(loss, loss.initial_params, RootTraining(steps=3))
+    (row,) = accuracy.measure_case(updates_RP, loss, "sign-flip", direction_P)
+    assert row["float32"] <= accuracy.FLOOR
+    assert set(row["bins"]) == set(accuracy.BINS)
+    assert 0 < row["bins"][64] < row["bins"][8] < 0.1
+    assert 0 < row["bfloat16"] < row["8_bit"] < 0.1
+    assert row["mean_error"][64] < row["mean_error"][8]
+    assert row["same_labels"]
+    assert row["allowed"] >= 1e-4
+    accuracy._plot([row], tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert accuracy._table([row]).row_count == 1
+
+
+def test_where_float32_is_not_stable_another_row_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = FlatModel(*SMALL_MODEL)
+    updates_RP = solvers.honest_rows(loss, 11, seed=0)
+    monkeypatch.setattr(accuracy, "float32_error", lambda updates, loss, steps: 1e-5 if steps <= 4 else 1e-3)
+    rows = accuracy.measure_case(updates_RP, loss, "none", torch.zeros(loss.num_params))
+    assert [(row["steps"], row["float32"]) for row in rows] == [(20, 1e-3), (4, 1e-5)]
+    assert rows[1]["bins"][8] < rows[0]["bins"][8]
+
+
+def test_8_bits_keep_each_blocks_largest_value() -> None:
+    updates_RP = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    rounded_RP = accuracy.in_8_bits(updates_RP)
+    for part, rounded in zip(updates_RP.split(128, 1), rounded_RP.split(128, 1), strict=True):
+        largest = part.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(rounded.abs().amax(1, keepdim=True), largest)
+        assert ((rounded - part).abs() <= largest / 254 * 1.001).all()
+
+
+def test_costs_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(costs, "NUM_PARAMS", 2000)
+    assert costs.main() == 0
+    assert capsys.readouterr().out.count("ns a column") == 4
+
+
+def test_rates_of_many_clients_are_printed(small: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    problem = small.problem()
+    monkeypatch.setattr(many_clients, "mnist_updates", lambda *_: (problem.updates, problem.model.loss))
+    monkeypatch.setattr(many_clients, "CASES", ("none", "sign-flip"))
+    monkeypatch.setattr(many_clients, "DIVISORS", (1, 1e9))
+    assert many_clients.main(["--clients", "30"]) == 0
+    printed = capsys.readouterr().out
+    assert "none" in printed
+    assert "0.00 / 1.00" in printed, "with a learning rate near 0 nobody is found"
+
+
+def test_each_attack_changes_the_first_fifth_of_a_copy() -> None:
+    updates_RP = torch.randn(21, 50, generator=torch.Generator().manual_seed(0))
+    before = updates_RP.clone()
+    for case in real_updates.CASES:
+        changed_R = (real_updates.attacked(updates_RP, case) != updates_RP).any(1)
+        assert changed_R.tolist() == [case != "none"] * 4 + [False] * 17, case
+    assert torch.equal(updates_RP, before)
