@@ -108,13 +108,19 @@ def mask_step_kernel(
 def first_step(
     updates_RP: Tensor, logits_RP: Tensor, slope_P: Tensor, mean_P: Tensor, *, init: float, full_step: float
 ) -> tuple[Tensor, Tensor]:
-    return _launch_sums(updates_RP, None, logits_RP, slope_P, mean_P, init=init, full_step=full_step)
+    sums_2SP = _empty_sums(updates_RP)
+    _launch(updates_RP, None, logits_RP, slope_P, mean_P, sums_2SP, init=init, full_step=full_step)
+    gate_sum_P, weighted_sum_P = sums_2SP.sum(1).unbind(0)
+    return gate_sum_P, weighted_sum_P
 
 
 def next_step(
     updates_RP: Tensor, logits_RP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
-    return _launch_sums(updates_RP, logits_RP, logits_RP, slope_P, mean_P, init=0.0, full_step=full_step)
+    sums_2SP = _empty_sums(updates_RP)
+    _launch(updates_RP, logits_RP, logits_RP, slope_P, mean_P, sums_2SP, full_step=full_step)
+    gate_sum_P, weighted_sum_P = sums_2SP.sum(1).unbind(0)
+    return gate_sum_P, weighted_sum_P
 
 
 def last_step(
@@ -130,56 +136,9 @@ def last_step(
 ) -> Tensor:
     num_rows, num_params = updates_RP.shape
     bits = torch.empty(num_rows, -(-num_params // 8), dtype=torch.uint8, device=updates_RP.device)
-    _launch(
-        updates_RP,
-        logits_RP,
-        logits_out_RP,
-        slope_P,
-        mean_P,
-        None,
-        None,
-        bits,
-        num_splits=_num_splits(num_rows, num_params),
-        init=init,
-        full_step=full_step,
-        threshold=threshold,
-    )
+    training = {"init": init, "full_step": full_step, "threshold": threshold}
+    _launch(updates_RP, logits_RP, logits_out_RP, slope_P, mean_P, bits, **training)
     return bits
-
-
-def _launch_sums(
-    updates_RP: Tensor,
-    logits_in_RP: Tensor | None,
-    logits_out_RP: Tensor,
-    slope_P: Tensor,
-    mean_P: Tensor,
-    *,
-    init: float,
-    full_step: float,
-) -> tuple[Tensor, Tensor]:
-    num_rows, num_params = updates_RP.shape
-    num_splits = _num_splits(num_rows, num_params)
-    # Both begin at multiples of 16 bytes, whatever the number of splits. Otherwise Triton would
-    # compile again.
-    num_sums = num_splits * num_params
-    sums_2SP = torch.empty(2, -(-num_sums // 4) * 4, dtype=torch.float32, device=updates_RP.device)[:, :num_sums]
-    sums_2SP = sums_2SP.view(2, num_splits, num_params)
-    _launch(
-        updates_RP,
-        logits_in_RP,
-        logits_out_RP,
-        slope_P,
-        mean_P,
-        sums_2SP[0],
-        sums_2SP[1],
-        None,
-        num_splits=num_splits,
-        init=init,
-        full_step=full_step,
-        threshold=0.0,
-    )
-    gate_sum_P, weighted_sum_P = sums_2SP.sum(1).unbind(0)
-    return gate_sum_P, weighted_sum_P
 
 
 def _num_splits(num_rows: int, num_params: int) -> int:
@@ -188,30 +147,42 @@ def _num_splits(num_rows: int, num_params: int) -> int:
     return max(1, min(wanted, triton.cdiv(num_rows, 8 * BLOCK_R)))
 
 
+def _empty_sums(updates_RP: Tensor) -> Tensor:
+    """Room for both sums of each share of the rows, ``(2, splits, P)`` float32."""
+    num_rows, num_params = updates_RP.shape
+    num_splits = _num_splits(num_rows, num_params)
+    # Both begin at multiples of 16 bytes, whatever the number of splits. Otherwise Triton would
+    # compile again.
+    num_sums = num_splits * num_params
+    sums_2SP = torch.empty(2, -(-num_sums // 4) * 4, dtype=torch.float32, device=updates_RP.device)[:, :num_sums]
+    return sums_2SP.view(2, num_splits, num_params)
+
+
 def _launch(
     updates_RP: Tensor,
     logits_in_RP: Tensor | None,
     logits_out_RP: Tensor | None,
     slope_P: Tensor,
     mean_P: Tensor,
-    gate_sum_SP: Tensor | None,
-    weighted_sum_SP: Tensor | None,
-    bits: Tensor | None,
+    out: Tensor,
     *,
-    num_splits: int,
-    init: float,
     full_step: float,
-    threshold: float,
+    init: float = 0.0,
+    threshold: float = 0.0,
 ) -> None:
+    """One launch. ``out`` is what it writes beside logits: both sums, or the bits (uint8)."""
     num_rows, num_params = updates_RP.shape
     vec = vector_elements(num_params, updates_RP, logits_in_RP, logits_out_RP)
+    num_splits = _num_splits(num_rows, num_params)
     rows_per_split = triton.cdiv(triton.cdiv(num_rows, num_splits), BLOCK_R) * BLOCK_R
     grid = (triton.cdiv(num_params, BLOCK_P), triton.cdiv(num_rows, rows_per_split))
-    if gate_sum_SP is not None and weighted_sum_SP is not None and grid[1] < num_splits:
-        gate_sum_SP[grid[1] :].zero_()
-        weighted_sum_SP[grid[1] :].zero_()
     # A pointer that the compiled variant never touches.
     unused = slope_P
+    emit_bits = out.dtype == torch.uint8
+    gate_sum, weighted_sum, bits = (unused, unused, out) if emit_bits else (out[0], out[1], unused)
+    if not emit_bits and grid[1] < num_splits:
+        gate_sum[grid[1] :].zero_()
+        weighted_sum[grid[1] :].zero_()
     with on_device_of(updates_RP):
         mask_step_kernel[grid](
             updates_RP,
@@ -219,9 +190,9 @@ def _launch(
             unused if logits_out_RP is None else logits_out_RP,
             slope_P,
             mean_P,
-            unused if gate_sum_SP is None else gate_sum_SP,
-            unused if weighted_sum_SP is None else weighted_sum_SP,
-            unused if bits is None else bits,
+            gate_sum,
+            weighted_sum,
+            bits,
             num_rows,
             rows_per_split,
             num_params // vec,
@@ -235,7 +206,7 @@ def _launch(
             VEC=vec,
             READ_LOGITS=logits_in_RP is not None,
             WRITE_LOGITS=logits_out_RP is not None,
-            EMIT_BITS=bits is not None,
+            EMIT_BITS=emit_bits,
             BLOCK_R=BLOCK_R,
             BLOCK_P=BLOCK_P,
             **launch_options(NUM_WARPS),
