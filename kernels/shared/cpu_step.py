@@ -108,9 +108,7 @@ def move_reference(updates, at, logits, start, slopes, means, column, full_step,
 
 
 @vector_code(types.void)
-def move_and_add(
-    builder, updates, at, counts, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step
-):  # fmt: skip
+def move_and_add(builder, updates, at, counts, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step):
     """As ``move``, in place, and add to both sums of each column what the logits contribute.
 
     ``counts``: None where a logit is a row's, uint16 where it is a bin's of ``counts[to:]`` rows.
