@@ -58,17 +58,17 @@ def starts(columns: list[Tensor], in_N: Tensor) -> Tensor:
     return torch.stack(found) * in_N
 
 
-def em(white_FN: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
+def em(white_FN: Tensor, used_SF: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
     """Two normals with a common covariance: who is more likely of the far one, ``(S, N)`` bool.
 
-    The EM of McLachlan & Peel, Finite Mixture Models, 3.3, by a fixed number of steps. Among white witnesses T is the unit
-    matrix, hence W^-1 d = d / (1 - p q |d|^2).
+    The EM of McLachlan & Peel, Finite Mixture Models, 3.3, by a fixed number of steps, of each cut among the witnesses that
+    ``used_SF``, bool, names for it. Among white witnesses T is the unit matrix, hence W^-1 d = d / (1 - p q |d|^2).
     """
     for _ in range(STEPS):
         p_S = shares(far_SN, in_N).clamp(_TINY, 1 - _TINY)
         q_S = 1 - p_S
         # p times the far mean, which is -q times the near one
-        moment_SF = (far_SN * in_N) @ white_FN.T / in_N.sum()
+        moment_SF = used_SF * ((far_SN * in_N) @ white_FN.T) / in_N.sum()
         difference_SF = moment_SF / (p_S * q_S)[:, None]
         left_S = (1 - (moment_SF * difference_SF).sum(1)).clamp_min(LEAST_LEFT)
         middle_SF = moment_SF * ((1 / p_S - 1 / q_S) / 2)[:, None]
@@ -82,8 +82,8 @@ def shares(far_SN: Tensor, in_N: Tensor) -> Tensor:
     return (far_SN * in_N).sum(1) / in_N.sum()
 
 
-def nats(far_SN: Tensor, white_FN: Tensor, in_N: Tensor) -> Tensor:
-    """What each cut explains beyond chance, ``(S,)``; 0 where a side is empty.
+def nats(far_SN: Tensor, white_FN: Tensor, used_SF: Tensor, in_N: Tensor) -> Tensor:
+    """What each cut explains of the witnesses that it uses beyond chance, ``(S,)``; 0 where a side is empty.
 
     It is -log of a probability: (n - F - 1) / 2 log(1 - R^2) is the log-probability, exact for F = 2 and close to it otherwise,
     that a given cut of n normal clients leaves as little as 1 - R^2 (the F test of Hotelling's T^2), and log(n over np) counts
@@ -91,11 +91,11 @@ def nats(far_SN: Tensor, white_FN: Tensor, in_N: Tensor) -> Tensor:
     """
     num = in_N.sum()
     p_S = shares(far_SN, in_N)
-    moment_SF = (far_SN * in_N) @ white_FN.T / num
+    moment_SF = used_SF * ((far_SN * in_N) @ white_FN.T) / num
     left_S = (1 - moment_SF.square().sum(1) / (p_S * (1 - p_S)).clamp_min(_TINY)).clamp_min(LEAST_LEFT)
-    freedom = (num - len(white_FN) - 1).clamp_min(0.0)
+    freedom_S = (num - used_SF.sum(1) - 1).clamp_min(0.0)
     num_cuts_S = torch.lgamma(num + 1) - torch.lgamma(num * p_S + 1) - torch.lgamma(num * (1 - p_S) + 1)
-    return (-freedom / 2 * left_S.log() - num_cuts_S).masked_fill((p_S <= 0) | (p_S >= 1), 0.0)
+    return (-freedom_S / 2 * left_S.log() - num_cuts_S).masked_fill((p_S <= 0) | (p_S >= 1), 0.0)
 
 
 def effect(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:

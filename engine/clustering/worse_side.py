@@ -63,31 +63,38 @@ class Cut:
 
 
 def worse_side(distances: Distances, scores_N2: Tensor, witnesses: Witnesses, among_N: Tensor, factor: float) -> Cut:
-    """The cut that explains most of those whose far side is to go; it must explain ``factor`` times what suffices else."""
+    """The cut that explains most of those whose far side is to go; it must explain ``factor`` times what suffices else.
+
+    The first of these that finds one decides: cuts by the side's witnesses and the first component, by those witnesses alone,
+    by the first of them alone, and by all; then the same for a minority that opposes the root direction, which must explain
+    less; then a minority whose masks lie apart.
+    """
     in_N = among_N.to(torch.float64)
     signs = [standard(witness, in_N) for witness in (witnesses.agreement, witnesses.keep_share) if witness is not None]
     first_N, second_N = scores_N2.T
-    far_SN = starts([*signs, sum(signs[1:], signs[0]), first_N, -first_N, second_N, -second_N], in_N)
-    white_FN = white([*signs, first_N, second_N], in_N)
-
-    least = factor * (NATS + NATS_A_CLIENT * len(in_N))
-    least_opposed = factor * (OPPOSED_NATS + OPPOSED_NATS_A_CLIENT * len(in_N))
-    wide, opposed, lone = [], [], []
+    by_signs_SN = starts([*signs, sum(signs[1:], signs[0])], in_N)
+    by_any_SN = torch.cat([by_signs_SN, starts([first_N, -first_N, second_N, -second_N], in_N)])
     num = len(signs)
-    for num_used, times in ((num + 1, 1.0), (num, 1.0), (1, 1.0), (num + 2, SECOND_DIRECTION)):
-        split_SN = em(white_FN[:num_used], far_SN, in_N)
-        # either side may be the worse one
-        sides = _Sides.measured(torch.cat([split_SN, ~split_SN]) & among_N, distances, witnesses, in_N)
-        nats_S = nats(sides.far_SN.to(torch.float64), white_FN[:num_used], in_N)
-        rarity_S = times * torch.where(sides.share_S < FEW, FEW_FACTOR, 1.0)
-        counts_S = (nats_S > rarity_S * least) & sides.may_go_S
-        if num_used > num:
-            counts_S = counts_S & (sides.apart_S > AT_ALL_APART)
-        wide.append(sides.best(nats_S, counts_S))
-        opposed.append(sides.best(nats_S, (nats_S > rarity_S * least_opposed) & sides.opposed_S))
-        lone.append(sides.best(sides.apart_S, sides.minority_apart(factor * FAR_APART)))
-    best = wide[0]
-    for cut in (*wide[1:], *opposed, lone[0]):
+    plan = [(num + 1, by_any_SN), (num, by_signs_SN), (1, by_signs_SN), (num + 2, by_any_SN)]
+
+    white_FN = white([*signs, first_N, second_N], in_N)
+    witness_F = torch.arange(num + 2, device=in_N.device)
+    used_SF = torch.cat([(witness_F < number).expand(len(start_SN), -1) for number, start_SN in plan])
+    split_SN = em(white_FN, used_SF, torch.cat([start_SN for _, start_SN in plan]), in_N)
+    # either side may be the worse one
+    sides = _Sides.measured(torch.cat([split_SN, ~split_SN]) & among_N, distances, witnesses, in_N)
+    used_SF = torch.cat([used_SF, used_SF])
+    used_S = used_SF.sum(1)
+    nats_S = nats(sides.far_SN.to(torch.float64), white_FN, used_SF, in_N)
+
+    least_S = factor * torch.where(sides.share_S < FEW, FEW_FACTOR, 1.0)
+    least_S = least_S * torch.where(used_S == num + 2, SECOND_DIRECTION, 1.0)
+    apart_enough_S = (used_S <= num) | (sides.apart_S > AT_ALL_APART)
+    wide_S = (nats_S > least_S * (NATS + NATS_A_CLIENT * len(in_N))) & sides.may_go_S & apart_enough_S
+    opposed_S = (nats_S > least_S * (OPPOSED_NATS + OPPOSED_NATS_A_CLIENT * len(in_N))) & sides.opposed_S
+    cuts = [sides.best(nats_S, counts_S & (used_S == number)) for counts_S in (wide_S, opposed_S) for number, _ in plan]
+    best = cuts[0]
+    for cut in (*cuts[1:], sides.best(sides.apart_S, sides.minority_apart(factor * FAR_APART))):
         best = _either(best.found, best, cut)
     return best
 

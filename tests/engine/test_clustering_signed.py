@@ -238,7 +238,7 @@ def test_a_cut_explains_what_numpy_says(generator: torch.Generator) -> None:
     x[:, far] -= torch.tensor([[2.0], [1.0], [0.0]], dtype=torch.float64)
     white = cut_statistics.white(list(x), torch.ones(50, dtype=torch.float64))
     torch.testing.assert_close(white @ white.T / 50, torch.eye(3, dtype=torch.float64))
-    nats = cut_statistics.nats(far[None].double(), white, torch.ones(50, dtype=torch.float64))
+    nats = cut_statistics.nats(far[None].double(), white, torch.ones(1, 3), torch.ones(50, dtype=torch.float64))
     a, b = x[:, far].numpy(), x[:, ~far].numpy()
     within = (np.cov(a, bias=True) * 12 + np.cov(b, bias=True) * 38) / 50
     gain = np.linalg.slogdet(np.cov(x.numpy(), bias=True))[1] - np.linalg.slogdet(within)[1]
@@ -264,7 +264,7 @@ def test_em_is_that_of_two_normals_with_one_covariance(generator: torch.Generato
         offsets = [x.numpy() - mean[:, None] for mean in means]
         squares = [np.einsum("fn,fg,gn->n", offset, inverse, offset) for offset in offsets]
         member = 1 / (1 + (1 - p) / p * np.exp((squares[0] - squares[1]) / 2))
-    assert cut_statistics.em(white, start, in_all)[0].tolist() == (member > 0.5).tolist()
+    assert cut_statistics.em(white, torch.ones(1, 2), start, in_all)[0].tolist() == (member > 0.5).tolist()
 
 
 @pytest.mark.parametrize("seed", range(3))
