@@ -16,6 +16,8 @@ the roots of their eigenvalues are the PCA scores. Three rules:
 | ``config.py`` | ``Clustering``: which rule, which library |
 | ``verdict.py`` | ``cluster_masks``, ``cluster_distances``, ``ClusteredMasks``: checks, the rule, the one look from the host |
 | ``two_stage.py``, ``signed.py``, ``published.py`` | the rules |
+| ``worse_side.py``, ``cut_statistics.py`` | the signed rule's cut: which one counts; the formulas |
+| ``witnesses.py``, ``among.py``, ``by_root.py`` | the signed rule: what it sees, some clients only, no witness |
 | ``ruling.py`` | what a rule hands over, and the separation of two sides |
 | ``spectrum.py``, ``k_means.py`` | principal scores; Lloyd's algorithm. The mixtures and the tree are in ``kernels/`` |
 | ``backends.py``, ``sklearn.py``, ``cuml.py`` | who computes scores, means and mixtures |

@@ -43,7 +43,7 @@ def signed_by_root(distances: Distances, alignment_N: Tensor | None, copy_N: Ten
     kept_N = ~copy_N & (cut_N | many)
     scattered_N, gap = scattered(path_maxima(distances.stored, kept_N, distances.unit), kept_N, smallest)
     facts = {**facts, "copies": copy_N.sum(), "many": many, "scattered": scattered_N.sum(), "gap": gap}
-    return Ruling(kept_N & ~scattered_N, apart, _reason, facts, settled)
+    return Ruling(kept_N & ~scattered_N, apart, _reason, facts, sure=settled)
 
 
 def _reason(facts: Facts) -> str:

@@ -24,6 +24,7 @@ class Ruling:
         benign_N: ``(N,)`` bool.
         separation: ``()`` float64, of the two sides.
         facts: the ``()`` tensors that the sentence needs.
+        figures: what the rule saw of each client, by name, ``(N,)`` float64 each; empty if it saw nothing but masks.
         reason: makes the sentence, once the facts and the separation are numbers on the host.
         sure: whether all iterations settled.
     """
@@ -32,6 +33,7 @@ class Ruling:
     separation: Tensor
     reason: Callable[[Facts], str]
     facts: dict[str, Tensor] = field(default_factory=dict)
+    figures: dict[str, Tensor] = field(default_factory=dict)
     sure: Tensor | bool = True
 
 

@@ -34,6 +34,8 @@ __all__ = ["signed"]
 
 # What is left after a cut is cut again only if the second cut explains more by this factor.
 SECOND_CUT = 2.0
+# The witnesses in a reader's words. The agreement is the cosine times the length of the root direction.
+KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
 
 
 def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruling:
@@ -56,7 +58,9 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
     bad_copy_N = copy_N & ~idle_N & _far_below(witnesses, kept_N)
     facts = {"copies": bad_copy_N.sum(), **_facts(witnesses, kept_N, once_N, cuts[0], cuts[1])}
     benign_N = kept_N | copy_N & ~bad_copy_N | idle_N
-    return Ruling(benign_N, separation(distances, benign_N), _reason, facts, sure)
+    named = {KEEP_SHARE: witnesses.keep_share, AGREEMENT: witnesses.agreement}
+    figures = {name: witness for name, witness in named.items() if witness is not None}
+    return Ruling(benign_N, separation(distances, benign_N), _reason, facts, figures, sure)
 
 
 def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ def _reason(facts: Facts) -> str:
     reasons = [copies_reason(facts)] if facts["copies"] else []
     if facts["cut off"]:
         by_keep = facts.get("keep z", 0.0) <= facts.get("agreement z", 0.0)
-        name, words = ("keep", "keep share") if by_keep else ("agreement", "agreement with the root direction")
+        name, words = ("keep", KEEP_SHARE) if by_keep else ("agreement", AGREEMENT)
         far, kept, spread = (facts[f"{name} {of}"] for of in ("far", "kept", "spread"))
         number, honest = int(facts["cut off"]), f"{kept:.2f} ± {spread:.2f}"
         reasons.append(f"{number} clients are a worse group: {words} {far:.2f} where kept clients have {honest}")

@@ -4,7 +4,7 @@ Shapes: N clients, R = N + 1 rows, the root's last.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -35,6 +35,7 @@ class ClusteredMasks:
         separation: squared distance of the two sides' centroids over their pooled variance (0 if there is one side).
         reason: one sentence: why these clients were rejected, or why nobody was.
         judged: False where everyone is kept because the masks could not be compared.
+        figures: what the rule saw of each client beside its mask, by name, ``(N,)`` float64 each, on the same device.
     """
 
     benign: Tensor
@@ -43,6 +44,29 @@ class ClusteredMasks:
     separation: float
     reason: str
     judged: bool = True
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def client_reasons(self) -> dict[int, str]:
+        """Why each rejected client was rejected, by its row: its own figures beside those of the kept clients.
+
+        The sentence on all, where the rule saw nothing but masks. This is when the figures are read from the device.
+
+        Example:
+            >>> import torch
+            >>> benign, shares = torch.tensor([False, True, True]), torch.tensor([0.25, 0.5, 0.75])
+            >>> ClusteredMasks(benign, 2, torch.zeros(4, 2), 1.0, "", figures={"keep share": shares}).client_reasons()
+            {0: 'keep share 0.25 where kept clients have 0.62 ± 0.12'}
+        """
+        rejected = (~self.benign).nonzero().flatten().tolist()
+        if not self.figures or not rejected:
+            return dict.fromkeys(rejected, self.reason)
+        parts: dict[int, list[str]] = {client: [] for client in rejected}
+        for name, values_N in self.figures.items():
+            kept = values_N[self.benign].double()
+            mean, spread, *values = torch.cat([torch.stack([kept.mean(), kept.std(correction=0)]), values_N.double()]).tolist()
+            for client in rejected:
+                parts[client].append(f"{name} {values[client]:.2g} where kept clients have {mean:.2g} ± {spread:.2g}")
+        return {client: ", ".join(each) for client, each in parts.items()}
 
     def __repr__(self) -> str:
         kept = f"{int(self.benign.sum())} of {len(self.benign)} clients benign, {self.num_clusters} clusters"
@@ -166,7 +190,9 @@ def _judge(
     num_clusters = 1 if facts["keeps all"] else 2
     # where the root's mask lies apart from all, only outliers and copies can be told
     judged = num_clusters == 2 or not facts.get("root alone", False)
-    return ClusteredMasks(ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts), judged)
+    return ClusteredMasks(
+        ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts), judged, ruling.figures
+    )
 
 
 def _on_host(facts: Mapping[str, Tensor | bool]) -> Facts:

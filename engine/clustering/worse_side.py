@@ -28,7 +28,7 @@ from skymask_gpu.engine.distances import Distances
 __all__ = ["Cut", "worse_side"]
 
 # The nats that a cut must explain: a fixed number, and this number per client.
-NATS, NATS_A_CLIENT = 4.5, 0.2
+NATS, NATS_A_CLIENT = 5.5, 0.2
 # A far side below this share of the clients must explain more by this factor, since a few odd clients are no rarity.
 FEW, FEW_FACTOR = 0.12, 1.3
 # A cut that needs the second component too must explain more by this factor, since honest label groups lie apart in it.

@@ -259,7 +259,8 @@ def _average(this: _Round, screened: Screened, masks: TrainedMasks, verdict: _Ve
         raise ValueError("updates: some became NaN or Inf after they were first read; read the same in every pass")
     benign_N = torch.zeros(clients.num_clients, dtype=torch.bool, device=benign_K.device)
     benign_N[clients.numbers[benign_K]] = True
-    by_mask = dict.fromkeys(clients.numbers[~benign_K].tolist(), verdict.clusters.reason)
+    numbers = clients.numbers.tolist()
+    by_mask = {numbers[row]: reason for row, reason in verdict.clusters.client_reasons().items()}
     return Aggregation(
         update=update_P,
         benign=benign_N,

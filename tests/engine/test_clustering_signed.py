@@ -3,15 +3,13 @@
 The stored sets are judged once for all tests of a worker; each promise of the rule is a test of its own.
 """
 
-import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances
 from skymask_gpu.engine.clustering import cut_statistics
@@ -19,71 +17,9 @@ from skymask_gpu.engine.clustering.among import others_at_the_centroid, scores_a
 from skymask_gpu.engine.clustering.backends import dense_backend
 from skymask_gpu.engine.clustering.spectrum import dense_principal_scores
 from skymask_gpu.engine.distances import Distances
+from tests.stored_masks import MILD, MaskSet, stored_sets
 
 SIGNED = Clustering(rule="signed")
-# Attacks that do little damage at these sizes.
-MILD = ("lie", "lie-backdoor", "scaling", "sparse-minmax", "sparse-sign")
-
-
-@dataclass(frozen=True)
-class MaskSet:
-    """A stored set of masks; attackers first, then honest clients, the root last."""
-
-    attack: str
-    distances: Tensor
-    malicious: int
-    alignment: Tensor | None
-    keep_share: Tensor | None = None
-    norms: Tensor | None = None
-
-    def judge(self) -> ClusteredMasks:
-        return cluster_distances(
-            self.distances, alignment=self.alignment, keep_share=self.keep_share, norms=self.norms, config=SIGNED
-        )
-
-    def rates(self, benign: Tensor) -> tuple[float, float]:
-        """The shares of honest clients rejected and of attackers kept."""
-        attackers, honest = benign[: self.malicious], benign[self.malicious :]
-        return 1 - honest.double().mean().item(), attackers.double().mean().item() if self.malicious else 0.0
-
-    def with_copy(self, of: int, at: int) -> "MaskSet":
-        """Client ``at`` sends what client ``of`` does."""
-        distances = self.distances.clone()
-        distances[at], distances[:, at] = self.distances[of], self.distances[:, of]
-        distances[at, at] = distances[at, of] = distances[of, at] = 0
-
-        def copied(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.index_copy(0, torch.tensor([at]), values[of : of + 1])
-
-        return replace(
-            self,
-            distances=distances,
-            alignment=copied(self.alignment),
-            keep_share=copied(self.keep_share),
-            norms=copied(self.norms),
-        )
-
-
-def stored_sets(folder: Path, name: str) -> dict[str, MaskSet]:
-    if not (folder / f"{name}.npz").exists():
-        pytest.skip(f"no mask matrices: {folder} has no {name}.npz")
-    sets = {}
-    with np.load(folder / f"{name}.npz") as arrays:
-        for key, fact in json.loads((folder / f"{name}.json").read_text()).items():
-            counts = np.zeros((fact["clients"] + 1,) * 2)
-            counts[np.triu_indices(len(counts), 1)] = arrays[key]
-            more = {}
-            if f"keep/{key}" in arrays:
-                more["keep_share"] = torch.from_numpy(arrays[f"keep/{key}"] / fact["varying"])
-                more["norms"] = torch.from_numpy(arrays[f"norm/{key}"]).double()
-            sets[key] = MaskSet(
-                attack=fact.get("attack", key.split("_")[0]),
-                distances=torch.from_numpy((counts + counts.T) / fact.get("params", 139_960)),
-                malicious=fact["malicious"],
-                alignment=torch.from_numpy(arrays[f"align/{key}"]).double(),
-                **more,
-            )
-    return sets
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +115,7 @@ def test_the_side_does_not_hang_on_the_root_row(recipes: dict[str, MaskSet], jud
         torch.testing.assert_close(with_root, without, rtol=0, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("missing", ["alignment", "norms", "alignment and norms"])
+@pytest.mark.parametrize("missing", ["alignment", "norms", "alignment and norms", "keep_share"])
 def test_a_missing_witness_is_left_out(recipes: dict[str, MaskSet], missing: str) -> None:
     without = dict.fromkeys(missing.split(" and "))
     for name in ("epoch.label-flip.4", "noclip.label-flip-50.4", "few.trim.1"):
@@ -221,6 +157,22 @@ def test_a_single_attacker_is_found_where_no_witness_alone_tells(generator: torc
     assert (keep < keep[7]).any()
     assert (cosine < cosine[7]).any()
     assert verdict.benign.tolist() == [client != 7 for client in range(40)]
+
+
+def test_each_rejected_client_has_a_reason_with_its_own_figures(judged: dict[str, ClusteredMasks]) -> None:
+    for name in ("noclip.scaling-backdoor.9", "few.ipm2.4", "few.none.1"):
+        verdict = judged[name]
+        reasons = verdict.client_reasons()
+        assert list(reasons) == (~verdict.benign).nonzero().flatten().tolist(), name
+        shares = verdict.figures["keep share"]
+        kept = shares[verdict.benign]
+        for client, reason in reasons.items():
+            own, mean, spread = shares[client].item(), kept.mean().item(), kept.std(correction=0).item()
+            share = f"keep share {own:.2g} where kept clients have {mean:.2g} ± {spread:.2g}"
+            assert share in reason
+            assert "agreement with the root direction " in reason
+    without = cluster_distances(torch.ones(4, 4).fill_diagonal_(0), config=SIGNED)
+    assert without.client_reasons() == {}
 
 
 def test_the_reason_names_the_witness_and_its_figures(judged: dict[str, ClusteredMasks]) -> None:
@@ -313,6 +265,57 @@ def test_small_federations(num_clients: int) -> None:
         assert attacked.rates(attacked.judge().benign) == (0, 0), seed
         peaceful = few_clients(num_clients, 0, seed)
         assert peaceful.judge().benign.all(), seed
+
+
+def test_idle_clients_leave_the_others_judgement_unchanged() -> None:
+    """An update of zeros keeps all ones in its mask, and has a cosine of 0: an outlier in everything, that harms nobody."""
+    for seed in range(5):
+        masks = few_clients(20, 4, seed)
+        for idle in ((0, 1), (10, 11), (0, 1, 10, 11)):
+            chosen = torch.zeros(20, dtype=torch.bool).index_fill(0, torch.tensor(idle), True)
+            assert masks.alignment is not None
+            assert masks.keep_share is not None
+            distances = masks.distances.clone()
+            far = torch.where(torch.cat([chosen, torch.zeros(1, dtype=torch.bool)]), 0.0, 0.5).double()
+            for client in idle:
+                distances[client], distances[:, client] = far, far
+            zeros = replace(
+                masks,
+                distances=distances,
+                alignment=masks.alignment.masked_fill(chosen, 0.0),
+                keep_share=masks.keep_share[:-1].masked_fill(chosen, 1.0),
+                norms=(~chosen).double(),
+            )
+            benign = zeros.judge().benign
+            assert torch.equal(benign[~chosen], masks.judge().benign[~chosen])
+            assert benign[chosen].all()
+
+
+def test_a_better_minority_costs_nobody_anything() -> None:
+    """Six of 20 clients have a higher cosine and keep share: a clear cut, and its far side is a majority."""
+    for seed in range(10):
+        masks = few_clients(20, 0, seed)
+        better = (torch.arange(20) < 6).double()
+        assert masks.alignment is not None
+        assert masks.keep_share is not None
+        ahead = replace(masks, alignment=masks.alignment - 0.4 + 0.4 * better, keep_share=masks.keep_share[:-1] + 0.3 * better)
+        assert ahead.judge().benign.all(), seed
+
+
+def test_few_that_oppose_the_root_are_found_where_cosines_spread() -> None:
+    """Two of ten: as in late rounds of small models, where honest cosines spread as well."""
+    rng = np.random.default_rng(0)
+    spread = torch.from_numpy(0.12 * rng.normal(size=10))
+    masks = few_clients(10, 0, 0)
+    attacks = torch.arange(10) < 2
+    assert masks.keep_share is not None
+    opposed = replace(
+        masks,
+        malicious=2,
+        alignment=torch.where(attacks, -0.5, 0.5) + spread,
+        keep_share=masks.keep_share[:-1] - 0.03 * attacks,
+    )
+    assert opposed.rates(opposed.judge().benign) == (0, 0)
 
 
 def test_degenerate_sets_are_defined() -> None:

@@ -1,0 +1,72 @@
+"""The tables of docs/clustering.md that stored masks give: `pytest -m slow -s tests/engine/test_clustering_tables.py`."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from tests.stored_masks import MILD, MaskSet, stored_sets
+
+pytestmark = pytest.mark.slow
+
+Rule = Literal["two-stage", "signed"]
+RULES: tuple[Rule, ...] = ("two-stage", "signed")
+
+
+@pytest.fixture(scope="module")
+def harmful(data_dir: Path) -> dict[str, MaskSet]:
+    sets = stored_sets(data_dir / "masks", "recipes")
+    return {name: masks for name, masks in sets.items() if masks.malicious and masks.attack not in MILD}
+
+
+@pytest.fixture(scope="module")
+def older(data_dir: Path) -> dict[str, MaskSet]:
+    return stored_sets(data_dir / "masks", "hamming")
+
+
+def table(title: str, sets: Iterable[MaskSet], rule: Rule) -> tuple[int, int, float]:
+    """Prints one row; how many sets are exact, how many keep the wrong side, and the mean FPR."""
+    both = np.array([masks.rates(masks.judge(rule).benign) for masks in sets])
+    exact, near = (both.max(1) == 0).sum(), (both.max(1) <= 0.05).sum()
+    wrong = (both.min(1) > 0.5).sum()
+    rejected, kept = 100 * both.mean(0)
+    print(f"{title:36} {rule:10} {len(both):4} sets: {exact:4} exact, {near:4} within 5%, {wrong:2} wrong sides, ", end="")
+    print(f"FPR {rejected:.2f}%, FNR {kept:.1f}%")
+    return int(exact), int(wrong), float(rejected)
+
+
+def drawn(masks: MaskSet, number: int, rng: np.random.Generator) -> MaskSet:
+    return masks.of(torch.from_numpy(np.sort(rng.permutation(len(masks.distances) - 1)[:number])))
+
+
+def test_stored_sets_and_decoys(harmful: dict[str, MaskSet], older: dict[str, MaskSet]) -> None:
+    changes: dict[str, Callable[[MaskSet], MaskSet]] = {
+        "as stored": lambda masks: masks,
+        "an attacker copies another": lambda masks: masks.with_copy(of=0, at=1),
+        "an attacker replays an honest client": lambda masks: masks.with_copy(of=len(masks.distances) - 2, at=0),
+    }
+    for name, sets in (("recipes", harmful), ("older", older)):
+        for what, change in changes.items():
+            several = [change(masks) for masks in sets.values() if masks.malicious >= 2 or what == "as stored"]
+            counts = {rule: table(f"{name}, {what}", several, rule) for rule in RULES}
+            assert counts["signed"][0] >= counts["two-stage"][0]
+            assert counts["signed"][1] == 0
+            assert counts["signed"][2] <= 0.5 or "replays" in what  # the replay itself counts as an honest client's
+
+
+@pytest.mark.parametrize("number", [40, 20, 10])
+def test_some_of_the_clients_alone(harmful: dict[str, MaskSet], number: int) -> None:
+    rng = np.random.default_rng(7)
+    few = [drawn(masks, number, rng) for masks in harmful.values()]
+    attacked = [masks for masks in few if masks.malicious]
+    counts = {rule: table(f"{number} clients drawn, some attack", attacked, rule) for rule in RULES}
+    assert counts["signed"][0] >= counts["two-stage"][0]
+    assert counts["signed"][1] == 0
+    honest = [masks.of(torch.arange(masks.malicious, len(masks.distances) - 1)) for masks in harmful.values()]
+    alone = [drawn(masks, number, rng) for masks in honest if len(masks.distances) > number]
+    for rule in RULES:
+        rejected = table(f"{number} honest clients drawn", alone, rule)[2]
+        assert rule == "two-stage" or rejected <= 1
