@@ -28,7 +28,7 @@ from skymask_gpu.engine.distances import Distances
 __all__ = ["Cut", "worse_side"]
 
 # The nats that a cut must explain: a fixed number, and this number per client.
-NATS, NATS_A_CLIENT = 5.5, 0.2
+NATS, NATS_A_CLIENT = 5.0, 0.22
 # A far side below this share of the clients must explain more by this factor, since a few odd clients are no rarity.
 FEW, FEW_FACTOR = 0.12, 1.3
 # A cut that needs the second component too must explain more by this factor, since honest label groups lie apart in it.
@@ -37,8 +37,9 @@ SECOND_DIRECTION = 2.0
 AT_ALL_APART = 0.1
 # A far side is worse if the sum of its two z lies this far below 0.
 WORSE = 3.0
-# A minority with a lower cosine is also worse if the masks lie apart by this multiple of the variance within the sides.
-APART = 0.5
+# A far side is also worse if its masks lie apart by this multiple of the variance within the sides, and z of its cosine is below
+# the second number.
+APART, APART_Z = 0.5, -1.0
 # The far side's mean cosine must be below this share of the near side's.
 LESS_ALIGNED = 0.8
 # A majority goes only if its mean cosine is below this share of the minority's, and each z is below the second number.
@@ -125,7 +126,7 @@ class _Sides:
         share_S = shares(far_SN.to(torch.float64), in_N)
         minority_S = share_S <= 0.5
         z_S = keep_z_S if cosine_N is None else keep_z_S + agreement_z_S
-        worse_S = (z_S <= -WORSE) | ((apart_S > APART) & (agreement_z_S < 0))
+        worse_S = (z_S <= -WORSE) | ((apart_S > APART) & (agreement_z_S < APART_Z))
         may_go_S, opposed_S = worse_S & minority_S, torch.zeros_like(minority_S)
         if agreement_N is not None:
             far_S, near_S = means_of_sides(agreement_N, far_SN, in_N)
