@@ -37,8 +37,8 @@ SECOND_DIRECTION = 2.0
 AT_ALL_APART = 0.1
 # A far side is worse if the sum of its two z lies this far below 0.
 WORSE = 3.0
-# A far side is also worse if its masks lie apart by this multiple of the variance within the sides, and z of its cosine is below
-# the second number.
+# A far side is also worse if its masks lie apart by this multiple of the variance within the sides, and z of its cosine is
+# below the second number.
 APART, APART_Z = 0.5, -1.0
 # The far side's mean cosine must be below this share of the near side's.
 LESS_ALIGNED = 0.8

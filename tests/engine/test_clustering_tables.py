@@ -1,6 +1,7 @@
 """The tables of docs/clustering.md that stored masks give: `pytest -m slow -s tests/engine/test_clustering_tables.py`."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,13 +28,17 @@ def older(data_dir: Path) -> dict[str, MaskSet]:
     return stored_sets(data_dir / "masks", "hamming")
 
 
-def table(title: str, sets: Iterable[MaskSet], rule: Rule) -> tuple[int, int, float]:
-    """Prints one row; how many sets are exact, how many keep the wrong side, and the mean FPR."""
-    both = np.array([masks.rates(masks.judge(rule).benign) for masks in sets])
+def table(title: str, sets: Iterable[MaskSet], rule: Rule, skip: int = 0) -> tuple[int, int, float]:
+    """Prints one row; how many sets are exact, how many keep the wrong side, and the mean FPR.
+
+    The first ``skip`` clients are judged with the others, and not counted.
+    """
+    rates = [replace(masks, malicious=masks.malicious - skip).rates(masks.judge(rule).benign[skip:]) for masks in sets]
+    both = np.array(rates)
     exact, near = (both.max(1) == 0).sum(), (both.max(1) <= 0.05).sum()
     wrong = (both.min(1) > 0.5).sum()
     rejected, kept = 100 * both.mean(0)
-    print(f"{title:36} {rule:10} {len(both):4} sets: {exact:4} exact, {near:4} within 5%, {wrong:2} wrong sides, ", end="")
+    print(f"{title:46} {rule:10} {len(both):4} sets: {exact:4} exact, {near:4} within 5%, {wrong:2} wrong sides, ", end="")
     print(f"FPR {rejected:.2f}%, FNR {kept:.1f}%")
     return int(exact), int(wrong), float(rejected)
 
@@ -51,10 +56,12 @@ def test_stored_sets_and_decoys(harmful: dict[str, MaskSet], older: dict[str, Ma
     for name, sets in (("recipes", harmful), ("older", older)):
         for what, change in changes.items():
             several = [change(masks) for masks in sets.values() if masks.malicious >= 2 or what == "as stored"]
-            counts = {rule: table(f"{name}, {what}", several, rule) for rule in RULES}
+            # a replay is no worse than the update that it repeats
+            skip = int("replays" in what)
+            counts = {rule: table(f"{name}, {what}", several, rule, skip) for rule in RULES}
             assert counts["signed"][0] >= counts["two-stage"][0]
             assert counts["signed"][1] == 0
-            assert counts["signed"][2] <= 0.5 or "replays" in what  # the replay itself counts as an honest client's
+            assert counts["signed"][2] <= 0.5
 
 
 @pytest.mark.parametrize("number", [40, 20, 10])
