@@ -86,6 +86,11 @@ def _over_rows(loops: Loops) -> Loops:
     return [loop for loop in loops if len(loop["load_bytes"]) > 1]
 
 
+def _loading(loops: Loops) -> Loops:
+    """Those that load values; loops around them and reductions are left out."""
+    return [loop for loop in loops if loop["load_bytes"]]
+
+
 def _together(loops: Loops) -> Loops:
     """One loop over the columns; on sm_100 it holds others, which wait for the tensor cores."""
     counts = {count: sum(loop[count] for loop in loops) for count in ("instructions", "special")}
@@ -106,13 +111,13 @@ _HAMMING = Kernel(
     more_bytes=lambda rows, params: rows * params / 8 + 4 * rows**2,
     loops=_together,
 )
-_ON_ONE: Any = {"tile": lambda c: c["BLOCK_R"], "one_program": True, "loops": _over_rows}
+_ON_ONE: Any = {"tile": lambda c: c["BLOCK_R"], "one_program": True}
 
 
 def _mixture(row_bytes: int) -> Kernel:
     """A kernel that passes over its rows twice per step, and once more for the labels, which is left out."""
     bytes_of = lambda rows, params: rows * row_bytes  # noqa: E731
-    return Kernel(element="row and step", passages=lambda _: (0, 1, 1, 0), more_bytes=bytes_of, **_ON_ONE)
+    return Kernel(element="row and step", passages=lambda _: (0, 1, 1, 0), more_bytes=bytes_of, loops=_loading, **_ON_ONE)
 
 
 # How many elements a launch has, with R rows and P columns.
@@ -174,7 +179,9 @@ KERNELS = {
     "two_normals": _mixture(8 + 8 + 8),
     "gaussian_mixture": _mixture(2 * 8 + 8 + 8),
     # all rows are read one after the other, heights are written
-    "path_maxima": Kernel(element="pair of rows", rows_read=1, more_bytes=lambda rows, params: 8 * rows, **_ON_ONE),
+    "path_maxima": Kernel(
+        element="pair of rows", rows_read=1, more_bytes=lambda rows, params: 8 * rows, loops=_over_rows, **_ON_ONE
+    ),
     # with all rows chosen
     "chosen_mean": _streaming(1, 0, 4, "BLOCK_R"),
 }
