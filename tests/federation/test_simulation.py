@@ -104,7 +104,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path)
     """kill -9 at random moments: of starting, of a round, of writing."""
     config = dataclasses.replace(SMALL, rounds=120, checkpoint_every=2, local=LocalTraining(steps=2, batch_size=8))
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["skymask_gpu.federation.simulation", "skymask_gpu.federation.sweep"])
+    processes.set_forkserver_preload(["skymask_gpu.federation.playing", "skymask_gpu.federation.sweep", "sklearn.datasets"])
     _play(config.to_dict(), tmp_path / "whole")
     metrics, pause, lengths = tmp_path / "killed" / METRICS, random.Random(0), []
     for kill in range(20):
