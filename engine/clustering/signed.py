@@ -32,7 +32,8 @@ from skymask_gpu.engine.distances import Distances
 
 __all__ = ["signed"]
 
-# What is left after a cut is cut again only if the second cut explains more by this factor.
+# What is left after a cut is cut again only if the second cut explains more by this factor (2 to 3; at 1.3, 148 of 153 stored
+# sets with harmful attacks come out within 5% instead of 149).
 SECOND_CUT = 2.0
 # The witnesses in a reader's words. The agreement is the cosine times the length of the root direction.
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
