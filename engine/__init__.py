@@ -15,7 +15,9 @@ The engine knows models and losses, but neither clients' data nor attacks.
 | ``sharding.py`` | columns divided among the ranks of ``torch.distributed`` |
 | ``step_loop.py`` | mask steps that a GPU replays from a CUDA graph |
 | ``numerics.py`` | TF32 and deterministic convolutions, switched for the time of a call |
-| ``memory.py``, ``peak_memory.py``, ``profiling.py`` | smaller blocks when memory runs out; what is measured |
+| ``memory.py`` | smaller blocks when memory runs out |
+| ``peak_memory.py``, ``profiling.py`` | the peak of memory, and the time and traffic of each phase
+|
 | ``registry.py`` | ``Registry``: things by name, registered in the file that defines them |
 """
 

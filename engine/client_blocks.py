@@ -1,4 +1,8 @@
-"""``ClientBlocks``: rows of updates that come in blocks and are read as often as needed, so that disk limits N, not memory."""
+"""``ClientBlocks``: rows of updates that are read block by block, as often as needed.
+
+Rows that stay on disk are never in memory all at once. The number of clients is then limited by the
+disk, not by memory.
+"""
 
 import bisect
 import itertools
@@ -15,27 +19,30 @@ from skymask_gpu.engine.profiling import phase
 
 __all__ = ["ClientBlocks"]
 
-# A file's rows are handed out so many bytes at a time.
+# The rows of a file are handed out in blocks of about this many bytes (64 MiB).
 _BLOCK_BYTES = 2**26
 
 
 class ClientBlocks:
-    """Updates of many clients, block by block: iterate over it for ``(n, P)`` tensors, as often as needed.
+    """The updates of many clients, in blocks of rows.
+
+    Iterating over it gives one ``(n, P)`` tensor after the other, as often as needed.
 
     Args:
-        blocks: a list of ``(n, P)`` tensors, float32 or bfloat16, all of one dtype and device, of any strides; see
-            :meth:`from_folder` for rows that stay on disk.
+        blocks: a list of ``(n, P)`` tensors in float32 or bfloat16, of any strides, all with the
+            same P, dtype and device. :meth:`from_folder` is for rows that stay on disk.
 
     Attributes:
         sizes: the number of rows of each block.
         num_params: P.
-        dtype: of the updates.
+        dtype: the dtype of the updates.
         device: where the blocks are.
-        in_memory: whether reading a block costs nothing.
+        in_memory: whether all blocks are in memory already, so that reading one costs nothing.
 
     Raises:
-        ValueError: there is no row, or the blocks do not fit together; later, where a block that is read anew is not what it
-            was announced as, by its number and file.
+        ValueError: there is no row, or the blocks do not fit together. Later, a block that is read
+            anew has another shape, dtype or device than was announced; the error names its number
+            and its file.
 
     Example:
         >>> blocks = ClientBlocks([torch.zeros(3, 5), torch.ones(2, 5)])
@@ -66,29 +73,55 @@ class ClientBlocks:
         device: torch.device | str = "cpu",
         names: Sequence[str] | None = None,
     ) -> Self:
-        """Blocks that ``read(b)`` makes, ``(sizes[b], num_params)`` each, anew whenever they are needed.
+        """Blocks that a function reads or computes each time they are needed.
 
         Args:
-            names: what errors call each block, beside its number: its file, say.
+            sizes: the number of rows of each block.
+            num_params: P.
+            dtype: the dtype of the blocks.
+            read: ``read(b)`` gives block b, ``(sizes[b], num_params)``, the same values every time.
+            device: where the blocks are.
+            names: what errors call each block, beside its number; for instance its file.
 
         Raises:
             ValueError: there is no row.
+
+        Example:
+            >>> def read(number):
+            ...     return torch.full((2, 3), float(number))
+            >>> blocks = ClientBlocks.from_reader([2, 2], 3, torch.float32, read)
+            >>> [block[0].tolist() for block in blocks]
+            [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
         """
         if not sizes or min(sizes) < 1 or num_params < 1:
             raise ValueError(f"sizes and num_params must be at least 1, got {list(sizes)} rows of {num_params} parameters")
         blocks = cls.__new__(cls)
         blocks._read_unchecked, blocks._names, blocks.sizes = read, names, tuple(sizes)
-        # "cuda" is the device that is current now, as tensors there say it: "cuda:0"
+        # "cuda" means the GPU that is current now, but a tensor there says "cuda:0". An empty
+        # tensor tells the full name, so that comparing a block's device with this one works.
         blocks.num_params, blocks.dtype, blocks.device = num_params, dtype, torch.empty(0, device=device).device
         blocks.in_memory = False
         return blocks
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Self:
-        """The safetensors files of a folder in the order of their names, each with one ``(n, P)`` tensor, memory-mapped.
+        """The safetensors files of a folder, memory-mapped, in the order of their names.
+
+        Each file holds one ``(n, P)`` tensor.
 
         Raises:
-            ValueError: no such file, or one that is not readable, or that does not fit the others; later, one that changed.
+            ValueError: the folder has no such file, or a file cannot be read or does not fit the
+                others. Later, a file has changed since it was first read.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from safetensors.torch import save_file
+            >>> with TemporaryDirectory() as folder:
+            ...     save_file({"updates": torch.ones(3, 5)}, f"{folder}/0000.safetensors")
+            ...     save_file({"updates": torch.ones(2, 5)}, f"{folder}/0001.safetensors")
+            ...     blocks = ClientBlocks.from_folder(folder)
+            ...     print(len(blocks), blocks.num_params, blocks.in_memory)
+            5 5 False
         """
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
@@ -129,11 +162,14 @@ class ClientBlocks:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all rows, wherever they are."""
+        """The number of bytes of all rows, in memory or on disk."""
         return len(self) * self.num_params * self.dtype.itemsize
 
     def _read(self, number: int) -> Tensor:
-        """A block, once it is known to be what was announced: compiled code that checks no bounds works on it."""
+        """Read a block and check that it has the shape, dtype and device that were announced.
+
+        Compiled code works on it that checks no bounds, so a wrong shape would corrupt memory.
+        """
         block = self._read_unchecked(number)
         wanted = (self.sizes[number], self.num_params)
         if not _is_dense(block) or (tuple(block.shape), block.dtype, block.device) != (wanted, self.dtype, self.device):
@@ -149,7 +185,10 @@ class ClientBlocks:
             yield self._read(number)
 
     def each(self, wanted: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """The rows with these ascending numbers, ``(P,)`` each, with their numbers; a block is read once."""
+        """Yield ``(number, row)`` for the rows with these ascending numbers; a row is ``(P,)``.
+
+        Each block that holds one of them is read once.
+        """
         ends = list(itertools.accumulate(self.sizes))
         for number, group in itertools.groupby(wanted, key=lambda row: bisect.bisect_right(ends, row)):
             block = self._read(number)
@@ -157,7 +196,7 @@ class ClientBlocks:
                 yield row, block[row - (ends[number] - self.sizes[number])]
 
     def select(self, keep_N: Tensor) -> "ClientBlocks":
-        """Only the rows where ``keep_N``, ``(N,)`` bool, of which at least one is set."""
+        """Only the rows where ``keep_N``, ``(N,)`` bool, is True; at least one must be."""
         keeps = keep_N.split(self.sizes)
         numbers = [number for number, keep in enumerate(keeps) if keep.any()]
         if self.in_memory:
@@ -171,7 +210,7 @@ class ClientBlocks:
         return self.from_reader(sizes, self.num_params, self.dtype, read_kept, self.device)
 
     def to(self, device: torch.device | str) -> "ClientBlocks":
-        """The same rows on another device; those on disk are moved when they are read."""
+        """The same rows on another device; rows on disk are moved when they are read."""
         device = torch.empty(0, device=device).device
         if device == self.device:
             return self
@@ -181,7 +220,7 @@ class ClientBlocks:
         return self.from_reader(self.sizes, self.num_params, self.dtype, lambda number: read(number).to(device), device)
 
     def minus(self, row_P: Tensor) -> "ClientBlocks":
-        """Every row less this one, float32; those on disk are subtracted from when they are read."""
+        """Each row minus ``row_P``, in float32; rows on disk are changed when they are read."""
         row_P = row_P.to(self.device, torch.float32)
         if self.in_memory:
             return ClientBlocks([block.float() - row_P for block in self])
@@ -191,7 +230,7 @@ class ClientBlocks:
         )
 
     def with_last(self, row_P: Tensor) -> "ClientBlocks":
-        """These rows and one more."""
+        """These rows, and ``row_P`` as one more at the end."""
         last_1P = row_P[None].to(self.device, self.dtype)
         if self.in_memory:
             return ClientBlocks([*self, last_1P])
@@ -203,7 +242,10 @@ class ClientBlocks:
         return self.from_reader([*self.sizes, 1], self.num_params, self.dtype, read_or_last, self.device)
 
     def stack(self) -> Tensor:
-        """All rows in one ``(N, P)`` tensor in memory, its row stride a multiple of 8 so that kernels can load 16 bytes."""
+        """All rows in one ``(N, P)`` tensor in memory.
+
+        Its row stride is a multiple of 8, so that kernels can load 16 bytes at once.
+        """
         if self.in_memory and len(self.sizes) == 1:
             return self._read(0)
         with phase("collect", 2 * self.nbytes):
@@ -221,7 +263,7 @@ def _is_dense(block: object) -> bool:
 
 
 def _form(block: object) -> str:
-    """What errors say of something that was to be a block."""
+    """How an error describes something that should have been a block."""
     if not isinstance(block, Tensor):
         return f"a {type(block).__name__}"
     if not _is_dense(block):
@@ -230,13 +272,16 @@ def _form(block: object) -> str:
 
 
 def _plain_rows(block: Tensor) -> Tensor:
-    """As compiled code reads memory: no gradient, no sign that is still to be applied, a row's values side by side."""
+    """The block in the form that compiled code reads.
+
+    It has no gradient and no pending negation, and the values of a row lie side by side in memory.
+    """
     block = block.detach().resolve_neg()
     return block if block.stride(1) == 1 else block.clone(memory_format=torch.contiguous_format)
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """What differs once a file is replaced or written to; None where it is gone."""
+    """Facts about a file that change when it is replaced or written to; None if it is gone."""
     try:
         found = file.stat()
     except OSError:

@@ -1,4 +1,8 @@
-"""``Distances``: the (R, R) matrix of Hamming shares as clustering reads it, small enough to hold for 20,000 rows."""
+"""``Distances``: the (R, R) matrix of Hamming shares, in the form that clustering reads.
+
+It is stored as whole numbers of 16 or 32 bits, so that a matrix for 20,000 rows still fits in
+memory.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,19 +17,25 @@ from skymask_gpu.kernels.anywhere import hamming_counts, varying_ones
 
 __all__ = ["Distances", "mask_distances", "sharded_distances", "sharded_keep_share"]
 
-# Up to so many rows counts are held exactly, in int32; beyond, in uint16: 800 MB for 20,000 rows.
+# Up to this number of rows, counts are exact, in int32. Beyond it they are rounded to uint16, which
+# takes 800 MB for 20,000 rows.
 _EXACT_ROWS = 4096
-# Elements of a temporary made from rows of the matrix.
+# The number of elements of a temporary that is made from rows of the matrix.
 _CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Symmetric distances of R rows, as float64 a few rows at a time.
+    """The symmetric distances between R rows; they are converted to float64 a few rows at a time.
 
     Attributes:
         stored: ``(R, R)`` of any real dtype.
-        unit: what one of ``stored`` is worth.
+        unit: the distance that a stored value of 1 stands for: the distances are ``stored * unit``.
+
+    Example:
+        >>> distances = Distances(torch.tensor([[0, 2], [2, 0]]), unit=0.25)
+        >>> distances.row(0)
+        tensor([0.0000, 0.5000], dtype=torch.float64)
     """
 
     stored: Tensor
@@ -39,21 +49,25 @@ class Distances:
         return self.stored.device
 
     def row(self, number: int) -> Tensor:
-        """``(R,)`` float64."""
+        """The distances of one row to all rows, ``(R,)`` float64."""
         return self.stored[number].to(torch.float64) * self.unit
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """All rows in turn, ``(n, R)`` float64, each with its first row's number; the next overwrites the one before."""
+        """Yield all rows in turn, as ``(number of the first row, (n, R) float64)``.
+
+        Each block overwrites the one before it.
+        """
         num_rows = len(self.stored)
         step = max(1, min(num_rows, _CHUNK_ELEMENTS // num_rows))
-        # one buffer: the C library would not give back what many large temporaries and small results between them took
+        # One buffer serves all blocks. With a large temporary per block and small results in
+        # between, the C library could not give the memory back to the system.
         buffer_TR = torch.empty(step, num_rows, dtype=torch.float64, device=self.device)
         for first in range(0, num_rows, step):
             part_TR = self.stored[first : first + step]
             yield first, buffer_TR[: len(part_TR)].copy_(part_TR).mul_(self.unit)
 
     def times(self, vectors_RK: Tensor) -> Tensor:
-        """The product of the matrix with ``(R, K)`` float64 vectors."""
+        """The product of the matrix with ``(R, K)`` float64 vectors: ``(R, K)`` float64."""
         product_RK = torch.empty_like(vectors_RK)
         for first, block_TR in self.blocks():
             product_RK[first : first + len(block_TR)] = block_TR @ vectors_RK
@@ -61,7 +75,18 @@ class Distances:
 
 
 def mask_distances(bits: Tensor, num_params: int) -> Distances:
-    """The share of bits in which two rows of packed bits differ; of many rows rounded to 1/65,535 of the largest possible."""
+    """The share of bits in which each two rows of packed bits differ.
+
+    With more than 4,096 rows, the counts are rounded to 1/65,535 of the largest possible one.
+
+    Args:
+        bits: ``(R, ceil(P / 8))`` uint8; padding bits are 0.
+        num_params: P.
+
+    Example:
+        >>> mask_distances(torch.tensor([[0b0111], [0b0001]], dtype=torch.uint8), 4).row(0)
+        tensor([0.0000, 0.5000], dtype=torch.float64)
+    """
     with phase("distances", bits, 4 * len(bits) ** 2):
         if len(bits) <= _EXACT_ROWS:
             return Distances(hamming_counts(bits), 1 / num_params)
@@ -70,20 +95,27 @@ def mask_distances(bits: Tensor, num_params: int) -> Distances:
 
 
 def sharded_keep_share(bits: Tensor, shards: ColumnShards) -> Tensor:
-    """The keep share, ``(R,)`` float64, of bits of which each rank holds those of its own columns; the same on every rank."""
+    """The keep share of each row, ``(R,)`` float64; see :func:`skymask_gpu.engine.bits.keep_share`.
+
+    Each rank passes the bits of its own columns, and every rank gets the same result.
+    """
     with phase("distances", bits, bits):
         return keep_share(shards.sum(varying_ones(bits)))
 
 
 def sharded_distances(bits: Tensor, shards: ColumnShards) -> Distances:
-    """:func:`mask_distances` of bits of which each rank holds those of its own columns; the same matrix on every rank."""
+    """:func:`mask_distances` for sharded columns.
+
+    Each rank passes the bits of its own columns, and every rank gets the same matrix.
+    """
     if shards.group is None:
         return mask_distances(bits, shards.num_params)
     with phase("distances", bits, 4 * len(bits) ** 2):
         num_rows = len(bits)
         if num_rows <= _EXACT_ROWS:
             return Distances(shards.sum(hamming_counts(bits)), 1 / shards.num_params)
-        # counts are rounded once they are summed, so they are held exactly: for two groups of rows at a time
+        # Counts are rounded after they are summed over the ranks, so until then they must be exact.
+        # Exact counts of all rows would be too large, so two groups of rows are compared at a time.
         unit = -(-shards.num_params // (2**16 - 1))
         stored_RR = torch.empty(num_rows, num_rows, dtype=torch.uint16, device=bits.device)
         step = _EXACT_ROWS // 2

@@ -1,4 +1,4 @@
-"""Why a verdict: in which layers each client's mask differs from that of the benign majority."""
+"""The evidence behind a verdict: in which layers a client's mask is unlike the benign ones."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,21 @@ from skymask_gpu.engine.sharding import ColumnShards
 
 __all__ = ["Evidence", "layer_evidence"]
 
-# Bits unpacked at a time.
+# The number of bits that are unpacked at a time.
 _TILE_BITS = 2**24
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What speaks against whom.
+    """How far each client's mask is from the benign majority's, by layer.
 
     Attributes:
-        shares: ``(K, L)`` float64: the share of a layer's bits in which a client differs from the majority of the benign
-            clients, among the bits in which rows differ at all; 0 where a layer has no such bit.
+        shares: ``(K, L)`` float64, for each client and layer: among the layer's bits in which any
+            two rows differ, the share in which the client differs from the majority of the benign
+            clients. It is 0 if a layer has no such bit.
         clients: the K clients' numbers.
-        layers: the L parameters' names.
-        varying: the number of bits of each layer in which rows differ at all.
+        layers: the names of the L parameters.
+        varying: for each layer, the number of bits in which any two rows differ.
     """
 
     shares: Tensor
@@ -44,14 +45,25 @@ class Evidence:
 def layer_evidence(
     bits: Tensor, benign: Tensor, clients: list[int], layers: dict[str, int], shards: ColumnShards | None = None
 ) -> Evidence:
-    """The evidence in packed mask bits.
+    """Compare each client's packed mask bits with those of the benign majority, layer by layer.
 
     Args:
-        bits: ``(K + 1, ceil(P / 8))`` uint8, root row last.
+        bits: ``(K + 1, ceil(P / 8))`` uint8, the root model's row last.
         benign: ``(K,)`` bool, at least one True.
         clients: the K clients' numbers.
         layers: name -> number of parameters, in the order of the bits.
-        shards: the columns that ``bits`` are of, if not of all; then every rank must call this.
+        shards: which columns ``bits`` holds. None means all; otherwise every rank must call this.
+
+    Example:
+        >>> bits = torch.tensor([[0b0011], [0b0011], [0b1100], [0b0001]], dtype=torch.uint8)
+        >>> benign = torch.tensor([True, True, False])
+        >>> evidence = layer_evidence(bits, benign, [0, 1, 2], {"weight": 3, "bias": 1})
+        >>> evidence.shares
+        tensor([[0., 0.],
+                [0., 0.],
+                [1., 1.]], dtype=torch.float64)
+        >>> evidence.varying
+        [3, 1]
     """
     shards = shards or ColumnShards(sum(layers.values()))
     num_clients = len(benign)

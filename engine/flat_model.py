@@ -1,4 +1,4 @@
-"""A model's loss on the root data as a function of one flat parameter vector."""
+"""``FlatModel``: a model's loss on the root data as a function of one flat vector of parameters."""
 
 import copy
 import math
@@ -17,25 +17,38 @@ Buffers = Literal["batch", "fixed"]
 
 
 class FlatModel:
-    """``loss(params) -> ()`` for a module and root data, differentiable in the flat ``(P,)`` vector ``params``.
+    """The loss of a module on root data, ``loss(params) -> ()``, differentiable in ``params``.
 
-    Parameters are the trainable ones, flattened in ``named_parameters()`` order; frozen ones and buffers stay as they are in
-    ``module``, which is copied, never modified. Dropout is off. The copy computes in float32, whatever the module's parameters
-    are (float16, bfloat16, some of each), and in float64 where all of them are float64.
+    ``params`` is the flat ``(P,)`` vector of the trainable parameters in the order of
+    ``named_parameters()``. Frozen parameters and buffers stay as they are in ``module``, which is
+    copied and never modified. Dropout is off. If all trainable parameters are float64, the copy
+    computes in float64; otherwise it computes in float32, even for float16, bfloat16 or mixed ones.
 
     Args:
         module: any ``nn.Module`` whose output ``loss_fn`` takes.
-        inputs: ``(n, ...)`` root inputs, n >= 1; floating ones are cast to the dtype that the copy computes in.
+        inputs: ``(n, ...)`` root inputs, n >= 1; floating ones are cast to the dtype that the copy
+            computes in.
         labels: ``(n, ...)`` root labels.
         loss_fn: ``loss_fn(outputs, labels) -> ()``.
-        buffers: what batch norm normalises with: ``"batch"`` the statistics of the root batch, ``"fixed"`` mean 0 and
-            variance 1 (what SkyMask's published code does; it breaks a trained network and is here for parity only).
-        compile: run the module under ``torch.compile``: the first passes compile, for seconds to minutes; whether that makes
-            later ones faster on a GPU is not measured. On a CPU this needs a C++ compiler.
+        buffers: what batch norm normalises with. ``"batch"`` takes the statistics of the root
+            batch. ``"fixed"`` takes mean 0 and variance 1, as SkyMask's published code does; this
+            breaks a trained network and is here for parity only.
+        compile: run the module under ``torch.compile``. The first forward and backward passes then
+            compile, which takes seconds to minutes, and on a CPU needs a C++ compiler. Whether
+            later passes are faster on a GPU is not measured.
 
     Raises:
-        ValueError: no trainable parameter or complex ones, root data that are missing or do not fit the module, no callable
-            ``loss_fn``, unknown ``buffers``.
+        ValueError: the module has no trainable parameter or complex ones, the root data are missing
+            or do not fit the module, ``loss_fn`` is not callable, or ``buffers`` is unknown.
+
+    Example:
+        >>> module = torch.nn.Linear(4, 3)
+        >>> loss = FlatModel(module, torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+        >>> loss.num_params, loss.layer_sizes
+        (15, (12, 3))
+        >>> params = loss.initial_params.clone().requires_grad_()
+        >>> torch.autograd.grad(loss(params), params)[0].shape
+        torch.Size([15])
     """
 
     @torch.inference_mode(False)
@@ -80,7 +93,8 @@ class FlatModel:
         self.layer_sizes: tuple[int, ...] = tuple(math.prod(shape) for shape in self.shapes.values())
         self.num_params: int = sum(self.layer_sizes)
         self.initial_params: Tensor = self.flatten({name: p.to(dtype) for name, p in trainable.items()})
-        # as the model's parameters are, and class labels as PyTorch's losses want them
+        # The root data get the dtype and device of the parameters; class labels become int64, which
+        # PyTorch's losses demand.
         like = self.initial_params
         inputs, labels = _for_autograd(inputs), _for_autograd(labels)
         self._inputs = fast_layout(inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device))
@@ -92,17 +106,17 @@ class FlatModel:
             raise ValueError(f"root_inputs and root_labels do not fit the module and its loss: {error}") from error
 
     def __call__(self, params_P: Tensor) -> Tensor:
-        """The root loss, ``()``, of the model with parameters ``params_P``, ``(P,)``."""
+        """The root loss, ``()``, of the model with the parameters ``params_P``, ``(P,)``."""
         params = {name: fast_layout(tensor) for name, tensor in self.unflatten(params_P).items()}
         return self._loss_fn(self._outputs(self._module, params, self._inputs), self._labels)
 
     def unflatten(self, vector_P: Tensor) -> dict[str, Tensor]:
-        """Views of a ``(P,)`` vector under the parameters' names and shapes."""
+        """Views into a ``(P,)`` vector, one per parameter, by name and in its shape."""
         parts = vector_P.split(self.layer_sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A new ``(P,)`` vector of the named tensors; other names are ignored.
+        """A new ``(P,)`` vector of one tensor per parameter; other names are ignored.
 
         Raises:
             ValueError: a parameter is missing, or has another shape.
@@ -116,7 +130,7 @@ class FlatModel:
         return torch.cat([tensors[name].detach().reshape(-1) for name in self.shapes])
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """A copy on another device or in another floating dtype; arguments as of ``nn.Module.to``."""
+        """A copy on another device or in another dtype, with the arguments of ``nn.Module.to``."""
         other = copy.copy(self)
         other._module = copy.deepcopy(self._module).to(*args, **kwargs)
         other.initial_params = self.initial_params.to(*args, **kwargs)
@@ -131,15 +145,20 @@ def _named(thing: object) -> str:
 
 
 def _for_autograd(tensor: Tensor) -> Tensor:
-    """Without a gradient of its own; copied if it was made under ``torch.inference_mode()``: autograd keeps no such tensor."""
+    """The tensor without a gradient of its own.
+
+    Autograd cannot keep a tensor that was made under ``torch.inference_mode()``, so such a tensor
+    is copied.
+    """
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def fast_layout(tensor: Tensor) -> Tensor:
-    """Images and filters with their channels last in memory on a CPU, where that halves the time of the paper's CNN.
+    """The tensor in the memory layout that the device computes fastest with.
 
-    On a GPU, filters and matrices that begin at a multiple of 16 bytes: those of a flat vector need not, and cuDNN and cuBLAS
-    take slower kernels for them.
+    On a CPU, images and filters (4-D) get their channels last, which halves the time of the paper's
+    CNN. On a GPU, filters and matrices get an address that is a multiple of 16 bytes. A part of a
+    flat vector may begin anywhere, and cuDNN and cuBLAS take slower kernels for such a tensor.
     """
     if tensor.device.type == "cpu":
         return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
@@ -149,7 +168,7 @@ def fast_layout(tensor: Tensor) -> Tensor:
 
 
 def _outputs(module: nn.Module, params: dict[str, Tensor], inputs: Tensor) -> Any:
-    # torch.compile passes over functions of torch itself, such as functional_call
+    # torch.compile skips functions of torch itself, such as functional_call, but not this one.
     return functional_call(module, params, (inputs,))
 
 
@@ -157,7 +176,7 @@ def _set_norm_statistics(module: nn.Module, buffers: Buffers) -> None:
     for layer in module.modules():
         if isinstance(layer, _NormBase) and layer.running_mean is not None and layer.running_var is not None:
             if buffers == "batch":
-                # without running statistics these layers use the batch's, in eval mode too
+                # Without running statistics, these layers use the batch's own, also in eval mode.
                 layer.running_mean = layer.running_var = layer.num_batches_tracked = None
                 layer.track_running_stats = False
             else:

@@ -23,7 +23,7 @@ __all__ = ["NonFiniteLossError", "TrainedMasks", "train_masks"]
 
 
 class NonFiniteLossError(ValueError):
-    """The root loss of the masked model, or its gradient, became NaN or Inf."""
+    """The root loss of the masked model or its gradient became NaN or Inf during mask training."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class TrainedMasks:
         row's value in this parameter, so honest rows have larger shares.
 
         Example:
-            >>> import torch
-            >>> bits = torch.tensor([[0b0111], [0b0001]], dtype=torch.uint8)  # columns 1 and 2 differ
+            >>> # the two masks differ in columns 1 and 2
+            >>> bits = torch.tensor([[0b0111], [0b0001]], dtype=torch.uint8)
             >>> TrainedMasks(bits, 4, None, [], 0, "reference", "", {}).keep_share()
             tensor([1., 0.], dtype=torch.float64)
         """
@@ -109,7 +109,17 @@ def train_masks(
     Raises:
         ValueError: an argument does not fit, or the solver cannot run here.
         NonFiniteLossError: a ValueError: the root loss became NaN or Inf.
-        torch.OutOfMemoryError: the device has too little memory; the message says how much it needs.
+        torch.OutOfMemoryError: the device has too little memory; the message says how much it
+            needs.
+
+    Example:
+        >>> from skymask_gpu.engine import FlatModel
+        >>> module = torch.nn.Linear(4, 3)
+        >>> loss = FlatModel(module, torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+        >>> updates = torch.randn(10, loss.num_params)
+        >>> masks = train_masks(updates, loss.initial_params, loss, solver="vmap")
+        >>> masks.bits.shape, masks.solver
+        (torch.Size([10, 2]), 'vmap')
     """
     _check(updates, global_params)
     blocks = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates])

@@ -1,7 +1,7 @@
-"""Settings of PyTorch that decide which numbers a GPU computes, set for a while and then put back as they were.
+"""Settings of PyTorch that decide how a GPU rounds; they are set for a while, then restored.
 
-They are settings of the whole process, and threads may overlap: the first that enters sets them, the last that leaves puts them
-back.
+They belong to the whole process, and several threads may need one at the same time. The first
+thread that enters therefore sets it, and the last one that leaves restores it.
 """
 
 import threading
@@ -18,7 +18,10 @@ _T = TypeVar("_T")
 
 
 class _Setting:
-    """``with setting():`` or ``@setting()``; ``change()`` sets it and returns what puts it back."""
+    """Used as ``with setting():`` or ``@setting()``.
+
+    ``change()`` changes the setting and returns a function that restores it.
+    """
 
     def __init__(self, change: Callable[[], _Restore]) -> None:
         self._change = change
@@ -41,12 +44,16 @@ class _Setting:
 
 
 def _set_float32(precision: str) -> _Restore:
-    """``"ieee"``: all 24 bits of float32; ``"tf32"``: tensor cores, which round what they multiply to 11 bits.
+    """Set how matrix products, convolutions and recurrent layers multiply float32 numbers.
 
-    PyTorch has this setting twice, and raises where the older form is read while it contradicts the newer one; so both are set.
-    What PyTorch computes with is the newer one; an older one that cannot be read, nor be put back therefore, is left alone.
+    ``"ieee"`` keeps all 24 bits. ``"tf32"`` uses tensor cores, which round each factor to 11 bits.
+
+    PyTorch has this setting in two forms. It computes with the newer one, and raises an error if
+    the older one is read while the two contradict each other, so both are set here. An older one
+    that cannot be read could not be restored either, and is left alone.
     """
-    backends: Any = torch.backends  # the newer form is not typed
+    # The newer form has no type annotations.
+    backends: Any = torch.backends
     matmul, cudnn = backends.cuda.matmul, backends.cudnn
     newer = [(owner, owner.fp32_precision) for owner in (matmul, cudnn.conv, cudnn.rnn)]
     older_matmul, older_cudnn = _readable(torch.get_float32_matmul_precision), _readable(lambda: cudnn.allow_tf32)
@@ -56,7 +63,7 @@ def _set_float32(precision: str) -> _Restore:
             torch.set_float32_matmul_precision(matmul_name)
         if older_cudnn is not None:
             cudnn.allow_tf32 = cudnn_allowed
-        # last, for setting the older form overwrites the newer
+        # The newer form comes last, because setting the older one overwrites it.
         for (owner, _), value in zip(newer, values, strict=True):
             owner.fp32_precision = value
 
@@ -65,7 +72,10 @@ def _set_float32(precision: str) -> _Restore:
 
 
 def _readable(older: Callable[[], _T]) -> _T | None:
-    """None where PyTorch refuses, since the newer form was set to something that the older one cannot say."""
+    """The value of the older form, or None if PyTorch refuses to read it.
+
+    It refuses if the newer form has a value that the older one cannot express.
+    """
     try:
         return older()
     except RuntimeError:
@@ -75,7 +85,8 @@ def _readable(older: Callable[[], _T]) -> _T | None:
 def _set_deterministic_convolutions() -> _Restore:
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
-    # timing the algorithms anew in each process would choose others
+    # In its benchmark mode cuDNN times its algorithms and takes the fastest, which may be another
+    # one in each process, and with it other numbers.
     cudnn.deterministic, cudnn.benchmark = True, False
 
     def put_back() -> None:
@@ -84,10 +95,12 @@ def _set_deterministic_convolutions() -> _Restore:
     return put_back
 
 
-# Masks are trained and judged without TF32. It is PyTorch's default for convolutions, and moves the gradient of a ResNet by 5
-# to 9% where float32 moves it by 0.5%, so that masks would differ from those of a CPU.
+# Masks are trained and judged without TF32. It is PyTorch's default for convolutions, and its
+# rounding changes the gradient of a ResNet by 5 to 9%, where that of float32 changes it by 0.5%.
+# With TF32, masks would therefore differ from those of a CPU.
 without_tf32 = _Setting(lambda: _set_float32("ieee"))
-# What the same passes cost in TF32; the benchmark's.
+# For the benchmark only: what the same forward and backward passes cost in TF32.
 with_tf32 = _Setting(lambda: _set_float32("tf32"))
-# The same algorithms in every process, and none that adds in an order of its own.
+# Every process uses the same convolution algorithms, and none that adds in an order of its own, so
+# that a repeated run gives the same numbers.
 deterministic_convolutions = _Setting(_set_deterministic_convolutions)

@@ -1,4 +1,8 @@
-"""Memory held and its peak: of PyTorch's allocator on a GPU, of the process's resident memory on Linux."""
+"""How much memory is held, and its peak.
+
+On a GPU these are the bytes that PyTorch's allocator has handed out. On a CPU they are the resident
+memory of the process, which only Linux tells.
+"""
 
 import ctypes
 import gc
@@ -12,13 +16,19 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def start_peak(device: torch.device) -> int | None:
-    """Give back what was freed, start counting the peak anew, and return the bytes held now; None: the system does not tell."""
+    """Start measuring a peak: return the bytes held now, and count the peak from there.
+
+    Memory that was freed is first given back to the system.
+
+    Returns:
+        The bytes held now; None if the system does not tell.
+    """
     given_back = give_back_freed()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     if not given_back:
-        # the peak would be measured from memory that is not in use
+        # Freed memory is still held, so the peak would be measured from memory that is not in use.
         return None
     try:
         restart_peak(device)
@@ -28,7 +38,11 @@ def start_peak(device: torch.device) -> int | None:
 
 
 def give_back_freed() -> bool:
-    """Have the process give back to the system what it freed; glibc keeps much of it. False: this C library cannot be asked."""
+    """Give memory that the process has freed back to the system; glibc keeps much of it otherwise.
+
+    Returns:
+        False if this C library cannot be asked to do so.
+    """
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -38,37 +52,42 @@ def give_back_freed() -> bool:
 
 
 def restart_peak(device: torch.device) -> None:
-    """Count the peak from what is held now; a few microseconds, and nothing is synchronised.
+    """Count the peak from what is held now. It takes a few microseconds and synchronises nothing.
 
     Raises:
-        OSError: the system cannot; where :func:`start_peak` returned bytes, it can.
+        OSError: the system cannot do so. If :func:`start_peak` returned a number, it can.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with _CLEAR_REFS.open("wb", buffering=0) as file:
-            file.write(b"5")  # Linux: the peak of resident memory starts from the present
+            # To Linux, "5" means: set the peak of resident memory to what is resident now.
+            file.write(b"5")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes held since the last start, where :func:`start_peak` returned bytes; tens of microseconds."""
+    """The most bytes held since the peak was last started; it takes tens of microseconds.
+
+    Only to be called if :func:`start_peak` returned a number.
+    """
     if device.type == "cuda":
-        # max_memory_allocated() flattens a hundred statistics first
+        # This one value, because max_memory_allocated() first flattens a hundred statistics.
         return int(torch.cuda.memory.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"])
-    # not getrusage: what a process was before exec counts there
+    # getrusage would also count what this process held before it called exec.
     peak = resident("VmHWM")
     assert peak is not None
     return peak
 
 
 def resident(field: str) -> int | None:
-    """A line of ``/proc/self/status`` in bytes, as ``VmRSS`` or ``VmHWM``."""
+    """A field of ``/proc/self/status``, such as ``VmRSS``, in bytes; None if there is none."""
     return proc_field(_STATUS, field)
 
 
 def proc_field(path: Path, field: str) -> int | None:
-    """A line ``field: number kB`` of a file of ``/proc`` in bytes; None if there is none."""
-    if not path.exists():  # no Linux
+    """The line ``field: number kB`` of a file in ``/proc``, in bytes; None if there is none."""
+    # Only Linux has these files.
+    if not path.exists():
         return None
     for line in path.read_text().splitlines():
         if line.startswith(f"{field}:"):

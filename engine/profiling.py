@@ -1,12 +1,16 @@
-"""Where a round's time, traffic and memory go: phases that are recorded while somebody asks for it, and cost one ``if`` else.
+"""Where a round's time, memory traffic and memory go, by phase.
 
-Code that does the work says ``with phase("mask steps", updates_RP):``. Inside ``with recording(device) as record:`` this takes
-times (on a GPU by events on the stream; the one wait is at the end) and peaks of memory, and names the phase for
-torch.profiler. Phases nest: an inner one's time is not the outer one's, so that times add up to the whole. On a CPU the clock
-stands still while memory is looked at.
+Code that does the work says ``with phase("mask steps", updates_RP):``. While nobody records, this
+costs one ``if``. Inside ``with recording(device) as record:`` it takes the time and the peak of
+memory, and names the phase for torch.profiler. On a GPU, times are taken by events on the stream,
+and
+the host waits only once, at the end. Phases nest: the time of an inner phase does not count for the
+outer one, so that all times add up to the whole. On a CPU, the clock stands still while memory is
+looked at.
 
-Bytes are computed from sizes, not measured: of the tensors that a phase has to read or write, each once for each time. What it
-moves beyond that (temporaries, a model's activations) does not count, so bytes, and shares of the bandwidth, are lower bounds.
+Bytes are not measured but computed from sizes: each tensor that a phase has to read or write counts
+once per read and once per write. What the phase moves beyond that (temporaries, a model's
+activations) does not count, so bytes and shares of the bandwidth are lower bounds.
 """
 
 import math
@@ -23,26 +27,32 @@ from skymask_gpu.engine.peak_memory import peak_bytes, restart_peak, start_peak
 
 __all__ = ["OTHER", "PhaseCost", "Profile", "Recording", "copy_bandwidth", "phase", "recording"]
 
-# What no phase accounts for.
+# The name under which the time is listed that no phase accounts for.
 OTHER = "other"
 
-# A copy of so many bytes fits in no cache; the fastest of so many is the bandwidth.
+# The recording that phases are entered into, per thread and task; None while nobody records.
+_current: "ContextVar[Recording | None]" = ContextVar("recording", default=None)
+_OFF: AbstractContextManager[None] = nullcontext()
+
+# 256 MiB do not fit in any cache, so a copy of them has to go through memory.
 _COPY_BYTES = 2**28
+# The bandwidth is that of the fastest of this number of copies.
 _COPIES = 5
 
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What the spans of one name cost together.
+    """What all spans of one phase cost together. A span is one run of the phase.
 
     Attributes:
-        seconds: without those of phases inside it.
-        calls: how many spans.
-        num_bytes: that had to be moved at least, read plus written; 0: not known.
-        copy_share: ``num_bytes`` a second over the copy bandwidth, a lower bound of the share that was reached; above 1 is
-            what stayed in the cache. None: the bytes are not known.
-        peak_bytes: the most held in one of them, phases inside it included, beyond what was held when recording began; None:
-            the system does not tell.
+        seconds: the time, without that of phases inside this one.
+        calls: the number of spans.
+        num_bytes: the bytes that had to be moved at least, read plus written; 0 if not known.
+        copy_share: bytes per second as a share of the copy bandwidth. It is a lower bound of the
+            share that was reached. A value above 1 means that data stayed in the cache. None if the
+            bytes are not known.
+        peak_bytes: the most bytes that a span held beyond what was held when recording began,
+            phases inside it included. None if the system does not tell.
     """
 
     seconds: float
@@ -57,9 +67,12 @@ class Profile:
     """What was recorded.
 
     Attributes:
-        phases: by name, in the order in which they first began; the last is ``"other"``, what no phase accounts for.
-        seconds: the whole, which is the sum over the phases; on a CPU without what looking at memory took.
-        copy_bandwidth: bytes a second, read plus written, of a plain tensor copy on the same device in the same run.
+        phases: the phases by name, in the order in which they first began; the last one is
+            ``"other"``, the time that no phase accounts for.
+        seconds: the whole time, which is the sum over the phases; on a CPU without the time that
+            looking at memory took.
+        copy_bandwidth: bytes per second, read plus written, of a plain tensor copy on the same
+            device in the same run.
     """
 
     phases: dict[str, PhaseCost]
@@ -68,7 +81,7 @@ class Profile:
 
     @property
     def accounted(self) -> float:
-        """The share of the whole that phases other than ``"other"`` account for."""
+        """The share of the whole time that phases other than ``"other"`` account for."""
         return 1 - self.phases[OTHER].seconds / self.seconds
 
 
@@ -78,7 +91,21 @@ class _HasBytes(Protocol):
 
 
 def phase(name: str, *moved: _HasBytes | int | None) -> AbstractContextManager[None]:
-    """A part of the work; what it has to read and write is ``moved``: tensors, or numbers of bytes."""
+    """Mark the code inside ``with phase(...):`` as one part of the work.
+
+    Args:
+        name: the name of the phase; several spans may have the same one.
+        moved: what it has to read and write: tensors, or numbers of bytes. None counts nothing.
+
+    Example:
+        >>> updates = torch.zeros(3, 5)
+        >>> with recording(torch.device("cpu")) as record:
+        ...     with phase("mean", updates):
+        ...         mean = updates.mean(0)
+        >>> cost = record.profile(bandwidth=1e10).phases["mean"]
+        >>> cost.calls, cost.num_bytes
+        (1, 60)
+    """
     record = _current.get()
     return _OFF if record is None else record.phase(name, *moved)
 
@@ -95,18 +122,22 @@ class _Span:
 
 @dataclass
 class Recording:
-    """The spans so far; :func:`recording` makes it."""
+    """The spans that were recorded so far. :func:`recording` makes one."""
 
     device: torch.device
+    # The bytes held when recording began.
     _held: int | None
     _spans: list[_Span] = field(default_factory=list)
     _open: list[int] = field(default_factory=list)
-    _memory_seconds: float = 0.0  # spent on looking at memory
+    # The time spent on looking at memory.
+    _memory_seconds: float = 0.0
 
     @contextmanager
     def phase(self, name: str, *moved: _HasBytes | int | None) -> Iterator[None]:
+        """Record one span; see :func:`phase`."""
+        # A CUDA graph that is being captured runs later, and events in it could not be read.
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            yield  # a CUDA graph runs later, and its events could not be read
+            yield
             return
         num_bytes = sum(x if isinstance(x, int) else x.nbytes for x in moved if x is not None)
         self._note_peak()
@@ -125,7 +156,11 @@ class Recording:
                 outer.peak = max(outer.peak, span.peak)
 
     def profile(self, bandwidth: float) -> Profile:
-        """What the spans cost, once all have ended; waits for the device. ``bandwidth``: see :func:`copy_bandwidth`."""
+        """What all spans cost. To be called after they have ended; it waits for the device.
+
+        Args:
+            bandwidth: bytes per second of a plain copy, from :func:`copy_bandwidth`.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         own = [_seconds_between(span) for span in self._spans]
@@ -145,7 +180,7 @@ class Recording:
         return Profile(phases, total, bandwidth)
 
     def _note_peak(self) -> None:
-        """The peak since the last change of phases is that of the innermost open one."""
+        """Credit the peak since the last change of phases to the innermost open phase."""
         if self._held is None:
             return
         start = time.perf_counter()
@@ -165,7 +200,10 @@ class Recording:
 
 @contextmanager
 def recording(device: torch.device) -> Iterator[Recording]:
-    """Record the phases of the work inside, which runs on ``device``; afterwards ask for its :meth:`Recording.profile`."""
+    """Record the phases of the work inside, which runs on ``device``.
+
+    Afterwards, :meth:`Recording.profile` tells what they cost; :func:`phase` has an example.
+    """
     record = Recording(device, start_peak(device))
     token = _current.set(record)
     try:
@@ -176,7 +214,7 @@ def recording(device: torch.device) -> Iterator[Recording]:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read plus written, of a plain copy of a tensor of 256 MiB: the fastest of five."""
+    """The bytes per second, read plus written, of the fastest of five plain copies of 256 MiB."""
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     record = Recording(device, None)
@@ -185,7 +223,7 @@ def copy_bandwidth(device: torch.device) -> float:
             target.copy_(source)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    # the first one also pays for the target's pages
+    # The first copy does not count: it also pays for mapping the pages of the target.
     return 2 * _COPY_BYTES / min(_seconds_between(span) for span in record._spans[1:])
 
 
@@ -196,7 +234,3 @@ def _seconds_between(span: _Span) -> float:
         return end - begin
     assert not isinstance(end, float)
     return begin.elapsed_time(end) / 1000
-
-
-_current: ContextVar[Recording | None] = ContextVar("recording", default=None)
-_OFF: AbstractContextManager[None] = nullcontext()

@@ -1,4 +1,7 @@
-"""A registry: the table of all solvers, attacks, rules, models or data sets, filled where each of them is defined."""
+"""``Registry``: a table of things by name, such as solvers, attacks, rules, models or data sets.
+
+Each thing enters itself, in the file that defines it.
+"""
 
 import difflib
 import inspect
@@ -36,7 +39,7 @@ def one_of(setting: str, value: object, known: Iterable[str]) -> None:
 
 
 class Registry(Generic[Thing]):
-    """Things by name. A file that defines one registers it there, so that nothing else has to be edited.
+    """Things by name. The file that defines one registers it, so nothing else has to be edited.
 
     Args:
         setting: the setting that chooses one, as its user writes it; errors name it.
@@ -66,7 +69,7 @@ class Registry(Generic[Thing]):
         """A decorator that enters what it decorates under ``name``, and returns it unchanged.
 
         Raises:
-            ValueError: there is one of this name already; the message names the file that registered it.
+            ValueError: there is one of this name already; the message names the file it is in.
         """
         caller = inspect.stack(context=0)[1].filename
 
@@ -77,7 +80,12 @@ class Registry(Generic[Thing]):
         return enter
 
     def add(self, name: str, thing: Thing, file: str) -> None:
-        """Enter ``thing`` under ``name``; ``file`` is where it is defined, for the error about a name taken twice.
+        """Enter ``thing`` under ``name``.
+
+        Args:
+            name: its name.
+            thing: what is registered.
+            file: where it is defined; the error about a name that is taken twice names it.
 
         Raises:
             ValueError: there is one of this name already.

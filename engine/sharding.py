@@ -1,10 +1,11 @@
-"""Columns (parameters) sharded over the ranks of ``torch.distributed``: who holds which, and what the ranks do together.
+"""Columns (parameters) that are sharded over the ranks of ``torch.distributed``.
 
-Every rank holds all rows of its own columns. Mask training treats each column alone but for the loss, which sees all of them:
-``ShardedLoss`` gathers the P parameters, evaluates them on the first rank and hands every rank its slice of the gradient, so
-that a solver runs unchanged on the columns of a rank. Every function here that sends anything must be called on all ranks.
+Every rank holds all rows of its own columns. Mask training treats each column by itself, except for
+the loss, which depends on all columns. ``ShardedLoss`` gathers the P parameters, evaluates the loss
+on the first rank, and hands every rank its slice of the gradient. A solver therefore runs unchanged
+on the columns of one rank. Every function here that sends anything must be called on all ranks.
 
-Shapes: P columns in all, L of them this rank's own.
+Shapes: there are P columns in all, and L of them are this rank's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,19 +25,26 @@ __all__ = ["ColumnShards", "ShardedLoss", "own_columns"]
 class ColumnShards:
     """Which of P columns are this rank's own, and sums and gathers over the ranks.
 
-    Columns are divided as ``torch.distributed.tensor.Shard(1)`` divides them: ceil(P / ranks) each, the last rank the rest.
+    Columns are divided as ``torch.distributed.tensor.Shard(1)`` divides them: each rank holds
+    ceil(P / ranks) columns, and the last rank holds the rest.
 
     Args:
         num_params: P.
-        mesh: one-dimensional; None: one process that holds all columns and sends nothing.
+        mesh: the one-dimensional mesh of the ranks. None means one process, which holds all columns
+            and sends nothing.
 
     Attributes:
         num_params: P.
-        columns: this rank's own.
-        group: of the ranks; None for one process.
+        columns: the slice of columns that are this rank's own.
+        group: the process group of the ranks; None for one process.
 
     Raises:
         ValueError: a rank would hold no column.
+
+    Example:
+        >>> shards = ColumnShards(5)
+        >>> shards.columns, shards.own_sizes([2, 3])
+        (slice(0, 5, None), (2, 3))
     """
 
     def __init__(self, num_params: int, mesh: "DeviceMesh | None" = None) -> None:
@@ -50,46 +58,61 @@ class ColumnShards:
         self.columns = slice(first, min(first + self._width, num_params))
 
     def own(self, vector_P: Tensor) -> Tensor:
-        """This rank's part, ``(L,)``, of a vector that every rank holds."""
+        """This rank's part, ``(L,)``, of a ``(P,)`` vector that every rank holds."""
         return vector_P[self.columns]
 
     def own_sizes(self, layer_sizes: Sequence[int]) -> tuple[int, ...]:
-        """How many columns of each layer, the layers lying side by side, are this rank's own."""
+        """For each layer, the number of its columns that are this rank's own.
+
+        Args:
+            layer_sizes: the number of columns of each layer; the layers lie side by side.
+        """
         begin, end = self.columns.start, self.columns.stop
         layers = zip(accumulate(layer_sizes), layer_sizes, strict=True)
         return tuple(max(0, min(last, end) - max(last - size, begin)) for last, size in layers)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, on every rank; overwrites ``tensor``, which is contiguous."""
+        """The sum over all ranks, on every rank; it overwrites ``tensor``, which is contiguous."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def norms(self, own_norms_K: Tensor) -> Tensor:
-        """Euclidean norms of whole rows, ``(K,)`` float32, from those of each rank's columns; Inf where a square overflows."""
+        """Euclidean norms of whole rows, ``(K,)`` float32, from those of each rank's own columns.
+
+        A norm is Inf if the square of a value overflows.
+        """
         if self.group is None:
             return own_norms_K
         return self.sum(own_norms_K.double().square()).float().sqrt()
 
     def gather(self, own_L: Tensor) -> Tensor:
-        """The whole vector, ``(P,)``, on every rank, from each rank's part."""
+        """The whole vector, ``(P,)``, on every rank, from each rank's own part, ``(L,)``."""
         if self.group is None:
             return own_L
-        # all parts of one length, as the collective wants them: only the last can be shorter, so the padding comes last
+        # The collective wants parts of one length. Only the last rank's part can be shorter, so
+        # that all padding is at the end of the result, where it is cut off.
         padded = torch.nn.functional.pad(own_L, (0, self._width - len(own_L)))
         parts = own_L.new_empty(self._num_ranks, self._width)
         dist.all_gather(list(parts), padded, group=self.group)
         return parts.view(-1)[: self.num_params]
 
     def from_first(self, compute: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """What ``compute`` gives on the first rank, a vector like ``like``, on every rank; the others do not call it.
+        """Compute a vector on the first rank only, and hand it to every rank.
+
+        Args:
+            compute: called on the first rank; it returns a vector of the form of ``like``.
+            like: a vector of the same length, dtype and device.
 
         Raises:
-            RuntimeError: ``compute`` failed, and this is not the first rank; there its own error is raised.
+            RuntimeError: ``compute`` failed, and this is not the first rank. The first rank raises
+                the error itself.
         """
         if self.group is None:
             return compute()
-        message = like.new_zeros(len(like) + 1)  # the vector, and whether it is one: no rank must wait for what never comes
+        # The message is the vector, and one number that says whether there is one. If compute()
+        # fails, it is sent all the same, so that no rank waits for something that never comes.
+        message = like.new_zeros(len(like) + 1)
         error: Exception | None = None
         if self._rank == 0:
             try:
@@ -112,13 +135,19 @@ class _Loss(Protocol):
 
 
 class ShardedLoss:
-    """A loss of all P parameters as a function of this rank's own, ``(L,)``; differentiable once, called on all ranks at once.
+    """A loss of all P parameters as a function of this rank's own parameters, ``(L,)``.
 
-    A call is one all-gather of P values and one broadcast of the value and the gradient; only the first rank evaluates
-    ``loss``. A gradient that is not finite somewhere is NaN everywhere, so that all ranks notice.
+    It can be differentiated once, and must be called on all ranks at the same time. A call takes
+    one all-gather of P values and one broadcast of the value and the gradient. Only the first rank
+    evaluates ``loss``. If the gradient is not finite in one place, it becomes NaN everywhere, so
+    that all ranks notice.
+
+    Args:
+        loss: the loss of all P parameters.
+        shards: which columns are this rank's own.
 
     Attributes:
-        layer_sizes: how many parameters of each layer are this rank's own.
+        layer_sizes: for each layer, the number of its parameters that are this rank's own.
     """
 
     def __init__(self, loss: _Loss, shards: ColumnShards) -> None:
@@ -153,12 +182,14 @@ class _OnFirstRank(torch.autograd.Function):
 
 
 def own_columns(updates: Any, num_params: int) -> tuple[ColumnShards, Any]:
-    """How the columns of ``updates`` are sharded, and this rank's own, ``(N, L)``.
+    """How the columns of ``updates`` are sharded, and this rank's own columns, ``(N, L)``.
 
-    Whatever is no ``DTensor`` is not sharded, has ``num_params`` columns, and is returned as it is.
+    Anything but a ``DTensor`` is not sharded, has ``num_params`` columns, and is returned as it is.
 
     Raises:
-        ValueError: a ``DTensor`` is not sharded by columns over a one-dimensional mesh, or the ranks' parts do not fit.
+        ValueError: a ``DTensor`` is not sharded by columns over a one-dimensional mesh, or the
+        parts
+            of the ranks do not fit together.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return ColumnShards(num_params), updates
@@ -180,7 +211,10 @@ def own_columns(updates: Any, num_params: int) -> tuple[ColumnShards, Any]:
 
 
 def _check_parts(updates: Tensor, own_NL: Tensor, shards: ColumnShards, num_ranks: int) -> None:
-    """Every rank sees the parts of all: none is left waiting for one that gave up."""
+    """Check the form of all ranks' parts on every rank.
+
+    All ranks then raise the same error, and none is left waiting for a rank that gave up.
+    """
     num_clients, num_params = updates.shape
     width = shards.columns.stop - shards.columns.start
     fits = tuple(own_NL.shape) == (num_clients, width)

@@ -1,4 +1,7 @@
-"""A step of mask training again and again: on a GPU captured once in a CUDA graph and replayed, on a CPU called."""
+"""``StepLoop``: repeats a step of mask training.
+
+On a GPU the step is captured once in a CUDA graph and then replayed; on a CPU it is called.
+"""
 
 import contextlib
 import functools
@@ -11,21 +14,33 @@ import torch
 
 __all__ = ["StepLoop"]
 
-# A process can capture one graph at a time.
+# A process can capture only one graph at a time.
 _CAPTURING = threading.Lock()
 
 
 class StepLoop:
-    """Repeats ``step()``, which has to read and write the same tensors every time, so that one graph serves every repeat.
+    """Repeats ``step()``, which must read and write the same tensors every time.
 
-    On a GPU the first repeat runs on a side stream: it compiles kernels and makes the libraries' handles, which a capture must
-    not do, and shows whether anything in it synchronises. The second is captured; it and all that follow are replays, one
-    launch each. A step that cannot be captured is launched operation by operation, and the reason is kept.
+    One CUDA graph then serves every repeat. On a GPU, the first repeat runs on a side stream. It
+    compiles kernels and makes the handles of the libraries, which a capture must not do, and it
+    shows whether anything in the step makes the host wait. The second repeat is captured. It and
+    all later ones are replays, with one launch each. A step that cannot be captured is launched
+    operation by operation, and the reason is kept.
 
-    Graphs share one pool of memory, kept as long as the process: a pool of its own for each would stay reserved after it.
+    All graphs share one pool of memory, which is kept as long as the process. If each had its own,
+    the pool would stay reserved after the graph is gone.
 
     Attributes:
-        not_captured: why a step on a GPU is launched operation by operation; None where it is captured, and on a CPU.
+        not_captured: why a step on a GPU is launched operation by operation; None if it is
+            captured, and on a CPU.
+
+    Example:
+        >>> total = torch.zeros(())
+        >>> def step():
+        ...     total.add_(2)
+        >>> StepLoop(step, total.device).run(3)
+        >>> total
+        tensor(6.)
     """
 
     def __init__(self, step: Callable[[], None], device: torch.device) -> None:
@@ -36,7 +51,7 @@ class StepLoop:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, times: int) -> None:
-        """``step()``, so many times more."""
+        """Repeat the step ``times`` times more."""
         for _ in range(times):
             if self._device.type != "cuda":
                 self._step()
@@ -64,10 +79,12 @@ class StepLoop:
 
     def _capture(self) -> None:
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        pool: Any = _pool(here).id  # torch has a type of its own for it
+        # Any, because torch has a type of its own for the id.
+        pool: Any = _pool(here).id
         with _CAPTURING:
             try:
-                # torch.cuda.graph would synchronise, empty the cache, and after an error leave another stream current
+                # torch.cuda.graph is not used: it would synchronise, empty the cache, and leave
+                # another stream current after an error.
                 with torch.cuda.stream(_side_stream(self._device)):
                     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                     try:
@@ -75,7 +92,8 @@ class StepLoop:
                     finally:
                         graph.capture_end()
             except RuntimeError as error:
-                # where the step failed, ending the capture fails too, and says less
+                # If the step failed, ending the capture fails too. The first error, which is the
+                # context of the second, says more.
                 self.not_captured = str(error.__context__ or error).splitlines()[0]
                 _stop_recording(here)
             else:
@@ -84,30 +102,38 @@ class StepLoop:
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Always the same one: libraries keep a workspace for every stream that they have seen."""
+    """The stream for warm-ups and captures; always the same one per device.
+
+    Libraries keep a workspace for every stream that they have seen.
+    """
     return torch.cuda.Stream(device)
 
 
 @functools.cache
 def _pool(stream: torch.cuda.Stream) -> torch.cuda.MemPool:
-    """The memory of all graphs that are replayed on this stream: one after the other, so that none is in another's way."""
+    """The memory of all graphs that are replayed on this stream.
+
+    They run one after the other, so that none is in another's way.
+    """
     with torch.cuda.device(stream.device):
         return torch.cuda.MemPool()
 
 
 def _stop_recording(stream: torch.cuda.Stream) -> None:
-    """What the end of a failed capture leaves undone in torch 2.11 and 2.12, where ``empty_cache`` would then raise ever after:
-    the allocator still gives out the pool's memory, on behalf of a graph that must therefore be alive until here.
+    """Do what torch 2.11 and 2.12 leave undone at the end of a failed capture.
+
+    There the allocator goes on to give out the pool's memory, and ``empty_cache`` would raise an
+    error ever after. It does so on behalf of the graph, which must therefore be alive until here.
     """
     index, pool = stream.device.index, _pool(stream)
-    # a newer torch has done it, or the capture never began
+    # An error means that a newer torch has done it already, or that the capture never began.
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(index, pool.id)
         torch._C._cuda_releasePool(index, pool.id)
 
 
 def _synchronisation(step: Callable[[], None]) -> str | None:
-    """Run the step; what in it made the host wait for the GPU, or None."""
+    """Run the step, and return what in it made the host wait for the GPU; None if nothing did."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = torch.cuda.get_sync_debug_mode()

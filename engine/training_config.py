@@ -23,9 +23,16 @@ class MaskTraining:
         min_improvement: training stops at a check if the loss fell by less than this since the
             check before.
         bins: the number of bins per column of the collapsed solver, at least 4.
-        lr_clients: the number of clients up to which ``lr`` is used as it is. The gradient of a mask
-            carries a factor 1 / N, so that masks of many clients hardly move. Each time the number
-            of clients doubles beyond this one, ``lr`` doubles and ``grad_clip`` halves.
+        lr_clients: the number of clients up to which ``lr`` is used as it is. The gradient of a
+            mask carries a factor 1 / N, so that masks of many clients hardly move. Each time the
+            number of clients doubles beyond this one, ``lr`` doubles and ``grad_clip`` halves.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Example:
+        >>> MaskTraining(steps=40).for_clients(2000).lr
+        40000000.0
     """
 
     steps: int = 20
@@ -64,7 +71,7 @@ class MaskTraining:
 
     @property
     def full_step(self) -> float:
-        """The distance that a clipped gradient moves a logit: lr * grad_clip, exactly 1.0 by default."""
+        """How far a clipped gradient moves a logit: ``lr * grad_clip``, exactly 1.0 by default."""
         return self.lr * self.grad_clip
 
     @property
