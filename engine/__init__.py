@@ -16,8 +16,7 @@ The engine knows models and losses, but neither clients' data nor attacks.
 | ``step_loop.py`` | mask steps that a GPU replays from a CUDA graph |
 | ``numerics.py`` | TF32 and deterministic convolutions, switched for the time of a call |
 | ``memory.py`` | smaller blocks when memory runs out |
-| ``peak_memory.py``, ``profiling.py`` | the peak of memory, and the time and traffic of each phase
-|
+| ``peak_memory.py``, ``profiling.py`` | the peak of memory; time and traffic of each phase |
 | ``registry.py`` | ``Registry``: things by name, registered in the file that defines them |
 """
 

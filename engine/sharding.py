@@ -188,8 +188,7 @@ def own_columns(updates: Any, num_params: int) -> tuple[ColumnShards, Any]:
 
     Raises:
         ValueError: a ``DTensor`` is not sharded by columns over a one-dimensional mesh, or the
-        parts
-            of the ranks do not fit together.
+            parts of the ranks do not fit together.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return ColumnShards(num_params), updates

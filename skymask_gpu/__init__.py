@@ -1,7 +1,8 @@
 """SkyMask, the mask-based defence of federated learning, at the cost of averaging.
 
-Importing this package touches no GPU and no Triton. Its names are imported when they are first asked for: the command line can
-then say something (its version, or nothing after Ctrl-C) before torch is there, which takes a second and more.
+Importing this package touches neither a GPU nor Triton. Its names are imported when they are first
+asked for, because importing torch takes a second and more. The command line can answer before that:
+print its version, or end without a traceback after Ctrl-C.
 """
 
 from importlib import import_module
@@ -26,7 +27,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
-    if name in ("engine", "kernels"):  # as after any import of the above
+    # Any of the names above imports these two subpackages, so they are attributes from the start.
+    if name in ("engine", "kernels"):
         return import_module(f"skymask_gpu.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,14 +1,14 @@
-"""The defence: clients' updates in, the mean of the benign ones and a verdict on each client out.
+"""The defence: from clients' updates to the benign ones' mean and a verdict on each client.
 
 | file | what |
 | --- | --- |
-| ``skymask.py`` | ``SkyMask``, what users call: its settings and what they may be |
+| ``skymask.py`` | ``SkyMask``, which users call, with its settings and their ranges |
 | ``judge.py`` | one round from top to bottom |
 | ``parse.py`` | from a tensor, blocks or state dicts to rows; malformed clients are rejected |
-| ``root.py`` | the root direction, which the server trains itself |
-| ``screen.py`` | norms and inner products; rows that are not finite, local models, rows that break the loss |
+| ``root.py`` | the root direction, which the server itself trains |
+| ``screen.py`` | finds rows that are not finite, local models, and rows that break the loss |
 | ``means.py`` | means over the clients that are kept |
-| ``aggregation.py`` | ``Aggregation``, what a round hands back |
+| ``aggregation.py`` | ``Aggregation``, the result of a round |
 | ``arguments.py`` | checks of the arguments |
 | ``clock.py`` | wall time by phase |
 """

@@ -1,4 +1,4 @@
-"""``Aggregation``: what one round's judgement hands back, and how it is said in a few lines."""
+"""``Aggregation``: the result of judging one round, and its summary in a few lines."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,39 +16,62 @@ Verdict = Literal["judged", "no verdict", "most rejected"]
 
 
 class VerdictWarning(UserWarning):
-    """A result that must not be taken as it is: there is no verdict, or most clients are rejected.
+    """A result that should not be used unseen: there is no verdict, or most clients are rejected.
 
-    A category of its own, so that whoever looks at :attr:`Aggregation.verdict` can silence it.
+    It is a category of its own, so that code that looks at :attr:`Aggregation.verdict` can silence
+    it.
     """
 
 
-# Clients that a summary names.
+# The number of rejected clients that a summary names.
 _NAMED = 10
 
 
 @dataclass(frozen=True)
 class Aggregation:
-    """One round's verdict.
+    """The verdict on one round's clients, and the mean update of the benign ones.
 
     Attributes:
-        update: ``(P,)`` float32, the mean update of the benign clients; the server adds ``server_lr`` times it.
-        benign: ``(N,)`` bool, on ``device``.
+        update: ``(P,)`` float32, the mean update of the benign clients; the server adds
+            ``server_lr`` times it to the global model.
+        benign: ``(N,)`` bool, on ``device``: which clients are kept.
         rejected: client -> reason, for every client that is not benign.
-        masks: the trained masks; rows are ``clients`` in order, then the root model. Of sharded updates, those of this rank's
-            own columns, ``shards.columns``; all else is the same on every rank.
+        masks: the trained masks; the rows are ``clients`` in order, then the root model. If the
+            updates are sharded, each rank has the masks of its own columns, ``shards.columns``;
+            everything else is the same on every rank.
         clusters: the verdict on the clients that have a mask.
-        clients: ``(K,)`` the numbers of the clients that have a mask.
-        keep_share: ``(K,)`` float64, the share of ones in each of their masks among the columns in which masks differ: how
-            much of the update the root data want. Honest clients have the larger shares.
+        clients: ``(K,)``, the numbers of the clients that have a mask.
+        keep_share: ``(K,)`` float64, for each of these clients the share of ones in its mask, among
+            the columns in which masks differ. It says how much of the update the root data want;
+            honest clients have the larger shares.
         cosines: ``(K,)`` float64, the cosine of each of their updates with the root direction.
-        buffers: mean over the benign clients of the buffers (batch-norm statistics) they sent, by name.
-        seconds: wall time by phase. Each phase ends with the host reading something that the device computed last, and so do
-            ``total`` and ``average``: no wait is added for the clock. Only what the collapsed solver does after it last looks
-            (single columns of the last block) counts with ``clustering``.
+        buffers: for each buffer (batch-norm statistics) that the benign clients sent, its mean over
+            these clients.
+        seconds: the wall time of each phase, and ``total``. Each phase, ``average`` and ``total``
+            included, ends with the host reading something that the device computed last, so no wait
+            is added for the clock. Only what the collapsed solver does after its last reading
+            (single columns of the last block) counts as ``clustering``.
         layers: name -> number of parameters, in the order of ``update``.
-        device: where it ran.
-        shards: the columns that ``masks`` are of: all, unless the updates were sharded.
-        profile: time, bytes and memory by phase; None unless asked for.
+        device: where the round was judged.
+        shards: the columns that ``masks`` holds: all, unless the updates were sharded.
+        profile: time, bytes and memory by phase; None unless ``profile=True`` was passed.
+
+    Example:
+        >>> from skymask_gpu import RootTraining, SkyMask
+        >>> from skymask_gpu.defence import root_direction
+        >>> from skymask_gpu.engine import FlatModel
+        >>> labels = torch.arange(100) % 5
+        >>> inputs = 3 * torch.eye(20)[labels] + torch.randn(100, 20)
+        >>> module = torch.nn.Linear(20, 5)
+        >>> loss = FlatModel(module, inputs, labels)
+        >>> learnt = root_direction(loss, loss.initial_params, RootTraining())
+        >>> updates = learnt + learnt.std() * torch.randn(20, 105)
+        >>> updates[4, 0] = torch.nan
+        >>> result = SkyMask(module, inputs, labels).aggregate(updates)
+        >>> result.update.shape, result.benign.shape
+        (torch.Size([105]), torch.Size([20]))
+        >>> result.rejected[4]
+        'its update contains NaN or Inf (1 of 105 values)'
     """
 
     update: Tensor
@@ -68,20 +91,24 @@ class Aggregation:
 
     @property
     def verdict(self) -> Verdict:
-        """How far the result can be trusted as it is.
+        """How far the result can be trusted: one of three answers.
 
-        ``"no verdict"``: the masks could not be compared, all clients that have one are kept, and the update is their plain
-        mean. ``"most rejected"``: more than half of all clients are rejected, for whatever reason: right if most attack, and
-        otherwise a sign that the root data are not like the clients'. ``"judged"``: neither.
+        * ``"no verdict"``: the masks could not be compared. All clients that have a mask are kept,
+          and the update is their plain mean.
+        * ``"most rejected"``: more than half of all clients are rejected, for whatever reasons.
+          This is right if most clients attack; otherwise it is a sign that the root data are not
+          like the clients'.
+        * ``"judged"``: neither of the two.
         """
         if not self.clusters.judged:
             return "no verdict"
         return "most rejected" if 2 * len(self.rejected) > len(self.benign) else "judged"
 
     def evidence(self) -> Evidence:
-        """In which layers each client's mask differs from that of the benign majority; computed when asked for.
+        """In which layers each client's mask differs from that of the benign majority.
 
-        Of sharded updates: to be called on every rank, while the process group is there.
+        It is computed at each call. If the updates are sharded, every rank must call it, while the
+        process group exists.
         """
         benign_K = self.clusters.benign
         return layer_evidence(self.masks.bits, benign_K, self.clients.tolist(), self.layers, self.shards)

@@ -1,4 +1,4 @@
-"""What ``SkyMask`` asks of its arguments before any work: each fault is one error that names the argument and the remedy."""
+"""Checks of ``SkyMask``'s arguments before any work; errors name the argument and the remedy."""
 
 from collections.abc import Mapping
 
@@ -11,12 +11,17 @@ __all__ = ["check_kind", "check_loss", "check_same_device", "flat_state", "usabl
 
 
 def check_kind(name: str, setting: object, kind: type) -> None:
+    """Refuse a setting that is not an instance of ``kind``."""
     if not isinstance(setting, kind):
         raise ValueError(f"{name} must be a {kind.__name__}, got {setting!r}; pass {kind.__name__}(...)")
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device as tensors on it say it: with an index, where it has one."""
+    """The device under the name that its tensors give it: with an index, if it has one.
+
+    Raises:
+        ValueError: PyTorch cannot use it here, or it holds no values (``meta``).
+    """
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
@@ -29,6 +34,7 @@ def usable_device(device: torch.device | str) -> torch.device:
 
 
 def check_loss(loss: FlatModel) -> None:
+    """Refuse a loss that is not one differentiable number."""
     with torch.enable_grad():
         value: object = loss(loss.initial_params.clone().requires_grad_())
     if not isinstance(value, Tensor):
@@ -40,6 +46,11 @@ def check_loss(loss: FlatModel) -> None:
 
 
 def flat_state(state: Mapping[str, Tensor], loss: FlatModel) -> Tensor:
+    """A state dict's parameters as one ``(P,)`` vector, in the dtype and on the device of ``loss``.
+
+    Raises:
+        ValueError: a parameter is missing, has another shape or is no tensor.
+    """
     strangers = [name for name in loss.shapes if name in state and not isinstance(state[name], Tensor)]
     if strangers:
         raise ValueError(f"global_params: {strangers[0]} must be a tensor, got a {type(state[strangers[0]]).__name__}")
@@ -50,6 +61,7 @@ def flat_state(state: Mapping[str, Tensor], loss: FlatModel) -> Tensor:
 
 
 def check_same_device(name: str, tensor: Tensor, loss: FlatModel, asked_for: torch.device | None) -> None:
+    """Refuse a tensor on another device, unless the caller chose one (it is then moved there)."""
     device = loss.initial_params.device
     if asked_for is None and tensor.device != device:
         raise ValueError(f"{name} must be on {device} like updates, got {tensor.device}; move it with .to({str(device)!r})")

@@ -1,4 +1,4 @@
-"""The one clock of a round: wall time by phase, which is recorded for the profile at the same time."""
+"""``Clock``: the wall time of each phase of a round, which is also recorded for the profile."""
 
 import time
 from collections.abc import Iterator
@@ -15,23 +15,28 @@ __all__ = ["Clock"]
 
 @dataclass
 class Clock:
-    """Wall time by phase, as the host sees it. A phase that comes again adds to its time.
+    """The wall time of each phase, as the host sees it. A phase that comes again adds to its time.
 
-    Nothing waits for the device because of it: each phase of a round ends with the host reading something that the device
-    computed last.
+    The clock never waits for the device. This is no error, because each phase of a round ends with
+    the host reading something that the device computed last.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """The time of what runs inside, which no phase of the profile stands for."""
+        """Time what runs inside, without making it a phase of the profile."""
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
     def phase(self, name: str, *moved: Tensor | ClientBlocks | int) -> Iterator[None]:
-        """The time of a part of the round that reads and writes ``moved`` (tensors, or numbers of bytes); profiled too."""
+        """Time a part of the round, and record it for the profile.
+
+        Args:
+            name: the name of the phase.
+            moved: what it has to read and write: tensors, or numbers of bytes.
+        """
         with self.time(name), phase(name, *moved):
             yield

@@ -1,4 +1,6 @@
-"""One round's judgement, from what the clients sent to the verdict: read ``_judge`` from top to bottom.
+"""One round's judgement, from what the clients sent to the verdict.
+
+Read ``_judge`` from top to bottom; its steps are:
 
 parse -> root direction -> screen -> masks -> distances -> verdict -> mean of the kept clients
 """
@@ -41,7 +43,10 @@ __all__ = ["Call", "Settings", "judge"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What stays the same from round to round; :class:`skymask_gpu.SkyMask` has checked it. ``flat`` is in float32."""
+    """What stays the same from round to round; :class:`skymask_gpu.SkyMask` has checked it.
+
+    ``flat`` computes in float32.
+    """
 
     module: nn.Module
     flat: FlatModel
@@ -68,10 +73,11 @@ class _Round:
     """What one round works with, on its device.
 
     Attributes:
-        loss: of all parameters.
-        own_loss: of this rank's own; ``loss`` itself where columns are not sharded.
-        global_params_P: float32, the model before the round.
-        own_params_L: of these, this rank's own.
+        loss: the root loss as a function of all parameters.
+        own_loss: the root loss as a function of this rank's own parameters; it is ``loss`` itself
+            if columns are not sharded.
+        global_params_P: the model before the round, float32.
+        own_params_L: this rank's own part of ``global_params_P``.
     """
 
     settings: Settings
@@ -86,12 +92,16 @@ class _Round:
 
 
 def judge(settings: Settings, call: Call) -> Aggregation:
-    """Judge the clients of a round; for arguments, errors and warnings see :meth:`skymask_gpu.SkyMask.aggregate`."""
+    """Judge the clients of a round.
+
+    :meth:`skymask_gpu.SkyMask.aggregate` describes arguments, errors and warnings.
+    """
     shards, own_updates = own_columns(call.updates, settings.flat.num_params)
     check_form(call.updates, settings.flat.num_params)
     call = replace(call, updates=own_updates)
     device = _device(settings, call.updates, shards)
-    # a server may well work under no_grad; masks and the root need gradients
+    # A server may well work under no_grad or in inference mode, but training masks and the root
+    # needs gradients.
     with without_tf32(), torch.inference_mode(False), torch.enable_grad():
         with recording(device) if settings.profile else nullcontext() as record:
             result = _judge(settings, call, shards, device)
@@ -104,14 +114,14 @@ def judge(settings: Settings, call: Call) -> Aggregation:
 def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.device) -> Aggregation:
     clock = Clock()
     num_clients = len(call.updates)
-    # the masks' bits, and the distances of all pairs
+    # At least the bits of the masks and the distances of all pairs are needed.
     num_bytes = num_clients * settings.flat.num_params // 8 + 4 * num_clients**2
     remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
     with clock.time("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
         with clock.phase("collect"):
             this = _begin(settings, call, shards, device, clock)
             clients = _parsed(this)
-        # a step reads the parameters and writes their gradient
+        # Each step reads the parameters and writes their gradient.
         with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
             direction_P = _direction(this)
         with clock.phase("collect", clients.rows):
@@ -165,7 +175,7 @@ def _parsed(this: _Round) -> Clients:
 
 
 def _direction(this: _Round) -> Tensor:
-    """The root direction, ``(P,)``, trained on the first rank."""
+    """The root direction, ``(P,)``, which only the first rank trains."""
     return this.shards.from_first(
         lambda: root_direction(this.loss, this.global_params_P, this.settings.root_training), like=this.global_params_P
     )
@@ -177,7 +187,11 @@ def _without_harmful(this: _Round, screened: Screened, direction_P: Tensor) -> S
 
 
 def _root_row(this: _Round, direction_P: Tensor, screened: Screened) -> Tensor:
-    """The root model's row, ``(P,)``: the update that the caller passed, or the root direction at the clients' length."""
+    """The root model's row, ``(P,)``.
+
+    It is the update that the caller passed, or else the root direction, scaled to the median norm
+    of the clients' updates.
+    """
     root_update, rows = this.call.root_update, screened.rows
     if root_update is None:
         length = torch.linalg.vector_norm(direction_P)
@@ -197,11 +211,15 @@ def _root_row(this: _Round, direction_P: Tensor, screened: Screened) -> Tensor:
 
 
 def _train(this: _Round, screened: Screened, root_row_P: Tensor, direction_P: Tensor) -> tuple[TrainedMasks, Screened]:
-    """Masks of the clients and the root, in this rank's own columns, and the clients that have one.
+    """Train the masks of the clients and the root, in this rank's own columns.
 
-    Whoever drives the masked model's loss out of range is rejected, and the others' masks are trained again. Attackers could
-    make the server train without end if only the worst went each time, so the second time everybody goes who is far out, and
-    there is no fifth training.
+    A client whose update drives the masked model's loss out of range is rejected, and the masks of
+    the others are trained again. If only the worst client were rejected each time, attackers could
+    make the server train without end. From the second failure on, every client is therefore
+    rejected whose update is longer than the model, and there is no fifth training.
+
+    Returns:
+        The masks, and the clients that have one.
     """
     own_root_row_L = this.shards.own(root_row_P)
 
@@ -228,7 +246,13 @@ def _train(this: _Round, screened: Screened, root_row_P: Tensor, direction_P: Te
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Who is benign, and what speaks for or against each client, ``(K,)`` float64: keep share, cosine with the root."""
+    """Who is benign, and two facts about each client.
+
+    Attributes:
+        clusters: which clients are benign, and why.
+        keep_share: ``(K,)`` float64, see :class:`Aggregation`.
+        cosines: ``(K,)`` float64, the cosine of each update with the root direction.
+    """
 
     clusters: ClusteredMasks
     keep_share: Tensor
@@ -244,14 +268,18 @@ def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P:
         keep_share=keep_share_R,
         norms=screened.norms,
     )
-    # an update, or a root direction, of zeros has no direction: a cosine of 0
+    # An update of zeros, or a root direction of zeros, has no direction. Its cosine is set to 0.
     lengths_K = screened.norms.double() * torch.linalg.vector_norm(direction_P.double())
     cosines_K = torch.where(lengths_K > 0, screened.alignments / lengths_K, 0.0).clamp(-1, 1)
     return _Verdict(clusters, keep_share_R[:-1], cosines_K)
 
 
 def _average(this: _Round, screened: Screened, masks: TrainedMasks, verdict: _Verdict) -> Aggregation:
-    """The result, without its seconds: the host's last look comes after all that was started, so that they are wall time."""
+    """The result, still without its seconds.
+
+    The host reads the list of rejected clients after all other work was started. The caller's
+    clock, which stops after that, therefore shows wall time.
+    """
     clients, benign_K = screened.clients, verdict.clusters.benign
     update_P = this.shards.gather(mean_of_rows(clients.rows, benign_K))
     buffers = mean_buffers(clients.buffers, benign_K)

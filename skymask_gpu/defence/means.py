@@ -1,4 +1,4 @@
-"""Means over the clients that are kept: of their updates, and of the buffers (batch-norm statistics) that they sent."""
+"""Means over the kept clients: of their updates, and of their buffers (batch-norm statistics)."""
 
 import torch
 from torch import Tensor
@@ -11,9 +11,14 @@ __all__ = ["mean_buffer", "mean_buffers", "mean_of_rows"]
 
 
 def mean_of_rows(rows: ClientBlocks, chosen_K: Tensor) -> Tensor:
-    """``(P,)`` float32 mean of the rows where ``chosen_K``, ``(K,)`` bool, is set.
+    """The mean, ``(P,)`` float32, of the rows where ``chosen_K``, ``(K,)`` bool, is True.
 
     It is the mean of the blocks' means, each weighted by its number of chosen rows, in float64.
+
+    Example:
+        >>> rows = ClientBlocks([torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(1, 2)])
+        >>> mean_of_rows(rows, torch.tensor([True, True, False]))
+        tensor([2., 3.])
     """
     total_P = torch.zeros(rows.num_params, dtype=torch.float64, device=rows.device)
     for block, chosen in zip(rows, chosen_K.split(rows.sizes), strict=True):
@@ -25,14 +30,21 @@ def mean_of_rows(rows: ClientBlocks, chosen_K: Tensor) -> Tensor:
 
 
 def mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor) -> dict[str, Tensor]:
-    """Each buffer that benign clients sent, over those clients: see :func:`mean_buffer`."""
+    """The mean of each buffer over the benign clients that sent it; see :func:`mean_buffer`.
+
+    Args:
+        buffers: one dict per client, from the name of a buffer to its value.
+        benign_K: ``(K,)`` bool.
+    """
     chosen = [row for row, benign in zip(buffers, benign_K.tolist(), strict=True) if benign]
     names = sorted({name for row in chosen for name in row})
     return {name: mean_buffer(torch.stack([row[name] for row in chosen if name in row])) for name in names}
 
 
 def mean_buffer(values: Tensor) -> Tensor:
-    """The mean of a buffer over clients, ``(M, ...) -> (...)``, M >= 1; counters (whole numbers) take the largest value.
+    """The mean of a buffer over M >= 1 clients, ``(M, ...) -> (...)``.
+
+    A counter (whole numbers) gets the largest of the clients' values instead.
 
     Example:
         >>> mean_buffer(torch.tensor([[1.0], [2.0]])), mean_buffer(torch.tensor([3, 5]))

@@ -1,6 +1,7 @@
-"""Parsing: from what clients sent to rows that the engine can take, with the reason for each client that sent none.
+"""Parsing: from what the clients sent to rows that the engine can take.
 
-Nothing is computed here: whether a row's values can be used is the next question, see ``screen.py``.
+Each client that sent no usable row is rejected with a reason. Values are not looked at here;
+whether they can be used is the next question, see ``screen.py``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,11 @@ __all__ = ["Clients", "Updates", "check_form", "parse", "raise_none_left", "stat
 
 Updates = Tensor | ClientBlocks | Sequence[Mapping[str, Tensor]]
 
-# The dtypes that a client's tensors may have: those that every operation here supports.
+# The dtypes that a client's tensors may have. Every operation here supports them.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# The number of clients whose state dicts are read together where they are read when they are needed.
+# State dicts that are read anew whenever they are needed are read for this number of clients at a
+# time.
 _CLIENTS_PER_BLOCK = 64
 
 
@@ -28,11 +30,11 @@ class Clients:
     """The K clients that are still in the round, and why the others are not.
 
     Attributes:
-        rows: K rows of P values each, or of this rank's own L where columns are sharded.
-        numbers: ``(K,)`` int64, the client that each row is from; on the rows' device.
-        buffers: one dict per row, empty where the client sent no buffers.
+        rows: K rows of P values each; if columns are sharded, of this rank's own L values.
+        numbers: ``(K,)`` int64, for each row the number of its client; on the rows' device.
+        buffers: one dict per row; it is empty if the client sent no buffers.
         rejected: client -> reason.
-        num_clients: N, rejected ones included.
+        num_clients: N, the number of all clients, rejected ones included.
     """
 
     rows: ClientBlocks
@@ -42,7 +44,11 @@ class Clients:
     num_clients: int
 
     def without(self, reasons: Mapping[int, str]) -> "Clients":
-        """The clients without some rows, which are given by position, with the reason for each; at least one row stays."""
+        """These clients without some rows.
+
+        Args:
+            reasons: position of a row -> why it is left out; at least one row must stay.
+        """
         if not reasons:
             return self
         keep_K = self.kept(reasons)
@@ -55,14 +61,14 @@ class Clients:
         )
 
     def kept(self, reasons: Mapping[int, str]) -> Tensor:
-        """``(K,)`` bool: the rows that are not among ``reasons``."""
+        """The rows that are not among ``reasons``, ``(K,)`` bool."""
         keep_K = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.device)
         keep_K[list(reasons)] = False
         return keep_K
 
 
 def check_form(updates: object, num_params: int) -> None:
-    """What can be said of the updates as a whole before any work.
+    """Check the form of the updates as a whole, before any work.
 
     Raises:
         ValueError: a stacked tensor or blocks do not fit the model, or there is no client.
@@ -94,16 +100,19 @@ def _check_stacked(updates: Tensor | ClientBlocks, num_params: int) -> None:
 def parse(
     updates: Updates, model: FlatModel, module: nn.Module, subtracted_L: Tensor | None, *, in_memory: bool = False
 ) -> Clients:
-    """Rows from a stacked tensor, blocks or state dicts; a client whose state dict is malformed is rejected.
+    """Make rows from a stacked tensor, blocks or state dicts.
+
+    A client whose state dict is malformed is rejected.
 
     Args:
-        updates: what :func:`check_form` has seen; of sharded updates, this rank's own columns.
-        model: names, shapes and device of the parameters.
-        module: names and kinds of the buffers.
-        subtracted_L: what is subtracted from every row, the global parameters where clients sent their local models; None for
-            nothing. Of sharded updates, this rank's own columns.
-        in_memory: whether state dicts of a sequence other than a list are read once, into one tensor, instead of each time
-            a block of them is needed.
+        updates: what :func:`check_form` has checked; if they are sharded, this rank's own columns.
+        model: it tells names, shapes and device of the parameters.
+        module: it tells names and kinds of the buffers.
+        subtracted_L: what is subtracted from every row: the global parameters if clients sent their
+            local models, None for nothing. If the updates are sharded, this rank's own columns of
+            it.
+        in_memory: whether the state dicts of a sequence other than a list are read once, into one
+            tensor. Otherwise a block of them is read each time it is needed.
 
     Raises:
         ValueError: no client sent a state dict that can be used.
@@ -117,7 +126,7 @@ def parse(
 
 
 def raise_none_left(rejected: Mapping[int, str]) -> NoReturn:
-    """The error of a round in which nothing can be used."""
+    """Raise the error of a round in which no update can be used."""
     first = next(iter(rejected.values()))
     raise ValueError(f"updates: none of {len(rejected)} clients sent a usable update; the first one: {first}")
 
@@ -129,7 +138,7 @@ def _from_state_dicts(
     subtracted_P: Tensor | None,
     in_memory: bool,
 ) -> Clients:
-    """The rows of state dicts, in memory or read again each time a block of them is needed."""
+    """The rows of state dicts, in memory, or read anew each time a block of them is needed."""
     known, device = module.state_dict(), model.initial_params.device
     buffer_names = {name for name, _ in module.named_buffers()}
     clients: list[int] = []
@@ -172,7 +181,10 @@ def _from_state_dicts(
 
 
 def state_dict_fault(state: object, model: FlatModel, known: Mapping[str, Tensor]) -> str | None:
-    """Why a client's state dict cannot be used; None where it can. Values of parameters are not looked at."""
+    """Why a client's state dict cannot be used; None if it can.
+
+    The values of parameters are not looked at, those of buffers are.
+    """
     if not isinstance(state, Mapping):
         return f"sent a {type(state).__name__} instead of a state dict"
     missing = [name for name in model.shapes if name not in state]

@@ -1,4 +1,4 @@
-"""The root direction: an update that the server trains itself on its clean root data."""
+"""The root direction: an update that the server itself trains on its clean root data."""
 
 import math
 import warnings
@@ -15,14 +15,23 @@ __all__ = ["RootTraining", "root_direction"]
 
 @dataclass(frozen=True, kw_only=True)
 class RootTraining:
-    """Full-batch SGD on the whole root set: the clients' local recipe, but longer, so that its direction can be trusted.
+    """How the server trains the root direction: full-batch SGD on the whole root set.
 
-    Use the clients' own learning rate and clip: a root that is trained otherwise has a mask of its own kind, far from theirs.
+    This is the clients' local recipe with more steps, so that the direction can be trusted. Use the
+    clients' own learning rate and clip. A root model that is trained otherwise has a mask of
+    another kind, far from those of all clients.
 
     Attributes:
-        steps: of SGD, at least 1.
-        lr: learning rate, > 0.
-        grad_clip: bound on each element of the gradient, > 0; ``inf`` for none.
+        steps: the number of SGD steps, at least 1.
+        lr: the learning rate, above 0.
+        grad_clip: the bound on each element of the gradient, above 0; ``inf`` for no clipping.
+
+    Raises:
+        ValueError: a setting is out of its range.
+
+    Example:
+        >>> RootTraining(lr=0.05, grad_clip=float("inf"))
+        RootTraining(steps=40, lr=0.05, grad_clip=inf)
     """
 
     steps: int = 40
@@ -40,10 +49,30 @@ class RootTraining:
 
 @without_tf32()
 def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining) -> Tensor:
-    """The update, ``(P,)``, of the global model after training on the root data; with a warning if that is zero.
+    """Train the global model on the root data, and return its update.
+
+    Args:
+        loss: the root loss.
+        global_params: ``(P,)``, the model before the round; not modified.
+        config: steps, learning rate and clip.
+
+    Returns:
+        ``(P,)``, the trained minus the global parameters.
 
     Raises:
-        ValueError: the root loss or its gradient is not finite at the global model, or training diverges.
+        ValueError: the root loss or its gradient is not finite at the global model, or training
+            diverges.
+
+    Warns:
+        UserWarning: training moved no parameter, so that the update is zero.
+
+    Example:
+        >>> from skymask_gpu.engine import FlatModel
+        >>> module = torch.nn.Linear(4, 3)
+        >>> loss = FlatModel(module, torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
+        >>> direction = root_direction(loss, loss.initial_params, RootTraining())
+        >>> bool(loss(loss.initial_params + direction) < loss(loss.initial_params))
+        True
     """
     params_P = global_params.detach().clone()
     value = loss(params_P)

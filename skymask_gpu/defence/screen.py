@@ -1,9 +1,10 @@
-"""Screening: which rows can be judged at all, and which of them drive the masked model's loss out of range.
+"""Screening: which rows can be judged at all, and which drive the masked model's loss out of range.
 
-One pass over the rows measures their norms and two inner products. ``screen`` rejects whoever sent NaN, Inf or a norm beyond
-float32, and refuses local models that were passed as updates. Rows that are longer than the model itself are then looked at
-more closely by ``harmful``: whether one alone drives the root loss to NaN or Inf. What it costs is bounded, however many such
-rows are sent. If mask training fails all the same, ``culprits`` says whose rows are to blame.
+One pass over the rows measures their norms and two inner products. ``screen`` rejects each client
+that sent NaN, Inf or a norm beyond float32, and refuses local models that were passed as updates.
+``harmful`` then looks more closely at rows that are longer than the model itself: whether a single
+one drives the root loss to NaN or Inf. The cost of this is bounded, no matter how many such rows
+are sent. If mask training fails all the same, ``culprits`` says whose rows are to blame.
 """
 
 import math
@@ -23,36 +24,42 @@ from skymask_gpu.engine.step_loop import StepLoop
 
 __all__ = ["Screened", "culprits", "drive_loss_out_of_range", "far_out", "harmful", "screen"]
 
-# A local model is the global model and a little more: nearly its direction, and its length. Honest updates of a model of more
-# than a few parameters have neither. The cosine with the global model is taken in absolute value.
+# A local model is the global model plus a small change, so it has nearly the global model's
+# direction and length. Honest updates of a model of more than a few parameters have neither. This
+# is the least cosine with the global model, in absolute value, that makes an update suspicious.
 _LIKE_MODEL = 0.9
-_LIKE_LENGTH = (0.5, 2.0)  # in lengths of the global model
-# Clearly away from the root direction: a cosine that chance does not give.
+# The range of suspicious lengths, in lengths of the global model.
+_LIKE_LENGTH = (0.5, 2.0)
+# An update whose cosine with the root direction is below this points clearly away from it. Chance
+# alone does not give such a cosine.
 _OPPOSED = -0.1
-# The attack model allows 80% attackers: what more clients do is not an attack but a mistake of the caller. A lower limit would
-# let attackers stop every round by sending multiples of the global model; "all clients" would let one of them hide the mistake.
+# The attack model allows 80% attackers, so what more clients than that do is no attack but a
+# mistake of the caller. With a lower limit, attackers could stop every round by sending multiples
+# of the global model. With "all clients" as the limit, a single attacker could hide the mistake.
 _MOST_ATTACKERS = 0.8
-# From this share on a suspicion is a warning. The attack model leaves at least this share of honest clients, so either
-# attackers are behind it or all honest clients made the mistake.
+# From this share of suspicious updates on, there is a warning. At least this share of the clients
+# is honest in the attack model, so either attackers sent them or all honest clients made the
+# mistake.
 _FEWEST_HONEST = 0.2
-# An honest update is far shorter than the model that it changes, so a longer one, in lengths of the model, is suspicious.
+# An honest update is far shorter than the model that it changes. One that is longer than this, in
+# lengths of the model, is suspicious.
 _FAR_OUT = 1.0
 # The number of rows, the longest first, whose loss is evaluated one by one.
 _ONE_BY_ONE = 16
-# Less than the length of any vector that is not 0, and not 0 in float32.
+# The smallest normal float32 number. A length is divided by at least this, so that it is never 0.
 _TINY = torch.finfo(torch.float32).tiny
-# The number of elements of a temporary made from rows of the updates.
+# The number of elements of a temporary that is made from rows of the updates.
 _CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class Screened:
-    """Clients whose rows are finite, and what is known of each row.
+    """The K clients whose rows are finite, and two facts about each row.
 
     Attributes:
-        clients: K of them.
-        norms: ``(K,)`` float32, Euclidean norms of whole rows, finite.
-        alignments: ``(K,)`` float64, inner products of whole rows with the root direction.
+        clients: the clients and their rows.
+        norms: ``(K,)`` float32, the Euclidean norms of whole rows; finite.
+        alignments: ``(K,)`` float64, the inner products of whole rows with the root direction.
     """
 
     clients: Clients
@@ -64,7 +71,10 @@ class Screened:
         return self.clients.rows
 
     def without(self, reasons: Mapping[int, str]) -> "Screened":
-        """The same without some rows, which are given by position, with the reason for each.
+        """The same without some rows.
+
+        Args:
+            reasons: position of a row -> why it is left out.
 
         Raises:
             ValueError: no row would be left.
@@ -82,23 +92,25 @@ class Screened:
 def screen(
     clients: Clients, direction_P: Tensor, global_params_P: Tensor, shards: ColumnShards, *, local_models: bool
 ) -> Screened:
-    """Measure every row, and reject those that are not finite.
+    """Measure every row, and reject the clients whose rows are not finite.
 
-    Of sharded updates each rank passes its own columns, and all ranks reject the same clients.
+    If the updates are sharded, each rank passes its own columns, and all ranks reject the same
+    clients.
 
     Args:
         clients: from :func:`skymask_gpu.defence.parse.parse`.
         direction_P: the root direction.
         global_params_P: the model before the round.
-        shards: which columns the rows are of.
-        local_models: whether the global parameters were subtracted, which changes the advice of the error below.
+        shards: which columns the rows hold.
+        local_models: whether the caller had the global parameters subtracted. The advice of the
+            error below depends on it.
 
     Raises:
-        ValueError: no usable client is left, or more than 80% of the rows are local models (or updates from which the global
-            parameters were subtracted twice).
+        ValueError: no usable client is left, or more than 80% of the rows are local models (or
+            updates from which the global parameters were subtracted twice).
     """
     measured = _measure(clients.rows, direction_P, global_params_P, shards)
-    # one transfer for everything that is asked about single rows
+    # One transfer from the device answers everything that is asked about single rows.
     doubtful, like, unlike, against = measured.flags(direction_P, global_params_P).tolist()
     reasons = _non_finite(clients.rows, [row for row, is_doubtful in enumerate(doubtful) if is_doubtful], shards)
     if len(reasons) == len(clients.rows):
@@ -119,14 +131,24 @@ def screen(
 
 @dataclass(frozen=True)
 class _Measured:
-    """``norms`` ``(K,)`` float32, and inner products, ``(K,)`` float64, with the root direction and the global model's."""
+    """What one pass over the rows measures.
+
+    Attributes:
+        norms: ``(K,)`` float32.
+        alignments: ``(K,)`` float64, the inner products with the root direction.
+        along_model: ``(K,)`` float64, the inner products with the unit vector of the global model.
+    """
 
     norms: Tensor
     alignments: Tensor
-    along_model: Tensor  # with the global model's unit vector
+    along_model: Tensor
 
     def flags(self, direction_P: Tensor, global_params_P: Tensor) -> Tensor:
-        """``(4, K)`` bool: norm not finite; like the global model; like it with the opposite sign; against the root."""
+        """Four facts about each row, ``(4, K)`` bool.
+
+        They are: its norm is not finite; it is like the global model; it is like the global model
+        with the opposite sign; it points away from the root direction.
+        """
         direction, length = _length(direction_P), _length(global_params_P)
         low, high = _LIKE_LENGTH
         long = (self.norms > low * length) & (self.norms < high * length)
@@ -138,10 +160,11 @@ class _Measured:
 def _measure(rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, shards: ColumnShards) -> _Measured:
     """Norms and inner products, in one pass over the rows.
 
-    A norm is NaN or Inf where a row has one, and Inf also where the square of a value overflows.
+    If a row holds NaN or Inf, its norm is NaN or Inf. It is Inf also if the square of a value
+    overflows.
     """
     direction, model = _length(direction_P), _length(global_params_P)
-    # a vector of length 0 stays one
+    # A vector of length 0 has no direction and stays 0.
     unit_L = shards.own((direction_P / direction.clamp_min(_TINY)).float())
     model_L = shards.own((global_params_P / model.clamp_min(_TINY)).float())
     chunk = max(1, _CHUNK_ELEMENTS // rows.num_params)
@@ -162,7 +185,10 @@ def _length(vector_P: Tensor) -> Tensor:
 
 
 def _non_finite(rows: ClientBlocks, doubtful: list[int], shards: ColumnShards) -> dict[int, str]:
-    """Why each row without a finite norm (by position) cannot be used: only these rows are read a second time."""
+    """Why each row without a finite norm cannot be used: position -> reason.
+
+    Only these rows are read a second time.
+    """
     reasons = {}
     for row, update_L in rows.each(doubtful):
         num_bad = int(shards.sum((~torch.isfinite(update_L)).sum()))
@@ -193,25 +219,26 @@ def _refuse_local_models(num_like: int, num_unlike: int, num_usable: int, local_
 
 
 def far_out(screened: Screened, global_params_P: Tensor, direction_P: Tensor) -> list[int]:
-    """Rows (by position) that are longer than the model that they change."""
+    """The positions of the rows that are longer than the model that they change."""
     scale = torch.maximum(torch.linalg.vector_norm(global_params_P), torch.linalg.vector_norm(direction_P))
     return (screened.norms > _FAR_OUT * scale).nonzero().flatten().tolist()
 
 
 def harmful(rows: ClientBlocks, norms_K: Tensor, candidates: list[int], params_L: Tensor, loss: Loss) -> dict[int, str]:
-    """Those of the candidate rows (by position) that alone drive the root loss out of range, with the reason for each.
+    """Which of the candidate rows drive the root loss out of range alone: position -> reason.
 
-    The 16 longest candidates are looked at one by one. If all of them are harmful, a search by halving finds how far down
-    that goes, and whoever is as long is rejected too. So attackers who send many large updates cost the server at most
-    ``16 + log2(K)`` forward and backward passes. Harmful rows that hide behind 16 harmless longer ones are left to mask
-    training, which notices if they matter.
+    The 16 longest candidates are tried one by one. If all of them are harmful, a search by halving
+    finds a shorter one that still is, and every row that is at least as long is rejected too.
+    Attackers who send many large updates therefore cost the server at most ``16 + log2(K)`` forward
+    and backward passes. Harmful rows that hide behind longer, harmless ones among these 16 are left
+    to mask training, which notices if they matter.
 
     Args:
         rows: K rows.
         norms_K: their norms, ``(K,)``.
-        candidates: positions of those in question.
-        params_L: the global parameters, of sharded updates this rank's own.
-        loss: of those parameters.
+        candidates: the positions of the rows in question.
+        params_L: the global parameters; if the updates are sharded, this rank's own.
+        loss: the root loss as a function of these parameters.
     """
     if not candidates:
         return {}
@@ -232,11 +259,12 @@ def harmful(rows: ClientBlocks, norms_K: Tensor, candidates: list[int], params_L
 
 
 def culprits(screened: Screened, far_rows: list[int], params_L: Tensor, loss: Loss) -> dict[int, str]:
-    """Whose rows (by position) are to blame that the masked model's root loss became NaN or Inf, with the reason for each.
+    """Which rows made the masked model's root loss NaN or Inf: position -> reason.
 
-    Those of the longest rows that do it alone; else all that are far out, for they do it together; else, if there are none,
-    each row is looked at, at the cost of a forward and backward pass each. Only a model in which updates that are shorter
-    than itself can break the loss comes that far.
+    First, the longest rows are tried for some that do so alone; see :func:`harmful`. If there are
+    none, all rows that are longer than the model are blamed, because they do it together. If there
+    are none of those either, every row is tried, at the cost of one forward and backward pass per
+    row. Only a model whose loss breaks with updates that are shorter than itself comes to that.
     """
     everybody = list(range(len(screened.rows)))
     reasons = harmful(screened.rows, screened.norms, everybody, params_L, loss)
@@ -247,13 +275,13 @@ def culprits(screened: Screened, far_rows: list[int], params_L: Tensor, loss: Lo
 
 
 def drive_loss_out_of_range(rows: ClientBlocks, candidates: list[int], params_L: Tensor, loss: Loss) -> dict[int, str]:
-    """Those of the candidate rows that alone make the root loss or its gradient Inf or NaN, with the reason for each.
+    """Which candidate rows make the root loss or its gradient NaN or Inf alone: position -> reason.
 
-    A candidate costs a forward and a backward pass, on a GPU replayed from a graph, and all of them together one wait for the
-    device.
+    Each candidate costs one forward and one backward pass, which on a GPU is replayed from a graph.
+    All candidates together cost one wait for the device.
     """
     ascending = sorted(candidates)
-    # a candidate's update and the parameters are read, the gradient is written
+    # For each candidate, its update and the parameters are read, and the gradient is written.
     with phase("suspects", 3 * len(ascending) * params_L.nbytes):
         facts = _losses_alone(rows, ascending, params_L, loss).tolist()
     reasons = {}
@@ -266,10 +294,13 @@ def drive_loss_out_of_range(rows: ClientBlocks, candidates: list[int], params_L:
 
 
 def _losses_alone(rows: ClientBlocks, candidates: list[int], params_L: Tensor, loss: Loss) -> Tensor:
-    """The root loss with each candidate's update alone, and 1 where its gradient is finite, else 0: ``(C, 2)`` float64."""
+    """For each candidate, what its update alone does to the root loss: ``(C, 2)`` float64.
+
+    The first column is the root loss. The second is 1 if its gradient is finite, and 0 otherwise.
+    """
     device = params_L.device
     found_C2 = torch.zeros(len(candidates), 2, dtype=torch.float64, device=device)
-    # a replayed graph finds here which candidate it is, and its parameters
+    # A replayed graph reads from these two tensors which candidate it works on, and its parameters.
     number_1 = torch.zeros(1, dtype=torch.int64, device=device)
     candidate_L = torch.empty_like(params_L)
 
@@ -277,7 +308,8 @@ def _losses_alone(rows: ClientBlocks, candidates: list[int], params_L: Tensor, l
         leaf_L = candidate_L.detach().requires_grad_()
         value = loss(leaf_L)
         (grad_L,) = torch.autograd.grad(value, leaf_L)
-        lowest, highest = grad_L.aminmax()  # both NaN where an element is
+        # If one element is NaN, both the least and the greatest are NaN.
+        lowest, highest = grad_L.aminmax()
         is_finite = lowest.isfinite() & highest.isfinite()
         fact_2 = torch.stack([value.detach().reshape(()).double(), is_finite.double()])
         found_C2.index_copy_(0, number_1, fact_2[None])

@@ -1,4 +1,4 @@
-"""``SkyMask``: clients' updates in, the mean of the benign ones and a verdict on each client out."""
+"""``SkyMask``: from clients' updates to the benign ones' mean and a verdict on each client."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -22,30 +22,39 @@ class SkyMask:
     """The SkyMask defence (Yan et al., ECCV 2024, arXiv 2312.12484).
 
     Args:
-        module: the model; its trainable parameters are those of an update, in ``named_parameters()`` order. Not modified: the
-            defence computes on a copy in float32, whatever floating dtypes the module has.
-        root_inputs: ``(n, ...)`` clean samples the server trusts (the paper uses 100).
-        root_labels: ``(n, ...)``.
+        module: the model. The columns of an update are its trainable parameters in the order of
+            ``named_parameters()``. It is not modified: the defence computes on a copy in float32,
+            whatever floating dtypes the module has.
+        root_inputs: ``(n, ...)``, clean samples that the server trusts (the paper uses 100).
+        root_labels: ``(n, ...)``, their labels.
         training: how masks are trained.
         clustering: how masks become a verdict.
         root_training: how the server trains the root direction.
         solver: see :func:`skymask_gpu.engine.train_masks`.
-        device: where to work; None: where each call's updates are (state dicts: where the module is). ``"cuda"`` is the GPU
-            that is current now.
+        device: where to work. None means: on the device of each call's updates, and for state dicts
+            on that of the module. ``"cuda"`` means the GPU that is current now.
         loss_fn: ``loss_fn(outputs, labels) -> ()``, differentiable.
         buffers: what batch norm normalises with, see :class:`skymask_gpu.engine.FlatModel`.
         compile: run the model under ``torch.compile``, see :class:`skymask_gpu.engine.FlatModel`.
-        profile: whether to measure each call: its result then has a ``profile``. Without it nothing waits for the device.
+        profile: whether to measure each call; its result then has a ``profile``. Without it,
+            nothing waits for the device.
 
     Raises:
-        ValueError: the root data are empty or do not match, or an argument is out of range or of another kind.
+        ValueError: the root data are empty or do not match, or an argument is out of range or of
+            another type.
 
     Example:
-        >>> import torch
-        >>> module = torch.nn.Linear(4, 3)
-        >>> defence = SkyMask(module, torch.randn(30, 4), torch.arange(30) % 3)
-        >>> defence(torch.randn(10, 15)).shape
-        torch.Size([15])
+        >>> from skymask_gpu.defence import RootTraining, root_direction
+        >>> labels = torch.arange(100) % 5
+        >>> inputs = 3 * torch.eye(20)[labels] + torch.randn(100, 20)
+        >>> module = torch.nn.Linear(20, 5)
+        >>> defence = SkyMask(module, inputs, labels)
+        >>> # 20 clients that learnt the same as the root, but for noise
+        >>> loss = FlatModel(module, inputs, labels)
+        >>> learnt = root_direction(loss, loss.initial_params, RootTraining())
+        >>> updates = learnt + learnt.std() * torch.randn(20, 105)
+        >>> defence(updates).shape
+        torch.Size([105])
     """
 
     @torch.inference_mode(False)
@@ -97,10 +106,10 @@ class SkyMask:
         )
 
     def __call__(self, updates: Updates, global_params: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
-        """The aggregated update alone, ``(N, P) -> (P,)``: the form of ByzFL's aggregators.
+        """Only the aggregated update, ``(N, P) -> (P,)``, as ByzFL's aggregators return it.
 
-        Pass ``global_params`` in every round but the first: without, the clients are judged at the parameters that the module
-        had when this object was made.
+        Pass ``global_params`` in every round but the first. Without it, the clients are judged at
+        the parameters that the module had when this object was made.
         """
         return judge(self._settings, Call(updates, global_params)).update
 
@@ -115,28 +124,40 @@ class SkyMask:
         """Judge the clients and average the benign ones.
 
         Args:
-            updates: what N clients sent, local minus global parameters: an ``(N, P)`` float32 or bfloat16 tensor, a list of N
-                state dicts of updates (buffers, where they are sent, as they are; of another sequence each is read anew
-                whenever it is needed), or :class:`ClientBlocks`, whose rows may stay on disk. Not modified. For several GPUs
-                or machines: a ``torch.distributed.tensor.DTensor`` ``(N, P)`` with placements ``[Shard(1)]`` over a 1-D
-                ``DeviceMesh``, passed on every rank; each then works on its own columns, and all else is the same on all.
-            global_params: the model before the round, ``(P,)`` or a state dict, of which the trainable parameters are taken;
-                None: the module's parameters when this object was made. Pass it in every round but the first.
-            root_update: ``(P,)`` the root row, an update trained on the root data like a client's; None: the root direction,
-                scaled to the clients' median norm.
-            local_models: ``updates`` are the clients' models after training (and ``root_update`` still an update): the global
-                parameters are subtracted, of a tensor and of blocks in memory in one float32 copy, else when rows are read.
+            updates: what N clients sent, local minus global parameters; it is not modified. It is
+                one of these:
+
+                * an ``(N, P)`` tensor in float32 or bfloat16; * a list of N state dicts. Those of
+                parameters are updates; buffers, which a client may
+                  leave out, are sent as they are. From another sequence than a list or tuple, each
+                  state dict is read anew whenever it is needed;
+                * :class:`ClientBlocks`, whose rows may stay on disk; * for several GPUs or
+                machines, a ``torch.distributed.tensor.DTensor`` ``(N, P)`` with
+                  placements ``[Shard(1)]`` over a 1-D ``DeviceMesh``, passed on every rank. Each
+                  rank then works on its own columns, and everything else is the same on all ranks.
+            global_params: the model before the round, ``(P,)`` or a state dict from which the
+                trainable parameters are taken. None means the module's parameters when this object
+                was made, so pass it in every round but the first.
+            root_update: ``(P,)``, the root model's row: an update that was trained on the root data
+                like a client's. None means the root direction, scaled to the clients' median norm.
+            local_models: whether ``updates`` are the clients' models after training;
+                ``root_update`` is an update all the same. The global parameters are then
+                subtracted: from a tensor or blocks in memory in one float32 copy, from other rows
+                when they are read.
 
         Returns:
             The mean update, and the verdict with its reasons and measurements.
 
         Raises:
-            ValueError: ``updates`` as a whole does not fit, no client is usable, or the root is not; more than 80% of the
-                updates are local models. A single client's bad update is no error: that client is rejected with the reason.
-            torch.OutOfMemoryError: with the bytes that were needed.
+            ValueError: ``updates`` as a whole does not fit, no client or not the root is usable, or
+                more than 80% of the updates are local models. A single client's bad update is no
+                error; that client is rejected with a reason.
+            torch.OutOfMemoryError: the message says how many bytes were needed.
 
         Warns:
-            VerdictWarning: there is no verdict, or most clients are rejected; see :attr:`Aggregation.verdict`.
-            UserWarning: the updates look as if they had the wrong sign; the root data teach nothing.
+            VerdictWarning: there is no verdict, or most clients are rejected; see
+                :attr:`Aggregation.verdict`.
+            UserWarning: the updates look as if they had the wrong sign, or the root data teach the
+                model nothing.
         """
         return judge(self._settings, Call(updates, global_params, root_update, local_models))
