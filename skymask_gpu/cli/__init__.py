@@ -2,14 +2,14 @@
 
 | file | what |
 | --- | --- |
-| ``entry.py`` | options of all commands, and what becomes of an error |
+| ``entry.py`` | the options of all commands, and what happens after an error |
 | ``aggregate.py`` | ``aggregate``: one round from files |
 | ``federation.py`` | ``run``, ``sweep``, ``report``, ``data``: simulated federations |
 | ``profile.py`` | ``profile``: where a round's time goes |
 | ``bench.py`` | ``bench``: the benchmark |
 | ``example.py`` | ``example``: files to try ``aggregate`` on |
-| ``info.py`` | ``info``: what can run here |
-| ``console.py`` | what all commands share |
+| ``info.py`` | ``info``: what can run here, and why not |
+| ``console.py`` | printing, warnings and errors, which all commands share |
 """
 
 from skymask_gpu.cli.entry import app, main

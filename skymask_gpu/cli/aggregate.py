@@ -1,4 +1,4 @@
-"""The command ``skymask-gpu aggregate``: one round from the files of its clients to the new global model."""
+"""The command ``skymask-gpu aggregate``: one round, from clients' files to the new global model."""
 
 import json
 import math
@@ -25,7 +25,8 @@ __all__ = ["register"]
 
 _SOLVER_HELP = f"auto, {', '.join(name if solver.exact else f'{name} (approximate)' for name, solver in SOLVERS.items())}."
 
-# Rows of a verdict table that still fit on a screen; all are in the JSON report.
+# The number of rejected clients that the printed table lists; more would not fit on a screen. The
+# JSON report lists all of them.
 _TABLE_ROWS = 40
 
 
@@ -37,7 +38,7 @@ def register(app: typer.Typer) -> None:
 def aggregate(
     global_model: Annotated[Path, typer.Option("--global", help="State dict of the global model, safetensors.")],
     updates: Annotated[
-        Path, typer.Option(help="A folder with one safetensors state dict a client, or a file with one stacked (N, P) tensor.")
+        Path, typer.Option(help="A folder with one safetensors file per client, or a file with one stacked (N, P) tensor.")
     ],
     model: Annotated[str, typer.Option(help="The model's class, file.py:Class, callable without arguments.")],
     root: Annotated[Path, typer.Option(help="Clean root data: npz with arrays 'inputs' and 'labels'.")],
@@ -47,7 +48,7 @@ def aggregate(
         bool, typer.Option("--local-models", help="The clients' files hold local models, not updates (local minus global).")
     ] = False,
     root_lr: Annotated[float, typer.Option(help="Learning rate of the root model: the one the clients train with.")] = 0.1,
-    root_clip: Annotated[float, typer.Option(help="Clip of each element of its gradient: likewise.")] = 1e-2,
+    root_clip: Annotated[float, typer.Option(help="Clip of each element of its gradient: the clients' own, too.")] = 1e-2,
     server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
     solver: Annotated[str, typer.Option(help=_SOLVER_HELP)] = "auto",
     strict: Annotated[
@@ -60,13 +61,11 @@ def aggregate(
     """
     if not math.isfinite(server_lr):
         raise ValueError(f"--server-lr must be finite, got {server_lr}")
-    if int(os.environ.get("RANK", "0")) == 0:  # the one that writes
+    # Only the first rank writes.
+    if int(os.environ.get("RANK", "0")) == 0:
         inputs = {"--global": global_model, "--updates": updates, "--model": Path(model.rpartition(":")[0]), "--root": root}
         _check_outputs({"--out": out, **({"--json": json_report} if json_report is not None else {})}, inputs)
-    try:
-        global_state, metadata = read_tensors(global_model)
-    except ValueError as error:
-        raise ValueError(f"--global: {error}") from error
+    global_state, metadata = _read_global(global_model)
     module = load_module(model, global_state)
     root_inputs, root_labels = load_root(root)
     root_training = RootTraining(lr=root_lr, grad_clip=root_clip)
@@ -75,15 +74,15 @@ def aggregate(
         is_first = mesh is None or mesh.get_rank() == 0
         console.quiet = not is_first
         if not is_first:
-            warnings.simplefilter("ignore")  # all ranks have the same to say
+            # All ranks would say the same.
+            warnings.simplefilter("ignore")
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         sent: UserUpdates
         if mesh is None:
             sent = load_updates(updates, flat, global_state, local_models=local_models)
         else:
             sent = load_own_columns(updates, flat, module, global_state, mesh, local_models=local_models)
-            if solver == "auto" and updates.is_dir():
-                solver = "collapsed"  # what one process takes for a folder: the same labels for any number of ranks
+            solver = _solver_of_ranks(solver, updates)
         defence = SkyMask(module, root_inputs, root_labels, root_training=root_training, solver=solver, device=device)
         with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
             result = _aggregate(defence, sent, local_models)
@@ -102,10 +101,31 @@ def aggregate(
             raise typer.Exit(UNCERTAIN)
 
 
+def _read_global(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The global model's state dict, and the metadata of its file."""
+    try:
+        return read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"--global: {error}") from error
+
+
+def _solver_of_ranks(solver: str, updates: Path) -> str:
+    """The solver to use under torchrun.
+
+    One process takes the collapsed solver for a folder, whose updates stay on disk. Several ranks
+    hold their columns in memory, where ``auto`` could choose another one. With the same solver, the
+    labels do not depend on the number of ranks.
+    """
+    return "collapsed" if solver == "auto" and updates.is_dir() else solver
+
+
 def _new_state(
     global_state: Mapping[str, Tensor], flat: FlatModel, result: Aggregation, sent: UserUpdates, server_lr: float
 ) -> dict[str, Tensor]:
-    """The global model's state with the mean update added, and the means of the buffers that benign clients sent."""
+    """The global model's state dict with the mean update added.
+
+    Buffers that benign clients sent are replaced by their means over these clients.
+    """
     buffers = mean_buffers(sent.buffers, result.benign) if isinstance(sent, ShardedUpdates) else result.buffers
     state = dict(global_state)
     params = flat.unflatten(flat.initial_params + server_lr * result.update.cpu())
@@ -121,7 +141,10 @@ def _write_model(out: Path, metadata: dict[str, str], state: dict[str, Tensor]) 
 
 
 def _concern(result: Aggregation, sent: UserUpdates) -> str | None:
-    """Why the verdict must not be passed over in silence; files that could not be read count as rejected clients."""
+    """Why the user must be warned of the verdict; None if there is no need.
+
+    Files that could not be read count as rejected clients.
+    """
     if result.verdict == "no verdict":
         return f"no verdict, so everyone was kept: {result.clusters.reason}"
     num_clients, num_rejected = len(sent.names) + len(sent.unreadable), len(result.rejected) + len(sent.unreadable)
@@ -134,10 +157,11 @@ def _concern(result: Aggregation, sent: UserUpdates) -> str | None:
 
 
 def _check_outputs(outputs: dict[str, Path], inputs: dict[str, Path]) -> None:
-    """Before any work: whether each output can be written, and would overwrite nothing that is needed.
+    """Check before any work that each output can be written and overwrites nothing that is needed.
 
     Raises:
-        ValueError: not; the option is named. ``--out`` may be ``--global``, which it replaces as a whole.
+        ValueError: an output cannot be written or would overwrite an input; the message names the
+            option. ``--out`` may be the file of ``--global``, which it then replaces as a whole.
     """
     taken = {name: path.resolve() for name, path in inputs.items()}
     for option, path in outputs.items():
@@ -155,7 +179,8 @@ def _aggregate(defence: SkyMask, sent: UserUpdates, local_models: bool) -> Aggre
     try:
         return defence.aggregate(sent.updates)
     except ValueError as error:
-        # what the library says of rows that are the global model again, which here come from subtracting it once too often
+        # With --local-models the global model was subtracted. If rows still look like it, they were
+        # updates before, and it was subtracted once too often.
         if local_models and "as long as the global model" in str(error):
             remedy = "--updates: if the files hold updates (local minus global), leave --local-models out"
             raise ValueError(f"{error}. {remedy}") from error

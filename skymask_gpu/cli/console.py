@@ -1,4 +1,4 @@
-"""What all commands share: the consoles they print to, warnings, the advice after Ctrl-C, the error of a missing extra."""
+"""What all commands share: consoles, warnings, advice after Ctrl-C, errors for missing extras."""
 
 import os
 import shlex
@@ -12,10 +12,11 @@ from rich.markup import escape
 
 __all__ = ["UNCERTAIN", "console", "errors", "extra_named", "resumable", "warn"]
 
-# Exit code of --strict: all was done, but there is something to warn of.
+# The exit code of --strict if everything was done and written, but there is something to warn of.
 UNCERTAIN = 3
 
-# What is redirected into a file has no edge to wrap at.
+# Output that is redirected into a file has no screen's edge to wrap at, so its lines may be this
+# long.
 _NO_WRAP = 10_000
 
 
@@ -29,15 +30,16 @@ errors = _console(stderr=True)
 
 
 def warn(message: str) -> None:
+    """Print a warning in one line on stderr."""
     errors.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def extra_named(extra: str) -> Iterator[None]:
-    """Imports of what an optional extra brings.
+    """Imports inside need the optional extra ``extra``, such as ``run``.
 
     Raises:
-        ValueError: a package is missing; the message says how to install it.
+        ValueError: a package is missing; the message says how to install the extra.
     """
     try:
         yield
@@ -47,7 +49,11 @@ def extra_named(extra: str) -> Iterator[None]:
 
 @contextmanager
 def resumable(*arguments: object) -> Iterator[None]:
-    """Work that Ctrl-C stops with exit code 130, and that the command of these arguments goes on with."""
+    """Work that can be resumed after Ctrl-C, which ends it with exit code 130.
+
+    Args:
+        arguments: what to write after ``skymask-gpu`` to go on; the user is told so.
+    """
     try:
         yield
     except KeyboardInterrupt:

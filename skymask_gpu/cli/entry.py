@@ -1,4 +1,4 @@
-"""The command line's entry: its options, its commands, and what becomes of an error."""
+"""The entry of the command line: its options, its commands, and what happens after an error."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ _DEBUG = "--debug"
 
 
 class _DebugAnywhere(TyperGroup):
-    """``--debug`` may stand behind the command, too, where one adds it when something went wrong."""
+    """Commands that ``--debug`` may follow, too: there one adds it after something went wrong."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = [argument for argument in args if argument != _DEBUG]
@@ -44,12 +44,14 @@ for command in (aggregate, info, federation, bench, profile, example):
 def main() -> None:
     """Run the command line.
 
-    A wrong argument, file or setting (a ValueError or OSError that names it) ends it with one line and exit code 2; the
-    traceback, in case it was our own mistake, goes to a file, or with ``--debug`` to the screen. Any other exception is a bug
-    of this package: its traceback is shown, and the exit code is 1.
+    A wrong argument, file or setting raises a ValueError or OSError that names it. It ends the
+    command with one line and exit code 2. In case it was our own mistake, the traceback goes to a
+    file, or to the screen with ``--debug``. Any other exception is a bug of this package: its
+    traceback is shown, and the exit code is 1.
     """
     warnings.showwarning = lambda message, *_: warn(str(message))
-    warnings.simplefilter("ignore", VerdictWarning)  # the commands say it themselves: with files counted, or once per run
+    # The commands say the same themselves, with unreadable files counted or once per run.
+    warnings.simplefilter("ignore", VerdictWarning)
     try:
         app()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
@@ -64,14 +66,15 @@ def main() -> None:
 
 
 def _show_traceback(*, debug: bool) -> None:
-    """Show the traceback of the exception that is being handled, on the screen or in a file of its own."""
+    """Show the traceback of the exception being handled, on the screen or in a file of its own."""
     if debug:
         traceback.print_exc()
         return
     try:
         with tempfile.NamedTemporaryFile("w", prefix="skymask-gpu-", suffix=".log", delete=False, encoding="utf-8") as log:
             traceback.print_exc(file=log)
-    except OSError:  # no room for it: --debug still shows it
+    except OSError:
+        # There is no room for the file; --debug still shows the traceback.
         return
     errors.print(f"[dim]traceback: {escape(log.name)} (or --debug)[/]", highlight=False, soft_wrap=True)
 
@@ -87,4 +90,4 @@ def _options(
     debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
-    """``--debug`` is read by :func:`main`, ``--version`` by its callback."""
+    """Options of all commands; :func:`main` reads ``--debug``, and a callback ``--version``."""

@@ -1,4 +1,4 @@
-"""The command ``skymask-gpu example``."""
+"""The command ``skymask-gpu example``: makes the files of one round to try ``aggregate`` on."""
 
 import shlex
 from pathlib import Path
@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 def example(
     folder: Annotated[Path, typer.Argument(help="Where to put the files; it must be empty or not there.")],
 ) -> None:
-    """Make the files of one round to try `aggregate` on: 20 clients train on real digits, 4 of them attack."""
+    """Make files to try `aggregate` on: a round of 20 clients on digits, 4 of them attackers."""
     with extra_named("run"):
         from skymask_gpu.federation.example import MALICIOUS, NUM_CLIENTS, write_example
 

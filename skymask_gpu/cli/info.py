@@ -49,7 +49,10 @@ def info() -> None:
 
 
 def versions() -> list[tuple[str, str]]:
-    """(name, version) of Python, the machine and every package that matters; "not installed" where there is none."""
+    """(name, version) of Python, the machine, and each package that the product uses.
+
+    The version is "not installed" if the package is missing.
+    """
     rows = [("python", f"{platform.python_version()} on {sys.platform} {platform.machine()}, {os.cpu_count()} processors")]
     for package in _PACKAGES:
         try:
@@ -60,7 +63,11 @@ def versions() -> list[tuple[str, str]]:
 
 
 def capabilities() -> list[tuple[str, str, str]]:
-    """(what, "yes" or "no", detail): every device and solver on it, the backends of clustering, the command line's parts."""
+    """What can run here, as (what, "yes" or "no", detail).
+
+    There is a row for each GPU, for each solver on each kind of device, for each backend of
+    clustering, and for the command ``run``.
+    """
     rows = []
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():

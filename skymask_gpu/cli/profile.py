@@ -1,4 +1,4 @@
-"""The command ``skymask-gpu profile``."""
+"""The command ``skymask-gpu profile``: where a round's time, memory traffic and memory go."""
 
 from dataclasses import replace
 from datetime import datetime
@@ -23,11 +23,11 @@ def register(app: typer.Typer) -> None:
 
 
 def profile(
-    config: Annotated[Path, typer.Argument(help="A run's TOML file; of several runs the first with rule skymask is taken.")],
+    config: Annotated[Path, typer.Argument(help="A run's TOML file; its first run with rule skymask is taken.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default profile-out/TIME.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set's standard files.")] = None,
 ) -> None:
-    """Where the server's time, traffic and memory go in a run's first round: table, plot and Chrome trace."""
+    """Show where time and memory go in a run's first round: table, plot and Chrome trace."""
     with extra_named("run"):
         from skymask_gpu.federation.config import read_config
         from skymask_gpu.federation.simulation import Federation

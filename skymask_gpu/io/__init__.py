@@ -1,8 +1,8 @@
-"""Files: what users bring and what runs write; never a pickle.
+"""Files that users bring, and files that runs write. Nothing is ever unpickled.
 
 | file | what |
 | --- | --- |
-| ``files.py`` | whole files or none, locks, tensors and lines of JSON |
-| ``user_files.py`` | a model's class, state dicts, updates and root data of ``skymask-gpu aggregate`` |
+| ``files.py`` | files that are whole or not there, locks, tensors, and lines of JSON |
+| ``user_files.py`` | what users bring to ``aggregate``: a model's class, updates, root data |
 | ``torchrun.py`` | the same under ``torchrun``: each rank reads its own columns |
 """

@@ -1,4 +1,7 @@
-"""Files that are whole or not there: written under a temporary name and renamed, or appended line by line. A folder's lock."""
+"""Files that are whole or not there, and the lock on a folder.
+
+A file is written under a temporary name and renamed, or it is appended to line by line.
+"""
 
 import errno
 import json
@@ -15,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+# Windows has no fcntl.
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows
+except ModuleNotFoundError:
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -40,14 +44,16 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep every other process out of ``folder`` that locks it, too; the folder is made if it is not there.
+    """Lock ``folder`` against other processes that lock it, too.
 
-    The system gives the lock back when this process ends, however it ends. The file ``.lock`` stays: deleting it would let a
-    process that has just opened it and one that makes it anew both think that the folder is theirs. Where the system or the
-    file system has no such locks, a warning says so and nothing is locked.
+    The folder is made if it is missing. The system gives the lock back when this process ends, in
+    whatever way. The file ``.lock``
+    stays: if it were deleted, a process that has just opened it and one that makes it anew could
+    both think that the folder is theirs. If the system or the file system has no such locks, a
+    warning says so and nothing is locked.
 
     Raises:
-        ValueError: another process, or this one, holds the lock.
+        ValueError: another process, or this one, holds the lock already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -77,10 +83,16 @@ def _warn_of_no_lock(folder: Path, why: str) -> None:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Find out before the work whether :func:`write_whole` can write ``path`` after it: a file beside it is made and removed.
+    """Check before the work that :func:`write_whole` can write ``path`` after it.
+
+    A file beside it is made and removed again.
+
+    Args:
+        option: what an error calls the setting, such as ``--out``.
+        path: the file that will be written.
 
     Raises:
-        ValueError: no file can be written there; ``option`` is what the message calls the setting.
+        ValueError: no file can be written there.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{option} must name a file, {path} is {_kind(path)}")
@@ -98,10 +110,17 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` a file under a temporary name beside ``path``, then rename it: readers see the old file or the new one.
+    """Write a file under a temporary name beside ``path``, then rename it to ``path``.
+
+    Readers therefore see either the old file or the new one.
+
+    Args:
+        path: the file.
+        write: ``write(temporary)`` writes the contents to the path that it is given.
 
     Raises:
-        OSError: it cannot be written (the disk is full, a folder is read-only); the error names ``path``.
+        OSError: the file cannot be written (the disk is full, or a folder is read-only); the error
+            names ``path``.
     """
     temporary = _beside(path)
     try:
@@ -111,12 +130,15 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        # what a write says names the temporary file or none, and safetensors has an error of its own for a full disk
+        # The error of a write names the temporary file or none, and safetensors has an error of its
+        # own for a full disk. The user gets one OSError that names the file he asked for.
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
-        with suppress(OSError):  # its folder is a file, or cannot be looked at: then it was never made
+        # An error here means that its folder is a file or cannot be looked at. Then the temporary
+        # file was never made.
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
@@ -125,6 +147,8 @@ def _beside(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file; see :func:`write_whole`."""
+
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
@@ -132,6 +156,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; see :func:`write_whole`."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_whole(path, lambda temporary: save_file(contiguous, temporary, metadata))
 
@@ -147,13 +172,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; errors as of :func:`read_tensors`."""
+    """The metadata of a safetensors file; it raises what :func:`read_tensors` raises."""
     with _opened(path) as file:
         return file.metadata() or {}
 
 
 def check_tensors(path: Path) -> None:
-    """Whether :func:`read_tensors` can read the file, from its header alone; errors as there."""
+    """Check from the header alone that :func:`read_tensors` can read the file; raise its errors."""
     with _opened(path):
         pass
 
@@ -169,10 +194,10 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is no file with contents of its own; opening a FIFO, for one, waits for ever.
+    """Refuse anything but a regular file. Opening a FIFO, for instance, would wait for ever.
 
     Raises:
-        ValueError: there is nothing, or something else.
+        ValueError: there is no such file, or it is something else.
     """
     if not path.exists():
         raise ValueError(f"no file {path}")
@@ -190,7 +215,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line in a single write, and wait until it is on disk.
 
     Raises:
-        OSError: it cannot be written, or (the disk is full) not all of it; the file is then as it was.
+        OSError: the line, or (on a full disk) a part of it, cannot be written. The file is then as
+            it was before.
     """
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
     try:
@@ -208,19 +234,20 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, each of one round; an empty list if there is no file.
+    """The records in a file of JSON lines, one per round; an empty list if there is no file.
 
-    A last line that the power cut off half-way is left out.
+    If the power failed while the last line was written, that line is incomplete and left out.
 
     Raises:
-        ValueError: a line is no JSON object with a whole number ``round`` of at least 0; it is named.
+        ValueError: a line is no JSON object with a whole number ``round`` of at least 0; the
+            message names the line.
     """
     if not path.exists():
         return []
     check_regular(path)
     *lines, last = path.read_bytes().split(b"\n")
     records = [_round_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    # whole lines end with a newline, but an editor may have left out the last one
+    # Each complete line ends with a newline, but an editor may have dropped the last one.
     if last.strip() and _is_json(last):
         records.append(_round_record(path, len(lines) + 1, last))
     return records

@@ -1,4 +1,4 @@
-"""``torchrun -m skymask_gpu aggregate``: the process group, and each rank's own columns of the files."""
+"""``torchrun -m skymask_gpu aggregate``: the process group, and each rank's own columns."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardedUpdates", "column_mesh", "load_own_columns"]
 
-# Bytes of a stacked file that are mapped at a time.
+# The number of bytes of a stacked file that are mapped at a time.
 _BLOCK_BYTES = 2**24
 
 
 @contextmanager
 def column_mesh() -> Iterator["DeviceMesh | None"]:
-    """The mesh of all processes that torchrun started, NCCL where there is CUDA, else gloo; None for one process.
+    """The mesh of all processes that torchrun started; None for one process.
+
+    The processes talk by NCCL if there is CUDA, and by gloo otherwise.
 
     Raises:
-        ValueError: more processes than GPUs on this machine.
+        ValueError: there are more processes than GPUs on this machine.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
@@ -53,7 +55,7 @@ def column_mesh() -> Iterator["DeviceMesh | None"]:
 
 @dataclass(frozen=True)
 class ShardedUpdates(UserUpdates):
-    """A ``DTensor`` of updates, and the buffers that each of its clients sent."""
+    """A ``DTensor`` of updates, and for each of its clients the buffers that it sent."""
 
     buffers: list[dict[str, Tensor]]
 
@@ -67,19 +69,21 @@ def load_own_columns(
     *,
     local_models: bool,
 ) -> ShardedUpdates:
-    """What :func:`skymask_gpu.io.user_files.load_updates` takes, of which each rank keeps its own columns in memory.
+    """Load updates so that each rank keeps only its own columns, in memory.
 
-    A client's state dict that does not fit counts as unreadable.
+    The files are those that :func:`skymask_gpu.io.user_files.load_updates` takes. A state dict that
+    does not fit the model counts as unreadable.
 
     Raises:
-        ValueError: as there, or no client is usable.
+        ValueError: ``load_updates`` raises it, or no client is usable.
     """
     shards = ColumnShards(model.num_params, mesh)
     device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     if path.is_dir():
         sent = load_updates(path, model, global_state, local_models=local_models)
         return _from_state_dicts(sent, model, module, shards, mesh, device)
-    # only the header is read here: what a file holds is mapped, and read where it is looked at
+    # Only the header is read here. The contents are mapped into memory, and read when they are
+    # used.
     sent = load_updates(path, model, global_state, local_models=False)
     assert isinstance(sent.updates, Tensor)
     check_form(sent.updates, model.num_params)
@@ -95,7 +99,8 @@ def _from_stacked(
     step = max(1, _BLOCK_BYTES // (stacked_NP.element_size() * num_params))
     for first in range(0, num_clients, step):
         rows = slice(first, min(first + step, num_clients))
-        # opened anew: what was mapped for the rows before is given back
+        # The file is opened anew for each block, so that what was mapped for the last one is given
+        # back.
         with safe_open(path, "pt") as file:
             (name,) = file.keys()
             block = file.get_slice(name)[rows, shards.columns]
@@ -128,7 +133,7 @@ def _from_state_dicts(
 
 
 def _own_part(state: Mapping[str, Tensor], model: FlatModel, shards: ColumnShards) -> Tensor:
-    """This rank's columns of a state dict, float32; only those are read of tensors that are mapped."""
+    """This rank's own columns of a state dict, float32; of a mapped file, only these are read."""
     parts, offset = [], 0
     for name, size in zip(model.shapes, model.layer_sizes, strict=True):
         begin, end = max(shards.columns.start - offset, 0), max(shards.columns.stop - offset, 0)

@@ -1,4 +1,7 @@
-"""The files a user brings to ``skymask-gpu aggregate``: a model's class, state dicts, updates, root data; never a pickle."""
+"""The files that a user brings to ``skymask-gpu aggregate``; nothing is ever unpickled.
+
+They are a model's class, state dicts, updates and root data.
+"""
 
 import importlib.util
 import sys
@@ -24,11 +27,17 @@ __all__ = ["UserUpdates", "build_module", "flat_model", "import_file", "load_mod
 
 @dataclass(frozen=True)
 class UserUpdates:
-    """Updates as :meth:`skymask_gpu.SkyMask.aggregate` takes them, and what to call each client."""
+    """Updates in a form that :meth:`skymask_gpu.SkyMask.aggregate` takes, and the clients' names.
+
+    Attributes:
+        updates: one row or state dict per client.
+        names: what to call each client.
+        unreadable: file -> why it cannot be read.
+    """
 
     updates: Tensor | Sequence[Mapping[str, Tensor]]
     names: list[str]
-    unreadable: dict[str, str]  # file -> reason
+    unreadable: dict[str, str]
 
 
 def import_file(option: str, path: Path, name: str) -> ModuleType:
@@ -54,10 +63,16 @@ def import_file(option: str, path: Path, name: str) -> ModuleType:
 
 
 def build_module(option: str, spec: str) -> nn.Module:
-    """An instance of the class in ``"file.py:Class"``, built without arguments; ``option`` is what errors call the setting.
+    """Make an instance of the user's class, without arguments.
+
+    This executes the user's file.
+
+    Args:
+        option: what errors call the setting, such as ``--model``.
+        spec: ``"file.py:Class"``.
 
     Raises:
-        ValueError: the file or class is missing, needs arguments, or is no module.
+        ValueError: the file or the class is missing, it needs arguments, or it is no ``nn.Module``.
     """
     file, _, name = spec.rpartition(":")
     path = Path(file)
@@ -69,7 +84,9 @@ def build_module(option: str, spec: str) -> nn.Module:
     try:
         module = getattr(python_module, name)()
     except (Exception, SystemExit) as error:
-        if isinstance(error, TypeError) and _line_in(path, error) is None:  # the call itself, nothing inside the class
+        # If no line of the file is in the traceback, the call itself failed, not something in the
+        # class.
+        if isinstance(error, TypeError) and _line_in(path, error) is None:
             raise ValueError(f"{option}: {name}() must be callable without arguments: {error}") from error
         raise ValueError(f"{option}: {name}() cannot be made: {_what_and_where(error, path)}") from error
     if not isinstance(module, nn.Module):
@@ -78,7 +95,7 @@ def build_module(option: str, spec: str) -> nn.Module:
 
 
 def _what_and_where(error: BaseException, path: Path) -> str:
-    """The error in one line, and the line of the user's file that it comes from."""
+    """The error in one line, with the line of the user's file that it comes from."""
     line = error.lineno if isinstance(error, SyntaxError) else _line_in(path, error)
     where = "" if line is None else f" ({path}, line {line})"
     message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
@@ -86,16 +103,19 @@ def _what_and_where(error: BaseException, path: Path) -> str:
 
 
 def _line_in(path: Path, error: BaseException) -> int | None:
-    """The innermost line of the file that the error went through."""
+    """The innermost line of the file in the error's traceback; None if there is none."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return lines[-1] if lines else None
 
 
 def flat_model(spec: str, module: nn.Module, root_inputs: Tensor, root_labels: Tensor) -> FlatModel:
-    """The :class:`FlatModel` of the user's module, which is evaluated once: what is wrong in it is said before any work.
+    """The :class:`FlatModel` of the user's module.
+
+    It evaluates the module once, so that a fault in the module shows before any work.
 
     Raises:
-        ValueError: the module or the loss raises; the error names the line of the user's file.
+        ValueError: the module or the loss raises an error; the message names the line of the user's
+            file.
     """
     try:
         return FlatModel(module, root_inputs, root_labels)
@@ -110,10 +130,10 @@ def flat_model(spec: str, module: nn.Module, root_inputs: Tensor, root_labels: T
 
 
 def load_module(spec: str, state: Mapping[str, Tensor]) -> nn.Module:
-    """The module of :func:`build_module`, holding ``state``.
+    """Make the user's module with :func:`build_module`, and load ``state`` into it.
 
     Raises:
-        ValueError: as there, or the module does not fit the state.
+        ValueError: ``build_module`` raises it, or the state dict does not fit the module.
     """
     module = build_module("--model", spec)
     try:
@@ -124,10 +144,11 @@ def load_module(spec: str, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def load_root(path: Path) -> tuple[Tensor, Tensor]:
-    """``inputs`` and ``labels`` of an npz file.
+    """The arrays ``inputs`` and ``labels`` of an npz file, as tensors.
 
     Raises:
-        ValueError: no such file, it is damaged, lacks one of the two, or holds Python objects or single numbers.
+        ValueError: there is no such file, or it is damaged, lacks one of the two arrays, or holds
+            Python objects or single numbers.
     """
     try:
         check_regular(path)
@@ -151,13 +172,19 @@ def load_root(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def load_updates(path: Path, model: FlatModel, global_state: Mapping[str, Tensor], *, local_models: bool) -> UserUpdates:
-    """Updates from a folder (one safetensors state dict a client) or a file (one stacked ``(N, P)`` tensor).
+    """Load the clients' updates.
 
     Args:
-        local_models: what the files hold are the clients' models after training; the global model is subtracted.
+        path: a folder with one safetensors state dict per client, or a file with one stacked
+            ``(N, P)`` tensor.
+        model: it tells names and shapes of the parameters.
+        global_state: the global model's state dict.
+        local_models: whether the files hold the clients' models after training; the global model is
+            then subtracted.
 
     Raises:
-        ValueError: nothing there, or a stacked file that does not hold exactly one 2-D tensor.
+        ValueError: there is no file that can be read, or a stacked file does not hold exactly one
+            2-D tensor.
     """
     if path.is_dir():
         return _from_folder(path, model, global_state, local_models)
@@ -172,7 +199,10 @@ def load_updates(path: Path, model: FlatModel, global_state: Mapping[str, Tensor
 
 
 class _StateDictFiles(Sequence[Mapping[str, Tensor]]):
-    """Clients' state dicts, each read from its file when it is asked for, so that they need not fit in memory together."""
+    """The clients' state dicts, each read from its file when it is asked for.
+
+    They need not fit in memory together.
+    """
 
     def __init__(self, files: list[Path], model: FlatModel, global_state: Mapping[str, Tensor], local_models: bool) -> None:
         self._files, self._model = files, model
@@ -196,7 +226,8 @@ class _StateDictFiles(Sequence[Mapping[str, Tensor]]):
 
 def _from_folder(folder: Path, model: FlatModel, global_state: Mapping[str, Tensor], local_models: bool) -> UserUpdates:
     found = sorted(folder.glob("*.safetensors"))
-    # what an upload that was broken off leaves behind is no client, and would be a copy of the one that came through
+    # An upload that was broken off may leave a hidden file behind. It is no client of its own: it
+    # would be a copy of the one whose upload succeeded, and copies are suspicious.
     hidden = [file.name for file in found if file.name.startswith(".")]
     files = [file for file in found if not file.name.startswith(".")]
     if hidden:
