@@ -1,7 +1,8 @@
-"""Where the server's time goes in the first round of a federated run, at a few numbers of clients; the files that say so.
+"""Where the server's time goes in the first round of a federated run, for a few numbers of clients.
 
-The round is the server's aggregation: from the clients' updates to their verdict and mean. The clients' local training, which a
-server does not do, stands beside it.
+The round is what the server does: from the clients' updates to the verdict and the mean. The local
+training of the clients, which a server does not do, is listed beside it. The results are written as
+a JSON, a CSV and a PNG file and as a Chrome trace.
 """
 
 import csv
@@ -10,17 +11,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")  # no screen is needed
 
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from skymask_gpu.drawing import COLOURS, save, styled
 from skymask_gpu.engine.profiling import OTHER, Profile, Recording, copy_bandwidth, recording
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleResult
@@ -35,17 +32,16 @@ NOTE = (
     "cache); peak: beyond what was held before the round"
 )
 
-# Of so many rounds with the same updates the one of median time is shown.
+# The round is repeated this often with the same updates. The one with the median time is reported.
 _REPEATS = 5
-# Okabe & Ito's palette, distinguishable without red-green vision; more phases are hatched
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# The colour of what is no phase of the server's round.
 _GREY = "#bbbbbb"
 _COLUMNS = ("clients", "phase", "seconds", "share_of_round", "calls", "bytes", "copy_share", "peak_bytes")
 
 
 @dataclass(frozen=True)
 class RoundProfile:
-    """The server's round with ``num_clients`` clients."""
+    """The profile of the server's round with ``num_clients`` clients, and the solver it used."""
 
     num_clients: int
     solver: str
@@ -56,7 +52,7 @@ def choose_run(runs: list[RunConfig]) -> RunConfig:
     """The first of a file's runs whose rule is SkyMask.
 
     Raises:
-        ValueError: none is.
+        ValueError: no run has this rule.
     """
     for run in runs:
         if run.defence.rule == "skymask":
@@ -67,7 +63,14 @@ def choose_run(runs: list[RunConfig]) -> RunConfig:
 
 @dataclass(frozen=True)
 class FirstRound:
-    """What the first round's clients sent, ``updates`` ``(N, P)``; ``training_seconds`` of local training, the root's too."""
+    """What the clients of the first round sent, and the rule that judges it.
+
+    Attributes:
+        rule: the rule of the run.
+        updates: ``(N, P)``, after the attack.
+        info: what the rule is told about the round besides.
+        training_seconds: the time of all local training, that of the root model included.
+    """
 
     rule: Rule
     updates: Tensor
@@ -76,29 +79,33 @@ class FirstRound:
 
     @classmethod
     def play(cls, federation: Federation, progress: Callable[[str], None]) -> "FirstRound":
-        """Local training and the attack as in any run."""
+        """Play local training and the attack of round 1, as in any run."""
         kept = _KeptRound()
         played = replace(federation, rule=kept).play_round(0, federation.first_model(), progress)
         return cls(federation.rule, kept.updates, kept.info, played.seconds["local_training"])
 
     @property
     def client_counts(self) -> list[int]:
-        """A quarter, half and all of the clients."""
+        """A quarter, half and all of the number of clients."""
         num_clients = len(self.updates)
         return sorted({-(-num_clients // 4), -(-num_clients // 2), num_clients})
 
     def with_clients(self, num_clients: int) -> "FirstRound":
-        """So many of the clients, evenly spaced: attackers come first, so that their share stays."""
+        """The round with only ``num_clients`` evenly spaced clients.
+
+        Attackers come first in the order, so even spacing keeps their share.
+        """
         chosen = torch.linspace(0, len(self.updates) - 1, num_clients).round().long()
         info = replace(self.info, clients=self.info.clients[chosen])
         return replace(self, updates=self.updates[chosen.to(self.updates.device)], info=info)
 
     def judge(self) -> RuleResult:
+        """Judge the clients once."""
         return self.rule(self.updates, self.info)
 
 
 class _KeptRound:
-    """In the place of a rule: keeps what it is given."""
+    """Stands in for a rule, and keeps what the rule would be given."""
 
     updates: Tensor
     info: RoundInfo
@@ -115,7 +122,10 @@ class _KeptRound:
 
 
 def profile_rounds(played: FirstRound, progress: Callable[[str], None]) -> list[RoundProfile]:
-    """The server's round at each of the client counts, after one that does not count (it may compile)."""
+    """Profile the server's round for each number of clients.
+
+    Each is preceded by one round that does not count, because it may compile kernels.
+    """
     profiles = []
     for num_clients in played.client_counts:
         progress(f"judging {num_clients:,} clients")
@@ -134,7 +144,10 @@ def profile_rounds(played: FirstRound, progress: Callable[[str], None]) -> list[
 
 
 def write_trace(played: FirstRound, path: Path) -> None:
-    """One more round under torch.profiler, as a Chrome trace: open it in https://ui.perfetto.dev or chrome://tracing."""
+    """Judge the round once more under torch.profiler, and write a Chrome trace.
+
+    Open it in https://ui.perfetto.dev or chrome://tracing.
+    """
     device = played.updates.device
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -145,7 +158,10 @@ def write_trace(played: FirstRound, path: Path) -> None:
 
 
 def write_profiles(played: FirstRound, profiles: list[RoundProfile], config: RunConfig, folder: Path) -> None:
-    """``profile.json``, ``profile.csv`` (a row a number of clients and phase) and ``profile.png``."""
+    """Write ``profile.json``, ``profile.csv`` and ``profile.png`` into ``folder``.
+
+    The CSV file has one row per number of clients and phase.
+    """
     about = {
         "what": "the server's round, the first of the run; local training is the simulated clients'",
         "note": NOTE,
@@ -187,29 +203,25 @@ def _csv(profiles: list[RoundProfile]) -> str:
 
 
 def _plot(profiles: list[RoundProfile], training_seconds: float, title: str, path: Path) -> None:
-    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-    with plt.rc_context(style):
-        figure, (phases, whole) = plt.subplots(
-            2, 1, figsize=(9, 6.5), layout="constrained", gridspec_kw={"height_ratios": (5, 1)}
-        )
-        try:
-            _plot_phases(phases, profiles)
-            _plot_whole(whole, profiles[-1], training_seconds)
-            figure.suptitle(title)
-            write_whole(path, lambda temporary: figure.savefig(temporary, dpi=130))
-        finally:
-            plt.close(figure)
+    with styled(grid=False):
+        figure = Figure(figsize=(9, 6.5), layout="constrained")
+        phases, whole = figure.subplots(2, 1, gridspec_kw={"height_ratios": (5, 1)})
+        _plot_phases(phases, profiles)
+        _plot_whole(whole, profiles[-1], training_seconds)
+        figure.suptitle(title)
+        save(figure, path)
 
 
 def _plot_phases(axes: Axes, profiles: list[RoundProfile]) -> None:
-    """A bar a number of clients, of the phases' times."""
+    """Draw one bar per number of clients, stacked from the times of the phases."""
     names = [*dict.fromkeys(name for p in reversed(profiles) for name in p.profile.phases if name != OTHER), OTHER]
     bottoms = [0.0] * len(profiles)
     for number, name in enumerate(names):
         costs = [p.profile.phases.get(name) for p in profiles]
         heights = [1000 * cost.seconds if cost else 0.0 for cost in costs]
-        colour = _GREY if name == OTHER else _COLOURS[number % len(_COLOURS)]
-        hatch = "///" if number >= len(_COLOURS) and name != OTHER else None
+        colour = _GREY if name == OTHER else COLOURS[number % len(COLOURS)]
+        # The palette has seven colours; phases beyond that are hatched.
+        hatch = "///" if number >= len(COLOURS) and name != OTHER else None
         axes.bar(
             range(len(profiles)), heights, 0.6, bottom=bottoms, color=colour, hatch=hatch, edgecolor="white", lw=0.3, label=name
         )
@@ -221,7 +233,7 @@ def _plot_phases(axes: Axes, profiles: list[RoundProfile]) -> None:
 
 def _plot_whole(axes: Axes, largest: RoundProfile, training_seconds: float) -> None:
     seconds = {f"the server, N = {largest.num_clients:,}": largest.profile.seconds, "local training of all": training_seconds}
-    bars = axes.barh(list(seconds), [1000 * value for value in seconds.values()], 0.6, color=(_COLOURS[0], _GREY))
+    bars = axes.barh(list(seconds), [1000 * value for value in seconds.values()], 0.6, color=(COLOURS[0], _GREY))
     axes.bar_label(bars, [f"{1000 * value:,.0f} ms" for value in seconds.values()], padding=3)
     axes.margins(x=0.12)
     axes.set(title="beside the clients' local training, here side by side on the same device", xlabel="milliseconds")

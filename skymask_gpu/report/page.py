@@ -1,10 +1,11 @@
-"""The report of one run or a sweep: tables as Markdown, CSV and LaTeX, pictures, and one self-contained HTML page."""
+"""``write_report``: tables as Markdown, CSV and LaTeX, pictures, and a self-contained HTML page."""
 
 import base64
 import json
 import platform
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -12,18 +13,18 @@ import torch
 from skymask_gpu.io.files import write_text
 from skymask_gpu.report.plots import plot_evidence, plot_masks, plot_rates, plot_rounds
 from skymask_gpu.report.summary import COLUMNS, NOTE, FinishedRun, failed_cells, percent
-from skymask_gpu.report.sweep import arrange
+from skymask_gpu.report.sweep import Sweep, arrange
 from skymask_gpu.report.tables import LEGEND, block_tables, csv_text, latex_text, markdown_text
 
 __all__ = ["Report", "write_report"]
 
-# with more runs the page has no part for each
+# With more runs than this, the page has no part for each single run.
 _RUNS_IN_DETAIL = 20
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where the report's files are; a picture is None if there is nothing to show in it."""
+    """The paths of the report's files; a picture is None if there is nothing to show in it."""
 
     markdown: Path
     csv: Path
@@ -36,20 +37,27 @@ class Report:
     page: Path
 
     def paths(self) -> dict[str, Path]:
-        """The files that there are, the page last."""
+        """The files that were written, by name; the page comes last."""
         every = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self)}
         return {name: path for name, path in every.items() if path is not None}
 
 
 def write_report(title: str, runs: list[FinishedRun], folder: Path) -> Report:
-    """Write the report on ``runs`` and on the failed cells below ``folder`` into ``folder``; each file whole or not at all.
+    """Write the report on ``runs``, and on the failed cells below ``folder``, into ``folder``.
 
-    Files: ``report.html``, ``tables.md``, ``tables.csv``, ``tables.tex``, ``rounds.png``; ``rates_by_share.png`` and
-    ``rates_by_clients.png`` if a setting was run with two shares of attackers or two numbers of clients; ``masks.png`` and
-    ``evidence.png`` if a run made masks. A picture of an earlier report that is not made now is removed.
+    Each file is written whole or not at all. There are always ``report.html``, ``tables.md``,
+    ``tables.csv``, ``tables.tex`` and ``rounds.png``. ``rates_by_share.png`` and
+    ``rates_by_clients.png`` are there if a setting was run with two shares of attackers or two
+    numbers of clients, ``masks.png`` and ``evidence.png`` if a run made masks. A picture of an
+    earlier report that is not made now is removed.
+
+    Args:
+        title: the heading of the page and the tables.
+        runs: at least one run, from :func:`skymask_gpu.report.load_runs`.
+        folder: where the files go.
 
     Raises:
-        ValueError: no run, or a file of masks cannot be read.
+        ValueError: there is no run, or a file of masks cannot be read.
     """
     if not runs:
         raise ValueError("runs must hold one run at least, got none; see load_runs")
@@ -58,24 +66,42 @@ def write_report(title: str, runs: list[FinishedRun], folder: Path) -> Report:
     write_text(markdown, markdown_text(title, sweep, failed))
     write_text(csv, csv_text(runs, folder))
     write_text(latex, latex_text(title, sweep, failed))
-    rounds, by_share, by_clients, masks, evidence = (
-        folder / f"{name}.png" for name in ("rounds", "rates_by_share", "rates_by_clients", "masks", "evidence")
-    )
+    pictures = _write_pictures(runs, sweep, folder)
+    write_text(page, _page(title, runs, sweep, failed, pictures))
+    return Report(markdown, csv, latex, page=page, **pictures)
+
+
+def _write_pictures(runs: list[FinishedRun], sweep: Sweep, folder: Path) -> dict[str, Any]:
+    """Write the pictures; their paths by name, None for a picture that has nothing to show."""
+    names = ("rounds", "rates_by_share", "rates_by_clients", "masks", "evidence")
+    rounds, by_share, by_clients, masks, evidence = paths = [folder / f"{name}.png" for name in names]
     plot_rounds(runs, sweep, rounds)
-    made = {
-        by_share: plot_rates(sweep, "share", by_share),
-        by_clients: plot_rates(sweep, "clients", by_clients),
-        masks: plot_masks(runs, masks),
-        evidence: plot_evidence(runs, evidence),
-    }
-    for picture, is_made in made.items():
+    made = [
+        True,
+        plot_rates(sweep, "share", by_share),
+        plot_rates(sweep, "clients", by_clients),
+        plot_masks(runs, masks),
+        plot_evidence(runs, evidence),
+    ]
+    for path, is_made in zip(paths, made, strict=True):
         if not is_made:
-            picture.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+    return {name: path if is_made else None for name, path, is_made in zip(names, paths, made, strict=True)}
+
+
+def _page(
+    title: str,
+    runs: list[FinishedRun],
+    sweep: Sweep,
+    failed: list[tuple[str, str]],
+    pictures: dict[str, Path | None],
+) -> str:
+    """The HTML page, with its pictures inside."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("skymask_gpu", "report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     in_detail = runs if len(runs) <= _RUNS_IN_DETAIL else []
-    text = environment.get_template("page.html.j2").render(
+    return environment.get_template("page.html.j2").render(
         title=title,
         num_runs=len(runs),
         columns=COLUMNS,
@@ -85,23 +111,11 @@ def write_report(title: str, runs: list[FinishedRun], folder: Path) -> Report:
         blocks=[(block.title, block_tables(block)) for block in sweep.blocks],
         left_out=sweep.left_out,
         failed=failed,
-        pictures={path.stem: _data_uri(path) for path in (rounds, *(path for path in made if made[path]))},
+        pictures={name: _data_uri(path) for name, path in pictures.items() if path is not None},
         runs=[{"name": run.name, "config": json.dumps(run.config, indent=2), "records": run.records} for run in in_detail],
         percent=percent,
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
-    )
-    write_text(page, text)
-    return Report(
-        markdown,
-        csv,
-        latex,
-        rounds,
-        rates_by_share=by_share if made[by_share] else None,
-        rates_by_clients=by_clients if made[by_clients] else None,
-        masks=masks if made[masks] else None,
-        evidence=evidence if made[evidence] else None,
-        page=page,
     )
 
 

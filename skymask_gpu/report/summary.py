@@ -1,7 +1,8 @@
-"""Finished runs as they lie on disk, and the one row a run that every table shows.
+"""``FinishedRun``: a run as it lies on disk, and the row that every table shows of it.
 
-A run's folder holds ``config.json`` (its settings), ``metrics.jsonl`` and ``times.jsonl`` (one line a round each), and for
-SkyMask ``masks.safetensors``. Only what stands there is read, so runs of older versions stay readable.
+A run's folder holds ``config.json`` (its settings), ``metrics.jsonl`` and ``times.jsonl`` (one line
+per round each), and ``masks.safetensors`` if the rule is SkyMask. The code reads only what is
+there, so that runs of older versions stay readable.
 """
 
 import json
@@ -36,7 +37,20 @@ NOTE = (
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's settings (the nested tables of its TOML file), its folder, and what was recorded and timed, one entry a round."""
+    """A run as it lies on disk.
+
+    Attributes:
+        config: its settings, as the nested tables of its TOML file.
+        folder: where it is.
+        records: what was recorded, one entry per round.
+        times: the seconds of each part of a round, one entry per round.
+
+    Example:
+        >>> rounds = [{"round": 0, "accuracy": 0.5}, {"round": 1, "accuracy": None}]
+        >>> run = FinishedRun({"rounds": 2}, Path("runs/mine"), rounds, [])
+        >>> run.name, run.is_complete, run.last("accuracy")
+        ('mine', True, 0.5)
+    """
 
     config: dict[str, Any]
     folder: Path
@@ -57,7 +71,7 @@ class FinishedRun:
 
     @property
     def rounds(self) -> int:
-        """How many rounds the run was to have."""
+        """The number of rounds that the run was to have."""
         return int(self.config.get("rounds", self.rounds_done))
 
     @property
@@ -70,19 +84,25 @@ class FinishedRun:
         return self.diverged or self.rounds_done >= self.rounds
 
     def last(self, key: str) -> float | None:
-        """``key`` in the last round that has it; not every round is evaluated."""
+        """The value of ``key`` in the last round that has it; not every round is evaluated."""
         return next((record[key] for record in reversed(self.records) if record.get(key) is not None), None)
 
     def mean_rate(self, key: str) -> float | None:
-        """Mean of a rate such as ``false_positive_rate`` over the rounds from the second on (or of the only round)."""
+        """The mean of a rate, such as ``false_positive_rate``, over the rounds from the second on.
+
+        If there is only one round, it is the rate of that round. None if it was never measured.
+        """
         return _of_rates(statistics.fmean, self._rates(key))
 
     def worst_rate(self, key: str) -> float | None:
-        """The largest rate of the rounds that :meth:`mean_rate` is the mean of."""
+        """The largest rate in the rounds that :meth:`mean_rate` takes the mean of."""
         return _of_rates(max, self._rates(key))
 
     def median_seconds(self, phase: str) -> float | None:
-        """Median over the rounds of ``local_training`` or ``aggregation``; None if it was not timed."""
+        """The median over the rounds of the seconds of a phase; None if it was not timed.
+
+        ``phase`` is ``local_training`` or ``aggregation``.
+        """
         seconds = [times[phase] for times in self.times if times.get(phase) is not None]
         return statistics.median(seconds) if seconds else None
 
@@ -110,9 +130,10 @@ class FinishedRun:
 
 
 def concerns(run: FinishedRun) -> list[str]:
-    """What somebody who reads the run's numbers must know besides: a sentence each, none where all is well.
+    """What a reader of the run's numbers must be told, in sentences; an empty list if all is well.
 
-    How many clients are rejected says something of SkyMask only: Krum, for one, keeps a single client by its definition.
+    The number of rejected clients says something about SkyMask only. Krum, for instance, keeps a
+    single client by its definition.
     """
     sentences = []
     if run.diverged:
@@ -143,13 +164,14 @@ def load_run(folder: Path) -> FinishedRun:
         raise ValueError(f"{folder / CONFIG} must hold a run's settings, got {type(config).__name__}")
     records = read_lines(folder / METRICS)
     recorded = {record["round"] for record in records}
-    # A run that was killed and resumed may have timed a round twice: the last time counts, like the round that was kept.
+    # A run that was killed and resumed may have timed a round twice. The last time counts, because
+    # it is that of the round that was kept.
     times = {line["round"]: line for line in read_lines(folder / TIMES) if line["round"] in recorded}
     return FinishedRun(config, folder, records, [times[number] for number in sorted(times)])
 
 
 def load_runs(folder: Path) -> list[FinishedRun]:
-    """All runs at or below ``folder`` that finished one round at least, sorted by path.
+    """All runs at or below ``folder`` that finished at least one round, sorted by path.
 
     Raises:
         ValueError: there is none, or a file cannot be read.
@@ -167,7 +189,7 @@ def load_runs(folder: Path) -> list[FinishedRun]:
 
 
 def failed_cells(folder: Path) -> list[tuple[str, str]]:
-    """Name and first line of the error of every cell at or below ``folder`` that failed, sorted by path."""
+    """The name of each cell below ``folder`` that failed, and its error's first line, by path."""
     failed = []
     for path in sorted(folder.rglob(ERROR)):
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -176,7 +198,14 @@ def failed_cells(folder: Path) -> list[tuple[str, str]]:
 
 
 def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"data": {"clients": 5}}`` as ``{"data.clients": 5}``; a list becomes its JSON text, so that all values can be keys."""
+    """Nested tables as one table with dotted keys.
+
+    A list becomes its JSON text, so that all values can serve as keys of a dict.
+
+    Example:
+        >>> flat_settings({"data": {"clients": 5}, "seeds": [1, 2]})
+        {'data.clients': 5, 'seeds': '[1, 2]'}
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -187,6 +216,7 @@ def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def percent(share: float | None) -> str:
+    """A share as text in percent; ``-`` for None."""
     return "-" if share is None else f"{100 * share:.1f}%"
 
 

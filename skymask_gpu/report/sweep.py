@@ -1,7 +1,9 @@
-"""Runs sorted into blocks as in the papers' tables: a block a setting, a row an attack, a column a rule, a cell all seeds.
+"""Runs sorted into blocks, as in the tables of papers.
 
-Two runs share a cell only if nothing but the seed (and what cannot change a result) differs between them. A differing
-``attack.*`` key makes two rows, a differing ``defence.*`` key two columns, any other two blocks, each labelled by the keys that
+There is one block per setting, with one row per attack and one column per rule; a cell holds the
+runs of all seeds. Two runs share a cell only if nothing differs between them but the seed and what
+cannot change a result. If an ``attack.*`` key differs, they are in two rows; if a ``defence.*`` key
+differs, in two columns; if any other key differs, in two blocks. Each is labelled by the keys that
 differ.
 """
 
@@ -13,12 +15,12 @@ from skymask_gpu.report.summary import FinishedRun, flat_settings
 
 __all__ = ["Block", "Sweep", "arrange", "differing_keys", "sort_key"]
 
-# which key of [data] a kind of partition reads
+# The keys of [data] that each kind of partition reads.
 _PARTITION_KEYS = {"bias": ("data.bias",), "dirichlet": ("data.alpha",), "iid": (), "subject": ()}
 _ANY_PARTITION = ("data.bias", "data.alpha")
 _HEAD = ("data.dataset", "model.name", "data.partition", *_ANY_PARTITION, "data.clients")
 _SHARE = "attack.share"
-# these cannot change a result
+# Keys that cannot change a result.
 _NO_SETTINGS = ("name", "seed", "checkpoint_every", "evaluate_every", "plugins", "data.data_dir")
 
 
@@ -27,8 +29,9 @@ class Block:
     """Runs that differ in attack, rule and seed only.
 
     Attributes:
-        values: the settings that tell blocks apart, by dotted key; ``attack.share`` is None where nobody attacks.
-        labels: the same for people to read, in the order of a title.
+        values: the settings that tell blocks apart, by dotted key; ``attack.share`` is None if
+            nobody attacks.
+        labels: the same settings for people to read, in the order in which a title names them.
         cells: (attack, rule) -> runs in the order of their seeds, each seed once.
     """
 
@@ -53,14 +56,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The blocks, and (name, why) of each run that is in none of them."""
+    """The blocks, and the name of each run that is in none of them, with the reason."""
 
     blocks: list[Block]
     left_out: list[tuple[str, str]]
 
 
 def arrange(runs: list[FinishedRun]) -> Sweep:
-    """Sort the complete runs into blocks. A run without attackers stands in the blocks of all shares."""
+    """Sort the complete runs into blocks; a run without attackers is in those of all shares."""
     left_out = [(r.name, f"{r.rounds_done} of {r.rounds} rounds") for r in runs if not r.is_complete]
     complete = [run for run in runs if run.is_complete]
     settings = [_settings(run) for run in complete]
@@ -91,9 +94,13 @@ def arrange(runs: list[FinishedRun]) -> Sweep:
 
 
 def differing_keys(settings: list[dict[str, Any]]) -> list[str]:
-    """The keys whose values are not the same in all; a key that is not given counts as None.
+    """The keys whose values are not the same in all runs; a missing key counts as None.
 
     A key that only some attacks or rules have differs only if its values do.
+
+    Example:
+        >>> differing_keys([{"seed": 1, "rounds": 5}, {"seed": 2, "rounds": 5}])
+        ['seed']
     """
 
     def values(key: str) -> set[Any]:
@@ -104,20 +111,20 @@ def differing_keys(settings: list[dict[str, Any]]) -> list[str]:
 
 
 def rule_order(rule: str) -> tuple[int, str]:
-    """Plain averaging first and SkyMask last, as in the papers' tables."""
+    """A key to sort rules by: plain averaging comes first and SkyMask last, as in the papers."""
     name = rule.split(" ")[0]
     return (0 if name == "fedavg" else 2 if name == "skymask" else 1, rule)
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:
-    """Numbers, then text, then what is not given."""
+    """A key to sort settings by: first numbers, then text, then settings that are not given."""
     if value is None:
         return (2, 0, "")
     return (0, value, "") if isinstance(value, (int, float)) else (1, 0, str(value))
 
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
-    """What can change the run's result."""
+    """The settings that can change the run's result."""
     flat = {key: value for key, value in flat_settings(run.config).items() if key not in _NO_SETTINGS}
     read = _PARTITION_KEYS.get(flat.get("data.partition", ""), _ANY_PARTITION)
     unread = {key for key in _ANY_PARTITION if key not in read}
@@ -127,7 +134,7 @@ def _settings(run: FinishedRun) -> dict[str, Any]:
 
 
 def _variants(settings: list[dict[str, Any]], table: str, name: str) -> list[str]:
-    """Each run's attack or rule, with the keys of its table in which runs of the same name differ."""
+    """Each run's attack or rule, followed by the settings in which runs of the same name differ."""
     names = [str(flat.get(table + name, "none")) for flat in settings]
     differing = {
         one: [
@@ -145,7 +152,7 @@ def _variants(settings: list[dict[str, Any]], table: str, name: str) -> list[str
 
 
 def _labels(values: dict[str, Any]) -> dict[str, str]:
-    """A block's title in parts."""
+    """The parts of a block's title, by dotted key."""
     partition = [_shown(values[key]) for key in ("data.partition", *_ANY_PARTITION) if values[key] is not None]
     labels = {key: _shown(values[key]) for key in ("data.dataset", "model.name")}
     labels["data.partition"] = " ".join(partition) or "partition not given"

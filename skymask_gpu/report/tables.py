@@ -1,4 +1,8 @@
-"""The tables of a report: per block accuracy, verdicts and backdoors, as Markdown and LaTeX; and one line a run as CSV."""
+"""The tables of a report.
+
+Each block has tables of accuracy, verdicts and backdoors, as Markdown and LaTeX. The CSV file has
+one line per run.
+"""
 
 import csv
 import io
@@ -20,7 +24,7 @@ LEGEND = (
     "then over the seeds, and in square brackets the worst of these rounds of any seed. n/a: nothing to judge or to measure, "
     "as with rules that judge no client. -: no finished run. Bold: the best accuracy but for plain averaging (fedavg)."
 )
-# settings that have a column even where all runs agree
+# Settings that have a column in the CSV file even if all runs agree in them.
 _COLUMNS = (
     "data.dataset",
     "model.name",
@@ -45,16 +49,18 @@ _RESULT_COLUMNS = (
     "median_aggregation_seconds",
     "median_local_training_seconds",
 )
-# wider tables are scaled to the line; what fits on one of the article class, two characters between columns
+# The number of characters that fit on a line of LaTeX's article class, counting two characters
+# between columns. Wider tables are scaled to the line.
 _LATEX_CHARACTERS = 65
-# LaTeX holds a limited number of floats back; a page break lets them go
-_BLOCKS_A_FLUSH = 6
+# LaTeX can hold back only a limited number of floats. After this number of blocks, a page break
+# makes it print them.
+_BLOCKS_PER_FLUSH = 6
 _NONE, _ABSENT = "n/a", "-"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows for one attack and one rule."""
+    """The text of a table for one attack and one rule, and whether it is the best of its row."""
 
     text: str
     best: bool = False
@@ -62,7 +68,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Attacks by rules; ``rows`` are (attack, a cell a rule)."""
+    """A table of attacks by rules; each of ``rows`` is an attack and its cells, one per rule."""
 
     caption: str
     rules: list[str]
@@ -70,7 +76,7 @@ class ResultTable:
 
 
 def block_tables(block: Block) -> list[ResultTable]:
-    """Accuracy; FPR and FNR; and, if any run has it, the success rate of backdoors."""
+    """Tables of accuracy, of FPR and FNR and, if a run has it, of the backdoors' success rate."""
     tables = [_mean_table(block, block.attacks, "Accuracy (%)", "accuracy", mark_best=True), _rates_table(block)]
     backdoors = [
         attack
@@ -85,7 +91,7 @@ def block_tables(block: Block) -> list[ResultTable]:
 
 
 def markdown_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> str:
-    """All blocks' tables, the runs that are in none, and the cells that failed."""
+    """All blocks' tables as Markdown, the runs that are in no block, and the cells that failed."""
     lines = [f"# {_markdown(title)}", "", LEGEND, ""]
     for block in sweep.blocks:
         lines += [f"## {_markdown(block.title)}", ""]
@@ -103,7 +109,10 @@ def markdown_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> st
 
 
 def latex_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> str:
-    r"""The same as ``table`` environments, to be read with ``\input``; needs the packages booktabs and graphicx."""
+    r"""The same as LaTeX's ``table`` environments, to be included by ``\input``.
+
+    They need the packages booktabs and graphicx.
+    """
     lines = [
         _comment(title),
         r"% In the preamble: \usepackage{booktabs,graphicx}. Then: \input{tables.tex}",
@@ -111,7 +120,7 @@ def latex_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> str:
         "",
     ]
     for number, block in enumerate(sweep.blocks):
-        if number and number % _BLOCKS_A_FLUSH == 0:
+        if number and number % _BLOCKS_PER_FLUSH == 0:
             lines += [r"\clearpage", ""]
         for table in block_tables(block):
             wide = _width(table) > _LATEX_CHARACTERS
@@ -129,7 +138,10 @@ def latex_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> str:
 
 
 def csv_text(runs: list[FinishedRun], folder: Path) -> str:
-    """One line a run: every setting that differs between runs, and the results; rates are shares, unknown ones empty."""
+    """The runs as CSV, one line per run: its settings that differ between runs, and its results.
+
+    Rates are shares between 0 and 1; an unknown one is empty.
+    """
     settings = [flat_settings(run.config) for run in runs]
     fixed = ("name", "seed", "rounds", "checkpoint_every", "evaluate_every", "plugins", "data.data_dir", *_COLUMNS)
     keys = [*_COLUMNS, *(key for key in differing_keys(settings) if key not in fixed)]
@@ -201,7 +213,7 @@ def _grid(block: Block, attacks: list[str]) -> list[tuple[str, str]]:
 
 
 def _values(runs: list[FinishedRun] | None, measure: Callable[[FinishedRun], float | None]) -> list[float] | None:
-    """Percentages of the runs that have the quantity; None if there is no run."""
+    """The quantity in percent for each run that has it; None if there is no run at all."""
     if runs is None:
         return None
     return [100 * share for share in map(measure, runs) if share is not None]
@@ -223,7 +235,10 @@ def _spread_note(counts: set[int]) -> str:
 
 
 def _best(block: Block, attack: str, values: dict[tuple[str, str], list[float] | None]) -> set[str]:
-    """The rules of the highest shown mean, plain averaging aside; none where there is nothing to compare."""
+    """The rules with the highest mean as shown, without plain averaging.
+
+    The set is empty if there is nothing to compare.
+    """
     means = {
         rule: round(statistics.fmean(shares), 1)
         for rule in block.rules
@@ -250,7 +265,7 @@ _LATEX = str.maketrans(
 
 
 def _width(table: ResultTable) -> int:
-    """In characters."""
+    """The width of a table in characters."""
     rows = [["attack", *table.rules], *([attack, *(cell.text for cell in cells)] for attack, cells in table.rows)]
     return sum(2 + max(map(len, column)) for column in zip(*rows, strict=True))
 

@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import statistics
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from copy import deepcopy
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib import image, pyplot
+from matplotlib import image
 
 from skymask_gpu.io.files import write_tensors
 from skymask_gpu.report import COLUMNS, FinishedRun, failed_cells, load_run, load_runs, write_report
@@ -433,7 +435,6 @@ def test_csv_file_has_a_line_a_run_with_all_that_differs(tmp_path: Path) -> None
 
 
 def test_report_of_a_single_run(tmp_path: Path) -> None:
-    pyplot.close("all")  # others' figures
     write_masks(write_run(tmp_path / "odd", {**config(), "name": ODD}, [0.1, None, 0.5], [0, 0, 0.1], [1, 0, 0]))
     report = write_report(f"{ODD}'s", load_runs(tmp_path), tmp_path)
     names = {name: path.name for name, path in report.paths().items()}
@@ -451,7 +452,17 @@ def test_report_of_a_single_run(tmp_path: Path) -> None:
     ET.fromstring(re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", page.removeprefix("<!doctype html>")))
     for name in ("rounds", "masks", "evidence"):
         assert_picture(tmp_path / f"{name}.png")
-    assert not pyplot.get_fignums(), "figures stay in memory until they are closed"
+
+
+def test_pictures_leave_the_backend_of_a_notebook_alone() -> None:
+    script = (
+        "import sys, matplotlib\n"
+        "matplotlib.use('svg')\n"
+        "import skymask_gpu.profile, skymask_gpu.report.plots\n"
+        "assert matplotlib.get_backend() == 'svg'\n"
+        "assert 'matplotlib.pyplot' not in sys.modules, 'pyplot keeps its figures in a global list'\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", script], check=True)
 
 
 def assert_picture(path: Path) -> None:
@@ -521,7 +532,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     from skymask_gpu.report import plots
 
     saved: dict[str, Any] = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.update({path.stem: figure}))
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.update({path.stem: figure}))
     return saved
 
 
@@ -605,7 +616,7 @@ def test_no_rates_without_two_values_of_one_setting(tmp_path: Path, figures: dic
     assert figures == {}
 
 
-def test_masks_of_many_runs_are_one_an_attack_of_the_lowest_seed(tmp_path: Path, figures: dict[str, Any]) -> None:
+def test_masks_of_many_runs_are_one_per_attack_of_the_lowest_seed(tmp_path: Path, figures: dict[str, Any]) -> None:
     from skymask_gpu.report.plots import plot_masks
 
     for attack in ("trim", "lie", "ipm"):
@@ -617,7 +628,7 @@ def test_masks_of_many_runs_are_one_an_attack_of_the_lowest_seed(tmp_path: Path,
     assert list(panels_by_title(figures["masks"])) == [
         f"{attack}, seed 1: masks of round 3" for attack in ("ipm", "lie", "trim")
     ]
-    assert figures["masks"].get_suptitle() == "3 of the 9 runs that have masks: one an attack, of the lowest seed"
+    assert figures["masks"].get_suptitle() == "3 of the 9 runs that have masks: one per attack, with the lowest seed"
     assert plot_masks(runs[:6], tmp_path / "masks.png")
     assert len(figures["masks"].axes) == 6, "six runs are all shown"
     assert not figures["masks"].get_suptitle()
