@@ -3,10 +3,9 @@
 Code that does the work says ``with phase("mask steps", updates_RP):``. While nobody records, this
 costs one ``if``. Inside ``with recording(device) as record:`` it takes the time and the peak of
 memory, and names the phase for torch.profiler. On a GPU, times are taken by events on the stream,
-and
-the host waits only once, at the end. Phases nest: the time of an inner phase does not count for the
-outer one, so that all times add up to the whole. On a CPU, the clock stands still while memory is
-looked at.
+and the host waits only once, at the end. Phases nest: the time of an inner phase does not count for
+the outer one, so that all times add up to the whole. On a CPU, the clock stands still while memory
+is looked at.
 
 Bytes are not measured but computed from sizes: each tensor that a phase has to read or write counts
 once per read and once per write. What the phase moves beyond that (temporaries, a model's

@@ -7,6 +7,7 @@ needed, no figure stays in a global list, and a notebook keeps the backend that 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 @contextmanager
 def styled(*, grid: bool) -> Iterator[None]:
     """Give pictures that are made and saved inside the common style, with or without grid lines."""
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+    style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
     with matplotlib.rc_context({**style, "axes.grid": grid, "grid.alpha": 0.3}):
         yield
 

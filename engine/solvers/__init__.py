@@ -4,7 +4,7 @@
 | --- | --- |
 | ``reference.py`` | the definition in plain PyTorch; every other solver is checked against it |
 | ``fused.py`` | exact; one pass over updates and logits per step, by kernels |
-| ``collapsed.py`` | approximate; B bins per column instead of R rows, so its steps cost the same for any R |
+| ``collapsed.py`` | approximate; B bins per column instead of R rows: a step costs the same for any R |
 | ``vmap.py`` | exact; all rows at once by ``torch.func.vmap``, without kernels |
 | ``solver.py`` | ``Solver``, the registry ``SOLVERS``, and the decorator ``@solver`` |
 | ``solution.py`` | what a solver returns, and what ``fused`` and ``collapsed`` share |

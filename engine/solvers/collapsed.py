@@ -4,7 +4,8 @@ A cut per column then gives every row its bits.
 
 A step costs O(B P) for any number of rows. The rows are read three times: a sample of them for the
 edges of the bins, all of them for the means of the bins, and all of them for the bits. There are
-never (R, P) logits. The maths is in ``kernels/bins`` and ``kernels/cuts``, and in ``docs/collapsed.md``.
+never (R, P) logits. The maths is in ``kernels/bins`` and ``kernels/cuts``, and in
+``docs/collapsed.md``.
 """
 
 import torch

@@ -8,7 +8,7 @@ A trained bit of 1 says that the root data want this row's value in this paramet
 all rows agree say nothing about any row, and are left out. Counts are integers, so every way of
 computing them gives the same result.
 
-Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA through Triton, CPU through Numba.
+Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA by Triton, CPU by Numba.
 """
 
 from functools import partial
@@ -24,18 +24,23 @@ __all__ = ["varying_ones", "varying_ones_reference"]
 
 
 def varying_ones(bits: Tensor) -> Tensor:
-    """``(R + 1,)`` int64: each row's ones among the columns in which rows differ, and last how many such columns there are.
+    """Count each row's ones among the columns in which rows differ.
 
-    Two passes over the bits, on their device, without waiting for it.
+    The last count is the number of these columns. It takes two passes over the bits, on their
+    device, without waiting for it.
 
     Args:
         bits: ``(R, bytes)`` uint8, of any strides; padding bits are equal in all rows.
+
+    Returns:
+        ``(R + 1,)`` int64.
 
     Raises:
         ValueError: the shape or the dtype does not fit, or no kernel exists for the device.
 
     Example:
-        >>> bits = torch.tensor([[0b0111], [0b0001]], dtype=torch.uint8)  # columns 1 and 2 differ
+        >>> # the two rows differ in columns 1 and 2
+        >>> bits = torch.tensor([[0b0111], [0b0001]], dtype=torch.uint8)
         >>> varying_ones(bits).tolist()
         [2, 0, 2]
     """

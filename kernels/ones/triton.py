@@ -12,8 +12,8 @@ from torch import Tensor
 
 from skymask_gpu.kernels.shared.triton import Variant, kernel, launch_options, on_device_of
 
-# Words of 32 columns that a program looks at in one go. Rows are padded to a multiple of 4 words, so
-# that loads are 16 bytes wide.
+# Words of 32 columns that a program looks at in one go. Rows are padded to a multiple of 4 words,
+# so that loads are 16 bytes wide.
 BLOCK_W = 512
 PAD_BYTES = 16
 NUM_WARPS = 4
@@ -87,7 +87,8 @@ def ones_kernel(
 def varying_ones(bits: Tensor) -> Tensor:
     num_rows = len(bits)
     padding = -bits.shape[1] % PAD_BYTES
-    # a copy only where rows are no multiple of 16 bytes; padding is 0 in all rows and varies nowhere
+    # Rows are copied only if their length is no multiple of 16 bytes. The padding is 0 in all rows,
+    # so it counts as columns in which no rows differ.
     words_RW = (torch.nn.functional.pad(bits, (0, padding)) if padding else bits.contiguous()).view(torch.int32)
     num_words = words_RW.shape[1]
     some_W = torch.zeros(num_words, dtype=torch.int32, device=bits.device)

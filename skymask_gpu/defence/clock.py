@@ -17,8 +17,8 @@ __all__ = ["Clock"]
 class Clock:
     """The wall time of each phase, as the host sees it. A phase that comes again adds to its time.
 
-    The clock never waits for the device. This is no error, because each phase of a round ends with
-    the host reading something that the device computed last.
+    The clock never waits for the device. It need not, because each phase of a round ends with the
+    host reading something that the device computed last.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)

@@ -160,7 +160,7 @@ def _global_params(
         return flat_state(global_params, loss)
     if not isinstance(global_params, Tensor) or tuple(global_params.shape) != (loss.num_params,):
         got = tuple(global_params.shape) if isinstance(global_params, Tensor) else type(global_params).__name__
-        raise ValueError(f"global_params must have shape ({loss.num_params},), one a trainable parameter, got {got}")
+        raise ValueError(f"global_params must have shape ({loss.num_params},), one value per trainable parameter, got {got}")
     check_same_device("global_params", global_params, loss, asked_for)
     return global_params.detach().to(loss.initial_params.device, torch.float32)
 
@@ -199,7 +199,9 @@ def _root_row(this: _Round, direction_P: Tensor, screened: Screened) -> Tensor:
         return (direction_P * scale).to(rows.dtype)
     if not isinstance(root_update, Tensor) or root_update.shape != direction_P.shape:
         got = tuple(root_update.shape) if isinstance(root_update, Tensor) else type(root_update).__name__
-        raise ValueError(f"root_update must have shape {tuple(direction_P.shape)}, one a trainable parameter, got {got}")
+        raise ValueError(
+            f"root_update must have shape {tuple(direction_P.shape)}, one value per trainable parameter, got {got}"
+        )
     if this.settings.device is None and root_update.device != direction_P.device:
         raise ValueError(
             f"root_update must be on {direction_P.device} like updates, got {root_update.device}; move it with .to()"

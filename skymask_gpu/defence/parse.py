@@ -109,8 +109,7 @@ def parse(
         model: it tells names, shapes and device of the parameters.
         module: it tells names and kinds of the buffers.
         subtracted_L: what is subtracted from every row: the global parameters if clients sent their
-            local models, None for nothing. If the updates are sharded, this rank's own columns of
-            it.
+            local models, None for nothing. If the updates are sharded, only this rank's columns.
         in_memory: whether the state dicts of a sequence other than a list are read once, into one
             tensor. Otherwise a block of them is read each time it is needed.
 

@@ -228,7 +228,7 @@ def harmful(rows: ClientBlocks, norms_K: Tensor, candidates: list[int], params_L
     """Which of the candidate rows drive the root loss out of range alone: position -> reason.
 
     The 16 longest candidates are tried one by one. If all of them are harmful, a search by halving
-    finds a shorter one that still is, and every row that is at least as long is rejected too.
+    finds how short a row can be and still be harmful, and every row that is as long is rejected.
     Attackers who send many large updates therefore cost the server at most ``16 + log2(K)`` forward
     and backward passes. Harmful rows that hide behind longer, harmless ones among these 16 are left
     to mask training, which notices if they matter.

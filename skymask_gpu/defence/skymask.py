@@ -127,14 +127,15 @@ class SkyMask:
             updates: what N clients sent, local minus global parameters; it is not modified. It is
                 one of these:
 
-                * an ``(N, P)`` tensor in float32 or bfloat16; * a list of N state dicts. Those of
-                parameters are updates; buffers, which a client may
-                  leave out, are sent as they are. From another sequence than a list or tuple, each
-                  state dict is read anew whenever it is needed;
-                * :class:`ClientBlocks`, whose rows may stay on disk; * for several GPUs or
-                machines, a ``torch.distributed.tensor.DTensor`` ``(N, P)`` with
-                  placements ``[Shard(1)]`` over a 1-D ``DeviceMesh``, passed on every rank. Each
-                  rank then works on its own columns, and everything else is the same on all ranks.
+                * an ``(N, P)`` tensor in float32 or bfloat16;
+                * a list of N state dicts, with updates of the parameters. Buffers, which a client
+                  may leave out, are sent as they are. From a sequence other than a list or tuple,
+                  each state dict is read anew whenever it is needed;
+                * :class:`ClientBlocks`, whose rows may stay on disk;
+                * for several GPUs or machines, a ``torch.distributed.tensor.DTensor`` ``(N, P)``
+                  with placements ``[Shard(1)]`` over a 1-D ``DeviceMesh``, passed on every rank.
+                  Each rank then works on its own columns; all but the masks is the same on each.
+
             global_params: the model before the round, ``(P,)`` or a state dict from which the
                 trainable parameters are taken. None means the module's parameters when this object
                 was made, so pass it in every round but the first.
@@ -149,9 +150,9 @@ class SkyMask:
             The mean update, and the verdict with its reasons and measurements.
 
         Raises:
-            ValueError: ``updates`` as a whole does not fit, no client or not the root is usable, or
-                more than 80% of the updates are local models. A single client's bad update is no
-                error; that client is rejected with a reason.
+            ValueError: ``updates`` as a whole does not fit, no client is usable, the root update is
+                not usable, or more than 80% of the updates are local models. A single client's bad
+                update is no error; that client is rejected with a reason.
             torch.OutOfMemoryError: the message says how many bytes were needed.
 
         Warns:

@@ -1,17 +1,8 @@
 """The registry of solvers, attacks, rules, models and data sets."""
 
-import doctest
-
 import pytest
 
-from skymask_gpu.engine import registry
 from skymask_gpu.engine.registry import Registry, forget
-
-
-def test_its_examples_run() -> None:
-    result = doctest.testmod(registry)
-    assert result.attempted > 3
-    assert result.failed == 0
 
 
 def test_what_is_registered_is_found_and_listed_in_order() -> None:

@@ -1,7 +1,6 @@
 """Data sets read from their standard files, their download, and the root data set."""
 
 import csv
-import doctest
 import gzip
 import hashlib
 import io
@@ -24,9 +23,6 @@ from skymask_gpu.federation.datasets import (
     Source,
     dataset,
     load_dataset,
-    partition,
-    root_split,
-    spec,
     split_root,
 )
 from skymask_gpu.federation.datasets.download import download
@@ -365,12 +361,6 @@ def test_data_sets_that_are_not_downloaded_say_where_they_are(tmp_path: Path) ->
 
 
 # --- one's own --------------------------------------------------------------------------------
-
-
-def test_the_examples_in_the_docstrings_run() -> None:
-    for module in (spec, root_split, partition):
-        result = doctest.testmod(module)
-        assert (result.attempted > 1, result.failed) == (True, 0), module.__name__
 
 
 def test_a_data_set_of_ones_own_is_checked_like_the_others(tmp_path: Path) -> None:

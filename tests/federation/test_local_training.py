@@ -1,7 +1,6 @@
 """Local training of all clients at once equals a plain loop with PyTorch's own optimiser, for every option and both ways."""
 
 import dataclasses
-import doctest
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from skymask_gpu.engine import memory
 from skymask_gpu.federation.clients import Batches, LocalTraining, batching_for, draw_batches, train_clients
-from skymask_gpu.federation.clients import batches as batches_module
-from skymask_gpu.federation.clients import train as train_module
 from skymask_gpu.federation.clients.batches import alike_clients
 from skymask_gpu.federation.clients.trainer import Trainer
 from skymask_gpu.federation.datasets import load_dataset
@@ -175,12 +171,6 @@ def test_the_way_is_chosen_by_the_model_and_the_batch() -> None:
     assert batching_for(make("cnn"), images, dataclasses.replace(RECIPE, batching="vmap")) == "vmap"
     mixed = dataclasses.replace(RECIPE, autocast="bfloat16")
     assert [batching_for(make(model), on_gpu, mixed) for model in ("mlp", "norm")] == ["vmap", "loop"]
-
-
-def test_the_examples_in_the_docstrings_run() -> None:
-    for module in (batches_module, train_module, memory):
-        result = doctest.testmod(module)
-        assert (result.attempted > 0, result.failed) == (True, 0), module.__name__
 
 
 def test_alike_clients_are_honest_first_and_those_with_most_steps_first() -> None:
