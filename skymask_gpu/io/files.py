@@ -47,10 +47,9 @@ def locked(folder: Path) -> Iterator[None]:
     """Lock ``folder`` against other processes that lock it, too.
 
     The folder is made if it is missing. The system gives the lock back when this process ends, in
-    whatever way. The file ``.lock``
-    stays: if it were deleted, a process that has just opened it and one that makes it anew could
-    both think that the folder is theirs. If the system or the file system has no such locks, a
-    warning says so and nothing is locked.
+    whatever way. The file ``.lock`` stays: if it were deleted, a process that has just opened it
+    and one that makes it anew could both think that the folder is theirs. If the system or the file
+    system has no such locks, a warning says so and nothing is locked.
 
     Raises:
         ValueError: another process, or this one, holds the lock already.
@@ -131,7 +130,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         # The error of a write names the temporary file or none, and safetensors has an error of its
-        # own for a full disk. The user gets one OSError that names the file he asked for.
+        # own for a full disk. The user gets one OSError that names ``path``.
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise OSError(f"{path} cannot be written: {error}") from error
