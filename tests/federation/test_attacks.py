@@ -161,6 +161,33 @@ def test_min_sum_is_as_far_out_in_sum_as_honest_updates_are(direction: str, upda
     check_direction(sent[0], honest, direction)
 
 
+@pytest.mark.parametrize("name", ["ipm", "lie", "min-max", "min-sum"])
+def test_jitter_parts_the_colluders(name: str, generator: torch.Generator) -> None:
+    """The defining property: what all send without jitter, plus noise of that many honest standard deviations."""
+    updates = torch.randn(20, 20_000, generator=generator) * torch.rand(20_000, generator=generator) + 0.05
+    malicious = torch.arange(20) % 5 == 0
+    still, parted = threat(name), threat(name, jitter=0.3)
+    state = still.generator.get_state()
+    together = attack(updates, malicious, still)[malicious]
+    assert torch.equal(still.generator.get_state(), state), "nothing is drawn without jitter"
+    assert (together == together[0]).all()
+    noise = (attack(updates, malicious, parted)[malicious] - together).double() / updates[~malicious].double().std(0)
+    assert torch.pdist(noise).min() > 0.3 * math.sqrt(20_000), "no two are alike"
+    # four standard errors of 4 * 20,000 draws: of the mean 4 * 0.3 / sqrt(80,000), of the deviation 1 / sqrt(2) of it
+    assert abs(noise.mean().item()) < 0.0043
+    assert abs(noise.std().item() - 0.3) < 0.003
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 4 / math.sqrt(20_000)
+
+
+def test_what_is_drawn_after_the_jitter_does_not_depend_on_its_size() -> None:
+    after = []
+    for num_malicious, num_params in ((4, 300), (6, 7)):
+        one = threat("ipm", jitter=0.1)
+        attack(torch.randn(20, num_params), torch.arange(20) < num_malicious, one)
+        after.append(torch.rand(3, generator=one.generator))
+    assert torch.equal(*after)
+
+
 @pytest.mark.parametrize("name", ["min-max", "min-sum"])
 @pytest.mark.parametrize("direction", ["std", "unit", "sign"])
 def test_equal_updates_leave_no_room(name: str, direction: str, malicious: Tensor) -> None:
@@ -252,6 +279,15 @@ def test_attacks_on_updates_alone_need_no_run(updates: Tensor, malicious: Tensor
         ("sparse", {"base": "layers"}, r"attack\.base must be one of sign-flip, .*, got 'layers'"),
         ("noise", {"std": 0.0}, r"attack\.std must be finite and above 0, got 0\.0"),
         ("ipm", {"epsilon": math.inf}, r"attack\.epsilon must be finite and above 0, got inf"),
+        ("lie", {"jitter": -0.1}, r"attack\.jitter must be finite and at least 0 \(0: all send the same\), got -0\.1"),
+        ("min-sum", {"jitter": math.nan}, r"attack\.jitter must be finite and at least 0 .*, got nan"),
+        ("ipm", {"jitter": math.inf}, r"attack\.jitter must be finite and at least 0 .*, got inf"),
+        ("decoys", {"decoys": 1}, r"attack\.decoys must be at least 2, since one client has no copy, got 1"),
+        ("replay", {"copies": 0}, r"attack\.copies must be at least 1, got 0; use the base attack itself for none"),
+        ("hostage-root", {"hostages": 0.0}, r"attack\.hostages must be above 0 and at most 1, got 0\.0"),
+        ("hostage-root", {"params_share": 1.5}, r"attack\.params_share must be above 0 and at most 1, got 1\.5"),
+        ("better-than-honest", {"alignment": 0.0}, r"attack\.alignment must be finite and above 0, got 0\.0"),
+        ("bridges", {"base": "decoys"}, r"attack\.base must be one of sign-flip, .*, got 'decoys'"),
         ("scaling", {"factor": -1.0}, r"attack\.factor must be finite and at least 0 .*, got -1\.0"),
         ("scaling-backdoor", {"factor": -1.0}, r"attack\.factor must be finite and at least 0 .*, got -1\.0"),
         ("scaling-backdoor", {"target_class": -1}, r"attack\.target_class must be at least 0, got -1"),
@@ -268,7 +304,7 @@ def test_mistakes_in_an_attacks_own_settings_are_named(name: str, settings: dict
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "mimic"}, r"attack\.name must be one of none, sign-flip, .*, sparse, got 'mimic'"),
+        ({"name": "mimic"}, r"attack\.name must be one of none, sign-flip, .*, sparse, .*, got 'mimic'"),
         ({"name": "min-mx"}, r"attack\.name .*; did you mean 'min-max'\?"),
         ({"share": 1.0}, r"attack\.share must be from 0 to below 1, got 1\.0"),
         ({"share": -0.1}, r"attack\.share must be from 0 to below 1, got -0\.1"),
@@ -276,7 +312,7 @@ def test_mistakes_in_an_attacks_own_settings_are_named(name: str, settings: dict
         ({"share": 0.0}, r"attack\.share must be above 0 for attack 'lie', got 0\.0"),
         ({"name": "none"}, r"attack\.share must be 0 for attack 'none', got 0\.2"),
         ({"name": "layers"}, r"attack\.layers must name at least one parameter or module for attack 'layers', got none"),
-        ({"name": "lie", "settings": BaseAttack()}, r"attack\.name 'lie' has settings of the type NoSettings, got BaseAttack"),
+        ({"name": "lie", "settings": BaseAttack()}, r"attack\.name 'lie' has settings of the type Jitter, got BaseAttack"),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, Any], message: str) -> None:

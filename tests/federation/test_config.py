@@ -118,7 +118,7 @@ def test_settings_are_read_written_and_read_again(tmp_path: Path) -> None:
     (run,) = read_config(write(tmp_path, text))
     assert run.attack.settings.base.settings.direction == "unit"
     table = run.to_dict()
-    base = {"name": "min-max", "direction": "unit"}
+    base = {"name": "min-max", "direction": "unit", "jitter": 0.0}
     assert table["attack"] == {"name": "layers", "share": 0.2, "layers": ["fc2"], "base": base}
     assert RunConfig.from_dict(json.loads(json.dumps(table))) == run
     (run,) = read_config(write(tmp_path, "[attack]\nshare = 0.2\nname = 'sparse'\nbase = 'min-max'"))

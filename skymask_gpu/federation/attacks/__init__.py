@@ -10,10 +10,11 @@ others (full knowledge, the strongest threat model).
 | ``shifts.py`` | ipm, lie, min-max, min-sum: away from the honest mean |
 | ``fang.py`` | trim, krum |
 | ``partial.py`` | layers, sparse: another attack in some of the parameters |
+| ``adaptive.py`` | decoys, replay, hostage-root, bit-twin, bridges, better-than-honest: against SkyMask itself |
 | ``data.py`` | label-flip, lie-backdoor, scaling-backdoor: on what malicious clients train on |
 """
 
-# importing a family registers its attacks
+# importing a family registers its attacks; errors list them in the order of these imports
 from skymask_gpu.federation.attacks.data import Backdoor, ScalingBackdoor, add_trigger
 from skymask_gpu.federation.attacks.fang import krum as krum
 from skymask_gpu.federation.attacks.interface import (
@@ -27,7 +28,10 @@ from skymask_gpu.federation.attacks.interface import (
 )
 from skymask_gpu.federation.attacks.own import Noise, Scaling
 from skymask_gpu.federation.attacks.partial import BaseAttack, Layers, Sparse
-from skymask_gpu.federation.attacks.shifts import IPM, Direction
+from skymask_gpu.federation.attacks.shifts import IPM, Direction, Jitter
+
+# isort: split
+from skymask_gpu.federation.attacks.adaptive import BetterThanHonest, Bridges, Decoys, HostageRoot, Replay
 
 __all__ = [
     "ATTACKS",
@@ -37,9 +41,15 @@ __all__ = [
     "AttackContext",
     "Backdoor",
     "BaseAttack",
+    "BetterThanHonest",
+    "Bridges",
+    "Decoys",
     "Direction",
+    "HostageRoot",
+    "Jitter",
     "Layers",
     "Noise",
+    "Replay",
     "Scaling",
     "ScalingBackdoor",
     "Sparse",

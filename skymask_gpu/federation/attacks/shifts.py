@@ -1,9 +1,11 @@
 """Attacks that shift away from the honest mean: IPM, A Little Is Enough, Min-Max and Min-Sum.
 
-All malicious clients send the same. Where an attack needs more honest updates than there are (two
-for a standard deviation, else one), malicious clients send their own updates.
+All malicious clients send the same, unless a jitter parts them. Where an attack needs more honest
+updates than there are (two for a standard deviation, else one), malicious clients send their own
+updates.
 """
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -15,11 +17,44 @@ from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks.interface import ATTACKS, Threat
 from skymask_gpu.federation.choices import above_zero
 
-__all__ = ["DIRECTIONS", "IPM", "Direction", "clipped_to_band"]
+__all__ = ["DIRECTIONS", "IPM", "Direction", "Jitter", "clipped_to_band"]
 
 DIRECTIONS = ("std", "unit", "sign")
 
 _LARGEST_Z = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jitter:
+    """Settings of ``lie``.
+
+    Attributes:
+        jitter: standard deviation of Gaussian noise that each malicious client adds to what all
+            send, in honest standard deviations of each parameter. 0: all send the same. With a
+            jitter they are no copies of each other, and a search for copies finds none.
+    """
+
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_jitter(self.jitter)
+
+
+def _check_jitter(jitter: float) -> None:
+    if not (math.isfinite(jitter) and jitter >= 0):
+        raise ValueError(f"attack.jitter must be finite and at least 0 (0: all send the same), got {jitter!r}")
+
+
+def _sent_by_all(row_P: Tensor, updates_NP: Tensor, malicious_N: Tensor, threat: Threat, jitter: float) -> Tensor:
+    """``(F, P)``: the row once per malicious client, with jitter where there are two honest ones."""
+    row_FP = row_P.expand(int(malicious_N.sum()), -1)
+    honest_HP = updates_NP[~malicious_N]
+    if jitter == 0 or len(honest_HP) < 2:
+        return row_FP
+    # one draw for the seed of a nested generator: what the round draws later does not depend on the
+    # number of attackers or parameters
+    nested = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=threat.generator)))
+    return row_FP + jitter * honest_HP.std(0) * torch.randn(row_FP.shape, generator=nested).to(row_P)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +63,15 @@ class IPM:
 
     Attributes:
         epsilon: multiple of the honest mean.
+        jitter: see :class:`Jitter`.
     """
 
     epsilon: float = 0.5
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         above_zero("attack.epsilon", self.epsilon)
+        _check_jitter(self.jitter)
 
 
 @ATTACKS.register("ipm", settings=IPM)
@@ -46,7 +84,7 @@ def ipm(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: IPM) 
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) == 0:
         return updates_NP[malicious_N]
-    return (-settings.epsilon * honest_HP.mean(0)).expand(int(malicious_N.sum()), -1)
+    return _sent_by_all(-settings.epsilon * honest_HP.mean(0), updates_NP, malicious_N, threat, settings.jitter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +94,15 @@ class Direction:
     Attributes:
         direction: they move against the honest updates' standard deviation (``"std"``), their unit
             mean (``"unit"``) or the sign of their mean (``"sign"``).
+        jitter: see :class:`Jitter`.
     """
 
     direction: str = "std"
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("attack.direction", self.direction, DIRECTIONS)
+        _check_jitter(self.jitter)
 
 
 @ATTACKS.register("min-max", settings=Direction)
@@ -82,11 +123,12 @@ def min_max(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: D
     # positive root of the quadratics
     a = direction_P.double().square().sum()
     if a == 0:
-        return mean_P.expand(int(malicious_N.sum()), -1)
+        return _sent_by_all(mean_P, updates_NP, malicious_N, threat, settings.jitter)
     b_H = (offset_HP @ direction_P).double()
     c_H = offset_HP.double().square().sum(1) - widest
     gamma = ((-b_H + (b_H.square() - a * c_H).clamp_min(0).sqrt()) / a).min()
-    return (mean_P + gamma.to(mean_P.dtype) * direction_P).expand(int(malicious_N.sum()), -1)
+    row_P = mean_P + gamma.to(mean_P.dtype) * direction_P
+    return _sent_by_all(row_P, updates_NP, malicious_N, threat, settings.jitter)
 
 
 @ATTACKS.register("min-sum", settings=Direction)
@@ -105,7 +147,8 @@ def min_sum(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: D
     length = torch.linalg.vector_norm(direction_P.double())
     furthest = torch.linalg.vector_norm((honest_HP - mean_P).double(), dim=1).max()
     gamma = furthest / length if length > 0 else torch.zeros_like(length)
-    return (mean_P + gamma.to(mean_P.dtype) * direction_P).expand(int(malicious_N.sum()), -1)
+    row_P = mean_P + gamma.to(mean_P.dtype) * direction_P
+    return _sent_by_all(row_P, updates_NP, malicious_N, threat, settings.jitter)
 
 
 def _direction(honest_HP: Tensor, kind: str) -> Tensor:
@@ -116,8 +159,8 @@ def _direction(honest_HP: Tensor, kind: str) -> Tensor:
     return -mean_P.sign() if kind == "sign" else -F.normalize(mean_P, dim=0)
 
 
-@ATTACKS.register("lie")
-def lie(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+@ATTACKS.register("lie", settings=Jitter)
+def lie(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Jitter) -> Tensor:
     """A Little Is Enough (Baruch et al., NeurIPS 2019, algorithm 3), against convergence.
 
     All send mean - z * std of the honest updates.
@@ -125,7 +168,8 @@ def lie(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) < 2:
         return updates_NP[malicious_N]
-    return (honest_HP.mean(0) - _largest_z(malicious_N) * honest_HP.std(0)).expand(int(malicious_N.sum()), -1)
+    row_P = honest_HP.mean(0) - _largest_z(malicious_N) * honest_HP.std(0)
+    return _sent_by_all(row_P, updates_NP, malicious_N, threat, settings.jitter)
 
 
 def clipped_to_band(updates_NP: Tensor, malicious_N: Tensor) -> Tensor:
