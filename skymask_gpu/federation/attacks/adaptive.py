@@ -2,8 +2,8 @@
 
 SkyMask compares clients by their masks' bits, and rejects copies, groups far from the root's row
 and rows with little weight along the root direction. Each attack here aims at one of these steps.
-None of them is published; they are this project's own, and no measured damage goes with them yet.
-All know the honest updates of the round, and none needs the root data.
+No attack on learnable masks is published, so these are this project's own. They know the honest
+updates of the round, and neither the root data nor the server's masks.
 
 | name | what it aims at |
 | --- | --- |
@@ -148,8 +148,8 @@ class SendDecoys(_OverBase):
 class SendReplays(_OverBase):
     """The first few malicious clients each send again what an honest client sends.
 
-    The honest clients are drawn anew each round, no one twice while there are others. A rule that
-    rejects all copies rejects them as well. This attack is the project's own. It needs the honest
+    The honest clients are drawn anew each round, each of them once before any is drawn again. A
+    rule that rejects all copies rejects them as well. This attack is the project's own. It needs the honest
     updates.
     """
 
