@@ -149,8 +149,8 @@ class SendReplays(_OverBase):
     """The first few malicious clients each send again what an honest client sends.
 
     The honest clients are drawn anew each round, each of them once before any is drawn again. A
-    rule that rejects all copies rejects them as well. This attack is the project's own. It needs the honest
-    updates.
+    rule that rejects all copies rejects them as well. This attack is the project's own. It needs
+    the honest updates.
     """
 
     def __init__(self, context: AttackContext, settings: Replay) -> None:
@@ -245,7 +245,7 @@ class BuildBridges(_OverBase):
 
 @ATTACKS.register("better-than-honest", settings=BetterThanHonest)
 class FollowBetter(_OverBase):
-    """Malicious clients follow the honest mean further than honest clients do, and poison across it.
+    """Malicious clients go along the honest mean further than honest ones, and poison across it.
 
     Let m be the honest mean and u its direction, which stands in for the root direction. Honest
     clients have the inner product |m| with u on average. A malicious client sends
