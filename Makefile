@@ -49,7 +49,7 @@ bench: $(VENV)/.run  ## solvers and rules beside their floors, compared before t
 
 # --- check ------------------------------------------------------------------------------------
 test: $(VENV)/.dev  ## the whole fast test suite
-	$(BIN)/pytest -n auto --dist loadfile -m 'not slow'
+	$(BIN)/pytest -n auto --dist worksteal -m 'not slow'
 
 test-slow: $(VENV)/.dev  ## the experiments behind the README's claims (many minutes)
 	$(BIN)/pytest -m slow

@@ -129,7 +129,7 @@ class Registry(Generic[Thing]):
 
 
 def forget(file: str) -> None:
-    """Take out of every registry what ``file`` has entered, so that the file can be imported again."""
+    """Remove what ``file`` entered from every registry, so that it can be imported again."""
     for registry in list(Registry._all):
         for name in [name for name, where in registry._files.items() if where == file]:
             registry.remove(name)
