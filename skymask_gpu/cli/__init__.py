@@ -5,6 +5,7 @@
 | ``entry.py`` | the options of all commands, and what happens after an error |
 | ``aggregate.py`` | ``aggregate``: one round from files |
 | ``federation.py`` | ``run``, ``sweep``, ``report``, ``data``: simulated federations |
+| ``board.py`` | ``board``: every attack against every rule, on the same honest updates |
 | ``profile.py`` | ``profile``: where a round's time goes |
 | ``bench.py`` | ``bench``: the benchmark |
 | ``example.py`` | ``example``: files to try ``aggregate`` on |

@@ -55,7 +55,7 @@ def run(
     runs = _with_data(read_config(config), data_dir)
     folder = out or Path("runs") / config.stem
     folders = [folder / r.name if len(runs) > 1 else folder for r in runs]
-    _check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
+    check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
     # all of them before the first round, and before anything is overwritten: what cannot run is
     # said now
     with console.status("loading ..."):
@@ -66,11 +66,11 @@ def run(
         for path in dict.fromkeys([folder, *folders]):
             locks.enter_context(locked(path))
         # another run may have come and gone while this one loaded
-        _check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
+        check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
         if overwrite:
             for existing in folders:
                 clear_results(existing)
-        with resumable("run", config, "--out", folder, *_given("--data-dir", data_dir), *["--strict"] * strict, "--resume"):
+        with resumable("run", config, "--out", folder, *given("--data-dir", data_dir), *["--strict"] * strict, "--resume"):
             _play(runs, federations, folders)
             finished = _report(config.stem, folder)
     _warn_of(finished, strict=strict)
@@ -79,7 +79,7 @@ def run(
 def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:
     from skymask_gpu.federation.playing import play
 
-    with _progress("{task.description:<20}") as progress:
+    with progress_bar("{task.description:<20}") as progress:
         for settings, federation, run_folder in zip(runs, federations, folders, strict=True):
             task = progress.add_task(escape(settings.name), total=settings.rounds, status="")
             for record in play(federation, run_folder, partial(_show_status, progress, task)):
@@ -117,16 +117,16 @@ def sweep(
 
     cells = _with_data(read_grid(config), data_dir)
     folder = out or Path("runs") / config.stem
-    _check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
+    check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
     if not overwrite:
         check_cells(folder, cells)
     # for all cells together: what is missing is said once, before anything is overwritten
     with console.status("loading ..."):
         check_inputs(cells)
-    command = ["sweep", config, "--out", folder, *_given("--data-dir", data_dir), "--jobs", jobs, "--resume"]
+    command = ["sweep", config, "--out", folder, *given("--data-dir", data_dir), "--jobs", jobs, "--resume"]
     with locked(folder), resumable(*command):
         # another sweep may have come and gone while this one loaded
-        _check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
+        check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
         if overwrite:
             clear_cells(folder, cells)
         done, failed = _play_cells(cells, folder, jobs)
@@ -143,7 +143,7 @@ def _play_cells(cells: list[Any], folder: Path, jobs: int) -> tuple[int, dict[st
     from skymask_gpu.federation.sweep import play_cells
 
     failed, done = {}, 0
-    with _progress("{task.description}") as progress:
+    with progress_bar("{task.description}") as progress:
         total = progress.add_task(f"{len(cells)} cells, rounds", total=sum(c.rounds for c in cells), status="")
         rounds = dict.fromkeys((c.name for c in cells), 0)
         for cell in play_cells(cells, folder, jobs):
@@ -177,7 +177,7 @@ def data(
     console.print(f"{name}: {folder}")
 
 
-def _given(option: str, value: object) -> list[object]:
+def given(option: str, value: object) -> list[object]:
     """The option as it stands on a command line, or nothing."""
     return [] if value is None else [option, value]
 
@@ -188,14 +188,14 @@ def _with_data(runs: list[Any], data_dir: Path | None) -> list[Any]:
     return [replace(r, data=replace(r.data, data_dir=str(data_dir))) for r in runs]
 
 
-def _check_folders(existing: list[Path], *, resume: bool, overwrite: bool) -> None:
+def check_folders(existing: list[Path], *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if existing and not resume and not overwrite:
         raise ValueError(f"--out: {existing[0]} holds results already; go on with --resume or start anew with --overwrite")
 
 
-def _progress(description: str) -> Progress:
+def progress_bar(description: str) -> Progress:
     return Progress(
         TextColumn(description),
         BarColumn(),

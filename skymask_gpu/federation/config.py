@@ -21,7 +21,7 @@ from skymask_gpu.federation.rules.interface import clients_per_malicious
 from skymask_gpu.federation.tables import Table, applied, as_table, merged, read_table
 from skymask_gpu.federation.transforms import TransformConfig
 
-__all__ = ["DataConfig", "DefenceConfig", "ModelConfig", "RunConfig", "read_config", "read_grid"]
+__all__ = ["DataConfig", "DefenceConfig", "ModelConfig", "RunConfig", "read_config", "read_grid", "read_toml"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ def read_config(path: Path) -> list[RunConfig]:
     Raises:
         ValueError: no such file, no TOML, an unknown key, or a value out of range.
     """
-    content = _read_toml(path)
+    content = read_toml(path)
     if "grid" in content:
         raise ValueError(f"config: {path} has a [grid] table; play it with: skymask-gpu sweep {path}")
     variants = content.pop("variants", None)
@@ -207,7 +207,7 @@ def read_grid(path: Path) -> list[RunConfig]:
     Raises:
         ValueError: as for :func:`read_config`, or there is no grid.
     """
-    content = _read_toml(path)
+    content = read_toml(path)
     grid = content.pop("grid", None)
     if not isinstance(grid, dict) or not grid:
         raise ValueError(f'config: {path} must have a [grid] table of lists, as "attack.name" = ["min-max", "trim"]')
@@ -239,7 +239,7 @@ def _short(key: str) -> str:
     return tables[-1] if last == "name" and tables else last
 
 
-def _read_toml(path: Path) -> Table:
+def read_toml(path: Path) -> Table:
     """The file's tables; its plugins, with absolute paths, are imported by then."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

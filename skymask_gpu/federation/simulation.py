@@ -193,6 +193,18 @@ class Federation:
         after = GlobalModel(params_P, _mean_buffers(model, sent, kept_M), previous=model.params)
         return RoundResult(after, clients, result, seconds)
 
+    def poisoned_updates(self, number: int, model: GlobalModel, progress: Progress = lambda text: None) -> Tensor:
+        """``(F, P)``: what the malicious clients alone get by training in round ``number``, transformed.
+
+        It is for a caller that has the honest clients' updates already. The attack has yet to send.
+        """
+        config, clients = self.config, self.malicious.nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
+        threat = Threat(config.attack, generator, clients, model.params, model.previous)
+        sent = self._train(clients, torch.ones(len(clients), dtype=torch.bool), model, threat, progress)
+        draws = client_generators(config.seed, number, clients) if config.transforms else []
+        return transformed(sent.updates[:-1], config.transforms, draws, self.layers)
+
     def _taking_part(self, generator: torch.Generator) -> Tensor:
         num_clients, wanted = self.config.data.clients, self.config.clients_per_round
         if wanted == 0:

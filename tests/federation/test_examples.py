@@ -18,7 +18,7 @@ from skymask_gpu.federation.playing import play
 from skymask_gpu.federation.rules import RULES
 from skymask_gpu.federation.simulation import Federation
 
-EXAMPLES = sorted(path.stem for path in (Path(__file__).parents[2] / "examples").glob("*.toml"))
+EXAMPLES = sorted(path.stem for path in (Path(__file__).parents[2] / "examples").glob("*.toml") if path.stem != "board")
 
 
 def read_runs(path: Path) -> list[RunConfig]:

@@ -1,0 +1,181 @@
+"""The TOML file of a board: the tables of a run, with several recipes, attacks, rules and rounds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from skymask_gpu.engine import Clustering
+from skymask_gpu.engine.registry import one_of
+from skymask_gpu.federation.attacks import AttackConfig
+from skymask_gpu.federation.clients import LocalTraining
+from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig, read_toml
+from skymask_gpu.federation.tables import Table, as_table, merged, read_table
+from skymask_gpu.federation.transforms import TransformConfig
+
+__all__ = ["CLUSTERINGS", "Board", "SetKey", "read_board"]
+
+CLUSTERINGS: tuple[str, ...] = get_args(get_type_hints(Clustering)["rule"])
+# what a run's file may say, too; it holds for all recipes that say nothing else
+_OF_A_RUN = ("server_lr", "plugins", "transforms", "data", "model", "local")
+_SHARE = 0.2
+
+
+@dataclass(frozen=True, order=True)
+class SetKey:
+    """Which mask set: the name of a recipe, a seed, the label of an attack, and a round (0 is the first)."""
+
+    recipe: str
+    seed: int
+    attack: str
+    round: int
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.recipe}.{self.seed}.{self.attack}.{self.round}.safetensors"
+
+
+@dataclass(frozen=True)
+class Board:
+    """What a board's file asks for.
+
+    Attributes:
+        recipes: by name, each the run of honest clients with the board's first seed.
+        seeds: each recipe is trained with each of them.
+        rounds: in which the attacks strike; 0 is the first.
+        attacks: by label.
+        clusterings: SkyMask's rules.
+        rules: other aggregation rules.
+    """
+
+    recipes: dict[str, RunConfig]
+    seeds: tuple[int, ...]
+    rounds: tuple[int, ...]
+    attacks: dict[str, AttackConfig]
+    clusterings: tuple[str, ...]
+    rules: tuple[DefenceConfig, ...]
+
+    def runs(self) -> list[RunConfig]:
+        """The honest run of each recipe and seed."""
+        return [replace(recipe, seed=seed) for recipe in self.recipes.values() for seed in self.seeds]
+
+    def set_keys(self) -> Iterator[SetKey]:
+        """All mask sets of the board, in the order in which they are made."""
+        for run in self.runs():
+            yield from (SetKey(run.name, run.seed, attack, number) for number in self.rounds for attack in self.attacks)
+
+    def run_of(self, key: SetKey) -> RunConfig:
+        """The run that a set is taken from."""
+        return replace(self.recipes[key.recipe], seed=key.seed, attack=self.attacks[key.attack])
+
+    def rule_tables(self) -> dict[str, Table]:
+        """The rules' settings by name, as JSON can hold them."""
+        return {rule.rule: as_table(rule) for rule in self.rules}
+
+    def with_data(self, data_dir: Path | None) -> "Board":
+        """The same board with the data set's files in another folder."""
+        if data_dir is None:
+            return self
+        recipes = {name: replace(run, data=replace(run.data, data_dir=str(data_dir))) for name, run in self.recipes.items()}
+        return replace(self, recipes=recipes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """``[[recipes]]``: a name, and keys that differ from the board's."""
+
+    name: str
+    data: dict = field(default_factory=dict)
+    model: dict = field(default_factory=dict)
+    local: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """The file's own keys, and those of a run."""
+
+    recipes: tuple[_Recipe, ...]
+    attacks: tuple[dict, ...]
+    seeds: tuple[int, ...] = (0,)
+    rounds: tuple[int, ...] = (1, 4, 9)
+    clusterings: tuple[str, ...] = CLUSTERINGS
+    rules: tuple[DefenceConfig, ...] = ()
+    server_lr: float = 1.0
+    plugins: tuple[str, ...] = ()
+    transforms: tuple[TransformConfig, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    local: LocalTraining = field(default_factory=LocalTraining)
+
+    def __post_init__(self) -> None:
+        for name in ("recipes", "attacks", "seeds", "rounds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        if min(self.rounds) < 0:
+            raise ValueError(f"rounds must be at least 0, which is the first, got {min(self.rounds)}")
+        for name in self.clusterings:
+            one_of("clusterings", name, CLUSTERINGS)
+        if not self.clusterings and not self.rules:
+            raise ValueError("clusterings and rules must not both be empty: nothing would judge")
+        _all_differ("seeds", self.seeds)
+        _all_differ("rounds", self.rounds)
+        _all_differ("clusterings", self.clusterings)
+        _all_differ("rules", [rule.rule for rule in self.rules])
+        _all_differ("the names of recipes", [recipe.name for recipe in self.recipes])
+
+
+def read_board(path: Path) -> Board:
+    """The board of a TOML file; its plugins are imported by then.
+
+    Raises:
+        ValueError: no such file, no TOML, an unknown key, a name given twice, or a value out of range.
+    """
+    content, source = read_toml(path), str(path)
+    file: _File = read_table(_File, content, source)
+    base = {key: content[key] for key in _OF_A_RUN if key in content}
+    base |= {"seed": file.seeds[0], "rounds": max(file.rounds) + 1}
+    recipes = {}
+    for recipe in file.recipes:
+        if "." in recipe.name:
+            raise ValueError(f"config: {path}: the name of a recipe must have no dot, got {recipe.name!r}")
+        own = {"name": recipe.name, "data": recipe.data, "model": recipe.model, "local": recipe.local}
+        recipes[recipe.name] = read_table(RunConfig, merged(base, own), f"{path}, recipe {recipe.name!r}")
+    attacks = _attacks(file.attacks, source)
+    # raise now what a run would raise: a seed, a share or an f that does not fit the clients
+    for run in recipes.values():
+        for seed in file.seeds:
+            replace(run, seed=seed)
+        for attack in attacks.values():
+            for rule in file.rules:
+                replace(run, attack=attack, defence=rule)
+            attack.num_malicious(run.data.clients)
+    return Board(recipes, file.seeds, tuple(sorted(file.rounds)), attacks, file.clusterings, file.rules)
+
+
+def _attacks(tables: tuple[Table, ...], source: str) -> dict[str, AttackConfig]:
+    """The attacks by label: one for each of a table's ``shares``."""
+    labelled: list[tuple[str, AttackConfig]] = []
+    for number, table in enumerate(tables):
+        where = f"config: {source}: attacks[{number}]"
+        if not isinstance(table.get("name"), str):
+            raise ValueError(f"{where}.name must be given, as a string, got {table.get('name')!r}")
+        if "share" in table:
+            raise ValueError(f"{where}.share: write shares = [{table['share']!r}], a list")
+        label = table.get("label", table["name"])
+        if not isinstance(label, str) or not label or set(label) & set('/\\:*?"<>|') or label.startswith("."):
+            raise ValueError(f"{where}.label must be usable as a file's name, got {label!r}")
+        shares: Any = table.get("shares", [0.0 if table["name"] == "none" else _SHARE])
+        if not isinstance(shares, list) or not shares:
+            raise ValueError(f"{where}.shares must be a list of numbers, got {shares!r}")
+        own = {key: value for key, value in table.items() if key not in ("label", "shares")}
+        for share in shares:
+            attack = read_table(AttackConfig, {**own, "share": share}, source, f"attacks[{number}].")
+            labelled.append((label if len(shares) == 1 else f"{label} {100 * share:g}%", attack))
+    _all_differ(f"config: {source}: the labels of attacks (label = ..., or the name)", [label for label, _ in labelled])
+    return dict(labelled)
+
+
+def _all_differ(what: str, values: Any) -> None:
+    twice = sorted({str(value) for value in values if list(values).count(value) > 1})
+    if twice:
+        raise ValueError(f"{what} must differ, got {', '.join(twice)} more than once")

@@ -1,0 +1,192 @@
+"""From stored mask sets to the lines of the table: a line per recipe, attack and rule.
+
+SkyMask's rules judge the stored masks anew each time. The other rules saw the updates when the set
+was made, and their verdict is stored with it.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skymask_gpu.engine import Clustering
+from skymask_gpu.engine.clustering.verdict import cluster
+from skymask_gpu.engine.distances import Distances
+from skymask_gpu.federation.board.config import CLUSTERINGS, Board, SetKey
+from skymask_gpu.federation.board.mask_set import MaskSet, check_settings, set_settings
+
+__all__ = ["ALL", "HONEST", "Judged", "Line", "auc", "judge_sets", "lines", "name_of", "verdict"]
+
+# the steps that every set knows the accuracy of, beside those of rules
+ALL, HONEST = "mean of all", "mean of the honest"
+# a step is worse than FedAvg's if it costs this much test accuracy
+_WORSE = 0.01
+
+
+def name_of(clustering: str) -> str:
+    """What the table calls one of SkyMask's rules."""
+    return f"skymask {clustering}"
+
+
+def verdict(made: MaskSet, clustering: str) -> Tensor:
+    """Whom one of SkyMask's rules keeps, ``(N,)`` bool; who has no mask is rejected."""
+    benign_K = cluster(
+        Distances(made.counts(), 1 / made.num_params),
+        made.alignments,
+        Clustering(rule=clustering),  # type: ignore[arg-type]  # the board's file was checked
+        keep_share=made.keep_share,
+        norms=made.norms,
+    ).benign
+    kept_N = torch.zeros_like(made.malicious)
+    kept_N[made.clients[benign_K]] = True
+    return kept_N
+
+
+def auc(attackers: Tensor, honest: Tensor) -> float | None:
+    """The probability that an attacker's value lies below an honest client's; ties count one half.
+
+    None where there is nobody on one side.
+
+    Example:
+        >>> auc(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 4.0]))
+        0.75
+    """
+    if not len(attackers) or not len(honest):
+        return None
+    below = (attackers[:, None] < honest).double() + (attackers[:, None] == honest).double() / 2
+    return float(below.mean())
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One rule's verdict on one set; a number is None where it does not exist or is not known.
+
+    Attributes:
+        fpr, fnr: shares of the honest clients that are rejected, and of the attackers that are kept.
+        wrong_side: whether more than half of both are.
+        accuracy: test accuracy after the rule's step.
+        accuracy_fedavg, accuracy_honest: the same after the mean of all, and of the honest clients.
+        auc_keep_share, auc_cosine, auc_root: how well each witness orders the clients; 1 is perfect.
+        failed: why the rule could not judge; empty if it could.
+    """
+
+    key: SetKey
+    rule: str
+    fpr: float | None
+    fnr: float | None
+    wrong_side: bool | None
+    accuracy: float | None
+    accuracy_fedavg: float
+    accuracy_honest: float
+    auc_keep_share: float | None
+    auc_cosine: float | None
+    auc_root: float | None
+    failed: str = ""
+
+    @property
+    def worse_than_fedavg(self) -> bool | None:
+        return None if self.accuracy is None else self.accuracy < self.accuracy_fedavg - _WORSE
+
+
+def judge_sets(board: Board, folder: Path) -> list[Judged]:
+    """Judge every set of the board that is stored in ``folder``, by every rule.
+
+    Raises:
+        ValueError: a set is damaged, or was made with other settings.
+    """
+    judged: list[Judged] = []
+    for key in board.set_keys():
+        path = folder / key.file_name
+        if not path.exists():
+            continue
+        made = MaskSet.read(path)
+        check_settings(path, made.settings, set_settings(board.run_of(key)))
+        for clustering in board.clusterings:
+            kept_N = verdict(made, clustering)
+            judged.append(_judged(key, name_of(clustering), made, kept_N, _accuracy_of_mean(made, kept_N)))
+        for rule in board.rules:
+            judged.append(_judged(key, rule.rule, made, made.kept.get(rule.rule), made.accuracy.get(rule.rule)))
+    return judged
+
+
+def _accuracy_of_mean(made: MaskSet, kept_N: Tensor) -> float | None:
+    """The accuracy after the mean of these clients, if it was measured when the set was made."""
+    means = (ALL, HONEST, *map(name_of, CLUSTERINGS))
+    return next((made.accuracy[name] for name in means if name in made.kept and torch.equal(made.kept[name], kept_N)), None)
+
+
+def _judged(key: SetKey, rule: str, made: MaskSet, kept_N: Tensor | None, accuracy: float | None) -> Judged:
+    malicious_N = made.malicious
+    malicious_K = malicious_N[made.clients]
+    cosines_K = torch.where(made.norms > 0, made.alignments / made.norms, 0.0)
+    to_root_K = made.counts()[-1, :-1]
+    orders = [auc(values[malicious_K], values[~malicious_K]) for values in (made.keep_share[:-1], cosines_K, -to_root_K)]
+    fpr = None if kept_N is None else float((~kept_N)[~malicious_N].double().mean())
+    fnr = None if kept_N is None or not malicious_N.any() else float(kept_N[malicious_N].double().mean())
+    wrong_side = None if fpr is None or fnr is None else fpr > 0.5 and fnr > 0.5
+    accuracies = accuracy, made.accuracy[ALL], made.accuracy[HONEST]
+    return Judged(key, rule, fpr, fnr, wrong_side, *accuracies, *orders, made.failed.get(rule, ""))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A recipe, an attack and a rule: means over the sets of all rounds and seeds, and counts of sets.
+
+    Attributes:
+        sets: how many sets there are.
+        fpr, fnr: means; None where no set has one.
+        wrong_side, worse_than_fedavg: in how many sets; None where it is known of none.
+        accuracy, accuracy_fedavg, accuracy_honest: mean test accuracies after one step.
+        auc_keep_share, auc_cosine, auc_root: means.
+    """
+
+    recipe: str
+    attack: str
+    rule: str
+    sets: int
+    fpr: float | None
+    fnr: float | None
+    wrong_side: int | None
+    worse_than_fedavg: int | None
+    accuracy: float | None
+    accuracy_fedavg: float | None
+    accuracy_honest: float | None
+    auc_keep_share: float | None
+    auc_cosine: float | None
+    auc_root: float | None
+
+
+def lines(judged: list[Judged]) -> list[Line]:
+    """One line per recipe, attack and rule, in the order of the board."""
+    groups: dict[tuple[str, str, str], list[Judged]] = {}
+    for one in judged:
+        groups.setdefault((one.key.recipe, one.key.attack, one.rule), []).append(one)
+    means = ("accuracy", "accuracy_fedavg", "accuracy_honest", "auc_keep_share", "auc_cosine", "auc_root")
+    found = []
+    for names, group in groups.items():
+
+        def over(summary: Callable[[Any], Any], name: str, group: list[Judged] = group) -> Any:
+            return _known(summary, (getattr(one, name) for one in group))
+
+        found.append(
+            Line(
+                *names,
+                sets=len(group),
+                fpr=over(statistics.fmean, "fpr"),
+                fnr=over(statistics.fmean, "fnr"),
+                wrong_side=over(sum, "wrong_side"),
+                worse_than_fedavg=over(sum, "worse_than_fedavg"),
+                **{name: over(statistics.fmean, name) for name in means},
+            )
+        )
+    return found
+
+
+def _known(summary: Callable[[Any], Any], values: Iterable[Any]) -> Any:
+    """A summary of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return summary(known) if known else None

@@ -1,0 +1,157 @@
+"""A board's results for people: ``board.csv``, ``board.md``, and ``board.html`` with heat maps."""
+
+import base64
+import csv
+import html
+import io
+from collections import Counter
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+
+from matplotlib import pyplot as plt
+
+from skymask_gpu.federation.board.judging import Judged, Line, lines
+from skymask_gpu.io.files import write_text
+
+__all__ = ["COLUMNS", "LEGEND", "summary", "write_board"]
+
+COLUMNS = (
+    "recipe", "attack", "rule", "sets", "FPR", "FNR", "wrong side", "worse than FedAvg", "accuracy", "FedAvg's",
+    "honest mean's", "AUC keep share", "AUC cosine", "AUC distance to root",
+)  # fmt: skip
+_SUMMARY = ("rule", "attacked sets", "FPR and FNR within 5%", "wrong side", "worse than FedAvg", "FPR")
+_WITHIN = 0.05
+LEGEND = (
+    "FPR: honest clients rejected; FNR: attackers kept. Wrong side: sets in which more than half of both are. Worse than "
+    "FedAvg: sets in which the step of the rule gives a test accuracy more than 1 point below that of the plain mean. "
+    "Accuracies are those after one step. AUC: how well a witness alone orders attackers and honest clients; 1 is perfect, "
+    "0.5 is chance. Rates, accuracies and AUCs are means over rounds and seeds. A dash: it does not exist, or is not known."
+)
+_STYLE = (
+    "body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; } "
+    "table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 1rem; } img { max-width: 100%; } "
+    "th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; }"
+)
+
+
+def write_board(title: str, judged: list[Judged], folder: Path) -> list[Path]:
+    """Write the table of what was judged into ``folder``, and return the files; each is whole or not there.
+
+    Raises:
+        ValueError: nothing was judged.
+    """
+    if not judged:
+        raise ValueError(f"{folder} holds no mask set of this board; make them first, without --judge-only")
+    table = lines(judged)
+    rows = [_row(line) for line in table]
+    text = f"# {title}\n\n{_markdown(_SUMMARY, summary(judged))}\n{LEGEND}\n\n{_markdown(COLUMNS, rows)}"
+    failed = _failed(judged)
+    text += "".join(f"\n{sentence}" for sentence in failed)
+    maps = "".join(f"<h2>{html.escape(rule)}</h2>\n{_heat_map(rule, table)}\n" for rule in dict.fromkeys(x.rule for x in table))
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style></head>\n<body>\n<h1>{html.escape(title)}</h1>\n{_html(_SUMMARY, summary(judged))}"
+        f"<p>{html.escape(LEGEND)}</p>\n{maps}<h2>All lines</h2>\n{_html(COLUMNS, rows)}"
+        f"{''.join(f'<p>{html.escape(sentence)}</p>' for sentence in failed)}</body>\n</html>\n"
+    )
+    contents = {"board.csv": _csv(table), "board.md": text, "board.html": page}
+    for name, content in contents.items():
+        write_text(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def summary(judged: list[Judged]) -> list[list[str]]:
+    """A row per rule, over all recipes, attacks, rounds and seeds."""
+    rows = []
+    for rule in dict.fromkeys(one.rule for one in judged):
+        own = [one for one in judged if one.rule == rule]
+        attacked = [one for one in own if one.fpr is not None and one.fnr is not None]
+        good = sum(max(one.fpr or 0, one.fnr or 0) <= _WITHIN for one in attacked)
+        rates = [one.fpr for one in own if one.fpr is not None]
+        known = [one.worse_than_fedavg for one in own if one.worse_than_fedavg is not None]
+        rows.append(
+            [
+                rule,
+                str(len(attacked)),
+                str(good),
+                str(sum(bool(one.wrong_side) for one in own)),
+                f"{sum(known)} of {len(known)}",
+                f"{sum(rates) / len(rates):.1%}" if rates else "-",
+            ]
+        )
+    return rows
+
+
+def _failed(judged: list[Judged]) -> list[str]:
+    """A sentence per reason why a rule could not judge."""
+    counts = Counter((one.rule, one.failed) for one in judged if one.failed)
+    return [f"{rule} could not judge {count} of its sets: {reason}.\n" for (rule, reason), count in counts.items()]
+
+
+def _row(line: Line) -> list[str]:
+    def shown(name: str, value: Any) -> str:
+        if value is None:
+            return "-"
+        if name.startswith("auc"):
+            return f"{value:.3f}"
+        return f"{value:.1%}" if isinstance(value, float) else str(value)
+
+    return [shown(field.name, value) for field, value in zip(fields(line), astuple(line), strict=True)]
+
+
+def _csv(table: list[Line]) -> str:
+    file = io.StringIO()
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow([field.name for field in fields(Line)])
+    rows.writerows(astuple(line) for line in table)
+    return file.getvalue()
+
+
+def _markdown(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    texts = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in texts)
+
+
+def _html(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    def row(tag: str, cells: Any) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+
+    return f"<table>\n{row('th', columns)}{''.join(row('td', cells) for cells in rows)}</table>\n"
+
+
+def _heat_map(rule: str, table: list[Line]) -> str:
+    """FPR and FNR of a rule, recipes by attacks, as an image within the page."""
+    own = {(line.recipe, line.attack): line for line in table if line.rule == rule}
+    recipes, attacks = (list(dict.fromkeys(names)) for names in zip(*own, strict=True))
+    if all(line.fpr is None for line in own.values()):
+        return "<p>This rule judges nobody.</p>"
+    size = (4 + 1.1 * len(recipes), 1.6 + 0.3 * len(attacks))
+    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    for axes, rate, title in zip(panels, ("fpr", "fnr"), ("honest rejected (%)", "attackers kept (%)"), strict=True):
+        values = [[_percent(own.get((recipe, attack)), rate) for recipe in recipes] for attack in attacks]
+        axes.imshow(values, cmap="Reds", vmin=0, vmax=100, aspect="auto")
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                # NaN, where there is no rate, is not equal to itself
+                text = "-" if value != value else f"{value:.0f}"
+                axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value > 60 else "black")
+        axes.set_xticks(range(len(recipes)), [name.replace("$", r"\$") for name in recipes], rotation=30, ha="right")
+        axes.set_yticks(range(len(attacks)), [name.replace("$", r"\$") for name in attacks])
+        axes.set_title(title, fontsize=10)
+    try:
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110)
+    finally:
+        plt.close(figure)
+    picture = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{picture}" alt="FPR and FNR of {html.escape(rule)} by recipe and attack">'
+
+
+def _percent(line: Line | None, rate: str) -> float:
+    value = None if line is None else getattr(line, rate)
+    return float("nan") if value is None else 100 * value
