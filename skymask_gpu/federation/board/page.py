@@ -1,6 +1,5 @@
 """A board's results for people: ``board.csv``, ``board.md``, and ``board.html`` with heat maps."""
 
-import base64
 import csv
 import html
 import io
@@ -8,12 +7,6 @@ from collections import Counter
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")  # no screen is needed
-
-from matplotlib import pyplot as plt
 
 from skymask_gpu.federation.board.judging import Judged, Line, lines
 from skymask_gpu.io.files import write_text
@@ -34,7 +27,7 @@ LEGEND = (
 )
 _STYLE = (
     "body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; } "
-    "table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 1rem; } img { max-width: 100%; } "
+    "table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 1rem; } "
     "th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #ddd; white-space: nowrap; }"
 )
 
@@ -125,33 +118,22 @@ def _html(columns: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def _heat_map(rule: str, table: list[Line]) -> str:
-    """FPR and FNR of a rule, recipes by attacks, as an image within the page."""
+    """FPR / FNR of a rule, attacks by recipes; the larger of the two colours the cell."""
     own = {(line.recipe, line.attack): line for line in table if line.rule == rule}
     recipes, attacks = (list(dict.fromkeys(names)) for names in zip(*own, strict=True))
     if all(line.fpr is None for line in own.values()):
-        return "<p>This rule judges nobody.</p>"
-    size = (4 + 1.1 * len(recipes), 1.6 + 0.3 * len(attacks))
-    figure, panels = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-    for axes, rate, title in zip(panels, ("fpr", "fnr"), ("honest rejected (%)", "attackers kept (%)"), strict=True):
-        values = [[_percent(own.get((recipe, attack)), rate) for recipe in recipes] for attack in attacks]
-        axes.imshow(values, cmap="Reds", vmin=0, vmax=100, aspect="auto")
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                # NaN, where there is no rate, is not equal to itself
-                text = "-" if value != value else f"{value:.0f}"
-                axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if value > 60 else "black")
-        axes.set_xticks(range(len(recipes)), [name.replace("$", r"\$") for name in recipes], rotation=30, ha="right")
-        axes.set_yticks(range(len(attacks)), [name.replace("$", r"\$") for name in attacks])
-        axes.set_title(title, fontsize=10)
-    try:
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=110)
-    finally:
-        plt.close(figure)
-    picture = base64.b64encode(file.getvalue()).decode()
-    return f'<img src="data:image/png;base64,{picture}" alt="FPR and FNR of {html.escape(rule)} by recipe and attack">'
+        return "<p>This rule judged nobody.</p>"
+    head = "".join(f"<th>{html.escape(recipe)}</th>" for recipe in ("FPR / FNR (%)", *recipes))
+    rows = []
+    for attack in attacks:
+        cells = "".join(_cell(own.get((recipe, attack))) for recipe in recipes)
+        rows.append(f"<tr><th>{html.escape(attack)}</th>{cells}</tr>\n")
+    return f'<table class="map">\n<tr>{head}</tr>\n{"".join(rows)}</table>'
 
 
-def _percent(line: Line | None, rate: str) -> float:
-    value = None if line is None else getattr(line, rate)
-    return float("nan") if value is None else 100 * value
+def _cell(line: Line | None) -> str:
+    rates = [None, None] if line is None else [line.fpr, line.fnr]
+    # from white to red
+    colour = f"hsl(0 70% {100 - 50 * max(rate or 0 for rate in rates):.0f}%)"
+    text = " / ".join("-" if rate is None else f"{100 * rate:.0f}" for rate in rates)
+    return f'<td style="background: {colour}">{text}</td>'
