@@ -124,12 +124,28 @@ def _judged(key: SetKey, rule: str, made: MaskSet, kept_N: Tensor | None, accura
     malicious_K = malicious_N[made.clients]
     cosines_K = torch.where(made.norms > 0, made.alignments / made.norms, 0.0)
     to_root_K = made.counts()[-1, :-1]
-    orders = [auc(values[malicious_K], values[~malicious_K]) for values in (made.keep_share[:-1], cosines_K, -to_root_K)]
     fpr = None if kept_N is None else float((~kept_N)[~malicious_N].double().mean())
     fnr = None if kept_N is None or not malicious_N.any() else float(kept_N[malicious_N].double().mean())
     wrong_side = None if fpr is None or fnr is None else fpr > 0.5 and fnr > 0.5
-    accuracies = accuracy, made.accuracy[ALL], made.accuracy[HONEST]
-    return Judged(key, rule, fpr, fnr, wrong_side, *accuracies, *orders, made.failed.get(rule, ""))
+
+    def order(witness_K: Tensor) -> float | None:
+        return auc(witness_K[malicious_K], witness_K[~malicious_K])
+
+    return Judged(
+        key=key,
+        rule=rule,
+        fpr=fpr,
+        fnr=fnr,
+        wrong_side=wrong_side,
+        accuracy=accuracy,
+        accuracy_fedavg=made.accuracy[ALL],
+        accuracy_honest=made.accuracy[HONEST],
+        auc_keep_share=order(made.keep_share[:-1]),
+        auc_cosine=order(cosines_K),
+        # attackers lie farther away
+        auc_root=order(-to_root_K),
+        failed=made.failed.get(rule, ""),
+    )
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class _Cell:
         updates_NP = self._attacked_updates(federation, key.round, before)
         result = self.defence.aggregate(updates_NP, before.params, self.recorder.info.root_update)
         counts_RR = hamming_counts(result.masks.bits).cpu()
-        above_2T = torch.triu_indices(*counts_RR.shape, 1)
+        above_2T = torch.triu_indices(len(counts_RR), len(counts_RR), 1)
         norms_K = torch.linalg.vector_norm(updates_NP[result.clients].double(), dim=1).cpu()
         made = MaskSet(
             distances=counts_RR[above_2T[0], above_2T[1]],

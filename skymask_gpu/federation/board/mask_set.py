@@ -75,9 +75,12 @@ class MaskSet:
         remedy = "delete it, and --resume makes it anew"
         try:
             tensors, metadata = read_tensors(path)
-            texts = {name: json.loads(metadata[name]) for name in ("num_params", "accuracy", "failed", "settings")}
+            texts: dict[str, Any] = {
+                name: json.loads(metadata[name]) for name in ("num_params", "accuracy", "failed", "settings")
+            }
             kept = {name.removeprefix(_KEPT): tensor for name, tensor in tensors.items() if name.startswith(_KEPT)}
-            read = cls(**{name: tensors[name] for name in _TENSORS}, kept=kept, **texts)
+            stored: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+            read = cls(**stored, **texts, kept=kept)
         except KeyError as error:
             raise ValueError(f"{path} is no mask set, it lacks {error}; {remedy}") from error
         except ValueError as error:
