@@ -1,15 +1,20 @@
-"""From masks to a verdict: which clients' masks lie with the root model's.
+"""Turns masks into a verdict: which clients' masks lie with the root model's mask.
 
-All that is needed is D, the (R, R) matrix of the shares of mask bits in which two rows differ, i.e. of squared distances of 0/1
-vectors. With J the centring matrix, K = -1/2 J D J is the Gram matrix of the centred masks, and its leading eigenvectors times
-the roots of their eigenvalues are the PCA scores. Three rules:
+A verdict needs nothing but D, an (R, R) matrix. Its entry for two rows is the share of mask bits in
+which they differ, which is the squared distance of two 0/1 vectors, per bit. With J the centring
+matrix, K = -1/2 J D J is the Gram matrix of the centred masks. Its leading eigenvectors times the
+square roots of their eigenvalues are the PCA scores. There are three rules:
 
-* ``two-stage`` (default): keeps everyone when nobody attacks; deterministic. First it rejects copies, masks nearer to another
-  client's than two models come that are trained each on its own data, or, if there are none, one side of a cut; then outliers.
-* ``signed``: the group that differs from the others in cosine with the root direction, keep share and components of the masks
-  together, and is worse; the root's row has no say.
-* ``published``: PCA to two dimensions and a Gaussian mixture of two components (SkyMask, ECCV 2024, arXiv 2312.12484, section
-  4.3). It always makes two clusters, so without an attack it rejects a third of the honest clients.
+* ``two-stage`` (default) keeps every client when nobody attacks, and is deterministic. First it
+  rejects copies: masks that are nearer to another client's mask than two models come that are each
+  trained on their own data. If there are no copies, it rejects one side of a cut instead. Then it
+  rejects outliers.
+* ``signed`` rejects a group of clients that differs from the others in the cosine with the root
+  direction, the keep share and the components of the masks taken together, and that is worse. The
+  root's row has no say.
+* ``published`` is PCA to two dimensions and a Gaussian mixture of two components (SkyMask, ECCV
+  2024, arXiv 2312.12484, section 4.3). It always makes two clusters, so without an attack it
+  rejects a third of the honest clients.
 
 | file | what |
 | --- | --- |
@@ -22,8 +27,9 @@ the roots of their eigenvalues are the PCA scores. Three rules:
 | ``spectrum.py``, ``k_means.py`` | principal scores; Lloyd's algorithm. The mixtures and the tree are in ``kernels/`` |
 | ``backends.py``, ``sklearn.py``, ``cuml.py`` | who computes scores, means and mixtures |
 
-Shapes: N clients, R = N + 1 rows, the root model's row last. A rule decides in tensors, counts and yes or no too (0-d), so that
-nobody waits for an accelerator on the way.
+Shapes: N clients, R = N + 1 rows, the root model's row last. All that a rule decides stays in
+tensors, also its counts and its answers to yes-or-no questions (0-d tensors). The host therefore
+never waits for an accelerator while a rule works.
 """
 
 from skymask_gpu.engine.clustering.backends import BACKENDS, why_not_backend

@@ -1,4 +1,7 @@
-"""Distances and principal scores among some of the clients, at fixed shapes: others are placed where they say nothing.
+"""Distances and principal scores among chosen clients only, while all shapes stay fixed.
+
+The rows of the other clients are not removed. They are moved to the chosen clients' mean, where
+they have no influence.
 
 Shapes: N clients, R = N + 1 rows, root last.
 """
@@ -11,20 +14,28 @@ from skymask_gpu.engine.distances import Distances
 
 __all__ = ["others_at_the_centroid", "scores_among"]
 
-# Up to this number of rows a second matrix of distances is made, in which the clients left out say nothing.
+# Moving the other clients takes a second matrix of distances, which has as many entries as the
+# first. It is made only up to this number of rows.
 _ROWS_TO_PLACE = 4096
 
 
 def scores_among(distances: Distances, chosen_N: Tensor, backend: Backend) -> tuple[Tensor, Tensor | bool]:
-    """Principal scores of the chosen clients alone, ``(N, 2)``, and whether they settled; the others' are 0."""
+    """Principal scores of the chosen clients alone, ``(N, 2)``, and whether they settled.
+
+    The scores of the other clients are 0.
+    """
     among_R = torch.cat([chosen_N, chosen_N.new_zeros(1)])
     scores_R2, settled = backend.principal_scores(others_at_the_centroid(distances, among_R))
     return scores_R2[:-1], settled
 
 
 def others_at_the_centroid(distances: Distances, chosen_R: Tensor) -> Distances:
-    """Distances in which all other rows stand where the chosen ones have their mean."""
-    if len(distances) > _ROWS_TO_PLACE:  # no room for a second matrix: everybody stays where they are
+    """Distances in which all other rows stand where the chosen ones have their mean.
+
+    With more than 4,096 rows there is no room for a second matrix. The distances then come back as
+    they are, and every row stays where it is.
+    """
+    if len(distances) > _ROWS_TO_PLACE:
         return distances
     all_RR = distances.stored.to(torch.float64) * distances.unit
     share_R = chosen_R.to(torch.float64) / chosen_R.sum()

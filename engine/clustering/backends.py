@@ -1,4 +1,7 @@
-"""Who computes the steps of a verdict for which there are libraries: torch (this package), scikit-learn, or cuML."""
+"""Chooses the library for those steps of a verdict that libraries offer.
+
+It is torch (the code of this package), scikit-learn, or cuML.
+"""
 
 import importlib.util
 from collections.abc import Callable
@@ -15,7 +18,7 @@ __all__ = ["BACKENDS", "Backend", "dense_backend", "pick_backend", "why_not_back
 
 BACKENDS = ("torch", "sklearn", "cuml")
 
-# Up to so many rows on an accelerator the host waits for it once, for the verdict.
+# Up to this number of rows on an accelerator the host waits for it only once, for the verdict.
 _ROWS_WITHOUT_WAITING = 4096
 
 
@@ -24,9 +27,12 @@ class Backend:
     """The steps of a verdict that a library may compute, for R rows and K dimensions, all float64.
 
     Attributes:
-        waits: whether the host may look at values on the way, at no cost (CPU) or at that of waiting for an accelerator.
-        principal_scores: ``distances -> (scores (R, 2), sure)``; see ``spectrum.py``. Not sure: the iteration did not settle.
-        two_means: ``x (R, K), centres (2, K) -> (labels (R,) int64, sure)``: Lloyd's algorithm from these centres.
+        waits: whether the host may look at values on the way. On a CPU this costs nothing; on an
+            accelerator the host has to wait each time.
+        principal_scores: ``distances -> (scores (R, 2), sure)``; see ``spectrum.py``. The result is
+            not sure where the iteration did not settle.
+        two_means: ``x (R, K), centres (2, K) -> (labels (R,) int64, sure)``: Lloyd's algorithm from
+            these centres.
         two_normals: as in ``kernels/mixture/``.
         gaussian_mixture: as in ``kernels/mixture/``.
     """
@@ -68,14 +74,18 @@ def pick_backend(name: str, device: torch.device, num_rows: int) -> Backend:
         from skymask_gpu.engine.clustering import cuml
 
         return _always_sure(cuml.principal_scores, cuml.two_means, two_normals, gaussian_mixture)
-    few = num_rows < 4  # who are all kept, without a rule
+    # fewer than three clients are all kept, and no rule is asked
+    few = num_rows < 4
     if device.type == "cpu" or few or num_rows > _ROWS_WITHOUT_WAITING:
         return _always_sure(spectrum.principal_scores, k_means.two_means, two_normals, gaussian_mixture)
     return Backend(False, spectrum.principal_scores_without_waiting, k_means.two_means_without_waiting)
 
 
 def dense_backend() -> Backend:
-    """Torch where its iterations did not settle: a full eigendecomposition, and Lloyd's algorithm to its end."""
+    """Torch's steps for masks on which the fixed numbers of iterations did not settle.
+
+    It makes a full eigendecomposition and runs Lloyd's algorithm to its end.
+    """
     return _always_sure(spectrum.dense_principal_scores, k_means.two_means, two_normals, gaussian_mixture)
 
 

@@ -1,6 +1,7 @@
-"""The signed rule where nothing tells which side is worse: neither keep shares nor cosines are known.
+"""The signed rule where neither keep shares nor cosines are known.
 
-The cut and the outliers are then those of the two-stage rule, by the root's own row, among the clients that are no copies.
+Nothing then tells which of two sides is worse. The cut and the outliers are therefore found as in
+the two-stage rule, by the root's own row, among the clients that are not copies.
 
 Shapes: N clients, R = N + 1 rows, root last.
 """
@@ -25,12 +26,16 @@ from skymask_gpu.kernels.anywhere import path_maxima
 
 __all__ = ["copies_reason", "signed_by_root"]
 
-# The others are not cut if more than this share of the clients are copies; two decoys of 20 are not (no range was measured).
+# If more than this share of the clients are copies, the others are not cut. Two decoys among 20
+# clients do not exceed it. No range was measured for this number.
 MANY_COPIES = 0.1
 
 
 def signed_by_root(distances: Distances, alignment_N: Tensor | None, copy_N: Tensor, backend: Backend) -> Ruling:
-    """Who is kept; ``copy_N`` marks those that are copies of two others or more."""
+    """Which clients are kept.
+
+    ``copy_N`` marks the clients whose masks are copies of two others' masks or more.
+    """
     smallest = SMALLEST_SHARE * len(copy_N)
     others = others_at_the_centroid(distances, torch.cat([~copy_N, copy_N.new_ones(1)]))
     scores_R2, settled = backend.principal_scores(others)
@@ -38,7 +43,8 @@ def signed_by_root(distances: Distances, alignment_N: Tensor | None, copy_N: Ten
     with_root_N = with_root(x_R, scores_R2, backend)
     apart = separation(others, with_root_N)
     cut_N, facts = cut_by_root(x_R[:-1], with_root_N, apart, alignment_N, smallest)
-    # honest label groups lie further apart than what many copies leave of each spreads
+    # What many copies leave of each honest label group spreads less than the groups lie apart. A
+    # cut would then separate honest clients, so there is none.
     many = copy_N.sum() > MANY_COPIES * len(copy_N)
     kept_N = ~copy_N & (cut_N | many)
     scattered_N, gap = scattered(path_maxima(distances.stored, kept_N, distances.unit), kept_N, smallest)
@@ -49,7 +55,8 @@ def signed_by_root(distances: Distances, alignment_N: Tensor | None, copy_N: Ten
 def _reason(facts: Facts) -> str:
     reasons = [copies_reason(facts)] if facts["copies"] else []
     cut = [] if facts["many"] else cut_reasons(facts)
-    if not (facts["root alone"] and (reasons or facts["scattered"])):  # that is a reason for keeping everyone
+    # "root alone" is a reason for keeping everyone, which does not fit beside a rejection
+    if not (facts["root alone"] and (reasons or facts["scattered"])):
         reasons += cut
     if facts["scattered"]:
         reasons.append(scattered_reason(facts))

@@ -14,13 +14,15 @@ class Clustering:
 
     Attributes:
         rule: ``"two-stage"``, ``"signed"`` or ``"published"``.
-        seed: of the k-means start of the published rule; the others are deterministic.
-        backend: who computes the principal scores, the k-means start and the mixture. ``"torch"``: this package, on the masks'
-            device. ``"sklearn"``: scikit-learn on the host, the oracle. ``"cuml"``: cuML's PCA and KMeans on the GPU; it has no
-            Gaussian mixture, so that is this package's. All give the same labels.
+        seed: seed of the k-means start of the published rule; the other rules are deterministic.
+        backend: the library that computes the principal scores, the k-means start and the mixture.
+            ``"torch"`` is this package's code, on the device of the masks. ``"sklearn"`` is
+            scikit-learn on the host, which serves as the oracle. ``"cuml"`` is cuML's PCA and
+            KMeans on the GPU; cuML has no Gaussian mixture, so this package's is used. All three
+            give the same labels.
 
     Raises:
-        ValueError: no such rule or backend, or the backend cannot run here.
+        ValueError: there is no such rule or backend, or the backend cannot run here.
     """
 
     rule: Literal["two-stage", "signed", "published"] = "two-stage"

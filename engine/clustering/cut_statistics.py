@@ -1,10 +1,13 @@
-"""Statistics of cuts: how well S cuts of N clients explain what F witnesses say, and how far apart the two sides lie.
+"""Statistics of cuts: how well a cut explains the witnesses, and how far apart its sides lie.
 
-A cut is a set of clients, its far side; share p is on the far side and q = 1 - p on the near one. With T the covariance of the
-witnesses and d the difference of the sides' means, the linear discriminant W^-1 d with W = T - p q d d^T separates the sides
-best (Fisher 1936), and 1 - R^2 with R^2 = p q d^T T^-1 d is the share of the variance along it that the cut leaves.
+There are S cuts of N clients, and F witnesses. A cut is a set of clients, its far side. The share p
+of the clients is on the far side and q = 1 - p on the near one. With T the covariance of the
+witnesses and d the difference of the sides' means, the linear discriminant W^-1 d with
+W = T - p q d d^T separates the sides best (Fisher 1936). With R^2 = p q d^T T^-1 d, the cut leaves
+the share 1 - R^2 of the variance along this discriminant.
 
-Shapes: N clients, R = N + 1 rows, F witnesses, S cuts. ``in_N`` is 1.0 for the clients that are looked at and 0.0 for others.
+Shapes: N clients, R = N + 1 rows, F witnesses, S cuts. ``in_N`` is 1.0 for the clients that are
+looked at and 0.0 for the others.
 """
 
 import torch
@@ -17,9 +20,11 @@ __all__ = ["apart", "effect", "em", "means_of_sides", "nats", "shares", "standar
 
 # The number of EM steps. The results on the stored sets are the same from 20 to 80.
 STEPS = 40
-# EM starts with each of these shares of the clients, the lowest ones in a witness, as the far side; 0 means a single client.
+# EM starts with each of these shares of the clients as the far side. They are the clients with the
+# lowest values of a witness; 0 means a single client.
 STARTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5)
-# The variance that a witness must add to those before it, in units of its own variance. Rounding leaves about 1e-16.
+# The variance that a witness must add to those before it, in units of its own variance. Rounding
+# leaves about 1e-16.
 LEAST_VARIANCE = 1e-8
 # What a cut leaves of the variance is at least this share, so that its logarithm is finite.
 LEAST_LEFT = 1e-6
@@ -27,15 +32,20 @@ _TINY = 1e-12
 
 
 def standard(values_N: Tensor, in_N: Tensor) -> Tensor:
-    """The values with mean 0 and variance 1 among the clients looked at, ``(N,)``; all 0 where all are equal."""
+    """The values with mean 0 and variance 1 among the clients looked at, ``(N,)``.
+
+    They are all 0 where all values are equal.
+    """
     centred_N = (values_N - mean_of(values_N, in_N)) * in_N
     return centred_N / (centred_N.square().sum() / in_N.sum()).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def white(columns: list[Tensor], in_N: Tensor) -> Tensor:
-    """The span of the columns, ``(F, N)``, with the unit matrix as covariance; 0 where a column adds nothing.
+    """The span of the columns with the unit matrix as covariance, ``(F, N)``.
 
-    Gram-Schmidt, done twice against rounding, so that the first columns do not depend on the later ones.
+    A row is 0 where its column adds nothing to those before it. This is the Gram-Schmidt process,
+    so the first rows do not depend on the later columns. It is done twice, because rounding leaves
+    the rows of a single pass slightly correlated.
     """
     done: list[Tensor] = []
     for column_N in columns:
@@ -49,7 +59,7 @@ def white(columns: list[Tensor], in_N: Tensor) -> Tensor:
 
 
 def starts(columns: list[Tensor], in_N: Tensor) -> Tensor:
-    """The far sides that EM starts from, the lowest shares of each column, ``(S, N)`` float64."""
+    """The far sides that EM starts from, ``(S, N)`` float64: each column's lowest ``STARTS``."""
     found = []
     for column_N in columns:
         order_N = column_N.masked_fill(in_N == 0, torch.inf).argsort(stable=True)
@@ -59,10 +69,12 @@ def starts(columns: list[Tensor], in_N: Tensor) -> Tensor:
 
 
 def em(white_FN: Tensor, used_SF: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
-    """Two normals with a common covariance: who is more likely of the far one, ``(S, N)`` bool.
+    """Two normals with a common covariance: which clients more likely belong to the far one.
 
-    The EM of McLachlan & Peel, Finite Mixture Models, 3.3, by a fixed number of steps, of each cut among the witnesses that
-    ``used_SF``, bool, names for it. Among white witnesses T is the unit matrix, hence W^-1 d = d / (1 - p q |d|^2).
+    The result is ``(S, N)`` bool. Each cut uses only those witnesses that ``used_SF``, bool, names
+    for it. This is the EM algorithm of McLachlan & Peel, Finite Mixture Models, 3.3, with a fixed
+    number of steps. The witnesses are white, so T is the unit matrix and
+    W^-1 d = d / (1 - p q |d|^2).
     """
     for _ in range(STEPS):
         p_S = shares(far_SN, in_N).clamp(_TINY, 1 - _TINY)
@@ -83,11 +95,13 @@ def shares(far_SN: Tensor, in_N: Tensor) -> Tensor:
 
 
 def nats(far_SN: Tensor, white_FN: Tensor, used_SF: Tensor, in_N: Tensor) -> Tensor:
-    """What each cut explains of the witnesses that it uses beyond chance, ``(S,)``; 0 where a side is empty.
+    """How much each cut explains of the witnesses that it uses, beyond chance, in nats, ``(S,)``.
 
-    It is -log of a probability: (n - F - 1) / 2 log(1 - R^2) is the log-probability, exact for F = 2 and close to it otherwise,
-    that a given cut of n normal clients leaves as little as 1 - R^2 (the F test of Hotelling's T^2), and log(n over np) counts
-    the cuts of that size, any of which might have been found.
+    It is 0 where a side is empty, and otherwise -log of a probability, the sum of two parts. The
+    log-probability that a given cut of n normal clients leaves as little as 1 - R^2 is
+    (n - F - 1) / 2 log(1 - R^2), which is exact for F = 2 and close to it otherwise (the F test of
+    Hotelling's T^2). To it, log(n over np) is added for the number of cuts of that size, because
+    any of them might have been found.
     """
     num = in_N.sum()
     p_S = shares(far_SN, in_N)
@@ -99,7 +113,10 @@ def nats(far_SN: Tensor, white_FN: Tensor, used_SF: Tensor, in_N: Tensor) -> Ten
 
 
 def effect(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
-    """How much higher the far side is in one witness, over the spread within the sides: z, ``(S,)``."""
+    """How much higher one witness is on the far side than on the near one: z, ``(S,)``.
+
+    The unit is the spread of the witness within the sides.
+    """
     standard_N = standard(values_N, in_N)
     p_S = shares(far_SN, in_N)
     pq_S = (p_S * (1 - p_S)).clamp_min(_TINY)
@@ -108,13 +125,19 @@ def effect(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
 
 
 def means_of_sides(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The means on the far and the near side, ``(S,)`` each; NaN for an empty side, which no comparison holds for."""
+    """The means on the far side and on the near side, ``(S,)`` each.
+
+    The mean of an empty side is NaN; every comparison with it is false.
+    """
     near_SN = in_N * ~far_SN
     return (far_SN * values_N).sum(1) / far_SN.sum(1), (near_SN * values_N).sum(1) / near_SN.sum(1)
 
 
 def apart(distances: Distances, far_SN: Tensor, in_N: Tensor) -> Tensor:
-    """Squared distance of the sides' centroids over the variance within them, ``(S,)``; 0 on average where nothing differs."""
+    """Squared distance of the sides' centroids over the variance within the sides, ``(S,)``.
+
+    It is 0 on average where the sides do not differ.
+    """
     near_SN, far_SN = in_N * ~far_SN, in_N * far_SN
     root_S = in_N.new_zeros(len(far_SN), 1)
     near_SR, far_SR = torch.cat([near_SN, root_S], 1), torch.cat([far_SN, root_S], 1)

@@ -9,13 +9,17 @@ from torch import Tensor
 __all__ = ["starting_centres", "two_means", "two_means_without_waiting"]
 
 _MOST_STEPS = 300
-# Without looking whether anything still changes.
+# The number of steps where the host does not look whether anything still changes, since a look
+# would make it wait for the accelerator.
 _BLIND_STEPS = 60
 
 
 def starting_centres(x_RK: Tensor, seed: int) -> Tensor:
-    """Two of the points, ``(2, K)``: one at random; of two drawn by squared distance from it, the one that leaves less to
-    explain, as in scikit-learn for two clusters.
+    """Two of the points as starting centres, ``(2, K)``.
+
+    The first one is drawn at random. Two candidates for the second one are drawn with probabilities
+    in proportion to the squared distance from the first, and the one that leaves less to explain is
+    taken, as in scikit-learn for two clusters.
     """
     first, one_uniform, other_uniform = _host_numbers(len(x_RK), seed)
     first_K = x_RK[first]
@@ -36,19 +40,22 @@ def two_means(x_RK: Tensor, centre_2K: Tensor) -> Tensor:
 
 
 def two_means_without_waiting(x_RK: Tensor, centre_2K: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by a fixed number of steps, and whether they settled, ``()`` bool; no host synchronisation."""
+    """The labels after a fixed number of steps, and whether they settled, ``()`` bool.
+
+    The host does not synchronise with the accelerator.
+    """
     return _lloyd(x_RK, centre_2K, _BLIND_STEPS, waits=False)
 
 
 def _host_numbers(num_rows: int, seed: int) -> tuple[int, float, float]:
-    """A row, and two numbers from [0, 1); the same whatever the device."""
+    """A row and two numbers from [0, 1), which are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(num_rows, (), generator=generator)
     return int(first), *torch.rand(2, dtype=torch.float64, generator=generator).tolist()
 
 
 def _draw(share_R: Tensor, uniform: float) -> Tensor:
-    """The first point, ``(1,)``, whose cumulated share is as large as a number from [0, 1)."""
+    """Index ``(1,)`` of the first point whose cumulative share reaches a number from [0, 1)."""
     return (share_R[:-1] < uniform).sum().unsqueeze(0)
 
 
@@ -57,7 +64,7 @@ def _lloyd(x_RK: Tensor, centre_2K: Tensor, steps: int, waits: bool) -> tuple[Te
     settled = torch.zeros((), dtype=torch.bool, device=x_RK.device)
     for _ in range(steps):
         before_R, labels_R = labels_R, torch.where(settled, labels_R, torch.cdist(x_RK, centre_2K).argmin(1))
-        # or all on one side: then the other has no mean
+        # If all points are on one side, the other side has no mean, so this counts as settled too.
         settled = settled | (labels_R == before_R).all() | (labels_R.min() == labels_R.max())
         if waits and settled:
             break

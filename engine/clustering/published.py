@@ -1,6 +1,7 @@
-"""The published rule: a Gaussian mixture of two components on the first two principal components, started by k-means.
+"""The published rule: a Gaussian mixture of two components, started by k-means.
 
-SkyMask, ECCV 2024, arXiv 2312.12484, section 4.3, with scikit-learn's defaults.
+It works on the first two principal components (SkyMask, ECCV 2024, arXiv 2312.12484, section 4.3)
+with scikit-learn's defaults.
 """
 
 from torch import Tensor
@@ -14,7 +15,7 @@ __all__ = ["published"]
 
 
 def published(distances: Distances, scores_R2: Tensor, seed: int, backend: Backend) -> Ruling:
-    """Benign is the component that holds the root; everyone, if it holds nobody else."""
+    """Keeps the clients in the component that holds the root; everyone, if it holds nobody else."""
     start_R, sure = backend.two_means(scores_R2, starting_centres(scores_R2, seed))
     labels_R = backend.gaussian_mixture(scores_R2, start_R)
     with_root_N = labels_R[:-1] == labels_R[-1]

@@ -21,10 +21,11 @@ class Ruling:
     """A rule's decision, all of it still on the device.
 
     Attributes:
-        benign_N: ``(N,)`` bool.
-        separation: ``()`` float64, of the two sides.
+        benign_N: which clients are kept, ``(N,)`` bool.
+        separation: separation of the two sides, ``()`` float64.
         facts: the ``()`` tensors that the sentence needs.
-        figures: what the rule saw of each client, by name, ``(N,)`` float64 each; empty if it saw nothing but masks.
+        figures: what the rule saw per client, by name, ``(N,)`` float64 each; empty if it saw
+            nothing but masks.
         reason: makes the sentence, once the facts and the separation are numbers on the host.
         sure: whether all iterations settled.
     """
@@ -38,12 +39,18 @@ class Ruling:
 
 
 def mean_of(values_N: Tensor, chosen_N: Tensor) -> Tensor:
-    """The mean of the chosen values, ``()``; NaN if there are none, which no comparison with a number holds for."""
+    """The mean of the chosen values, ``()``.
+
+    It is NaN if none are chosen; every comparison of NaN with a number is false.
+    """
     return (values_N * chosen_N).sum() / chosen_N.sum()
 
 
 def separation(distances: Distances, a_N: Tensor) -> Tensor:
-    """Squared distance of the centroids of two sides over their pooled variance, ``()`` float64; 0 if a side is empty."""
+    """Squared distance of the centroids of two sides over their pooled variance, ``()`` float64.
+
+    It is 0 if a side is empty.
+    """
     root_2 = a_N.new_zeros(1, 2)
     member_R2 = torch.cat([torch.stack([a_N, ~a_N], 1), root_2]).to(torch.float64)
     (a_a, a_b), (_, b_b) = member_R2.T @ distances.times(member_R2)

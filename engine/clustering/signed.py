@@ -1,19 +1,24 @@
-"""The signed rule: where two groups of clients differ in everything that is seen of them, the one that is worse is rejected.
+"""The signed rule: it rejects a group that differs from the others in everything and is worse.
 
-Four witnesses of each client: the cosine of its update with the root direction, the keep share of its mask (the share of ones
-among the columns in which masks differ: how much of the update the root data want), and the first two principal components of
-all clients' masks. The root's own row is none of them: with ordinary recipes it often lies with the attackers.
+The rule sees four witnesses per client. The first is the cosine of its update with the root
+direction. The second is the keep share of its mask: the share of ones among the columns in which
+masks differ, which tells how much of the update the root data want. The other two are the first two
+principal components of all clients' masks. The root's own row is not a witness, because with
+ordinary recipes it often lies with the attackers.
 
-1. Copies, three or more masks nearer to each other than models come that are trained each on its own, are left out of all that
-   follows, and so are updates of zeros. At the end copies go if they are far worse than those kept: a client that others replay
-   stays. Two that are alike are judged like everybody.
-2. Cut. EM of two normals with a common covariance finds cuts into a far and a near side, among the first witnesses and from
-   several starts (``cut_statistics.py``). The far side goes if it is worse, if its cosine is clearly lower, and if the cut
-   explains much more than chance (``worse_side.py``); a majority goes only if its cosine is next to nothing, and both witnesses
-   are clearly lower.
-3. Again among those that are kept, for a second direction.
+1. Copies are three or more masks that are nearer to each other than models come that are each
+   trained on their own data. They are left out of all that follows, and so are updates of zeros. At
+   the end, copies are rejected if they are far worse than the clients kept. A client whose update
+   others replay therefore stays. Two masks that are alike are judged like all others.
+2. The cut comes next. EM of two normals with a common covariance finds cuts into a far and a near
+   side, among the first witnesses and from several starts (``cut_statistics.py``). The far side is
+   rejected if it is worse, if its cosine is clearly lower, and if the cut explains much more than
+   chance (``worse_side.py``). A majority is rejected only if its cosine is next to nothing and both
+   witnesses are clearly lower.
+3. The second step is done once more among the clients that are kept, for a second direction.
 
-Where neither keep shares nor cosines are known, nothing tells a better side but the root's own row (``by_root.py``).
+Where neither keep shares nor cosines are known, nothing but the root's own row tells which side is
+better (``by_root.py``).
 
 Shapes: N clients, R = N + 1 rows, root last.
 """
@@ -32,18 +37,21 @@ from skymask_gpu.engine.distances import Distances
 
 __all__ = ["signed"]
 
-# What is left after a cut is cut again only if the second cut explains more by this factor (2 to 3; at 1.3, 148 of 153 stored
-# sets with harmful attacks come out within 5% instead of 149).
+# The clients left after a cut are cut again only if the second cut explains more by this factor.
+# Values from 2 to 3 give the same; at 1.3, 148 of 153 stored sets with harmful attacks come out
+# within 5% instead of 149.
 SECOND_CUT = 2.0
-# The witnesses in a reader's words. The agreement is the cosine times the length of the root direction.
+# The names of the witnesses in the reasons. The agreement is the cosine times the length of the
+# root direction.
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
 
 
 def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruling:
-    """Who is kept."""
+    """Which clients are kept, and why the others are not."""
     copy_N = _many_copies(distances)
     idle_N = torch.zeros_like(copy_N) if witnesses.norms is None else witnesses.norms == 0
-    # too few others would be no yardstick: then everybody is judged alike
+    # If few clients are left beside copies and zeros, they are too few to compare with. Every
+    # client is then judged alike.
     enough = (~copy_N & ~idle_N).sum() >= SMALLEST_SHARE * len(copy_N)
     copy_N, idle_N = copy_N & enough, idle_N & enough
     if not witnesses.of_side:
@@ -65,7 +73,7 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
 
 
 def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
-    """Who is far worse than those kept, by one witness or by both together, ``(N,)`` bool."""
+    """Clients far worse than those kept, by one witness or by both together, ``(N,)`` bool."""
     zs = []
     for witness_N in witnesses.of_side:
         kept = mean_of(witness_N, kept_N)
@@ -75,19 +83,24 @@ def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
 
 
 def _many_copies(distances: Distances) -> Tensor:
-    """Clients with the masks of two others or more, ``(N,)`` bool."""
+    """Clients whose masks are copies of two others' masks or more, ``(N,)`` bool."""
     reach = copy_reach(nearest_neighbours(distances))
     near_R = torch.empty(len(distances), dtype=torch.int64, device=distances.device)
     for first, block_TR in distances.blocks():
         near_R[first : first + len(block_TR)] = (block_TR[:, :-1] < reach).sum(1)
-    return near_R[:-1] >= 3  # itself among them
+    # a row is near to itself, so two others make three
+    return near_R[:-1] >= 3
 
 
-# --- the reason ---------------------------------------------------------------------------------------------------------
+# --- the reason -----------------------------------------------------------------------------------
 
 
 def _facts(witnesses: Witnesses, kept_N: Tensor, once_N: Tensor, first: Cut, second: Cut) -> dict[str, Tensor]:
-    """What the sentence needs of the clearest cut: the first, if there is one; if there is none, of the copies."""
+    """The figures that the sentence needs, from the clearest cut.
+
+    This is the first cut if there is one, otherwise the second. Without a cut the figures are those
+    of the clients that were left out at first, which are copies and updates of zeros.
+    """
     far_N = torch.where(first.found, first.far_N, torch.where(second.found, second.far_N, ~once_N))
     facts = {"cut off": first.far_N.sum() + second.far_N.sum()}
     for name, witness_N in (("keep", witnesses.keep_share), ("agreement", witnesses.agreement)):

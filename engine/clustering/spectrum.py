@@ -1,4 +1,4 @@
-"""Principal scores of masks from their distances: the leading eigenpairs of the centred Gram matrix."""
+"""Principal scores of masks: from the leading eigenpairs of their centred Gram matrix."""
 
 from collections.abc import Callable
 
@@ -15,35 +15,42 @@ __all__ = [
     "scores_from_eigenpairs",
 ]
 
-# Principal scores of up to so many rows by dense algebra; of more by iteration, to this residual relative to the first
-# eigenvalue or, where the leading eigenvalues lie too close together to tell apart, until so many products are done.
+# Up to this number of rows, principal scores come from dense algebra. For more rows they come from
+# an iteration. It ends when the residual, relative to the first eigenvalue, is at most _RESIDUAL.
+# Where the leading eigenvalues lie too close together to tell apart, that may never happen, so it
+# ends after _MOST_PRODUCTS products at the latest.
 _DENSE_ROWS = 1024
 _RESIDUAL = 1e-7
 _MOST_PRODUCTS = 40
 _BLOCK = 4
-# A vector's part in a direction whose eigenvalue is smaller by the share g goes down like (1 - g)^(2^24), which leaves a
-# residual of g (1 - g)^(2^24) < 3e-8 at most.
+# The number of squarings. A vector's part in a direction whose eigenvalue is smaller by the share g
+# shrinks like (1 - g)^(2^24), which leaves a residual of g (1 - g)^(2^24) < 3e-8 at most.
 _SQUARINGS = 24
 
-Eigenpairs = tuple[Tensor, Tensor]  # the two largest eigenvalues, (2,), and their vectors, (R, 2)
+# the two largest eigenvalues, (2,), and their vectors, (R, 2)
+Eigenpairs = tuple[Tensor, Tensor]
 
 
 def principal_scores(distances: Distances) -> Tensor:
-    """PCA scores in two dimensions, ``(R, 2)`` float64; a component's largest entry is positive."""
+    """PCA scores in two dimensions, ``(R, 2)`` float64.
+
+    An eigenvector has two signs; the one that makes a component's largest entry positive is taken.
+    """
     if len(distances) <= _DENSE_ROWS:
         return dense_principal_scores(distances)
     return scores_from_eigenpairs(*_krylov(distances, _by_decomposition, until_settled=True))
 
 
 def dense_principal_scores(distances: Distances) -> Tensor:
-    """The same by a full eigendecomposition, whatever the number of rows."""
+    """Principal scores by a full eigendecomposition, whatever the number of rows."""
     return scores_from_eigenpairs(*_by_decomposition(centred_gram(distances)))
 
 
 def principal_scores_without_waiting(distances: Distances) -> tuple[Tensor, Tensor]:
-    """The same by a fixed number of matrix products, and whether they settled, ``()`` bool; no host synchronisation.
+    """Principal scores by a fixed number of matrix products, and whether they settled, ``()`` bool.
 
-    Hence no ``torch.linalg.eigh``, which waits for its error code on a GPU, not even of a small matrix.
+    The host does not synchronise with the accelerator. This rules out ``torch.linalg.eigh``, which
+    waits for its error code on a GPU, even for a small matrix.
     """
     if len(distances) <= _DENSE_ROWS:
         gram_RR = centred_gram(distances)
@@ -53,7 +60,9 @@ def principal_scores_without_waiting(distances: Distances) -> tuple[Tensor, Tens
         values_2, vectors_R2 = _krylov(distances, _by_squaring, until_settled=False)
         product_R2 = _centred_times(distances, vectors_R2)
     residual_2 = torch.linalg.vector_norm(product_R2 - vectors_R2 * values_2, dim=0)
-    # squaring finds the largest absolute value: a matrix of distances of no masks may have a negative one
+    # Squaring finds the largest absolute value. A matrix that is not one of distances of masks may
+    # have a negative eigenvalue there, and the scores would be wrong, so it does not count as
+    # settled.
     settled_2 = (residual_2 <= _RESIDUAL * values_2[0]) & (values_2 >= -_RESIDUAL * values_2[0])
     return scores_from_eigenpairs(values_2, vectors_R2), settled_2.all()
 
@@ -66,13 +75,13 @@ def centred_gram(distances: Distances) -> Tensor:
 
 
 def scores_from_eigenpairs(values_2: Tensor, vectors_R2: Tensor) -> Tensor:
-    """Principal scores from eigenvalues of the Gram matrix and their unit vectors."""
+    """Principal scores ``(R, 2)`` from the Gram matrix's eigenvalues and their unit vectors."""
     largest_2 = vectors_R2.gather(0, vectors_R2.abs().argmax(0, keepdim=True))
     return vectors_R2 * torch.where(largest_2 < 0, -1.0, 1.0) * values_2.clamp_min(0).sqrt()
 
 
 def _centred_times(distances: Distances, vectors_RK: Tensor) -> Tensor:
-    """K times vectors, without K."""
+    """The product of K with vectors, ``(R, K)``, without making the matrix K."""
     product_RK = distances.times(vectors_RK - vectors_RK.mean(0))
     return -0.5 * (product_RK - product_RK.mean(0))
 
@@ -83,9 +92,10 @@ def _by_decomposition(matrix_MM: Tensor) -> Eigenpairs:
 
 
 def _by_squaring(matrix_MM: Tensor) -> Eigenpairs:
-    """Power iteration on all unit vectors at once: M, M^2, M^4, ... becomes the projector on the leading eigenvector.
+    """The two leading eigenpairs by power iteration on all unit vectors at once.
 
-    The second one comes from the matrix without the first (Golub & Van Loan, Matrix Computations, 8.2).
+    M, M^2, M^4, ... becomes the projector on the leading eigenvector. The second eigenvector comes
+    from the matrix without the first (Golub & Van Loan, Matrix Computations, 8.2).
     """
     tiny = torch.finfo(matrix_MM.dtype).tiny
     rest_MM, values_K, vectors_MK = matrix_MM, matrix_MM.new_empty(0), matrix_MM.new_empty(len(matrix_MM), 0)
@@ -95,7 +105,9 @@ def _by_squaring(matrix_MM: Tensor) -> Eigenpairs:
             power_MM = power_MM @ power_MM
             power_MM = power_MM / torch.linalg.matrix_norm(power_MM).clamp_min(tiny)
         vector_M1 = power_MM.index_select(1, power_MM.diagonal().argmax().unsqueeze(0))
-        for _ in range(2):  # of a matrix of rank one the rest is rounding, in any direction
+        # If the matrix has rank one, the rest is rounding, which points in any direction, also
+        # along the first vector. That part is taken away; once more, because rounding leaves some.
+        for _ in range(2):
             vector_M1 = vector_M1 - vectors_MK @ (vectors_MK.T @ vector_M1)
             vector_M1 = vector_M1 / torch.linalg.vector_norm(vector_M1).clamp_min(tiny)
         value_11 = vector_M1.T @ matrix_MM @ vector_M1
@@ -105,16 +117,18 @@ def _by_squaring(matrix_MM: Tensor) -> Eigenpairs:
 
 
 def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until_settled: bool) -> Eigenpairs:
-    """The leading eigenpairs of K by products with it alone.
+    """The leading eigenpairs of K from nothing but products with K.
 
-    Block Krylov iteration with the Rayleigh-Ritz procedure (Golub & Van Loan, Matrix Computations, 10.3); ``leading`` solves
-    the small problem: after each product if ``until_settled``, otherwise once, after the last.
+    This is block Krylov iteration with the Rayleigh-Ritz procedure (Golub & Van Loan, Matrix
+    Computations, 10.3). ``leading`` solves the small problem: after each product if
+    ``until_settled``, otherwise once, after the last product.
     """
     generator = torch.Generator(distances.device).manual_seed(0)
     start = torch.randn(len(distances), _BLOCK, dtype=torch.float64, device=distances.device, generator=generator)
     basis_RM = products_RM = start.new_empty(len(distances), 0)
     for number in range(1, _MOST_PRODUCTS + 1):
-        for _ in range(2):  # the second time takes away what rounding left of the basis
+        # the second time takes away what rounding left of the basis
+        for _ in range(2):
             start = torch.linalg.qr(start - basis_RM @ (basis_RM.T @ start)).Q
         product = _centred_times(distances, start)
         basis_RM, products_RM = torch.cat([basis_RM, start], 1), torch.cat([products_RM, product], 1)

@@ -1,6 +1,8 @@
-"""The two-stage rule: copies of each other or else one side of a cut are rejected, then outliers.
+"""The two-stage rule: it first rejects copies of each other or one side of a cut, then outliers.
 
-Shapes: N clients, R = N + 1 rows, the root's last.
+The first stage cuts only where there are no copies.
+
+Shapes: N clients, R = N + 1 rows, the root's row last.
 """
 
 import math
@@ -26,28 +28,46 @@ __all__ = [
     "with_root",
 ]
 
-# The constants, and where each comes from.
-SEPARATION = 1.0  # squared distance of two groups over their variance; results are the same from 0.75 to 1.25
-GAP = 1.35  # ratio of one edge to the next where outliers begin; honest label groups come close to it
-SMALLEST_SHARE = 0.2  # of the clients: the honest share that the attack model still allows
-# A cut that is not that wide counts too if it is a clean one and its far side has little to do with the root direction. Without
-# attackers D is at most 5.6 and the ratio at least 0.5; with flipped signs or labels at least 7.1, and at most 0.3.
-CLEAN_CUT = 6.0  # Ashman's D of the two normals on the first principal component
-LESS_ALIGNED = 0.4  # mean alignment with the root direction, over that of the near side
-COPY = 0.02  # of the way to a nearest mask; 0 for attackers that send one update, 0.19 and more for honest clients of a CNN,
-# but less than 0.1 for a few of a small MLP with a dozen samples each
-HONEST_QUANTILE = 0.9  # of the ways to a nearest mask: honest even when four in five clients are copies
-# How much smaller the second eigenvalue must be, as a share of the first, for the first component to be a direction.
-# Where masks are all equally far apart the two are equal, and rounding, which moves them by about 1e-14, would choose
-# whom a cut takes off.
+# --- The constants, and where each comes from ---
+
+# Two groups are apart if the squared distance of their centroids exceeds this multiple of their
+# variance. Results are the same from 0.75 to 1.25.
+SEPARATION = 1.0
+# Outliers begin where an edge exceeds the one before it by this ratio. Honest label groups come
+# close to it.
+GAP = 1.35
+# The honest share of the clients that the attack model still allows.
+SMALLEST_SHARE = 0.2
+# A cut whose sides do not lie that far apart counts too if it is clean and its far side has little
+# to do with the root direction. CLEAN_CUT is Ashman's D of the two normals on the first principal
+# component. LESS_ALIGNED is the far side's mean alignment with the root direction over that of the
+# near side. Without attackers D is at most 5.6 and the ratio at least 0.5. With flipped signs or
+# labels D is at least 7.1 and the ratio at most 0.3.
+CLEAN_CUT = 6.0
+LESS_ALIGNED = 0.4
+# A copy is nearer to its nearest mask than this share of the usual distance to a nearest mask. The
+# share is 0 for attackers that all send one update, and 0.19 and more for honest clients of a CNN,
+# but less than 0.1 for a few clients of a small MLP with a dozen samples each.
+COPY = 0.02
+# The usual distance is this quantile of the clients' distances to a nearest mask. It belongs to an
+# honest client even when four in five clients are copies.
+HONEST_QUANTILE = 0.9
+# The first component is a direction only if the second eigenvalue is smaller by at least this share
+# of the first. Where masks are all equally far apart the two are equal, and rounding, which moves
+# them by about 1e-14, would choose which clients a cut takes off.
 NO_DIRECTION = 1e-6
 EM_STEPS = 100
-VARIANCE_FLOOR = 1e-3  # of the variance of all scores
+# The floor of a normal's variance, as a share of the variance of all scores.
+VARIANCE_FLOOR = 1e-3
 ALL_KEPT = "no group of masks lies further apart than honest clients do: all kept"
 
 
 def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | None, backend: Backend) -> Ruling:
-    """Who is kept; ``alignment_N``, float64, is each client's inner product with the root direction, if it is known."""
+    """Which clients are kept.
+
+    ``alignment_N``, float64, is the inner product of each client's update with the root direction,
+    or None if it is not known.
+    """
     smallest = SMALLEST_SHARE * (len(distances) - 1)
     x_R = scores_R2[:, 0].contiguous()
     with_root_N = with_root(x_R, scores_R2, backend)
@@ -56,7 +76,8 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
     apart = separation(distances, torch.where(by_copies, ~copy_N, with_root_N))
 
     cut_N, cut_facts = cut_by_root(x_R[:-1], with_root_N, apart, alignment_N, smallest)
-    # where there are copies, no cut of the others: honest label groups lie further apart than what is left of each spreads
+    # Where there are copies, the other clients are not cut. What is left of each honest label group
+    # spreads less than the groups lie apart, so a cut would separate honest clients.
     kept_N = torch.where(by_copies, ~copy_N, cut_N)
     scattered_N, gap = scattered(path_maxima(distances.stored, kept_N, distances.unit), kept_N, smallest)
     return Ruling(
@@ -75,23 +96,32 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
 
 
 def with_root(x_R: Tensor, scores_R2: Tensor, backend: Backend) -> Tensor:
-    """Clients on the root's side of a cut of the first component ``x_R`` in two normals, ``(N,)`` bool.
+    """Clients on the root's side of a cut of the first component ``x_R`` in two normals.
 
-    Everybody where there is no first component: see ``NO_DIRECTION``.
+    The result is ``(N,)`` bool. All clients are on the root's side where there is no first
+    component: see ``NO_DIRECTION``.
     """
     side_R = backend.two_normals(x_R, EM_STEPS, VARIANCE_FLOOR)
-    first, second = scores_R2.square().sum(0).unbind()  # the eigenvalues
+    # the eigenvalues
+    first, second = scores_R2.square().sum(0).unbind()
     return (side_R[:-1] == side_R[-1]) | (second >= (1 - NO_DIRECTION) * first)
 
 
 def copies(distances: Distances) -> Tensor:
-    """Clients whose masks are nearer to another's than two models come that are trained each on its own, ``(N,)`` bool."""
+    """Clients whose masks are copies of another's, ``(N,)`` bool.
+
+    Such masks are nearer to each other than two models come that are each trained on their own
+    data.
+    """
     nearest_R = nearest_neighbours(distances)
     return nearest_R[:-1] < copy_reach(nearest_R)
 
 
 def copy_reach(nearest_R: Tensor) -> Tensor:
-    """Two models that are trained each on its own come less near, ``()``; given the way to each row's nearest."""
+    """The distance, ``()``, below which a mask is a copy, given each row's distance to its nearest.
+
+    Two models that are each trained on their own data do not come that near.
+    """
     return COPY * torch.minimum(quantile(nearest_R[:-1], HONEST_QUANTILE), nearest_R[-1])
 
 
@@ -105,7 +135,10 @@ def nearest_neighbours(distances: Distances) -> Tensor:
 
 
 def quantile(x_N: Tensor, q: float) -> Tensor:
-    """``x_N.quantile(q)``, which in torch 2.11 makes the host wait for its check of ``q``."""
+    """``x_N.quantile(q)`` without waiting.
+
+    In torch 2.11 that method makes the host wait for its check of ``q``.
+    """
     place = q * (len(x_N) - 1)
     below, above = math.floor(place), math.ceil(place)
     ordered_N = x_N.sort().values
@@ -115,7 +148,7 @@ def quantile(x_N: Tensor, q: float) -> Tensor:
 def cut_by_root(
     x_N: Tensor, with_root_N: Tensor, apart: Tensor, alignment_N: Tensor | None, smallest: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Who is kept, ``(N,)`` bool, if the masks are cut in two on the first principal component; the facts."""
+    """Which clients are kept, ``(N,)`` bool, if a cut on the first component decides; the facts."""
     never = torch.zeros_like(apart, dtype=torch.bool)
     swapped = never if alignment_N is None else _root_is_on_the_wrong_side(alignment_N, with_root_N)
     near_N = with_root_N ^ swapped
@@ -132,7 +165,9 @@ def _root_is_on_the_wrong_side(alignment_N: Tensor, with_root_N: Tensor) -> Tens
 
 
 def _is_clean_and_astray(x_N: Tensor, alignment_N: Tensor, near_N: Tensor) -> Tensor:
-    """Whether the far side of a cut on the first principal component is a normal of its own (Ashman et al., AJ 1994: D), and
+    """Whether the far side of a cut on the first principal component is clean and astray.
+
+    It is clean if it is a normal of its own (D of Ashman et al., AJ 1994). It is astray if it
     agrees with the root direction much less than the near side.
     """
     near, far = mean_of(x_N, near_N), mean_of(x_N, ~near_N)
@@ -143,13 +178,13 @@ def _is_clean_and_astray(x_N: Tensor, alignment_N: Tensor, near_N: Tensor) -> Te
 
 
 def scattered(height_N: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
-    """Kept clients beyond the first gap in the ways to the root, ``(N,)`` bool, and how wide the gap is, ``()``.
+    """Kept clients beyond the first gap in the heights, ``(N,)`` bool, and the gap's ratio, ``()``.
 
-    A client's way is the path to the root in the minimum spanning tree; its height is the longest edge on it.
+    The height of a client is the longest edge on its path to the root in the minimum spanning tree.
     """
     ordered_N = height_N.masked_fill(~kept_N, math.inf).sort().values
     inner_M, outer_M = ordered_N[:-1], ordered_N[1:]
-    # how many lie on the inner side
+    # the number of clients on the inner side
     count_M = torch.arange(1, len(ordered_N), device=height_N.device)
     gap_M = (outer_M > GAP * inner_M) & (count_M >= math.ceil(smallest))
     first_1 = count_M.masked_fill(~gap_M, len(count_M)).amin(0, keepdim=True) - 1
@@ -161,7 +196,8 @@ def _reason(facts: Facts) -> str:
     copies_reason = [f"{int(facts['copies'])} masks are copies of another's"]
     reasons = copies_reason if facts["by copies"] else cut_reasons(facts)
     if facts["scattered"]:
-        reasons = [] if facts["first stage keeps all"] else reasons  # those of keeping everyone
+        # if the first stage keeps all, its reasons are those of keeping everyone
+        reasons = [] if facts["first stage keeps all"] else reasons
         reasons.append(scattered_reason(facts))
     return " and ".join(reasons) or ALL_KEPT
 

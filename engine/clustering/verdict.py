@@ -1,4 +1,6 @@
-"""The verdict on N clients: arguments are checked, a rule decides on the device, and the host looks once.
+"""The verdict on N clients: arguments are checked, and a rule decides on the device.
+
+The host looks at the result once, at the end.
 
 Shapes: N clients, R = N + 1 rows, the root's last.
 """
@@ -29,13 +31,16 @@ class ClusteredMasks:
     """The verdict on N clients.
 
     Attributes:
-        benign: ``(N,)`` bool, on the device of the masks.
+        benign: which clients are kept, ``(N,)`` bool, on the device of the masks.
         num_clusters: 1 if everyone is kept, else 2.
-        scores: ``(R, 2)`` float64, the first two principal components of the masks, root last: the picture of the paper.
-        separation: squared distance of the two sides' centroids over their pooled variance (0 if there is one side).
-        reason: one sentence: why these clients were rejected, or why nobody was.
+        scores: ``(R, 2)`` float64, the first two principal components of the masks, root last: the
+            picture of the paper.
+        separation: squared distance of the two sides' centroids over their pooled variance. It is 0
+            if there is one side.
+        reason: one sentence that says why these clients were rejected, or why nobody was.
         judged: False where everyone is kept because the masks could not be compared.
-        figures: what the rule saw of each client beside its mask, by name, ``(N,)`` float64 each, on the same device.
+        figures: what the rule saw per client beside its mask, by name, ``(N,)`` float64 each, on
+            the same device.
     """
 
     benign: Tensor
@@ -47,9 +52,11 @@ class ClusteredMasks:
     figures: Mapping[str, Tensor] = field(default_factory=dict)
 
     def client_reasons(self) -> dict[int, str]:
-        """Why each rejected client was rejected, by its row: its own figures beside those of the kept clients.
+        """Why each rejected client was rejected, by its row.
 
-        The sentence on all, where the rule saw nothing but masks. This is when the figures are read from the device.
+        A reason names the client's own figures beside those of the kept clients. Where the rule saw
+        nothing but masks, each reason is the sentence on all clients. The figures are read from the
+        device only in this call.
 
         Example:
             >>> import torch
@@ -82,7 +89,16 @@ def cluster_masks(
     norms: Tensor | None = None,
     config: Clustering = Clustering(),
 ) -> ClusteredMasks:
-    """The verdict from packed bits ``(R, ceil(num_params / 8))`` uint8, root row last; see :func:`cluster_distances`."""
+    """The verdict from packed bits.
+
+    Args:
+        bits: ``(R, ceil(num_params / 8))`` uint8, root row last.
+        num_params: the number of parameters P.
+        alignment: see :func:`cluster_distances`, also for the other arguments.
+
+    Raises:
+        ValueError: the shape or dtype of ``bits`` does not fit, or as in :func:`cluster_distances`.
+    """
     if bits.dim() != 2 or bits.dtype != torch.uint8 or bits.shape[1] != -(-num_params // 8):
         raise ValueError(
             f"bits must be (R, {-(-num_params // 8)}) uint8 for {num_params} parameters, got {tuple(bits.shape)} {bits.dtype}"
@@ -100,21 +116,27 @@ def cluster_distances(
 ) -> ClusteredMasks:
     """The verdict from the matrix of Hamming shares.
 
-    With the torch backend and up to 4,096 rows on an accelerator, the host waits for it once, for the verdict, if the arguments
-    are there; only where an iteration does not settle is it all done again, with a full eigendecomposition.
+    With the torch backend and up to 4,096 rows on an accelerator, the host waits for it once, for
+    the verdict, if the arguments are there. Only where an iteration does not settle is everything
+    done again, with a full eigendecomposition.
 
     Args:
-        distances: ``(R, R)``, share of bits in which rows i and j differ, symmetric, 0 on the diagonal, root row last; R >= 2.
-        alignment: ``(N,)`` each client's inner product with the root direction (an update the server trains on the root data);
-            lets the two-stage rule notice that the root row sits with the attackers; of the signed rule a witness. None: it is
+        distances: ``(R, R)``, the share of bits in which rows i and j differ: symmetric, 0 on the
+            diagonal, root row last; R >= 2.
+        alignment: ``(N,)``, the inner product of each client's update with the root direction (an
+            update that the server trains on the root data). It lets the two-stage rule notice that
+            the root row lies with the attackers, and is a witness of the signed rule. None: it is
             left out.
-        keep_share: ``(R,)`` or ``(N,)``, each row's share of ones among the columns in which masks differ, see
-            :meth:`TrainedMasks.keep_share`; of the signed rule the first witness. None: it is left out.
-        norms: ``(N,)`` Euclidean norms of the updates, which make cosines of the alignments. None: they are left out.
+        keep_share: ``(R,)`` or ``(N,)``, each row's share of ones among the columns in which masks
+            differ, see :meth:`TrainedMasks.keep_share`. It is the first witness of the signed rule.
+            None: it is left out.
+        norms: ``(N,)`` Euclidean norms of the updates, which make cosines of the alignments. None:
+            they are left out.
         config: which rule, which library.
 
     Raises:
-        ValueError: the shapes do not fit, a value is not finite, or the library cannot work on this device.
+        ValueError: the shapes do not fit, a value is not finite, or the library cannot work on this
+            device.
     """
     if distances.dim() != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] < 2:
         raise ValueError(f"distances must be (R, R) with R >= 2 and the root row last, got {tuple(distances.shape)}")
@@ -131,7 +153,10 @@ def cluster(
     keep_share: Tensor | None = None,
     norms: Tensor | None = None,
 ) -> ClusteredMasks:
-    """The verdict from distances as they are stored; ``finite``: whether the caller's arguments are, ``()`` bools."""
+    """The verdict from distances as they are stored.
+
+    ``finite`` says whether the caller's arguments are finite, as ``()`` bools by name.
+    """
     num_clients = len(distances) - 1
     if keep_share is not None and tuple(keep_share.shape) == (num_clients + 1,):
         keep_share = keep_share[:-1]
@@ -188,7 +213,7 @@ def _judge(
     if not facts["masks differ"]:
         return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, _ALL_EQUAL, judged=False)
     num_clusters = 1 if facts["keeps all"] else 2
-    # where the root's mask lies apart from all, only outliers and copies can be told
+    # where the root's mask lies apart from all others, only outliers and copies can be recognised
     judged = num_clusters == 2 or not facts.get("root alone", False)
     return ClusteredMasks(
         ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts), judged, ruling.figures
@@ -217,7 +242,10 @@ def _not_one_a_client(name: str, num_clients: int, got: str) -> str:
 
 
 def _nothing_to_compare(distances: Distances) -> str | None:
-    """Why everyone is kept without a look at the masks' spread; None if there is something to compare."""
+    """Why everyone is kept without a look at the masks' spread.
+
+    It is None if there is something to compare.
+    """
     num_clients = len(distances) - 1
     if num_clients < 3:
         return f"{num_clients} clients are too few to compare: all kept"

@@ -1,4 +1,4 @@
-"""``Witnesses``: what is known of each client beside the distances of the masks."""
+"""``Witnesses``: what is known per client beside the distances of the masks."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,9 @@ __all__ = ["Witnesses"]
 
 @dataclass(frozen=True)
 class Witnesses:
-    """What is known of the clients beside their masks' distances, ``(N,)`` float64 each; None: not known.
+    """What is known per client beside the distances of the masks, ``(N,)`` float64 each.
+
+    None stands for a witness that is not known.
 
     Attributes:
         alignment: inner products of updates with the root direction.
@@ -24,9 +26,10 @@ class Witnesses:
 
     @property
     def agreement(self) -> Tensor | None:
-        """The cosine with the root direction, up to the root direction's length; 0 for an update of zeros.
+        """The cosine with the root direction times the length of that direction.
 
-        Without norms it is the alignment itself, which grows with the length of the update.
+        It is 0 for an update of zeros. Without norms it is the alignment itself, which grows with
+        the length of the update.
         """
         if self.alignment is None or self.norms is None:
             return self.alignment
@@ -41,6 +44,7 @@ class Witnesses:
     def of_side(self) -> list[Tensor]:
         """The witnesses that tell which side is worse.
 
-        An alignment alone is none of them: a scaled update agrees the more the longer it is.
+        An alignment alone is not one of them, because a scaled update agrees the more with the root
+        direction, the longer it is.
         """
         return [witness for witness in (self.keep_share, self.cosine) if witness is not None]

@@ -1,6 +1,7 @@
-"""The cut of the signed rule: two groups of clients that differ in everything that is seen of them, one of which is worse.
+"""The cut of the signed rule: two groups that differ in everything, one of which is worse.
 
-``signed.py`` says how the cut is used; ``cut_statistics.py`` has the formulas.
+The two groups of clients differ in everything that is seen per client. ``signed.py`` says how the
+cut is used; ``cut_statistics.py`` has the formulas.
 
 Shapes: N clients, F witnesses, S cuts.
 """
@@ -27,49 +28,67 @@ from skymask_gpu.engine.distances import Distances
 
 __all__ = ["Cut", "worse_side"]
 
-# The constants. A range says for which values 149 of the 153 stored sets with harmful attacks come out within 5%, and nobody is
-# rejected without an attack, when this constant alone is varied (207 sets, recipes that people use). The ends are the outermost
-# values tried that keep to it, if no other end is named.
+# --- The constants ---
 #
-# The nats that a cut must explain: a fixed number (3.5 to 5; up to 5.5 with 0.2 per client), and this number per client (0.18
-# to 0.22; at 0.24 one set fewer, at 0.16 honest clients are rejected in a set without an attack).
+# A range in brackets tells how far a constant alone can be varied before results get worse: within
+# it, 149 of the 153 stored sets with harmful attacks come out within 5%, and nobody is rejected
+# without an attack (207 sets, recipes that people use). Its ends are the outermost values tried for
+# which this holds, if no other end is named.
+#
+# A cut must explain this fixed number of nats (3.5 to 5; up to 5.5 with 0.2 per client), plus this
+# number per client (0.18 to 0.22; at 0.24 one set fewer comes out, and at 0.16 honest clients are
+# rejected in a set without an attack).
 NATS, NATS_A_CLIENT = 5.0, 0.22
-# A far side below this share of the clients (0.1 to 0.15) must explain more by this factor (1.2 to 1.4), since a few odd
-# clients are no rarity.
+# A far side below this share of the clients (0.1 to 0.15) must explain more by this factor (1.2 to
+# 1.4), because a few odd clients are not rare.
 FEW, FEW_FACTOR = 0.12, 1.3
-# A cut that needs the second component too must explain more by this factor (1.7 to 3), since honest label groups lie apart
-# in it.
+# A cut that needs the second component too must explain more by this factor (1.7 to 3), because
+# honest label groups lie apart in that component.
 SECOND_DIRECTION = 2.0
-# The masks of the two sides must lie apart by this multiple of the variance within the sides, if a component has a say (0 to
-# 0.15). At 0, one in 84 federations of ten clients without an attack loses clients more than at 0.05 and 0.1.
+# If a cut uses a component of the masks, the masks of its two sides must lie apart by this multiple
+# of the variance within the sides (0 to 0.15). At 0, one in 84 federations of ten clients without
+# an attack loses more clients than at 0.05 and 0.1.
 AT_ALL_APART = 0.1
 # A far side is worse if the sum of its two z lies this far below 0 (2 to 3.5).
 WORSE = 3.0
-# A far side is also worse if its masks lie apart by this multiple of the variance within the sides (0.25 to 1.5), and z of its
-# cosine is below the second number (-2 to 0). At 0, honest label groups are rejected more often with a bias of 0.9 (7.8%
-# instead of 5% to 6% of the clients); at -2, Min-Max is missed more often by small federations.
+# A far side is also worse if its masks lie apart by this multiple of the variance within the sides
+# (0.25 to 1.5), and z of its cosine is below the second number (-2 to 0). At 0, honest label groups
+# are rejected more often with a bias of 0.9 (7.8% of the clients instead of 5% to 6%). At -2,
+# Min-Max is missed more often by small federations.
 APART, APART_Z = 0.5, -1.0
-# The far side's mean cosine must be below this share of the near side's (0.7 to 1; at 0.9 small federations lose honest
-# clients: 1.4% instead of 0.8% of ten, without an attack).
+# The far side's mean cosine must be below this share of the near side's (0.7 to 1). At 0.9 small
+# federations lose honest clients: without an attack 1.4% instead of 0.8% of ten clients.
 LESS_ALIGNED = 0.8
-# A majority goes only if its mean cosine is below this share of the minority's (0.2 to 0.4), and each z is below the second
-# number (-4 to -2; at -2 three of five honest clients were rejected without an attack).
+# A majority is rejected only if its mean cosine is below this share of the minority's (0.2 to 0.4),
+# and each z is below the second number (-4 to -2; at -2 three of five honest clients were rejected
+# without an attack).
 HARDLY_ALIGNED, HARDLY_Z = 0.3, -3.0
-# A minority whose mean cosine is below this multiple of the near side's (-0.4 to -0.2) opposes the root data. If its keep share
-# is lower too, and z of its cosine below the second number (at -4 one set fewer; at -2 honest clients are rejected without an
-# attack), it must explain fewer nats: a fixed number (1 to 3; at 5 one set fewer), and this number per client (0.1 to 0.15; at
-# 0.2 one set fewer). This is the least certain of the numbers.
+# A minority whose mean cosine is below this multiple of the near side's (-0.4 to -0.2) opposes the
+# root data. It must explain fewer nats if its keep share is lower too and z of its cosine is below
+# the second number (at -4 one set fewer comes out; at -2 honest clients are rejected without an
+# attack). These nats are a fixed number (1 to 3; at 5 one set fewer comes out), plus a number per
+# client (0.1 to 0.15; at 0.2 one set fewer comes out). This is the least certain of the
+# numbers.
 OPPOSED, OPPOSED_Z = -0.4, -3.0
 OPPOSED_NATS, OPPOSED_NATS_A_CLIENT = 3.0, 0.15
-# Two clients or more, at most this share of all (0.25 to 0.5; at 0.5, of five clients, two honest ones are rejected), need
-# explain nothing if their masks lie apart from the others' by the second number, as a multiple of the variance within the sides
-# (0.8 to 1.2; at 0.7 honest clients beside many copies are rejected), and z of their cosine is below the third (-3 to -1).
+# A small group may be cut off whatever it explains. It has at least two clients and at most this
+# share of all (0.25 to 0.5; at 0.5, two honest clients of five are rejected). Its masks must lie
+# apart from the others' by the second number, as a multiple of the variance within the sides (0.8
+# to 1.2; at 0.7 honest clients beside many copies are rejected), and z of its cosine must be below
+# the third (-3 to -1).
 LONE, FAR_APART, FAR_APART_Z = 1 / 3, 0.8, -2.0
 
 
 @dataclass(frozen=True)
 class Cut:
-    """``far_N``: who is cut off, nobody if nothing counts; ``found``, ``()`` bool; z of both witnesses, ``()``."""
+    """A cut, and how its far side differs.
+
+    Attributes:
+        far_N: the clients that are cut off, ``(N,)`` bool; nobody if no cut counts.
+        found: whether a cut counts, ``()`` bool.
+        agreement_z: z of the far side in the agreement with the root direction, ``()``.
+        keep_z: z of the far side in the keep share, ``()``.
+    """
 
     far_N: Tensor
     found: Tensor
@@ -78,11 +97,13 @@ class Cut:
 
 
 def worse_side(distances: Distances, scores_N2: Tensor, witnesses: Witnesses, among_N: Tensor, factor: float) -> Cut:
-    """The cut that explains most of those whose far side is to go; it must explain ``factor`` times what suffices else.
+    """The cut that explains most among those whose far side is to be rejected.
 
-    The first of these that finds one decides: cuts by the side's witnesses and the first component, by those witnesses alone,
-    by the first of them alone, and by all; then the same for a minority that opposes the root direction, which must explain
-    less; then a minority whose masks lie apart.
+    It must explain ``factor`` times what is enough otherwise. Kinds of cuts are tried in this
+    order, and the first kind that finds a cut decides: cuts by the witnesses of the side and the
+    first component, by those witnesses alone, by the first of them alone, and by all witnesses. The
+    same kinds follow for a minority that opposes the root direction, which must explain less. A
+    minority whose masks lie apart comes last.
     """
     in_N = among_N.to(torch.float64)
     signs = [standard(witness, in_N) for witness in (witnesses.agreement, witnesses.keep_share) if witness is not None]
@@ -120,7 +141,7 @@ def _either(condition: Tensor, one: Cut, other: Cut) -> Cut:
 
 @dataclass(frozen=True)
 class _Sides:
-    """What is seen of the far sides of S cuts."""
+    """What is seen of the far sides of S cuts: see ``measured``, and the constants above."""
 
     far_SN: Tensor
     share_S: Tensor
@@ -169,7 +190,7 @@ class _Sides:
         return (self.share_S <= LONE) & (num_S > 1) & (self.apart_S > least) & (self.agreement_z_S < FAR_APART_Z)
 
     def best(self, merit_S: Tensor, counts_S: Tensor) -> Cut:
-        """The cut of the largest merit among those that count."""
+        """The cut with the largest merit among those that count."""
         index_1 = merit_S.masked_fill(~counts_S, -torch.inf).argmax().unsqueeze(0)
         found = counts_S.any()
         return Cut(

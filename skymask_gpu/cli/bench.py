@@ -35,7 +35,10 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default bench-out/TIME.")] = None,
 ) -> None:
-    """Time the solvers and the aggregation rules beside their baselines; a result that is wrong gets no time."""
+    """Time the solvers and the aggregation rules beside their baselines.
+
+    A result that is wrong gets no time.
+    """
     from skymask_gpu.bench.cases import CASES
     from skymask_gpu.bench.points import FULL, QUICK
     from skymask_gpu.bench.summary import write_summary
@@ -68,7 +71,10 @@ def bench(
 
 
 def _measured(limits: "Limits", against: str | None, folder: Path) -> "tuple[list[Row], bool]":
-    """The rows, which are in the folder as soon as they are measured, and whether somebody pressed Ctrl-C."""
+    """The measured rows, and whether somebody pressed Ctrl-C.
+
+    Each row is written to the folder as soon as it is measured.
+    """
     import torch
 
     with extra_named("run"):
