@@ -179,7 +179,7 @@ def test_loops_that_wait_or_go_around_count_where_they_belong() -> None:
     variant["loops"] += [waiting, waiting]
     assert roofline.an_element(variant, "instructions") == pytest.approx((10 + 3 + 3) * 64 / (64 * 256))
     variant = made_up("two_normals")
-    variant["loops"].insert(1, waiting | {"load_bytes": [8]})
+    variant["loops"].insert(1, waiting)
     assert roofline.an_element(variant, "instructions") == pytest.approx(2 * 10 * 64 / 8)
 
 
