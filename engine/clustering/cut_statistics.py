@@ -59,7 +59,7 @@ def white(columns: list[Tensor], in_N: Tensor) -> Tensor:
 
 
 def starts(columns: list[Tensor], in_N: Tensor) -> Tensor:
-    """The far sides that EM starts from, ``(S, N)`` float64: each column's lowest ``STARTS``."""
+    """The far sides that EM starts from, ``(S, N)`` float64: the lowest ``STARTS`` of a column."""
     found = []
     for column_N in columns:
         order_N = column_N.masked_fill(in_N == 0, torch.inf).argsort(stable=True)
@@ -127,7 +127,7 @@ def effect(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
 def means_of_sides(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> tuple[Tensor, Tensor]:
     """The means on the far side and on the near side, ``(S,)`` each.
 
-    The mean of an empty side is NaN; every comparison with it is false.
+    The mean of an empty side is NaN, for which neither < nor > holds.
     """
     near_SN = in_N * ~far_SN
     return (far_SN * values_N).sum(1) / far_SN.sum(1), (near_SN * values_N).sum(1) / near_SN.sum(1)

@@ -41,7 +41,7 @@ class Ruling:
 def mean_of(values_N: Tensor, chosen_N: Tensor) -> Tensor:
     """The mean of the chosen values, ``()``.
 
-    It is NaN if none are chosen; every comparison of NaN with a number is false.
+    It is NaN if none are chosen. Neither < nor > holds between NaN and a number.
     """
     return (values_N * chosen_N).sum() / chosen_N.sum()
 

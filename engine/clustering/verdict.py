@@ -61,7 +61,9 @@ class ClusteredMasks:
         Example:
             >>> import torch
             >>> benign, shares = torch.tensor([False, True, True]), torch.tensor([0.25, 0.5, 0.75])
-            >>> ClusteredMasks(benign, 2, torch.zeros(4, 2), 1.0, "", figures={"keep share": shares}).client_reasons()
+            >>> figures = {"keep share": shares}
+            >>> verdict = ClusteredMasks(benign, 2, torch.zeros(4, 2), 1.0, "", figures=figures)
+            >>> verdict.client_reasons()
             {0: 'keep share 0.25 where kept clients have 0.62 ± 0.12'}
         """
         rejected = (~self.benign).nonzero().flatten().tolist()

@@ -67,8 +67,7 @@ HARDLY_ALIGNED, HARDLY_Z = 0.3, -3.0
 # root data. It must explain fewer nats if its keep share is lower too and z of its cosine is below
 # the second number (at -4 one set fewer comes out; at -2 honest clients are rejected without an
 # attack). These nats are a fixed number (1 to 3; at 5 one set fewer comes out), plus a number per
-# client (0.1 to 0.15; at 0.2 one set fewer comes out). This is the least certain of the
-# numbers.
+# client (0.1 to 0.15; at 0.2 one set fewer comes out), which is the least certain of the numbers.
 OPPOSED, OPPOSED_Z = -0.4, -3.0
 OPPOSED_NATS, OPPOSED_NATS_A_CLIENT = 3.0, 0.15
 # A small group may be cut off whatever it explains. It has at least two clients and at most this
