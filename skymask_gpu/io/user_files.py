@@ -41,7 +41,12 @@ class UserUpdates:
 
 
 def import_file(option: str, path: Path, name: str) -> ModuleType:
-    """Import a user's Python file under ``name``; ``option`` is what errors call the setting. This **executes** the file.
+    """Import a user's Python file under ``name``. This **executes** the file.
+
+    Args:
+        option: what errors call the setting that names the file.
+        path: the file.
+        name: the module's name in ``sys.modules``.
 
     Raises:
         ValueError: the file is no Python file, or it cannot be imported; the error names its line.
@@ -50,7 +55,8 @@ def import_file(option: str, path: Path, name: str) -> ModuleType:
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"{option}: {path} is no Python file")
     python_module = importlib.util.module_from_spec(module_spec)
-    # as `python file.py` would have it: dataclasses look their module up, and neighbours can be imported
+    # The same state as under `python file.py`: dataclasses look up their module in sys.modules, and
+    # the file can import its neighbours.
     sys.modules[module_spec.name] = python_module
     sys.path.insert(0, str(path.resolve().parent))
     try:
