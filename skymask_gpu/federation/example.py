@@ -1,4 +1,7 @@
-"""The files of one federated round, to try ``skymask-gpu aggregate`` on: real local training, real attackers."""
+"""The files of one federated round, to try ``skymask-gpu aggregate`` on.
+
+They come from real local training, and some clients really attack.
+"""
 
 from pathlib import Path
 
@@ -16,7 +19,8 @@ __all__ = ["MALICIOUS", "NUM_CLIENTS", "write_example"]
 
 NUM_CLIENTS = 20
 MALICIOUS = (3, 7, 12, 18)
-# What an attacker sends, in multiples of what it learnt: together they undo what the other sixteen learnt.
+# An attacker multiplies what it learnt by this before it sends it. The four attackers together then
+# undo what the other sixteen clients learnt.
 _FACTOR = -5
 _SEED = 0
 _MODEL = '''"""The model of the example: build yours likewise, as a class that needs no arguments."""
@@ -31,12 +35,13 @@ class Net(nn.Sequential):
 
 
 def write_example(folder: Path) -> dict[Path, str]:
-    """A global model, its class, root data and 20 clients' updates; ``MALICIOUS`` send minus five times what they learnt.
+    """Write a global model, its class, root data, and the updates of 20 clients.
 
-    The clients train with the learning rate and the clip that ``aggregate`` takes for the root by default.
+    The clients ``MALICIOUS`` send minus five times what they learnt. All clients train with the
+    learning rate and the clip that ``aggregate`` uses for the root model by default.
 
     Returns:
-        What was written, and what each is.
+        Each file or folder that was written, with a description of it.
 
     Raises:
         ValueError: ``folder`` is not empty.

@@ -34,9 +34,9 @@ class GlobalModel:
     """The global model before a round.
 
     Attributes:
-        params: ``(P,)``.
-        buffers: by name.
-        previous: ``(P,)`` the parameters before the last round; None before the first.
+        params: ``(P,)`` the parameters.
+        buffers: the buffers, by name.
+        previous: ``(P,)`` the parameters before the last round; None before the first round.
     """
 
     params: Tensor
@@ -50,13 +50,13 @@ class GlobalModel:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What came of a round.
+    """The result of a round.
 
     Attributes:
-        model: the global model after it.
-        clients: ``(M,)`` int64, who took part.
-        rule_result: what the rule said.
-        seconds: what local training and aggregation took.
+        model: the global model after the round.
+        clients: ``(M,)`` int64, the numbers of the clients that took part.
+        rule_result: the result of the aggregation rule.
+        seconds: how long local training and aggregation took.
     """
 
     model: GlobalModel
@@ -66,13 +66,13 @@ class RoundResult:
 
 
 def _columns_of_layers(flat: FlatModel) -> dict[str, slice]:
-    """Each parameter's columns in an update."""
+    """The columns that each parameter has in an update, by the parameter's name."""
     ends = list(accumulate(flat.layer_sizes))
     return {name: slice(end - size, end) for name, size, end in zip(flat.shapes, flat.layer_sizes, ends, strict=True)}
 
 
 def _shared_out(config: RunConfig, dataset: Dataset) -> list[Tensor]:
-    """Indices of each client's training samples, and last those of the root data set."""
+    """The indices of each client's training samples; the last entry is the root data set."""
     data, labels = config.data, dataset.train_labels.cpu()
     generator = torch.Generator().manual_seed(config.seed)
     root, rest = split_root(labels, data.root_samples, generator, data.root_bias)
@@ -93,15 +93,15 @@ class Federation:
     """What stays the same from round to round.
 
     Attributes:
-        config: the run.
-        dataset: on the device that trains.
+        config: the settings of the run.
+        dataset: the data set, on the device that trains.
         module: the model's layers; its own parameters are those before the first round.
-        flat: the same as a function of a vector.
-        layers: each parameter's columns in an update, by name.
-        parts: indices of each client's training samples, and last those of the root data set.
+        flat: the same model as a function of a parameter vector.
+        layers: the columns that each parameter has in an update, by name.
+        parts: the indices of each client's training samples; the last entry is the root data set.
         malicious: ``(N,)`` bool, which clients attack.
-        attack: what they do; it may remember rounds.
-        rule: how the server aggregates; it may remember rounds.
+        attack: what the malicious clients do; it may remember earlier rounds.
+        rule: how the server aggregates; it may remember earlier rounds.
     """
 
     config: RunConfig
@@ -116,9 +116,9 @@ class Federation:
 
     @classmethod
     def build(cls, config: RunConfig, dataset: Dataset | None = None) -> "Federation":
-        """Load the data, share them out, and make the model, the attack and the rule.
+        """Load the data, distribute them among the clients, and make model, attack and rule.
 
-        All of it is on the GPU if there is one.
+        Everything is placed on the GPU if there is one.
 
         Raises:
             ValueError: the data are missing, or the model, the attack or the rule does not fit
@@ -164,7 +164,7 @@ class Federation:
         return GlobalModel(self.flat.initial_params, {name: value.clone() for name, value in self.module.named_buffers()})
 
     def play_round(self, number: int, model: GlobalModel, progress: Progress = lambda text: None) -> RoundResult:
-        """Round ``number``, from ``model``; ``progress`` is told what is going on."""
+        """Play round ``number`` from ``model``, and call ``progress`` with a text at each stage."""
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         start = self._now()
@@ -214,10 +214,11 @@ class Federation:
     def _train(
         self, clients: Tensor, malicious_M: Tensor, model: GlobalModel, threat: Threat, progress: Progress
     ) -> LocalUpdates:
-        """The updates of the clients, and last of the root model, as local training gives them."""
+        """The updates after local training, before any attack; the root model's is the last row."""
         parts = [self.parts[client] for client in clients.tolist()] + [self.parts[-1]]
         batches = draw_batches(parts, self.config.local, threat.generator)
-        # dropout, where a model has it, draws from here
+        # If a model has dropout, it draws from PyTorch's global random state. A seed from the
+        # round's generator makes these draws the same in every repeat.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**31, (), generator=threat.generator)))
             return train_clients(
@@ -235,14 +236,17 @@ class Federation:
             )
 
     def _attackers_steps(self, malicious_M: Tensor, threat: Threat) -> Callable[[Tensor, int, Tensor], Tensor | None] | None:
-        """The attack's hook after a local step, for the malicious clients only; None: it has none."""
+        """The attack's hook after a local step, restricted to the malicious clients.
+
+        It is None if the attack has no such hook.
+        """
         if type(self.attack).after_step is Attack.after_step:
             return None
         clients = threat.clients
         assert clients is not None
 
         def after_step(params_CP: Tensor, step: int, rows_C: Tensor) -> Tensor | None:
-            # the last row is the root model's, which is no client
+            # The last row belongs to the root model, which is no client and never attacks.
             is_client_C = rows_C < len(clients)
             malicious_C = is_client_C & malicious_M[rows_C.clamp_max(len(clients) - 1)]
             if not malicious_C.any():
@@ -256,7 +260,7 @@ class Federation:
         return after_step
 
     def _now(self) -> float:
-        """Seconds, when all that was started on the device is done."""
+        """The time in seconds, taken after all work that was started on the device is done."""
         device = self.dataset.train_inputs.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -268,9 +272,9 @@ class Federation:
         return int(hits.sum()) / len(hits)
 
     def attack_success_rate(self, model: GlobalModel) -> float:
-        """The share of triggered test samples that the model takes for the target class.
+        """The share of test samples with the trigger that the model assigns to the target class.
 
-        Samples that are of the target class are left out.
+        Samples whose true class is the target class are left out.
         """
         target = self.attack.target_class
         assert target is not None, "only a backdoor has a success rate"
@@ -288,7 +292,10 @@ class Federation:
 
 
 def _mean_buffers(model: GlobalModel, sent: LocalUpdates, kept_M: Tensor) -> dict[str, Tensor]:
-    """Means over the clients that the step is made of, see :func:`skymask_gpu.defence.mean_buffer`."""
+    """The mean of each buffer over the clients whose updates the server's step is made of.
+
+    See :func:`skymask_gpu.defence.mean_buffer`. If no client is kept, the buffers do not change.
+    """
     if not kept_M.any():
         return model.buffers
     return {name: mean_buffer(value[:-1][kept_M.to(value.device)]) for name, value in sent.buffers.items()}

@@ -35,7 +35,8 @@ def draw_batches(parts: list[Tensor], config: LocalTraining, generator: torch.Ge
 
     Example:
         >>> own = [torch.tensor([0, 1, 2]), torch.tensor([3, 4])]
-        >>> batches = draw_batches(own, LocalTraining(epochs=2, batch_size=2), torch.Generator().manual_seed(0))
+        >>> recipe = LocalTraining(epochs=2, batch_size=2)
+        >>> batches = draw_batches(own, recipe, torch.Generator().manual_seed(0))
         >>> batches.steps_C.tolist(), sorted(batches.index_CSB[1, :2].flatten().tolist())
         ([3, 2], [3, 3, 4, 4])
     """

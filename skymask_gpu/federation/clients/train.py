@@ -1,4 +1,4 @@
-"""``train_clients``: what all clients of a round send, trained block by block."""
+"""``train_clients``: train all clients of a round block by block, and return what they send."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class LocalUpdates:
     """What C clients send.
 
     Attributes:
-        updates: ``(C, P)``, local minus global parameters.
-        buffers: the buffers of their models by name, each ``(C, ...)``.
+        updates: ``(C, P)``, each client's local parameters minus the global ones.
+        buffers: the buffers of the clients' models by name, each ``(C, ...)``.
     """
 
     updates: Tensor
@@ -56,10 +56,11 @@ def train_clients(
         poison: ``poison(inputs (c, B, ...), labels (c, B))`` returns what c malicious clients train
             on instead of their batches.
         poisoned: ``(C,)`` bool, which clients poison their batches; None: no client does.
-        progress: called with the number of clients that are done so far.
-        after_step: ``after_step(params (c, P), step, clients (c,))``, called after each step of c
-            clients at a time, whose numbers are from 0 to C - 1. It returns ``(c, P)`` parameters to
-            go on from, or None for those that it was given. The momentum stays as it is.
+        progress: called after each block with the number of clients that are trained so far.
+        after_step: ``after_step(params (c, P), step, clients (c,))``, called after each step of a
+            block of c clients, whose numbers are from 0 to C - 1. It returns the ``(c, P)``
+            parameters from which training continues, or None to leave them unchanged. The momentum
+            is not changed.
 
     Returns:
         The updates and buffers, in the order of the clients in ``batches``.
@@ -72,9 +73,11 @@ def train_clients(
         >>> from skymask_gpu.federation.clients import draw_batches
         >>> module, samples = nn.Linear(3, 2), torch.randn(12, 3)
         >>> recipe = LocalTraining(steps=2, batch_size=4)
-        >>> batches = draw_batches([torch.arange(5), torch.arange(5, 12)], recipe, torch.Generator())
+        >>> own = [torch.arange(5), torch.arange(5, 12)]
+        >>> batches = draw_batches(own, recipe, torch.Generator())
         >>> start_P = nn.utils.parameters_to_vector(module.parameters())
-        >>> train_clients(module, start_P, samples, torch.arange(12) % 2, batches, recipe).updates.shape
+        >>> labels = torch.arange(12) % 2
+        >>> train_clients(module, start_P, samples, labels, batches, recipe).updates.shape
         torch.Size([2, 8])
     """
     trainer, device = Trainer(module, inputs, labels, config, poison, after_step), inputs.device
@@ -93,7 +96,7 @@ def _in_blocks(
     poisoned_C: Tensor,
     progress: Callable[[int], None] | None,
 ) -> LocalUpdates:
-    """Train blocks of alike clients, and put what each client sends into its own row."""
+    """Train blocks of clients that can share one, and store each client's update in its own row."""
     index_CSB, steps_C = batches.index_CSB.to(start_P.device), batches.steps_C
     num_clients, first_batch = len(index_CSB), index_CSB[0, 0]
     updates_CP = start_P.new_empty(num_clients, trainer.flat.num_params)

@@ -14,7 +14,7 @@ __all__ = ["PARTITIONS", "Sharing", "partition"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """What there is to share out, among how many clients, and the settings of all partitions.
+    """The samples to distribute, the number of clients, and the settings of all partitions.
 
     Attributes:
         labels: ``(n,)`` int64, from 0 to L - 1.
@@ -48,7 +48,7 @@ def partition(
     subjects: Tensor | None,
     generator: torch.Generator,
 ) -> list[Tensor]:
-    """Share the samples out: each goes to one client, and each client has at least one.
+    """Distribute the samples: each goes to one client, and each client has at least one.
 
     Args:
         kind: a key of :data:`PARTITIONS`; the functions of this file say what each does.
@@ -68,7 +68,8 @@ def partition(
         ValueError: an argument is out of range, or with ``"bias"`` some client would hold nothing.
 
     Example:
-        >>> settings = dict(bias=0.5, alpha=0.5, subjects=None, generator=torch.Generator().manual_seed(0))
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> settings = dict(bias=0.5, alpha=0.5, subjects=None, generator=generator)
         >>> [len(part) for part in partition("iid", torch.arange(10) % 2, 3, **settings)]
         [4, 3, 3]
     """
@@ -150,7 +151,7 @@ def by_dirichlet(given: Sharing) -> list[Tensor]:
 
 @PARTITIONS.register("iid")
 def by_shuffling(given: Sharing) -> list[Tensor]:
-    """Shuffled, and cut into parts whose sizes differ by at most one."""
+    """The samples are shuffled and divided into parts whose sizes differ by at most one."""
     order = torch.randperm(len(given.labels), generator=given.generator)
     return [part.sort().values for part in order.tensor_split(given.num_clients)]
 
@@ -172,6 +173,6 @@ def by_subject(given: Sharing) -> list[Tensor]:
 
 
 def _grouped(client_n: Tensor, num_clients: int) -> list[Tensor]:
-    """Each client's samples, ascending; ``client_n`` ``(n,)`` is the client of each sample."""
+    """The samples of each client in ascending order, from the client of each sample, ``(n,)``."""
     sizes = torch.bincount(client_n, minlength=num_clients)
     return list(client_n.argsort(stable=True).split(sizes.tolist()))

@@ -16,14 +16,18 @@ _TOLERANCE = 1e-7
 @RULES.register("fedavg")
 @takes_any_row
 def fedavg(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
-    """The plain mean (McMahan et al., AISTATS 2017) with equal weights. NaN and Inf go through."""
+    """The mean with equal weights (McMahan et al., AISTATS 2017).
+
+    NaN and Inf in an update are not removed, so they reach the mean.
+    """
     return RuleResult(updates_MP.mean(0), updates_MP.new_ones(len(updates_MP)).bool())
 
 
 @RULES.register("median")
 def median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
-    """The coordinate-wise median (Yin et al., ICML 2018); of an even number of values the mean of
-    the two in the middle.
+    """The coordinate-wise median (Yin et al., ICML 2018).
+
+    If the number of values is even, it is the mean of the two in the middle.
     """
     return RuleResult(_coordinate_median(updates_MP).to(updates_MP.dtype), None)
 
@@ -32,8 +36,8 @@ def median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 def trimmed_mean(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """The coordinate-wise trimmed mean (Yin et al., ICML 2018).
 
-    Of each coordinate the f smallest and the f largest of n values are left out, and the others
-    averaged; at most (n - 1) // 2 are left out at each end.
+    In each coordinate, the f smallest and the f largest of the n values are left out, and the
+    others are averaged. At most (n - 1) // 2 values are left out at each end.
     """
     num_rows = len(updates_MP)
     trim = min(info.num_malicious, (num_rows - 1) // 2)
@@ -43,12 +47,13 @@ def trimmed_mean(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 
 @RULES.register("geometric-median")
 def geometric_median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
-    """The geometric median by the smoothed Weiszfeld algorithm (RFA: Pillutla et al., IEEE Trans.
-    Signal Processing 2022).
+    """The geometric median, computed by the smoothed Weiszfeld algorithm.
 
-    Each step is the mean of the updates, weighted by one over the larger of nu and the distance to
-    the point so far; nu = 1e-6. It starts from the coordinate-wise median and ends after 100 steps,
-    or once a step is shorter than 1e-7 of the way from the origin to the point.
+    This is the rule RFA (Pillutla et al., IEEE Trans. Signal Processing 2022). Each step takes a
+    weighted mean of the updates as the next point. An update's weight is 1 / max(nu, d), where d is
+    its distance to the present point and nu = 1e-6. The first point is the coordinate-wise median.
+    The algorithm ends after 100 steps, or when the length of a step is at most 1e-7 of the length
+    of the point.
     """
     point_P = _coordinate_median(updates_MP)
     for _ in range(_MOST_STEPS):

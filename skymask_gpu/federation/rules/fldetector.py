@@ -1,4 +1,4 @@
-"""FLDetector: clients whose updates cannot be told from their own history are malicious."""
+"""FLDetector: clients whose updates cannot be predicted from their own history are malicious."""
 
 import torch
 from torch import Tensor
@@ -17,26 +17,28 @@ _REFERENCES = 20
 class FLDetector:
     """FLDetector (Zhang et al., KDD 2022).
 
-    * Prediction: client i's update in round t is predicted from its last one and the way that the
-      global model w went, u_i(t-1) + H (w(t) - w(t-1)). H is the L-BFGS approximation,
-      :func:`hessian_times`, from the last N differences of the global model and of the mean update.
+    * Prediction: the update of client i in round t is predicted from its last update and the last
+      step of the global model w, as u_i(t-1) + H (w(t) - w(t-1)). H is the L-BFGS approximation of
+      the Hessian, :func:`hessian_times`. It is computed from the last N differences of the global
+      model and of the mean update.
     * Suspicious score: the distance of the update from its prediction, divided by the sum of these
-      of all clients of the round, and averaged over the client's last N rounds. N = 10.
-    * Detection: the gap statistic (Tibshirani et al., JRSS B 2001; 20 uniform reference sets from
-      ``info.generator``) says whether the scores, scaled to [0, 1], make more than one cluster. If
-      so, of two clusters by k-means, exact on a line, the one with the higher scores is malicious.
+      distances over all clients of the round, and averaged over the client's last N rounds. N = 10.
+    * Detection: the scores are scaled to [0, 1]. The gap statistic (Tibshirani et al., JRSS B 2001;
+      20 uniform reference sets from ``info.generator``) says whether they form more than one
+      cluster. If they do, k-means divides them into two clusters, which is exact for numbers on a
+      line, and the clients of the cluster with the higher scores are malicious.
 
-    What follows a detection is this rule's own: the paper starts the training anew without the
-    detected clients, as a server would. Here they are left out from this round on and training goes
-    on; the scores of the others are forgotten, so that the next detection is N scored rounds later.
-    Scores begin in the third round, when there is a first difference of mean updates; the first
-    detection is possible in round N + 2 (12). In shorter runs nobody is detected.
+    In the paper, a server starts the training anew without the detected clients. This rule differs:
+    the detected clients are left out from this round on, and training continues. The scores of the
+    others are forgotten, so the next detection comes N scored rounds later. The first scores are
+    those of the third round, because only then is there a difference of mean updates. The first
+    possible detection is therefore in round N + 2 (12), and shorter runs detect nobody.
 
-    With partial participation, the prediction of a client that was away goes on in each round by H
-    (w(t) - w(t-1)), and its score is the mean of those that it has. A client without an earlier
-    update has no score and is kept.
+    With partial participation, the prediction for a client that did not take part is moved in each
+    round by H (w(t) - w(t-1)), and its score is the mean of the scores that it has. A client
+    without an earlier update has no score and is kept.
 
-    Kept are the clients that were never detected; the update is their mean.
+    The rule keeps the clients that were never detected, and its update is their mean.
     """
 
     def __init__(self, context: RuleContext) -> None:
@@ -67,7 +69,8 @@ class FLDetector:
         mean_P = mean_of_kept(updates_MP, kept_M)
         predicted_CP[clients_M] = updates_MP
         model_steps_KP, mean_steps_KP = before["model_steps"], before["mean_steps"]
-        # a model that stayed where it was says nothing of the Hessian
+        # If the model did not move, the round tells nothing about the Hessian, so it adds no pair
+        # of differences.
         if step_P.any():
             model_steps_KP = torch.cat([model_steps_KP, step_P[None]])[-_WINDOW:]
             mean_steps_KP = torch.cat([mean_steps_KP, (mean_P - before["mean"])[None]])[-_WINDOW:]
@@ -85,10 +88,11 @@ class FLDetector:
         return RuleResult(mean_P, kept_M)
 
     def state(self) -> dict[str, Tensor]:
-        """Each client's predicted update, ``(num_clients, P)``, its last scores, the detected
-        clients and the last differences.
+        """What the rule remembers; empty before the first round.
 
-        Empty before the first round. The tensors are not written to later.
+        These are the predicted update of each client, ``(num_clients, P)``, each client's last
+        scores, the detected clients and the last differences. Later rounds make new tensors and do
+        not write to these.
         """
         return dict(self._state)
 
@@ -112,13 +116,17 @@ class FLDetector:
 
 
 def hessian_times(vector_P: Tensor, model_steps_KP: Tensor, mean_steps_KP: Tensor) -> Tensor:
-    """``(P,)``: the L-BFGS Hessian times a vector, in the compact form of Byrd, Nocedal & Schnabel
-    (Math. Programming 1994).
+    """The L-BFGS approximation of the Hessian times a vector, ``(P,)``.
 
-    The steps s of the model are the columns of S, those y of the gradients (here mean updates) the
-    columns of Y, the oldest first; sigma = y.s / s.s of the last. H v = sigma v - [Y, sigma S]
-    [[-D, L^T], [L, sigma S^T S]]^-1 [Y, sigma S]^T v, where L is the strictly lower part of S^T Y,
-    and D its diagonal. A singular matrix has its pseudo-inverse. Zero without steps.
+    This is the compact form of Byrd, Nocedal & Schnabel (Math. Programming 1994):
+
+        H v = sigma v - [Y, sigma S] [[-D, L^T], [L, sigma S^T S]]^-1 [Y, sigma S]^T v
+
+    The columns of S are the steps s of the model. The columns of Y are the steps y of the
+    gradients, which are mean updates here. Both begin with the oldest. L is the strictly lower part of
+    S^T Y
+    and D its diagonal; sigma = y.s / s.s for the last pair. If the matrix is singular, its
+    pseudo-inverse is used. Without steps the result is zero.
     """
     if len(model_steps_KP) == 0:
         return torch.zeros_like(vector_P)
@@ -136,27 +144,35 @@ def hessian_times(vector_P: Tensor, model_steps_KP: Tensor, mean_steps_KP: Tenso
 
 
 def _distance_shares(updates_MP: Tensor, predicted_CP: Tensor, clients_M: Tensor, known_M: Tensor) -> Tensor:
-    """``(M,)`` float64 distance of each known client's update from its prediction, as a share of
-    their sum.
+    """The distance of each update from its prediction, as a share of their sum, ``(M,)`` float64.
+
+    Clients that are not known have the share 0.
     """
     distances_M = squared_distances_to(updates_MP, predicted_CP[clients_M]).sqrt() * known_M
     return distances_M / distances_M.sum().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _with_scores(scores_CN: Tensor, clients_M: Tensor, scores_M: Tensor) -> Tensor:
-    """The last scores, the newest in the last column, with one more for some clients."""
+    """The last N scores per client, after a new one was added for the clients ``clients_M``.
+
+    The newest score is in the last column.
+    """
     scores_CN = scores_CN.clone()
     scores_CN[clients_M] = torch.cat([scores_CN[clients_M, 1:], scores_M[:, None]], 1)
     return scores_CN
 
 
 def _detected(scores_CN: Tensor, generator: torch.Generator) -> Tensor:
-    """``(C,)`` bool, among the clients that have scores; there are none of those that were removed."""
+    """Which clients are detected in this round, ``(C,)`` bool.
+
+    Only clients with a score can be detected. Clients that were removed before have none.
+    """
     mean_C = scores_CN.nanmean(1)
     judged_C = torch.isfinite(mean_C)
     detected_C = torch.zeros_like(judged_C)
     values_J = mean_C[judged_C]
-    # of two that differ, each is a cluster
+    # Two scores that differ would always be two clusters of one client each, so two scores are too
+    # few for a verdict. Equal scores form one cluster.
     if len(values_J) < 3 or values_J.max() == values_J.min():
         return detected_C
     scaled_J = (values_J - values_J.min()) / (values_J.max() - values_J.min())
@@ -166,8 +182,9 @@ def _detected(scores_CN: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _is_more_than_one_cluster(scaled_J: Tensor, generator: torch.Generator) -> bool:
-    """Whether Gap(1) < Gap(2) - s(2), that is, one is not the smallest number of clusters that the
-    gap statistic accepts.
+    """Whether the gap statistic refuses one cluster, which it does if Gap(1) < Gap(2) - s(2).
+
+    One is then not the smallest number of clusters that it accepts.
     """
     references_BJ = torch.rand(_REFERENCES, len(scaled_J), dtype=torch.float64, generator=generator).to(scaled_J.device)
     log_one, log_two = _log_dispersions(scaled_J[None])
@@ -178,8 +195,9 @@ def _is_more_than_one_cluster(scaled_J: Tensor, generator: torch.Generator) -> b
 
 
 def _log_dispersions(values_KN: Tensor) -> tuple[Tensor, Tensor]:
-    """``(K,)`` logarithms of the sum of squared distances to one mean, and to the best two means,
-    of each row of values.
+    """The logarithms of two sums of squared distances per row of values, each ``(K,)``.
+
+    The first sum is that to the row's mean, the second that to the row's best two means.
     """
     tiny = torch.finfo(values_KN.dtype).tiny
     one_K = (values_KN - values_KN.mean(1, keepdim=True)).square().sum(1)

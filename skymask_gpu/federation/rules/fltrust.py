@@ -1,4 +1,4 @@
-"""FLTrust: clients are weighted by how far they agree with an update that the server trains itself."""
+"""FLTrust: a client's weight is how far it agrees with an update that the server trains itself."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ _TINY = torch.finfo(torch.float64).tiny
 def fltrust(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """FLTrust (Cao et al., NDSS 2021).
 
-    A client's trust score is the cosine of its update and the root update, 0 if negative. The
-    update is the mean of the clients' updates, scaled to the length of the root update and weighted
-    by the scores. Clients with a score above 0 are kept; if there is none, the update is zero.
+    A client's trust score is the cosine of the angle between its update and the root update, or 0
+    if the cosine is negative. Each client's update is scaled to the length of the root update, and
+    their mean, weighted by the scores, is the result. Clients with a score above 0 are kept. If
+    there is none, the result is zero.
 
     Raises:
         ValueError: ``info.root_update`` is not finite.

@@ -1,6 +1,6 @@
-"""Krum and what is built on it: Multi-Krum and Bulyan.
+"""Krum, and the two rules that are built on it: Multi-Krum and Bulyan.
 
-f is the number of rows that are assumed malicious, n that of all rows.
+There are n rows, and f of them are assumed to be malicious.
 """
 
 import torch
@@ -18,8 +18,8 @@ def krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """Krum (Blanchard et al., NeurIPS 2017): the one update with the smallest score.
 
     A row's score is the sum of the squared distances to the n - f - 2 other rows that are nearest
-    to it. The paper wants n >= 2f + 3; with more malicious rows the rule goes on, with at least one
-    neighbour.
+    to it. The paper requires n >= 2f + 3. With more malicious rows the rule still works here, and
+    it uses at least one neighbour.
     """
     best = krum_scores(updates_MP, info.num_malicious).argmin()
     return RuleResult(updates_MP[best].clone(), torch.arange(len(updates_MP), device=updates_MP.device) == best)
@@ -28,11 +28,11 @@ def krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 @RULES.register("multi-krum")
 @needs_clients(2)
 def multi_krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
-    """Multi-Krum (Blanchard et al., NeurIPS 2017): the mean of the m = n - f updates with the
-    smallest Krum scores.
+    """Multi-Krum (Blanchard et al., NeurIPS 2017): the mean of several updates that Krum prefers.
 
-    All rows are scored once, as in the paper; some libraries choose one row at a time and score the
-    others anew. At least one row is kept.
+    These are the m = n - f updates with the smallest Krum scores; at least one is kept. All rows
+    are scored once, as in the paper. Some libraries choose one row at a time and score the others
+    again after each choice.
     """
     num_kept = max(1, len(updates_MP) - info.num_malicious)
     kept_M = torch.zeros(len(updates_MP), dtype=torch.bool, device=updates_MP.device)
@@ -45,15 +45,16 @@ def multi_krum(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 def bulyan(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """Bulyan on Krum (El Mhamdi et al., ICML 2018).
 
-    Krum chooses theta = n - 2f rows one after the other, each time among those not yet chosen, r of
-    them, with r - f - 2 neighbours (at least one). Of each coordinate the beta = theta - 2f chosen
-    values nearest their median are averaged.
+    Krum chooses theta = n - 2f rows one after the other. While r rows are not yet chosen, it scores
+    them among themselves with r - f - 2 neighbours (at least one). In each coordinate, the
+    beta = theta - 2f chosen values that are nearest to their median are then averaged.
 
     Raises:
         ValueError: f > 0 and n < 4f + 3.
     """
     num_rows, num_malicious = len(updates_MP), info.num_malicious
-    # without malicious rows everyone is chosen, and there is nothing to protect
+    # Without malicious rows, all rows are chosen and there is nothing to protect, so the bound on n
+    # does not apply.
     if num_malicious > 0 and num_rows < 4 * num_malicious + 3:
         raise ValueError(
             f"defence.rule 'bulyan' needs at least 4 f + 3 = {4 * num_malicious + 3} clients a round for f = {num_malicious} "
@@ -68,9 +69,9 @@ def bulyan(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 
 
 def krum_scores(updates_MP: Tensor, num_malicious: int) -> Tensor:
-    """``(M,)`` float64."""
+    """The Krum score of each row, ``(M,)`` float64."""
     num_neighbours = _num_neighbours(len(updates_MP), num_malicious)
-    # the first of each row is its distance to itself
+    # The smallest distance of each row is the one to itself, which does not belong to the score.
     return squared_distances(updates_MP).sort(1).values[:, 1 : num_neighbours + 1].sum(1)
 
 
@@ -79,11 +80,14 @@ def _num_neighbours(num_rows: int, num_malicious: int) -> int:
 
 
 def _chosen_by_krum(distances_MM: Tensor, num_malicious: int, num_chosen: int) -> Tensor:
-    """``(num_chosen,)`` row numbers. Distances are sorted once; a chosen row is then taken out of
-    the others' lists.
+    """The numbers of the chosen rows, ``(num_chosen,)`` int64.
+
+    The distances are sorted only once. A row that was chosen is then removed from the sorted lists
+    of the other rows.
     """
     left_R = torch.arange(len(distances_MM), device=distances_MM.device)
-    # rows that are equal have distance 0, too: -1 puts a row itself first in its list
+    # A row has distance 0 to itself, but also to each row that equals it. The distance -1 puts the
+    # row itself first in its own list, from where it is removed.
     sorted_RR, order_RR = distances_MM.clone().fill_diagonal_(-1).sort(1)
     sorted_RR, order_RR = sorted_RR[:, 1:], order_RR[:, 1:]
     chosen = []
@@ -100,8 +104,9 @@ def _chosen_by_krum(distances_MM: Tensor, num_malicious: int, num_chosen: int) -
 
 
 def _mean_around_median(values_Tp: Tensor, num_averaged: int) -> Tensor:
-    """``(p,)`` mean of the values of each column that are nearest the column's median; of two as
-    near the smaller one first.
+    """The mean of the values of each column that are nearest to the column's median, ``(p,)``.
+
+    If two values are equally near, the smaller one comes first.
     """
     sorted_Tp = values_Tp.sort(0).values
     median_p = (sorted_Tp[(len(sorted_Tp) - 1) // 2] + sorted_Tp[len(sorted_Tp) // 2]) / 2

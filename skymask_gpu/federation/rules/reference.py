@@ -1,7 +1,9 @@
-"""The rules as literal loops in float64, one client or one coordinate at a time: the truth of tests and benchmark.
+"""The rules as literal loops in float64, one client or one coordinate at a time.
 
-Rows are NumPy arrays: ``rows_MP`` has a row per client and a column per parameter. f is the number of rows that are
-assumed malicious. SkyMask's own truth is ``engine/solvers/reference.py``. Nothing here is meant to be fast.
+Tests and the benchmark compare the fast rules with these; nothing here is meant to be fast. Rows
+are NumPy arrays: ``rows_MP`` has a row per client and a column per parameter. f is the number of
+rows that are assumed to be malicious. The literal version of SkyMask is in
+``engine/solvers/reference.py``.
 """
 
 from collections.abc import Iterable
@@ -21,7 +23,7 @@ __all__ = [
 
 
 def median(rows_MP: np.ndarray) -> np.ndarray:
-    """``(P,)``: each coordinate's middle value, or the mean of the two in the middle.
+    """The middle value of each coordinate, or the mean of the two in the middle, ``(P,)``.
 
     >>> median(np.array([[1.0], [9.0], [2.0], [4.0]]))
     array([3.])
@@ -32,12 +34,15 @@ def median(rows_MP: np.ndarray) -> np.ndarray:
 
 
 def trimmed_mean(rows_MP: np.ndarray, trim: int) -> np.ndarray:
-    """``(P,)``: each coordinate's mean without its ``trim`` smallest and its ``trim`` largest values."""
+    """The mean of each coordinate without its ``trim`` smallest and largest values, ``(P,)``."""
     return np.array([np.mean(sorted(column)[trim : len(column) - trim]) for column in rows_MP.T])
 
 
 def geometric_median_pull(rows: Iterable[np.ndarray], point_P: np.ndarray) -> float:
-    """Length of the mean of the unit vectors from a point to all rows: 0 at the geometric median."""
+    """The length of the mean of the unit vectors from a point to all rows.
+
+    It is 0 at the geometric median.
+    """
     pull_P, num_rows = np.zeros_like(point_P), 0
     for row_P in rows:
         offset_P = row_P - point_P
@@ -47,15 +52,16 @@ def geometric_median_pull(rows: Iterable[np.ndarray], point_P: np.ndarray) -> fl
 
 
 def squared_distances(rows_MP: np.ndarray) -> np.ndarray:
-    """``(M, M)``."""
+    """The squared distances between all pairs of rows, ``(M, M)``."""
     return np.array([[((a_P - b_P) ** 2).sum() for b_P in rows_MP] for a_P in rows_MP])
 
 
 def krum_ranking(distances_MM: np.ndarray, num_malicious: int, extra_neighbours: int = 0) -> list[int]:
-    """The rows by Krum's score, the smallest first: Krum takes the first, Multi-Krum the mean of the first n - f.
+    """The rows in the order of their Krum scores, the smallest first.
 
-    A score is the sum of the squared distances to the n - f - 2 nearest other rows, at least one. ByzFL has one more
-    neighbour: ``extra_neighbours=1``.
+    Krum takes the first row, Multi-Krum the mean of the first n - f rows. A score is the sum of the
+    squared distances to the n - f - 2 nearest other rows, and to at least one. ByzFL uses one
+    neighbour more, which is ``extra_neighbours=1``.
     """
     num_neighbours = max(1, len(distances_MM) - num_malicious - 2 + extra_neighbours)
     scores = []
@@ -66,7 +72,7 @@ def krum_ranking(distances_MM: np.ndarray, num_malicious: int, extra_neighbours:
 
 
 def bulyan_chosen(distances_MM: np.ndarray, num_malicious: int) -> list[int]:
-    """The n - 2 f rows that Krum chooses one after the other, each among those that are left."""
+    """The n - 2 f rows that Krum chooses one after the other, each among the rows that are left."""
     left = list(range(len(distances_MM)))
     chosen: list[int] = []
     while len(chosen) < len(distances_MM) - 2 * num_malicious:
@@ -76,7 +82,10 @@ def bulyan_chosen(distances_MM: np.ndarray, num_malicious: int) -> list[int]:
 
 
 def mean_near_median(rows_TP: np.ndarray, count: int) -> np.ndarray:
-    """``(P,)``: the mean of each coordinate's ``count`` values that are nearest to its median; the smaller of two as near."""
+    """The mean of the ``count`` values of each coordinate that are nearest to its median, ``(P,)``.
+
+    If two values are equally near, the smaller one comes first.
+    """
     means = []
     for column, middle in zip(rows_TP.T, median(rows_TP), strict=True):
         values = np.sort(column)
@@ -86,7 +95,10 @@ def mean_near_median(rows_TP: np.ndarray, count: int) -> np.ndarray:
 
 
 def fltrust(rows: Iterable[np.ndarray], root_P: np.ndarray) -> tuple[np.ndarray, list[bool]]:
-    """The update ``(P,)``, and which rows have a trust score above 0; the update is zero if none has."""
+    """The update ``(P,)``, and which rows have a trust score above 0.
+
+    The update is zero if no row has one.
+    """
     root_length = np.linalg.norm(root_P)
     total_P, total_score, kept = np.zeros_like(root_P), 0.0, []
     for row_P in rows:

@@ -1,5 +1,6 @@
-"""Tolpegin et al.: malicious clients stand apart in the principal components of the last layer's
-updates.
+"""The defence of Tolpegin et al., which looks at principal components of the last layer's updates.
+
+Malicious clients stand apart from the others there.
 """
 
 import torch
@@ -18,15 +19,15 @@ __all__ = ["Tolpegin"]
 class Tolpegin:
     """The defence of Tolpegin et al. (ESORICS 2020), with a verdict in place of a look at the plot.
 
-    The updates of the last layer are standardised, each parameter to mean 0 and variance 1 over the
-    clients, and their first two principal components taken. The paper plots these for one source
-    class over several rounds and leaves the verdict to the reader. Here, as in published
-    comparisons, they are those of the whole layer in one round, k-means makes two clusters of them,
-    and the larger one is averaged. It always makes two clusters, so it rejects clients when nobody
-    attacks. Everyone is kept if there are fewer than three clients, all are equal, or the clusters
-    are equally large.
+    The updates of the last layer are standardised, which gives each parameter mean 0 and variance 1
+    over the clients. Then their first two principal components are computed. The paper plots these
+    for one source class over several rounds and leaves the verdict to the reader. Here, as in
+    published comparisons, the components are those of the whole layer in one round. k-means divides
+    the clients into two clusters by them, and the larger cluster is averaged. k-means always makes
+    two clusters, so the rule also rejects clients when nobody attacks. It keeps all clients if
+    there are fewer than three, if all are equal, or if the clusters are equally large.
 
-    k-means starts from the best cut along the first component, so nothing is drawn.
+    k-means starts from the best cut along the first component, so it needs no random numbers.
 
     Raises:
         ValueError: the model's last layer has no weight or no bias.
@@ -41,7 +42,10 @@ class Tolpegin:
 
 
 def _principal_scores(layer_ML: Tensor) -> Tensor:
-    """``(M, 2)`` float64 scores of the standardised columns; fewer columns if there are fewer rows."""
+    """The first two principal component scores of the standardised columns, ``(M, 2)`` float64.
+
+    There are fewer columns if there are fewer rows.
+    """
     values_ML = layer_ML.double()
     centred_ML = values_ML - values_ML.mean(0)
     deviation_L = centred_ML.square().mean(0).sqrt()
@@ -51,7 +55,7 @@ def _principal_scores(layer_ML: Tensor) -> Tensor:
 
 
 def _larger_cluster(scores_M2: Tensor) -> Tensor:
-    """``(M,)`` bool."""
+    """Which clients are in the larger of two clusters, ``(M,)`` bool."""
     from sklearn.cluster import KMeans
 
     everyone_M = torch.ones(len(scores_M2), dtype=torch.bool, device=scores_M2.device)
