@@ -123,9 +123,8 @@ def hessian_times(vector_P: Tensor, model_steps_KP: Tensor, mean_steps_KP: Tenso
         H v = sigma v - [Y, sigma S] [[-D, L^T], [L, sigma S^T S]]^-1 [Y, sigma S]^T v
 
     The columns of S are the steps s of the model. The columns of Y are the steps y of the
-    gradients, which are mean updates here. Both begin with the oldest. L is the strictly lower part of
-    S^T Y
-    and D its diagonal; sigma = y.s / s.s for the last pair. If the matrix is singular, its
+    gradients, which are mean updates here. Both begin with the oldest. L is the strictly lower part
+    of S^T Y and D its diagonal; sigma = y.s / s.s for the last pair. If the matrix is singular, its
     pseudo-inverse is used. Without steps the result is zero.
     """
     if len(model_steps_KP) == 0:
