@@ -1,4 +1,4 @@
-"""Attacks on what malicious clients train on: flipped labels, and backdoors with a pixel pattern."""
+"""Attacks on what malicious clients train on: flipped labels, and backdoors with a pattern."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Attacks that wrap another one: it acts only in some layers, or only in a share of the parameters."""
+"""Attacks that wrap another one, which acts only in some layers or some parameters."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -109,7 +109,7 @@ class InLayers(_Partial):
 
 @ATTACKS.register("sparse", settings=Sparse)
 class InSomeParams(_Partial):
-    """Only some parameters, drawn anew each round, are poisoned, the same in all malicious clients."""
+    """Poison only some parameters, drawn anew each round, the same in all malicious clients."""
 
     def __init__(self, context: AttackContext, settings: Sparse) -> None:
         super().__init__(context, settings)
