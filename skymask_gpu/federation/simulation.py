@@ -194,7 +194,7 @@ class Federation:
         return RoundResult(after, clients, result, seconds)
 
     def poisoned_updates(self, number: int, model: GlobalModel, progress: Progress = lambda text: None) -> Tensor:
-        """``(F, P)``: what the malicious clients alone get by training in round ``number``, transformed.
+        """``(F, P)``: what the malicious clients get by training in round ``number``, transformed.
 
         It is for a caller that has the honest clients' updates already. The attack has yet to send.
         """

@@ -46,7 +46,7 @@ def _check_jitter(jitter: float) -> None:
 
 
 def _sent_by_all(row_P: Tensor, updates_NP: Tensor, malicious_N: Tensor, threat: Threat, jitter: float) -> Tensor:
-    """``(F, P)``: the row once per malicious client, with jitter where there are two honest ones."""
+    """``(F, P)``: the row once per malicious client, with jitter where two are honest."""
     row_FP = row_P.expand(int(malicious_N.sum()), -1)
     honest_HP = updates_NP[~malicious_N]
     if jitter == 0 or len(honest_HP) < 2:

@@ -1,4 +1,4 @@
-"""The TOML file of a board: the tables of a run, with several recipes, attacks, rules and rounds."""
+"""The TOML file of a board: a run's tables, with several recipes, attacks, rules and rounds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ _SHARE = 0.2
 
 @dataclass(frozen=True, order=True)
 class SetKey:
-    """Which mask set: the name of a recipe, a seed, the label of an attack, and a round (0 is the first)."""
+    """Which mask set: a recipe's name, a seed, an attack's label, and a round (0 is the first)."""
 
     recipe: str
     seed: int
@@ -128,7 +128,8 @@ def read_board(path: Path) -> Board:
     """The board of a TOML file; its plugins are imported by then.
 
     Raises:
-        ValueError: no such file, no TOML, an unknown key, a name given twice, or a value out of range.
+        ValueError: no such file, no TOML, an unknown key, a name given twice, or a value out of
+            range.
     """
     content, source = read_toml(path), str(path)
     file: _File = read_table(_File, content, source)

@@ -66,11 +66,13 @@ class Judged:
     """One rule's verdict on one set; a number is None where it does not exist or is not known.
 
     Attributes:
-        fpr, fnr: shares of the honest clients that are rejected, and of the attackers that are kept.
+        fpr, fnr: shares of the honest clients that are rejected, and of the attackers that are
+            kept.
         wrong_side: whether more than half of both are.
         accuracy: test accuracy after the rule's step.
         accuracy_fedavg, accuracy_honest: the same after the mean of all, and of the honest clients.
-        auc_keep_share, auc_cosine, auc_root: how well each witness orders the clients; 1 is perfect.
+        auc_keep_share, auc_cosine, auc_root: how well each witness orders the clients; 1 is
+            perfect.
         failed: why the rule could not judge; empty if it could.
     """
 
@@ -150,7 +152,7 @@ def _judged(key: SetKey, rule: str, made: MaskSet, kept_N: Tensor | None, accura
 
 @dataclass(frozen=True)
 class Line:
-    """A recipe, an attack and a rule: means over the sets of all rounds and seeds, and counts of sets.
+    """A recipe, an attack and a rule: means over the sets of all rounds and seeds, and counts.
 
     Attributes:
         sets: how many sets there are.

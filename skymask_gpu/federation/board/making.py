@@ -193,7 +193,7 @@ class _Cell:
         return made
 
     def _attacked_updates(self, federation: Federation, number: int, before: GlobalModel) -> Tensor:
-        """``(N, P)``: the honest clients' updates, and what the malicious ones send in their place."""
+        """``(N, P)``: the honest clients' updates, and what the malicious ones send instead."""
         updates_NP, malicious_N, attack = self.recorder.updates_NP, federation.malicious, federation.attack
         info = self.recorder.info
         # an attack that remembers rounds has seen none
@@ -218,7 +218,7 @@ class _Cell:
             made.kept[name], made.accuracy[name] = kept_N, known[same]
 
     def _add_rules(self, made: MaskSet, updates_NP: Tensor, number: int, accuracy: Callable[[Tensor], float]) -> None:
-        """The verdicts and steps of the board's other rules; those that remember rounds have seen none."""
+        """The verdicts and steps of the board's other rules; none has seen an earlier round."""
         for name, federation in self.ruled.items():
             assumed, here = federation.config.defence.assumed_malicious, int(made.malicious.sum())
             info = replace(

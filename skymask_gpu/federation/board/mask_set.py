@@ -22,7 +22,7 @@ _KEPT = "kept/"
 
 @dataclass(frozen=True)
 class MaskSet:
-    """A round's masks, so far as a verdict needs them, and what rules that saw the updates made of them.
+    """A round's masks, as far as a verdict needs them, and what rules made of the updates.
 
     Attributes:
         distances: ``(R (R - 1) / 2,)`` int32, bits in which two masks differ: the upper triangle.
@@ -33,11 +33,13 @@ class MaskSet:
         clients: ``(K,)`` int64, who has a mask; the others sent an unusable update.
         malicious: ``(N,)`` bool.
         num_params: P.
-        kept: whom each step is made of, ``(N,)`` bool by name: the means ("mean of all", "mean of the
-            honest", "skymask two-stage" and so on), and the board's other rules that judge clients.
+        kept: whom each step is made of, ``(N,)`` bool by name: the means ("mean of all", "mean of
+            the honest", "skymask two-stage" and so on), and the board's other rules that judge
+            clients.
         accuracy: the test accuracy after each step, by name.
         failed: why a rule could not judge, by name.
-        settings: what the set was made with, and under "rules" the tables of the rules that judged it.
+        settings: what the set was made with, and under "rules" the tables of the rules that judged
+            it.
     """
 
     distances: Tensor

@@ -33,7 +33,7 @@ _STYLE = (
 
 
 def write_board(title: str, judged: list[Judged], folder: Path) -> list[Path]:
-    """Write the table of what was judged into ``folder``, and return the files; each is whole or not there.
+    """Write the table of what was judged into ``folder``, each file whole or not at all.
 
     Raises:
         ValueError: nothing was judged.
