@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skymask_gpu.defence import Aggregation, RootTraining, SkyMask
-    from skymask_gpu.engine import Clustering, MaskTraining
+    from skymask_gpu.engine import ClientBlocks, Clustering, MaskTraining
 
 __version__ = "0.1.0"
-__all__ = ["Aggregation", "Clustering", "MaskTraining", "RootTraining", "SkyMask", "__version__"]
+__all__ = ["Aggregation", "ClientBlocks", "Clustering", "MaskTraining", "RootTraining", "SkyMask", "__version__"]
 
 _HOMES = {
     "Aggregation": "skymask_gpu.defence",
+    "ClientBlocks": "skymask_gpu.engine",
     "Clustering": "skymask_gpu.engine",
     "MaskTraining": "skymask_gpu.engine",
     "RootTraining": "skymask_gpu.defence",
