@@ -3,6 +3,8 @@
 import mmap
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -116,3 +118,28 @@ def mask_matrices(data_dir: Path) -> Iterator[tuple[str, dict, np.ndarray, np.nd
                 yield name, fact, counts + counts.T, arrays[f"align/{name}"]
 
     return matrices()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """``run("aggregate", "--global", path, ...)``: the command line's own main; its exit code and all that it printed."""
+    from skymask_gpu import cli
+
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(logs))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["skymask-gpu", *map(str, arguments)])
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            # Other tests of this process leave files open, and the collector says so at any moment, also here.
+            warnings.simplefilter("ignore", ResourceWarning)
+            with pytest.raises(SystemExit) as stopped:
+                cli.main()
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), " ".join((printed.out + printed.err).split())
+
+    return run

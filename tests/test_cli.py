@@ -42,6 +42,7 @@ def number():
 """
 
 Files = dict[str, Path]
+Run = Callable[..., tuple[int, str]]  # the fixture ``run`` of conftest.py
 
 
 def skymask_gpu(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
@@ -222,14 +223,14 @@ name = "SkyMask"
 """
 
 
-def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: Path, run: Run) -> None:
     (tmp_path / "trial.toml").write_text(CONFIG)
     out = tmp_path / "out"
     printed = skymask_gpu("run", tmp_path / "trial.toml", "--out", out).stdout
     assert "SkyMask" in printed
     assert str(out / "report.html") in printed
-    for run in ("FedAvg", "SkyMask"):
-        assert len((out / run / "metrics.jsonl").read_text().splitlines()) == 3
+    for name in ("FedAvg", "SkyMask"):
+        assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 3
     for picture in ("rounds.png", "masks.png", "evidence.png"):
         assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (out / "report.html").read_text()
@@ -237,14 +238,13 @@ def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: P
     assert "http" not in page
     assert "sign-flip 4/20" in page
 
-    refused = skymask_gpu("run", tmp_path / "trial.toml", "--out", out, check=False)
-    assert refused.returncode == 2
-    assert "go on with --resume or start anew with --overwrite" in " ".join(refused.stderr.split())
+    code, said = run("run", tmp_path / "trial.toml", "--out", out)
+    assert code == 2
+    assert "go on with --resume or start anew with --overwrite" in said
     (out / "SkyMask" / "notes.txt").write_text("mine")
     broken = tmp_path / "broken.toml"
     broken.write_text(CONFIG.replace("clients = 20", "clients = 2000"))
-    failed = skymask_gpu("run", broken, "--out", out, "--overwrite", check=False)
-    assert failed.returncode == 2
+    assert run("run", broken, "--out", out, "--overwrite")[0] == 2
     assert (out / "SkyMask" / "metrics.jsonl").exists(), "nothing is overwritten by a run that cannot start"
     (out / "report.html").unlink()
     skymask_gpu("run", tmp_path / "trial.toml", "--out", out, "--resume")
@@ -298,7 +298,7 @@ seed = [0, 1]
 """
 
 
-def test_sweep_plays_a_grid_reports_it_and_records_what_fails(tmp_path: Path) -> None:
+def test_sweep_plays_a_grid_reports_it_and_records_what_fails(tmp_path: Path, run: Run) -> None:
     """Bulyan cannot with 5 attackers of 12 clients."""
     (tmp_path / "grid.toml").write_text(GRID)
     out = tmp_path / "out"
@@ -316,13 +316,13 @@ def test_sweep_plays_a_grid_reports_it_and_records_what_fails(tmp_path: Path) ->
     metrics = out / "cells" / "rule=fedavg,seed=0" / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
 
-    refused = skymask_gpu("sweep", tmp_path / "grid.toml", "--out", out, check=False)
-    assert refused.returncode == 2
-    assert "go on with --resume or start anew with --overwrite" in " ".join(refused.stderr.split())
+    code, said = run("sweep", tmp_path / "grid.toml", "--out", out)
+    assert code == 2
+    assert "go on with --resume or start anew with --overwrite" in said
     (tmp_path / "grid.toml").write_text(GRID.replace("share = 0.4", "share = 0.1"))
-    changed = skymask_gpu("sweep", tmp_path / "grid.toml", "--out", out, "--resume", check=False)
-    assert changed.returncode == 2
-    assert "rule=fedavg,seed=0 holds a run with other settings (attack)" in " ".join(changed.stderr.split())
+    code, said = run("sweep", tmp_path / "grid.toml", "--out", out, "--resume")
+    assert code == 2
+    assert "rule=fedavg,seed=0 holds a run with other settings (attack)" in said
     assert metrics.stat().st_mtime_ns == before
 
     # the cells that failed can be played with fewer attackers
@@ -332,7 +332,7 @@ def test_sweep_plays_a_grid_reports_it_and_records_what_fails(tmp_path: Path) ->
     assert not (out / "cells" / "rule=bulyan,seed=0" / "error.txt").exists()
 
 
-def test_report_of_a_run_and_of_nothing(tmp_path: Path) -> None:
+def test_report_of_a_run_and_of_nothing(tmp_path: Path, run: Run) -> None:
     (tmp_path / "trial.toml").write_text(CONFIG.split("[[variants]]")[0])
     skymask_gpu("run", tmp_path / "trial.toml", "--out", tmp_path / "out")
     (tmp_path / "out" / "report.html").unlink()
@@ -340,15 +340,15 @@ def test_report_of_a_run_and_of_nothing(tmp_path: Path) -> None:
     assert "trial" in printed
     assert (tmp_path / "out" / "report.html").exists()
     (tmp_path / "empty").mkdir()
-    nothing = skymask_gpu("report", tmp_path / "empty", check=False)
-    assert nothing.returncode == 2
-    assert "no run found" in " ".join(nothing.stderr.split())
+    code, said = run("report", tmp_path / "empty")
+    assert code == 2
+    assert "no run found" in said
 
 
-def test_data_needs_its_extra_and_says_so(tmp_path: Path) -> None:
-    failed = skymask_gpu("data", "har", tmp_path, check=False)
-    assert failed.returncode == 2
-    assert "train.csv" in " ".join(failed.stderr.split())
-    unknown = skymask_gpu("data", "mnits", tmp_path, check=False)
-    assert unknown.returncode == 2
-    assert "mnist" in " ".join(unknown.stderr.split())
+def test_data_needs_its_extra_and_says_so(tmp_path: Path, run: Run) -> None:
+    code, said = run("data", "har", tmp_path)
+    assert code == 2
+    assert "train.csv" in said
+    code, said = run("data", "mnits", tmp_path)
+    assert code == 2
+    assert "mnist" in said

@@ -9,9 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,37 +20,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from skymask_gpu import cli
 from skymask_gpu.cli import console as cli_console
 from skymask_gpu.defence import SkyMask
 from skymask_gpu.federation import playing
 from skymask_gpu.federation.example import MALICIOUS, write_example
 from skymask_gpu.io.files import LOCK, append_line, locked, read_lines, write_tensors, write_text
 
-Run = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path) -> Run:
-    """``run("aggregate", "--global", path, ...)``: the command line's own main; its exit code and all that it printed."""
-    logs = tmp_path / "logs"
-    logs.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(logs))
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["skymask-gpu", *map(str, arguments)])
-        capsys.readouterr()
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            # Other tests of this process leave files open, and the collector says so at any moment, also here.
-            warnings.simplefilter("ignore", ResourceWarning)
-            with pytest.raises(SystemExit) as stopped:
-                cli.main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), " ".join((printed.out + printed.err).split())
-
-    return run
+Run = Callable[..., tuple[int, str]]  # the fixture ``run`` of conftest.py
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +388,14 @@ sys.meta_path.insert(0, Interrupter())
 sys.argv = ["skymask-gpu", "info"]
 runpy.run_module("skymask_gpu", run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        # a suite that a script started in the background ignores SIGINT, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert done.returncode == -signal.SIGINT
     assert done.stderr == ""
 
