@@ -144,7 +144,7 @@ def _judged(key: SetKey, rule: str, made: MaskSet, kept_N: Tensor | None, accura
         accuracy_honest=made.accuracy[HONEST],
         auc_keep_share=order(made.keep_share[:-1]),
         auc_cosine=order(cosines_K),
-        # attackers lie farther away
+        # The sign is turned because attackers lie farther from the root than honest clients do.
         auc_root=order(-to_root_K),
         failed=made.failed.get(rule, ""),
     )
@@ -152,7 +152,7 @@ def _judged(key: SetKey, rule: str, made: MaskSet, kept_N: Tensor | None, accura
 
 @dataclass(frozen=True)
 class Line:
-    """A recipe, an attack and a rule: means over the sets of all rounds and seeds, and counts.
+    """One line of the table: a rule under one attack and recipe, over all rounds and seeds.
 
     Attributes:
         sets: how many sets there are.

@@ -109,7 +109,7 @@ class Trainer:
         self.flat = FlatModel(self.module, inputs[:2], labels[:2])
 
     def way(self, index_B: Tensor) -> str:
-        """``"vmap"`` or ``"loop"``, see :func:`batching_for`; ``index_B`` ``(B,)`` is one batch."""
+        """``"vmap"`` or ``"loop"``: how these clients train; ``index_B`` ``(B,)`` is one batch."""
         return batching_for(self.module, self._inputs[index_B], self._config)
 
     def block_size(self, start_P: Tensor, buffers: dict[str, Tensor], index_B: Tensor) -> int:

@@ -57,7 +57,7 @@ def _load(
         records = np.concatenate([_read_records(folder, file, label_bytes + _PIXELS) for file in files])
         labels = records[:, label_bytes - 1]
         check_labels(labels, num_classes, " or ".join(Path(file).name for file in files))
-        # after the labels come the planes of red, green and blue, each row by row
+        # Each record holds the labels, then all red values row by row, then green, then blue.
         images = records[:, label_bytes:].reshape(-1, 3, 32, 32)
         return standardised(images, *pixels), torch.from_numpy(labels.astype(np.int64))
 

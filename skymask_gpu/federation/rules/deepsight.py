@@ -14,9 +14,12 @@ from skymask_gpu.federation.rules.rows import clipped_mean, cosine_distances, in
 __all__ = ["DeepSight"]
 
 _INPUT_SETS = 3
-_INPUTS = 256  # a set; the paper takes 20,000
-_SHARE = 1 / 3  # tau
-_CLUSTER = 5  # min_cluster_size and min_samples, the defaults of the hdbscan package
+# The number of random inputs per set; the paper takes 20,000.
+_INPUTS = 256
+# The paper's tau: a cluster is kept if less than this share of its clients is suspicious.
+_SHARE = 1 / 3
+# HDBSCAN's min_cluster_size and min_samples; 5 is the default of the hdbscan package.
+_CLUSTER = 5
 _LARGEST_LOG_RATIO = 60.0
 
 
