@@ -59,7 +59,7 @@ PORTABLE := tests/kernels tests/engine tests/test_defence.py tests/test_distribu
 	tests/federation/test_local_training.py tests/federation/test_models.py tests/federation/test_rules.py \
 	tests/federation/test_attacks.py tests/federation/test_attacks_data.py tests/federation/test_attacks_fang.py
 # Triton's interpreter and its offline compile do not depend on the processor, and take half the time.
-NUMERIC = $(BIN)/pytest -q -n auto --dist loadfile -m 'not slow' -k 'not triton and not offline' $(PORTABLE)
+NUMERIC = $(BIN)/pytest -q -n auto --dist worksteal -m 'not slow' -k 'not triton and not offline' $(PORTABLE)
 
 test-portable: portable-plain portable-avx2 portable-native  ## the numeric tests as on other processors (x86)
 
@@ -77,7 +77,7 @@ portable-native: $(VENV)/.dev
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(NUMERIC)
 
 test-oldest: $(OLDEST)/.test  ## kernels and engine with the oldest versions that setup.py admits, in .venv-oldest
-	$(OLDEST)/bin/pytest -q -n auto --dist loadfile -m 'not slow' tests/kernels tests/engine
+	$(OLDEST)/bin/pytest -q -n auto --dist worksteal -m 'not slow' tests/kernels tests/engine
 
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .
