@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from typer.main import get_command
 
@@ -16,9 +17,9 @@ from skymask_gpu.federation.models import MODELS
 from skymask_gpu.federation.rules import RULES
 
 
-def test_the_python_examples_run_one_after_the_other(checkout: Path) -> None:
+def test_the_python_examples_run_one_after_the_other(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (checkout / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     exec(blocks[0], names)
     in_memory = names["result"]
@@ -30,6 +31,11 @@ def test_the_python_examples_run_one_after_the_other(checkout: Path) -> None:
     assert torch.equal(names["result"].benign, in_memory.benign)
     assert names["result"].update.shape == (837,)
     assert names["result"].benign.shape == (50,)
+    capsys.readouterr()
+    exec(blocks[2], names)
+    rounds = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [number for number, _ in rounds] == ["0", "1"]
+    assert all(0 < float(accuracy) < 1 for _, accuracy in rounds)
 
 
 def test_make_targets_and_configs_exist(checkout: Path) -> None:
