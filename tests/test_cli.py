@@ -111,6 +111,9 @@ def test_aggregate_takes_folders_and_stacked_files_alike(files: Files, tmp_path:
     assert "rejected" in printed
     assert "client03" in printed
     assert "12 clients" in printed
+    cosines, shares = ([report["clients"][f"client{i:02}"][key] for i in range(16)] for key in ("cosine", "keep_share"))
+    assert max(cosines[:4]) < 0 < min(cosines[4:]), "the first four flip the sign"
+    assert all(0 <= share <= 1 for share in shares)
     assert set(report["clients"]["client00"]["evidence"]) == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
     start, stacked = load_file(files["global"]), load_file(files["stacked"])["updates"]
     mean = stacked[4:].mean(0)

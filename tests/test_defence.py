@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skymask_gpu import Clustering, MaskTraining, RootTraining, SkyMask
-from skymask_gpu.engine import SOLVERS, ClientBlocks, evidence, layer_evidence, pack_bits
+from skymask_gpu.defence import root_direction
+from skymask_gpu.engine import SOLVERS, ClientBlocks, FlatModel, evidence, layer_evidence, pack_bits
 from skymask_gpu.engine.solvers import fused
 
 NUM_CLIENTS, NUM_INPUTS, NUM_CLASSES = 20, 8, 3
@@ -163,6 +164,23 @@ def test_a_root_row_trained_like_a_client_is_used() -> None:
     own_root = defence().aggregate(poisoned())
     assert torch.equal(given_root.benign, own_root.benign)
     assert not torch.equal(given_root.masks.bits[-1], own_root.masks.bits[-1])
+
+
+def test_each_clients_keep_share_and_cosine_with_the_root_direction_are_told() -> None:
+    updates_NP = poisoned()
+    updates_NP[6, 0] = torch.nan  # a client without a mask has neither
+    updates_NP[8] = 0
+    skymask = defence()
+    result = skymask.aggregate(updates_NP)
+    assert result.clients.tolist() == [client for client in range(len(updates_NP)) if client != 6]
+    assert torch.equal(result.keep_share, result.masks.keep_share()[:-1])
+    loss = FlatModel(MODULE, *toy_data(60, 1))
+    direction_P = root_direction(loss, loss.initial_params, RootTraining()).double()
+    rows_KP = updates_NP[result.clients].double()
+    want_K = torch.nn.functional.cosine_similarity(rows_KP, direction_P[None], dim=1)
+    # float32 sums of P products, each of at most the product of the two lengths
+    torch.testing.assert_close(result.cosines, want_K, rtol=0, atol=NUM_PARAMS * torch.finfo(torch.float32).eps)
+    assert result.cosines[7] == 0, "an update of zeros has no direction"
 
 
 def test_global_params_default_to_the_modules() -> None:

@@ -24,7 +24,8 @@ PROSE_WIDTH = 100
 FUNCTION_LINES = 60
 FILE_LINES = 350
 
-# "so many" and the like in the place of a number, and a docstring, comment or sentence that opens with "Of ..."
+# What is hard to read and easy to find: a vague amount in the place of a number, and an opening without a
+# subject, in a docstring, a comment or a sentence. The test below has examples of both.
 HARD_TO_READ = re.compile(r"\b[Ss]o[ -](?:many|long|manieth)\b(?! as\b)|(?:^|[.:?!|*]\s+)Of\s", re.MULTILINE)
 # what CONTRIBUTING.md quotes as bad examples
 QUOTED = re.compile(r'Before: ".*?"', re.DOTALL)

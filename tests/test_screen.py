@@ -104,3 +104,25 @@ def test_updates_that_break_the_loss_only_together_are_found_in_a_bounded_number
     assert result.benign[:5].all()
     assert torch.isfinite(result.update).all()
     assert trainings() <= 4
+
+
+def test_harmful_updates_that_hide_behind_longer_harmless_ones_cannot_fail_training_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only one of 8 harmful rows at a time is among the 16 longest; the second failure rejects all that are far out."""
+    torch.manual_seed(0)
+    module = Exponential()
+    num_params = sum(p.numel() for p in module.parameters())
+    honest_NP = 0.01 * torch.randn(5, num_params)
+    harmless_NP, harmful_NP = torch.zeros(15, num_params), torch.zeros(8, num_params)
+    harmless_NP[:, 33] = 7000.0  # the weight of an input that is always 0
+    harmful_NP[torch.arange(8), torch.arange(8)] = 1000.0 + torch.arange(8)
+    inputs = torch.randn(30, 4)
+    inputs[:, 3] = 0
+    defence = SkyMask(module, inputs, torch.arange(30) % 2)
+    trainings = counted(defence, monkeypatch)
+    updates_NP = torch.cat([honest_NP, harmless_NP, harmful_NP])
+    result = defence.aggregate(updates_NP, root_update=0.01 * torch.randn(num_params))
+    assert result.clients.tolist() == [0, 1, 2, 3, 4], "honest clients are judged by their masks, and only they"
+    assert torch.isfinite(result.update).all()
+    assert trainings() == 3

@@ -46,18 +46,18 @@ FEW, FEW_FACTOR = 0.12, 1.3
 # honest label groups lie apart in that component.
 SECOND_DIRECTION = 2.0
 # If a cut uses a component of the masks, the masks of its two sides must lie apart by this multiple
-# of the variance within the sides (0 to 0.15). At 0, one in 84 federations of ten clients without
-# an attack loses more clients than at 0.05 and 0.1.
+# of the variance within the sides (0 to 0.15). The stored sets would allow 0, but in a federation
+# of ten clients chance finds a component that parts them.
 AT_ALL_APART = 0.1
 # A far side is worse if the sum of its two z lies this far below 0 (2 to 3.5).
 WORSE = 3.0
 # A far side is also worse if its masks lie apart by this multiple of the variance within the sides
-# (0.25 to 1.5), and z of its cosine is below the second number (-2 to 0). At 0, honest label groups
-# are rejected more often with a bias of 0.9 (7.8% of the clients instead of 5% to 6%). At -2,
-# Min-Max is missed more often by small federations.
+# (0.25 to 1.5), and z of its cosine is below the second number (-2 to 0). At 0, more honest label
+# groups are rejected with strongly non-IID clients. At -2, small federations miss Min-Max more
+# often.
 APART, APART_Z = 0.5, -1.0
-# The far side's mean cosine must be below this share of the near side's (0.7 to 1). At 0.9 small
-# federations lose honest clients: without an attack 1.4% instead of 0.8% of ten clients.
+# The far side's mean cosine must be below this share of the near side's (0.7 to 1). From 0.9 on,
+# small federations without an attack lose more honest clients.
 LESS_ALIGNED = 0.8
 # A majority is rejected only if its mean cosine is below this share of the minority's (0.2 to 0.4),
 # and each z is below the second number (-4 to -2; at -2 three of five honest clients were rejected

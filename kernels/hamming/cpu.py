@@ -12,7 +12,7 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
-from skymask_gpu.kernels.shared.cpu import JIT
+from skymask_gpu.kernels.shared.cpu import JIT, varying_pass
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
 from skymask_gpu.kernels.shared.vectors import INDEX, address, call, repeat, vector_code
 
@@ -103,14 +103,6 @@ def _count_pass(bits, num_bytes, unit, counts_RR, begin, end):
 
 
 @njit(**JIT)
-def _varying_pass(bits, num_rows, varying_B, begin, end):
-    num_bytes = varying_B.size
-    for row in range(1, num_rows):
-        for byte in range(begin, end):
-            varying_B[byte] |= bits[row * num_bytes + byte] ^ bits[byte]
-
-
-@njit(**JIT)
 def _pack_pass(bits, num_bytes, at_V, flags_V, chosen, packed_RC, begin, end):
     for row in range(begin, end):
         waiting, number, to = np.uint64(0), np.uint64(0), 0
@@ -143,7 +135,7 @@ def without_constant_columns(bits: Tensor) -> Tensor:
     num_rows, num_bytes = bits.shape
     flat = bits.contiguous().view(-1).numpy()
     varying_B = np.zeros(num_bytes, np.uint8)
-    run_on_column_shares(lambda begin, end: _varying_pass(flat, num_rows, varying_B, begin, end), num_bytes, _BYTES_AT_ONCE)
+    run_on_column_shares(lambda begin, end: varying_pass(flat, num_rows, varying_B, begin, end), num_bytes, _BYTES_AT_ONCE)
     at_V = np.flatnonzero(varying_B)
     # NumPy 1.26 has no bitwise_count.
     num_columns = int(np.unpackbits(varying_B).sum())

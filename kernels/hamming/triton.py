@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skymask_gpu.kernels.shared.triton import Variant, kernel, launch_options, on_device_of
+from skymask_gpu.kernels.shared.triton import Variant, count_ones, kernel, launch_options, on_device_of
 
 # Words of 32 columns that a program looks at together; rows are padded to a multiple of them.
 UNIT_WORDS = 8
@@ -43,14 +43,6 @@ def _share_of_units(units_ptr):
     share = tl.cdiv(num_units, tl.num_programs(2))
     begin = tl.program_id(2) * share
     return begin, tl.minimum(begin + share, num_units)
-
-
-@triton.jit
-def _count_ones(word):
-    # LLVM turns this into one POPC. Triton has no such function that its interpreter knows.
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -88,7 +80,7 @@ def hamming_popcount_kernel(
         for k in tl.static_range(UNIT_WORDS):
             word_i = tl.load(row_i + unit * UNIT_WORDS + k)  # [BLOCK_R]
             word_j = tl.load(row_j + unit * UNIT_WORDS + k)  # [BLOCK_R]
-            differing += _count_ones(word_i[:, None] ^ word_j[None, :])
+            differing += count_ones(word_i[:, None] ^ word_j[None, :])
     at = offs_i.to(tl.int64)[:, None] * num_rows + offs_j[None, :]
     tl.atomic_add(sums_ptr + at, differing, mask=(offs_i < num_rows)[:, None] & (offs_j < num_rows)[None, :], sem="relaxed")
 

@@ -5,21 +5,13 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from skymask_gpu.kernels.shared.cpu import JIT
+from skymask_gpu.kernels.shared.cpu import JIT, varying_pass
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
 
 # Words per row that one thread looks at before it goes to the next row.
 _WORDS_AT_ONCE = 512
 # Rows that one thread counts at once.
 _ROWS_AT_ONCE = 16
-
-
-@njit(**JIT)
-def _varying_pass(words, num_rows, varying_W, begin, end):
-    num_words = varying_W.size
-    for row in range(1, num_rows):
-        for word in range(begin, end):
-            varying_W[word] |= words[row * num_words + word] ^ words[word]
 
 
 @njit(**JIT)
@@ -46,7 +38,7 @@ def varying_ones(bits: Tensor) -> Tensor:
         padded[:, :num_bytes] = bits
     words = padded.view(-1).numpy().view(np.uint64)
     varying_W, ones_S = np.zeros(num_words, np.uint64), np.empty(num_rows + 1, np.int64)
-    run_on_column_shares(lambda begin, end: _varying_pass(words, num_rows, varying_W, begin, end), num_words, _WORDS_AT_ONCE)
+    run_on_column_shares(lambda begin, end: varying_pass(words, num_rows, varying_W, begin, end), num_words, _WORDS_AT_ONCE)
     run_on_column_shares(lambda begin, end: _ones_pass(words, varying_W, ones_S, begin, end), num_rows, _ROWS_AT_ONCE)
     _ones_pass(varying_W, varying_W, ones_S[num_rows:], 0, 1)
     return torch.from_numpy(ones_S)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skymask_gpu.kernels.shared.triton import Variant, kernel, launch_options, on_device_of
+from skymask_gpu.kernels.shared.triton import Variant, count_ones, kernel, launch_options, on_device_of
 
 # Words of 32 columns that a program looks at in one go. Rows are padded to a multiple of 4 words,
 # so that loads are 16 bytes wide.
@@ -73,11 +73,7 @@ def ones_kernel(
         word = tl.load(words_ptr + row.to(tl.int64) * num_words + offs_w, mask=mask_w, other=0)  # [BLOCK_W]
         some = tl.load(some_ptr + offs_w, mask=mask_w, other=0)  # [BLOCK_W]
         every = tl.load(all_ptr + offs_w, mask=mask_w, other=0)  # [BLOCK_W]
-        word = (word & (some ^ every)).to(tl.uint32, bitcast=True)
-        # LLVM makes one POPC of this; Triton has no such function that its interpreter knows
-        word = word - ((word >> 1) & 0x55555555)
-        word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-        counts += ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+        counts += count_ones((word & (some ^ every)).to(tl.uint32, bitcast=True))
     tl.atomic_add(ones_ptr + row, tl.sum(counts).to(tl.int64), sem="relaxed")
 
 

@@ -41,6 +41,15 @@ def copy(to_T, from_T):
         to_T[k] = from_T[k]
 
 
+@njit(**JIT)
+def varying_pass(flat_bits, num_rows, varying_W, begin, end):
+    """Set, in words (or bytes) from ``begin`` to ``end``, the bits in which not all rows agree."""
+    num_words = varying_W.size
+    for row in range(1, num_rows):
+        for word in range(begin, end):
+            varying_W[word] |= flat_bits[row * num_words + word] ^ flat_bits[word]
+
+
 def flat(rows_RP: Tensor) -> tuple[np.ndarray, int]:
     """The memory from the first to the last element as one flat array (a view), and the row stride.
 

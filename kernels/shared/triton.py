@@ -54,6 +54,15 @@ def moved(logit, update, slope, mean, full_step):
     return logit - tl.minimum(tl.maximum(gradient, -1.0), 1.0) * full_step
 
 
+@triton.jit
+def count_ones(word):
+    """The number of ones in each uint32, as int32."""
+    # LLVM turns this into one POPC. Triton has no such function that its interpreter knows.
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
 def vector_elements(num_params: int, *tensors: Tensor | None) -> int:
     """The most elements (8, 4, 2, 1) by which P, every row stride and every pointer can be divided.
 
