@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from skymask_gpu.cli.console import console, extra_named, resumable
-from skymask_gpu.cli.federation import DataDir, Overwrite, Resume, check_folders, given, progress_bar
+from skymask_gpu.cli.federation import DataDir, Jobs, Overwrite, Resume, check_folders, given, played_cells, progress_bar
 from skymask_gpu.io.files import locked
 
 if TYPE_CHECKING:
@@ -25,48 +25,74 @@ def board(
     config: Annotated[Path, typer.Argument(help="The board's TOML file; examples/board.toml is one.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the mask sets and the table; default runs/NAME.")] = None,
     data_dir: DataDir = None,
+    jobs: Jobs = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
     judge_only: Annotated[bool, typer.Option("--judge-only", help="Judge the stored mask sets again, and make none.")] = False,
 ) -> None:
-    """Build every attack on the same honest updates, judge by every rule, and write one table."""
+    """Build every attack on the same honest updates, judge by every rule, and write one table.
+
+    If the file asks for trajectories, whole runs are played besides.
+    """
     with extra_named("run"):
         from skymask_gpu.federation.board.config import read_board
         from skymask_gpu.federation.board.judging import judge_sets
         from skymask_gpu.federation.board.making import MODELS, SETS
-        from skymask_gpu.federation.board.page import LEGEND, summary, write_board
+        from skymask_gpu.federation.board.page import LEGEND, SUMMARY, TRAJECTORIES, summary, trajectory_summary, write_board
+        from skymask_gpu.federation.board.trajectories import ended, trajectory_runs
+        from skymask_gpu.federation.sweep import CELLS, check_cells
 
     asked = read_board(config).with_data(data_dir)
     folder = out or Path("runs") / config.stem
+    runs = trajectory_runs(asked)
     if judge_only and overwrite:
         raise ValueError("--judge-only and --overwrite exclude each other")
-    with locked(folder), resumable("board", config, "--out", folder, *given("--data-dir", data_dir), "--resume"):
-        existing = [folder] if (folder / SETS).exists() or (folder / MODELS).exists() else []
+    command = ["board", config, "--out", folder, *given("--data-dir", data_dir), "--jobs", jobs, "--resume"]
+    failed: dict[str, str] = {}
+    with locked(folder), resumable(*command):
+        parts = (SETS, MODELS, CELLS)
+        existing = [folder] if any((folder / name).exists() for name in parts) else []
         check_folders(existing, resume=resume or judge_only, overwrite=overwrite)
         if overwrite:
-            for name in (SETS, MODELS):
+            for name in parts:
                 shutil.rmtree(folder / name, ignore_errors=True)
+        check_cells(folder, runs)
         if not judge_only:
-            _make(asked, folder)
+            _make(asked, folder, config, data_dir, jobs)
+            _, failed = played_cells(runs, folder, jobs) if runs else (0, {})
         with console.status("judging ..."):
-            judged = judge_sets(asked, folder / SETS)
-            written = write_board(config.stem, judged, folder)
-    table = Table("rule", "attacked sets", "within 5%", "wrong side", "worse than FedAvg", "FPR", title=escape(config.stem))
-    for row in summary(judged):
-        table.add_row(*map(escape, row))
-    console.print(table)
+            judged, played = judge_sets(asked, folder / SETS), ended(asked, folder)
+            written = write_board(config.stem, judged, played, folder)
+    _print_table(config.stem, SUMMARY, summary(judged))
     console.print(LEGEND, style="dim")
+    if played:
+        _print_table("whole runs", TRAJECTORIES, trajectory_summary(played))
     for path in written:
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+    if failed:
+        console.print(f"[red]{len(failed)} of {len(runs)} whole runs failed[/]; --resume tries them again", soft_wrap=True)
+        raise typer.Exit(1)
 
 
-def _make(asked: "Board", folder: Path) -> None:
+def _print_table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    table = Table(*columns, title=escape(title))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _make(asked: "Board", folder: Path, config: Path, data_dir: Path | None, jobs: int) -> None:
     from skymask_gpu.federation.board.making import make_sets, missing_sets
+    from skymask_gpu.federation.board.side_by_side import make_sets_side_by_side
 
     missing, total = missing_sets(asked, folder), len(list(asked.set_keys()))
     if not missing:
         return
     with progress_bar("{task.description}") as progress:
         task = progress.add_task(f"{total} mask sets", total=total, completed=total - len(missing), status="")
-        for _ in make_sets(asked, missing, folder, lambda text: progress.update(task, status=escape(text))):
-            progress.advance(task)
+        if jobs == 1:
+            for _ in make_sets(asked, missing, folder, lambda text: progress.update(task, status=escape(text))):
+                progress.advance(task)
+            return
+        for stored in make_sets_side_by_side(config, data_dir, missing, folder, jobs):
+            progress.update(task, advance=len(stored), status=escape(stored[-1].file_name))

@@ -22,6 +22,8 @@ DataDir = Annotated[Path | None, typer.Option(help="Folder with the data set's s
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a stopped run left off.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where there are results already.")]
 
+Jobs = Annotated[int, typer.Option(min=1, help="Cells that are played at the same time; the cores are shared out.")]
+
 # Rows of the final table that still fit on a screen; all are in tables.md.
 _TABLE_ROWS = 40
 
@@ -106,7 +108,7 @@ def sweep(
     config: Annotated[Path, typer.Argument(help="A run's TOML file with a [grid] table of lists; examples/ has some.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the cells and the report; default runs/NAME.")] = None,
     data_dir: DataDir = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells that are played at the same time; the cores are shared out.")] = 1,
+    jobs: Jobs = 1,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -129,7 +131,7 @@ def sweep(
         check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
         if overwrite:
             clear_cells(folder, cells)
-        done, failed = _play_cells(cells, folder, jobs)
+        done, failed = played_cells(cells, folder, jobs)
         finished = _report(config.stem, folder) if done else []
     if done:
         _warn_of([run for run in finished if run.diverged], strict=False)
@@ -138,7 +140,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _play_cells(cells: list[Any], folder: Path, jobs: int) -> tuple[int, dict[str, str]]:
+def played_cells(cells: list[Any], folder: Path, jobs: int) -> tuple[int, dict[str, str]]:
     """How many cells are done, and the error of each that failed, by name."""
     from skymask_gpu.federation.sweep import play_cells
 

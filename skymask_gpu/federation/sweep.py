@@ -35,6 +35,7 @@ __all__ = [
     "clear_cells",
     "has_cells",
     "play_cells",
+    "threads_for",
 ]
 
 CELLS, ERROR = "cells", "error.txt"
@@ -133,13 +134,13 @@ def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Ce
 def _start(config: RunConfig, folder: Path, jobs: int) -> BaseProcess:
     (folder / ERROR).unlink(missing_ok=True)
     process = multiprocessing.get_context("spawn").Process(target=_play, args=(config.to_dict(), folder), daemon=True)
-    with _threads_for(jobs):
+    with threads_for(jobs):
         process.start()
     return process
 
 
 @contextmanager
-def _threads_for(jobs: int) -> Iterator[None]:
+def threads_for(jobs: int) -> Iterator[None]:
     """What a process that is started now takes as its number of threads; one job has them all."""
     before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     if jobs > 1:

@@ -3,6 +3,7 @@
 import csv
 import doctest
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,13 @@ from skymask_gpu.federation.board.config import CLUSTERINGS, Board, SetKey, read
 from skymask_gpu.federation.board.judging import auc, judge_sets, lines, verdict
 from skymask_gpu.federation.board.making import MODELS, SETS, make_sets, missing_sets
 from skymask_gpu.federation.board.mask_set import MaskSet
-from skymask_gpu.federation.board.page import write_board
+from skymask_gpu.federation.board.page import trajectory_summary, write_board
+from skymask_gpu.federation.board.trajectories import Ended, ended, trajectory_runs
+from skymask_gpu.federation.playing import play
+from skymask_gpu.federation.run_folder import METRICS
+from skymask_gpu.federation.simulation import Federation
+from skymask_gpu.federation.sweep import cell_folder
+from skymask_gpu.io.files import read_lines
 
 PLUGIN = """
 import torch
@@ -223,7 +230,7 @@ def test_a_damaged_set_is_named_with_the_remedy(made: tuple[Board, Path], tmp_pa
     with pytest.raises(ValueError, match=r"few\.0\.none\.0\.safetensors is no safetensors file.*--resume makes it anew"):
         judge_sets(board, tmp_path)
     with pytest.raises(ValueError, match="holds no mask set of this board"):
-        write_board("empty", [], tmp_path)
+        write_board("empty", [], [], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +252,9 @@ def test_a_damaged_set_is_named_with_the_remedy(made: tuple[Board, Path], tmp_pa
         ("shares = [0.25]\n[[", "share = 0.25\n[[", r"attacks\[1\]\.share: write shares = \[0\.25\]"),
         ("shares = [0.25]\n[[", "shares = [0.99]\n[[", "attack.share must leave an honest client"),
         ('[[attacks]]\nname = "none"', "[[attacks]]", r"attacks\[0\]\.name must be given"),
+        ("[data]", "[trajectories]\nrounds = -1\n[data]", "trajectories.rounds must be at least 0"),
+        ("[data]", '[trajectories]\nrounds = 1\nrules = ["skymask singed"]\n[data]', "did you mean 'skymask signed'"),
+        ("[data]", '[trajectories]\nrounds = 1\nattacks = ["ipm"]\n[data]', "did you mean 'ipm 2.0'"),
         ('[[attacks]]\nname = "none"', '[attack]\nname = "none"', "unknown key attack; did you mean attacks"),
     ],
 )
@@ -273,6 +283,69 @@ def test_ctrl_c_says_how_to_go_on(plugin: Path, tmp_path: Path, monkeypatch: pyt
     assert done.exit_code == 130
     assert "go on with: skymask-gpu board" in done.output
     assert "--resume" in done.output
+
+
+TRAJECTORIES = """
+[trajectories]
+rounds = 2
+recipes = ["few"]
+attacks = ["ipm 2.0"]
+rules = ["skymask signed", "first-half"]
+"""
+
+
+def test_whole_runs_are_compared_with_fedavg_under_the_same_attack_and_without(plugin: Path, tmp_path: Path) -> None:
+    board = read_board(written(tmp_path, plugin, BOARD.replace("[data]", TRAJECTORIES + "[data]")))
+    runs = trajectory_runs(board)
+    assert [(run.attack.name, run.defence.rule) for run in runs] == [
+        (attack, rule) for attack in ("none", "ipm") for rule in ("fedavg", "skymask", "first-half")
+    ]
+    assert {(run.rounds, run.seed, run.local.steps, run.model.name) for run in runs} == {(2, 0, 4, "logreg")}
+    assert {run.defence.settings.clustering for run in runs if run.defence.rule == "skymask"} == {"signed"}
+    for run in runs[:-1]:
+        for _ in play(Federation.build(run), cell_folder(tmp_path, run)):
+            pass
+    # the last run is not done, so the table goes without it
+    found = {(one.attack, one.rule): one for one in ended(board, tmp_path)}
+    assert list(found) == [("none", "skymask signed"), ("none", "first-half"), ("ipm 2.0", "skymask signed")]
+    records = {run.name: read_lines(cell_folder(tmp_path, run) / METRICS) for run in runs[:-1]}
+    attacked = found["ipm 2.0", "skymask signed"]
+    of_run = records["few.0.ipm 2.0.skymask signed"]
+    assert attacked.accuracy == of_run[-1]["accuracy"]
+    assert attacked.accuracy_fedavg == records["few.0.ipm 2.0.fedavg"][-1]["accuracy"]
+    assert attacked.accuracy_unattacked == records["few.0.none.fedavg"][-1]["accuracy"]
+    assert attacked.fnr == sum(record["false_negative_rate"] for record in of_run) / 2
+    assert found["none", "first-half"].fpr == 0.5
+    # one of several rounds is no whole run
+    path = cell_folder(tmp_path, runs[1]) / METRICS
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    assert ("none", "skymask signed") not in {(one.attack, one.rule) for one in ended(board, tmp_path)}
+
+
+def test_the_summary_of_whole_runs_counts_misses() -> None:
+    one = Ended("few", 0, "ipm", "median", None, None, 0.80, 0.70, 0.81, None)
+    low = replace(one, accuracy=0.795)
+    lower = replace(one, accuracy=0.68, attack_success=0.25, fpr=0.1)
+    alone = replace(one, accuracy_fedavg=None, accuracy_unattacked=None)
+    assert (one.within, low.within, lower.within, alone.within) == (True, False, False, None)
+    assert (low.worse_than_fedavg, lower.worse_than_fedavg, alone.worse_than_fedavg) == (False, True, None)
+    assert trajectory_summary([one, low, lower, alone]) == [["median", "4", "1 of 3", "1 of 3", "25.0%", "10.0%", "-"]]
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_make_the_same_sets_and_whole_runs(made: tuple[Board, Path], tmp_path: Path) -> None:
+    board, folder = made
+    toml = written(
+        tmp_path, folder.parent, (folder.parent / "board.toml").read_text().replace("[data]", TRAJECTORIES + "[data]")
+    )
+    done = CliRunner().invoke(app, ["board", str(toml), "--out", str(tmp_path / "out"), "--jobs", "2"])
+    assert done.exit_code == 0, done.output
+    for key in board.set_keys():
+        assert_same(MaskSet.read(tmp_path / "out" / SETS / key.file_name), MaskSet.read(folder / SETS / key.file_name))
+    assert len((tmp_path / "out" / "trajectories.csv").read_text().splitlines()) == 1 + 4
+    text = (tmp_path / "out" / "board.md").read_text()
+    assert "## Whole runs" in text
+    assert "## Whole runs" not in (folder / "board.md").read_text()
 
 
 def test_auc_is_the_share_of_pairs_in_order() -> None:

@@ -9,6 +9,8 @@ stored: a mask set. Stored sets can be judged again without training.
 | ``config.py`` | ``Board``: the TOML file, its recipes, attacks and rules |
 | ``mask_set.py`` | ``MaskSet``: what is stored, one file per recipe, seed, attack and round |
 | ``making.py`` | ``make_sets``: train, attack, train masks, store |
+| ``side_by_side.py`` | several recipes and seeds at the same time, in processes of their own |
 | ``judging.py`` | ``judge_sets``: from stored sets to the lines of the table |
-| ``page.py`` | the table as CSV, Markdown and an HTML page with heat maps |
+| ``trajectories.py`` | whole runs under each attack with each rule, and how they ended |
+| ``page.py`` | the tables as CSV, Markdown and an HTML page with heat maps |
 """

@@ -10,10 +10,11 @@ from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks import AttackConfig
 from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig, read_toml
+from skymask_gpu.federation.rules.skymask import SkyMaskSettings
 from skymask_gpu.federation.tables import Table, as_table, merged, read_table
 from skymask_gpu.federation.transforms import TransformConfig
 
-__all__ = ["CLUSTERINGS", "Board", "SetKey", "read_board"]
+__all__ = ["CLUSTERINGS", "Board", "SetKey", "Trajectories", "name_of", "read_board"]
 
 CLUSTERINGS: tuple[str, ...] = get_args(get_type_hints(Clustering)["rule"])
 # what a run's file may say, too; it holds for all recipes that say nothing else
@@ -35,6 +36,28 @@ class SetKey:
         return f"{self.recipe}.{self.seed}.{self.attack}.{self.round}.safetensors"
 
 
+def name_of(clustering: str) -> str:
+    """What the table calls one of SkyMask's rules."""
+    return f"skymask {clustering}"
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Whole runs that the board plays, each with one rule under one attack.
+
+    Attributes:
+        rounds: the number of rounds of each run.
+        recipes: the names of the recipes.
+        attacks: the labels of the attacks.
+        rules: by the name that the table has for it.
+    """
+
+    rounds: int
+    recipes: tuple[str, ...]
+    attacks: tuple[str, ...]
+    rules: dict[str, DefenceConfig]
+
+
 @dataclass(frozen=True)
 class Board:
     """What a board's file asks for.
@@ -46,6 +69,7 @@ class Board:
         attacks: by label.
         clusterings: SkyMask's rules.
         rules: other aggregation rules.
+        trajectories: whole runs to play besides; None if none are asked for.
     """
 
     recipes: dict[str, RunConfig]
@@ -54,6 +78,7 @@ class Board:
     attacks: dict[str, AttackConfig]
     clusterings: tuple[str, ...]
     rules: tuple[DefenceConfig, ...]
+    trajectories: Trajectories | None = None
 
     def runs(self) -> list[RunConfig]:
         """The honest run of each recipe and seed."""
@@ -91,6 +116,22 @@ class _Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Trajectories:
+    """``[trajectories]``; 0 rounds mean none, and an empty list means all of the board's."""
+
+    rounds: int = 0
+    recipes: tuple[str, ...] = ()
+    attacks: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0:
+            raise ValueError(f"trajectories.rounds must be at least 0, which means none, got {self.rounds}")
+        for name in ("recipes", "attacks", "rules"):
+            _all_differ(f"trajectories.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
 class _File:
     """The file's own keys, and those of a run."""
 
@@ -100,6 +141,7 @@ class _File:
     rounds: tuple[int, ...] = (1, 4, 9)
     clusterings: tuple[str, ...] = CLUSTERINGS
     rules: tuple[DefenceConfig, ...] = ()
+    trajectories: _Trajectories = field(default_factory=_Trajectories)
     server_lr: float = 1.0
     plugins: tuple[str, ...] = ()
     transforms: tuple[TransformConfig, ...] = ()
@@ -150,7 +192,21 @@ def read_board(path: Path) -> Board:
             for rule in file.rules:
                 replace(run, attack=attack, defence=rule)
             attack.num_malicious(run.data.clients)
-    return Board(recipes, file.seeds, tuple(sorted(file.rounds)), attacks, file.clusterings, file.rules)
+    board = Board(recipes, file.seeds, tuple(sorted(file.rounds)), attacks, file.clusterings, file.rules)
+    return board if file.trajectories.rounds == 0 else replace(board, trajectories=_asked_for(file.trajectories, board))
+
+
+def _asked_for(table: _Trajectories, board: Board) -> Trajectories:
+    """The trajectories of the file, by the names of the board's recipes, attacks and rules."""
+    skymask = {name_of(one): SkyMaskSettings(clustering=one) for one in board.clusterings}
+    rules = {name: DefenceConfig(rule="skymask", settings=settings) for name, settings in skymask.items()}
+    rules |= {rule.rule: rule for rule in board.rules}
+    chosen = {}
+    for name, known in (("recipes", board.recipes), ("attacks", board.attacks), ("rules", rules)):
+        chosen[name] = getattr(table, name) or tuple(known)
+        for one in chosen[name]:
+            one_of(f"trajectories.{name}", one, known)
+    return Trajectories(table.rounds, chosen["recipes"], chosen["attacks"], {name: rules[name] for name in chosen["rules"]})
 
 
 def _attacks(tables: tuple[Table, ...], source: str) -> dict[str, AttackConfig]:

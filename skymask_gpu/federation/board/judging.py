@@ -16,20 +16,15 @@ from torch import Tensor
 from skymask_gpu.engine import Clustering
 from skymask_gpu.engine.clustering.verdict import cluster
 from skymask_gpu.engine.distances import Distances
-from skymask_gpu.federation.board.config import CLUSTERINGS, Board, SetKey
+from skymask_gpu.federation.board.config import CLUSTERINGS, Board, SetKey, name_of
 from skymask_gpu.federation.board.mask_set import MaskSet, check_settings, set_settings
 
-__all__ = ["ALL", "HONEST", "Judged", "Line", "auc", "judge_sets", "lines", "name_of", "verdict"]
+__all__ = ["ALL", "HONEST", "Judged", "Line", "auc", "judge_sets", "lines", "verdict"]
 
 # the steps that every set knows the accuracy of, beside those of rules
 ALL, HONEST = "mean of all", "mean of the honest"
 # a step is worse than FedAvg's if it costs this much test accuracy
 _WORSE = 0.01
-
-
-def name_of(clustering: str) -> str:
-    """What the table calls one of SkyMask's rules."""
-    return f"skymask {clustering}"
 
 
 def verdict(made: MaskSet, clustering: str) -> Tensor:

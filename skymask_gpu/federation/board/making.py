@@ -18,8 +18,8 @@ from torch import Tensor
 from skymask_gpu.defence import RootTraining, SkyMask
 from skymask_gpu.engine.numerics import deterministic_convolutions
 from skymask_gpu.federation.attacks import Attack, Threat
-from skymask_gpu.federation.board.config import CLUSTERINGS, Board, SetKey
-from skymask_gpu.federation.board.judging import ALL, HONEST, name_of, verdict
+from skymask_gpu.federation.board.config import CLUSTERINGS, Board, SetKey, name_of
+from skymask_gpu.federation.board.judging import ALL, HONEST, verdict
 from skymask_gpu.federation.board.mask_set import MaskSet, check_settings, model_settings, set_settings
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.datasets import Dataset, load_dataset
@@ -28,7 +28,7 @@ from skymask_gpu.federation.simulation import Federation, GlobalModel, Progress
 from skymask_gpu.io.files import read_metadata, read_tensors, write_tensors
 from skymask_gpu.kernels.anywhere import hamming_counts
 
-__all__ = ["MODELS", "SETS", "make_sets", "missing_sets"]
+__all__ = ["MODELS", "SETS", "by_cell", "make_sets", "missing_sets"]
 
 SETS, MODELS = "sets", "models"
 _BUFFER = "buffer/"
@@ -52,6 +52,14 @@ def _is_there(board: Board, key: SetKey, path: Path) -> bool:
     return all(name in seen and seen[name] == table for name, table in board.rule_tables().items())
 
 
+def by_cell(keys: list[SetKey]) -> dict[tuple[str, int], list[SetKey]]:
+    """The sets of each recipe and seed, whose honest clients are trained once for all of them."""
+    cells: dict[tuple[str, int], list[SetKey]] = defaultdict(list)
+    for key in keys:
+        cells[key.recipe, key.seed].append(key)
+    return cells
+
+
 def make_sets(board: Board, keys: list[SetKey], folder: Path, progress: Progress = lambda text: None) -> Iterator[SetKey]:
     """Make the sets of ``keys``, and yield each one's key when its file is on disk.
 
@@ -60,9 +68,7 @@ def make_sets(board: Board, keys: list[SetKey], folder: Path, progress: Progress
             training diverges.
     """
     datasets: dict[tuple[str, str], Dataset] = {}
-    wanted: dict[tuple[str, int], list[SetKey]] = defaultdict(list)
-    for key in keys:
-        wanted[key.recipe, key.seed].append(key)
+    wanted = by_cell(keys)
     runs = {(run.name, run.seed): run for run in board.runs() if (run.name, run.seed) in wanted}
     for run in runs.values():
         data = run.data

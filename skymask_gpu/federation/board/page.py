@@ -4,21 +4,34 @@ import csv
 import html
 import io
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 from skymask_gpu.federation.board.judging import Judged, Line, lines
+from skymask_gpu.federation.board.trajectories import Ended
 from skymask_gpu.io.files import write_text
 
-__all__ = ["COLUMNS", "LEGEND", "summary", "write_board"]
+__all__ = ["COLUMNS", "LEGEND", "SUMMARY", "TRAJECTORIES", "summary", "trajectory_summary", "write_board"]
 
 COLUMNS = (
     "recipe", "attack", "rule", "sets", "FPR", "FNR", "wrong side", "worse than FedAvg", "accuracy", "FedAvg's",
     "honest mean's", "AUC keep share", "AUC cosine", "AUC distance to root",
 )  # fmt: skip
-_SUMMARY = ("rule", "attacked sets", "FPR and FNR within 5%", "wrong side", "worse than FedAvg", "FPR")
+SUMMARY = ("rule", "attacked sets", "FPR and FNR within 5%", "wrong side", "worse than FedAvg", "FPR")
+TRAJECTORIES = (
+    "rule", "whole runs", "within 1 point of no attack", "worse than FedAvg", "largest attack success", "FPR", "FNR",
+)  # fmt: skip
+_WHOLE_RUNS = (
+    "recipe", "seed", "attack", "rule", "FPR", "FNR", "accuracy", "FedAvg's", "without attack", "attack success",
+)  # fmt: skip
 _WITHIN = 0.05
+_TRAJECTORY_LEGEND = (
+    "Whole runs: every round is played with one rule. Accuracies are those of the final model; FedAvg's is that under the "
+    "same attack, the last one that of FedAvg without attack. Worse than FedAvg: more than 1 point below it. Rates are means "
+    "over all rounds."
+)
 LEGEND = (
     "FPR: honest clients rejected; FNR: attackers kept. Wrong side: sets in which more than half of both are. Worse than "
     "FedAvg: sets in which the step of the rule gives a test accuracy more than 1 point below that of the plain mean. "
@@ -32,8 +45,8 @@ _STYLE = (
 )
 
 
-def write_board(title: str, judged: list[Judged], folder: Path) -> list[Path]:
-    """Write the table of what was judged into ``folder``, each file whole or not at all.
+def write_board(title: str, judged: list[Judged], played: list[Ended], folder: Path) -> list[Path]:
+    """Write the tables of what was judged and played into ``folder``, each file whole or not at all.
 
     Raises:
         ValueError: nothing was judged.
@@ -42,17 +55,26 @@ def write_board(title: str, judged: list[Judged], folder: Path) -> list[Path]:
         raise ValueError(f"{folder} holds no mask set of this board; make them first, without --judge-only")
     table = lines(judged)
     rows = [_row(line) for line in table]
-    text = f"# {title}\n\n{_markdown(_SUMMARY, summary(judged))}\n{LEGEND}\n\n{_markdown(COLUMNS, rows)}"
+    text = f"# {title}\n\n{_markdown(SUMMARY, summary(judged))}\n{LEGEND}\n\n{_markdown(COLUMNS, rows)}"
     failed = _failed(judged)
     text += "".join(f"\n{sentence}" for sentence in failed)
+    whole_runs = [_run_row(one) for one in played]
+    if played:
+        text += f"\n## Whole runs\n\n{_markdown(TRAJECTORIES, trajectory_summary(played))}\n{_TRAJECTORY_LEGEND}\n\n"
+        text += _markdown(_WHOLE_RUNS, whole_runs)
     maps = "".join(f"<h2>{html.escape(rule)}</h2>\n{_heat_map(rule, table)}\n" for rule in dict.fromkeys(x.rule for x in table))
     page = (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-        f"<style>{_STYLE}</style></head>\n<body>\n<h1>{html.escape(title)}</h1>\n{_html(_SUMMARY, summary(judged))}"
+        f"<style>{_STYLE}</style></head>\n<body>\n<h1>{html.escape(title)}</h1>\n{_html(SUMMARY, summary(judged))}"
         f"<p>{html.escape(LEGEND)}</p>\n{maps}<h2>All lines</h2>\n{_html(COLUMNS, rows)}"
-        f"{''.join(f'<p>{html.escape(sentence)}</p>' for sentence in failed)}</body>\n</html>\n"
+        f"{''.join(f'<p>{html.escape(sentence)}</p>' for sentence in failed)}"
     )
-    contents = {"board.csv": _csv(table), "board.md": text, "board.html": page}
+    if played:
+        page += f"<h2>Whole runs</h2>\n{_html(TRAJECTORIES, trajectory_summary(played))}"
+        page += f"<p>{html.escape(_TRAJECTORY_LEGEND)}</p>\n{_html(_WHOLE_RUNS, whole_runs)}"
+    contents = {"board.csv": _csv(Line, table), "board.md": text, "board.html": page + "</body>\n</html>\n"}
+    if played:
+        contents["trajectories.csv"] = _csv(Ended, played)
     for name, content in contents.items():
         write_text(folder / name, content)
     return [folder / name for name in contents]
@@ -65,7 +87,6 @@ def summary(judged: list[Judged]) -> list[list[str]]:
         own = [one for one in judged if one.rule == rule]
         attacked = [one for one in own if one.fpr is not None and one.fnr is not None]
         good = sum(max(one.fpr or 0, one.fnr or 0) <= _WITHIN for one in attacked)
-        rates = [one.fpr for one in own if one.fpr is not None]
         known = [one.worse_than_fedavg for one in own if one.worse_than_fedavg is not None]
         rows.append(
             [
@@ -74,10 +95,45 @@ def summary(judged: list[Judged]) -> list[list[str]]:
                 str(good),
                 str(sum(bool(one.wrong_side) for one in own)),
                 f"{sum(known)} of {len(known)}",
-                f"{sum(rates) / len(rates):.1%}" if rates else "-",
+                _percent(_mean(one.fpr for one in own)),
             ]
         )
     return rows
+
+
+def trajectory_summary(played: list[Ended]) -> list[list[str]]:
+    """A row per rule, over all recipes, seeds and attacks."""
+    rows = []
+    for rule in dict.fromkeys(one.rule for one in played):
+        own = [one for one in played if one.rule == rule]
+        within = [one.within for one in own if one.within is not None]
+        worse = [one.worse_than_fedavg for one in own if one.worse_than_fedavg is not None]
+        rows.append(
+            [
+                rule,
+                str(len(own)),
+                f"{sum(within)} of {len(within)}",
+                f"{sum(worse)} of {len(worse)}",
+                _percent(max((one.attack_success for one in own if one.attack_success is not None), default=None)),
+                _percent(_mean(one.fpr for one in own)),
+                _percent(_mean(one.fnr for one in own)),
+            ]
+        )
+    return rows
+
+
+def _run_row(one: Ended) -> list[str]:
+    rates = (one.fpr, one.fnr, one.accuracy, one.accuracy_fedavg, one.accuracy_unattacked, one.attack_success)
+    return [one.recipe, str(one.seed), one.attack, one.rule, *map(_percent, rates)]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _failed(judged: list[Judged]) -> list[str]:
@@ -92,15 +148,15 @@ def _row(line: Line) -> list[str]:
             return "-"
         if name.startswith("auc"):
             return f"{value:.3f}"
-        return f"{value:.1%}" if isinstance(value, float) else str(value)
+        return _percent(value) if isinstance(value, float) else str(value)
 
     return [shown(field.name, value) for field, value in zip(fields(line), astuple(line), strict=True)]
 
 
-def _csv(table: list[Line]) -> str:
+def _csv(kind: type[Line] | type[Ended], table: Sequence[Line | Ended]) -> str:
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow([field.name for field in fields(Line)])
+    rows.writerow([field.name for field in fields(kind)])
     rows.writerows(astuple(line) for line in table)
     return file.getvalue()
 
