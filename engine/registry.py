@@ -4,7 +4,7 @@ Each thing enters itself, in the file that defines it.
 """
 
 import difflib
-import inspect
+import sys
 import weakref
 from collections.abc import Callable, ItemsView, Iterable, Iterator
 from typing import ClassVar, Generic, TypeVar
@@ -71,7 +71,7 @@ class Registry(Generic[Thing]):
         Raises:
             ValueError: there is one of this name already; the message names the file it is in.
         """
-        caller = inspect.stack(context=0)[1].filename
+        caller = sys._getframe(1).f_code.co_filename
 
         def enter(thing: Thing) -> Thing:
             self.add(name, thing, caller)

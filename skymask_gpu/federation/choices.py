@@ -9,8 +9,8 @@ In a TOML file the settings of the chosen entry stand beside the keys that all e
 """
 
 import dataclasses
-import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -62,7 +62,7 @@ class Choices(Registry[Callable[..., Any]]):
                 registered it.
             TypeError: ``settings`` is no dataclass, or has a key that all entries have.
         """
-        caller = inspect.stack(context=0)[1].filename
+        caller = sys._getframe(1).f_code.co_filename
         if not (isinstance(settings, type) and dataclasses.is_dataclass(settings)):
             raise TypeError(f"{self.setting} {name!r}: its settings must be a dataclass, got {settings!r}")
         for field in dataclasses.fields(settings):
