@@ -1,5 +1,6 @@
 """Fixtures for all tests: Triton's interpreter where there is no GPU, real data, poisoned memory, threads."""
 
+import importlib.util
 import mmap
 import os
 import sys
@@ -25,6 +26,30 @@ import pytest
 from torch import Tensor
 
 CHECKOUT = Path(__file__).parent.parent
+
+
+def reduce_exclusive_or_at_once() -> None:
+    """In Triton's interpreter, which goes over the elements in Python: ``tl.sort`` is made of such reductions.
+
+    NumPy computes the same integers in one call, as the interpreter itself has it do for sums and maxima.
+    """
+    from triton import language
+    from triton.runtime.interpreter import ReduceOps
+
+    one_by_one = ReduceOps.generic_reduce
+
+    def generic_reduce(self: ReduceOps, inputs: tuple) -> list:
+        if self.axis is None or self.combine_fn is not language.standard._xor_combine:
+            return one_by_one(self, inputs)
+        (values,) = inputs
+        reduced = np.bitwise_xor.reduce(values.handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return [self.to_tensor(reduced, values.dtype)]
+
+    ReduceOps.generic_reduce = generic_reduce
+
+
+if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
+    reduce_exclusive_or_at_once()
 
 
 def pytest_configure(config: pytest.Config) -> None:
