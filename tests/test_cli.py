@@ -1,4 +1,4 @@
-"""The command line, run as users run it."""
+"""The command line: its commands once as users run them, and otherwise its own main in this process, which is quicker."""
 
 import importlib.util
 import json
@@ -93,19 +93,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return {path.stem: path for path in folder.iterdir()}
 
 
-def aggregate(files: Files, tmp_path: Path, updates: Path, *more: object, check: bool = True) -> tuple[dict, dict, str]:
-    """The new global model, the JSON verdict, and what was printed."""
+def aggregate(files: Files, tmp_path: Path, updates: Path, *more: object, run: Run | None = None) -> tuple[dict, dict, str]:
+    """The new global model, the JSON verdict, and what was printed; in a process of its own, or by the fixture ``run``."""
     out, report = tmp_path / "new.safetensors", tmp_path / "report.json"
-    done = skymask_gpu(
+    arguments = (
         "aggregate", "--global", files["global"], "--updates", updates, "--model", f"{files['my_model']}:Net",
-        "--root", files["root"], "--out", out, "--json", report, *more, check=check,
+        "--root", files["root"], "--out", out, "--json", report, *more,
     )  # fmt: skip
-    if not check:
-        return {}, {"code": done.returncode}, done.stderr
-    return load_file(out), json.loads(report.read_text()), done.stdout
+    code, printed = (0, skymask_gpu(*arguments).stdout) if run is None else run(*arguments)
+    assert code == 0, printed
+    return load_file(out), json.loads(report.read_text()), printed
 
 
-def test_aggregate_takes_folders_and_stacked_files_alike(files: Files, tmp_path: Path) -> None:
+def test_aggregate_takes_folders_and_stacked_files_alike(files: Files, tmp_path: Path, run: Run) -> None:
     state, report, printed = aggregate(files, tmp_path, files["updates"])
     assert [name for name, verdict in report["clients"].items() if not verdict["benign"]] == [f"client{i:02}" for i in range(4)]
     assert "rejected" in printed
@@ -123,26 +123,26 @@ def test_aggregate_takes_folders_and_stacked_files_alike(files: Files, tmp_path:
     torch.testing.assert_close(got, mean, atol=1e-6, rtol=1e-5)
     assert state["1.running_mean"].tolist() == [pytest.approx(sum(range(4, 16)) / 12)] * 16
 
-    from_stacked, stacked_report, _ = aggregate(files, tmp_path, files["stacked"])
+    from_stacked, stacked_report, _ = aggregate(files, tmp_path, files["stacked"], run=run)
     assert [v["benign"] for v in stacked_report["clients"].values()] == [False] * 4 + [True] * 12
     torch.testing.assert_close(from_stacked["0.weight"], state["0.weight"])
 
 
-def test_aggregate_subtracts_the_global_model_from_local_models(files: Files, tmp_path: Path) -> None:
-    state, _, _ = aggregate(files, tmp_path, files["updates"])
-    from_models, _, _ = aggregate(files, tmp_path, files["models"], "--local-models")
+def test_aggregate_subtracts_the_global_model_from_local_models(files: Files, tmp_path: Path, run: Run) -> None:
+    state, _, _ = aggregate(files, tmp_path, files["updates"], run=run)
+    from_models, _, _ = aggregate(files, tmp_path, files["models"], "--local-models", run=run)
     for name, value in state.items():
         torch.testing.assert_close(from_models[name], value, atol=1e-6, rtol=1e-4)
 
 
-def test_aggregate_rejects_unusable_files_by_name_and_goes_on(files: Files, tmp_path: Path) -> None:
+def test_aggregate_rejects_unusable_files_by_name_and_goes_on(files: Files, tmp_path: Path, run: Run) -> None:
     folder = tmp_path / "mixed"
     folder.mkdir()
     for file in files["updates"].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "client05.safetensors").write_bytes(b"garbage")
     save_file({"0.weight": torch.zeros(2)}, folder / "client06.safetensors")
-    _, report, printed = aggregate(files, tmp_path, folder)
+    _, report, printed = aggregate(files, tmp_path, folder, run=run)
     assert "is no safetensors file" in report["clients"]["client05"]["reason"]
     assert "lacks 0.bias" in report["clients"]["client06"]["reason"]
     assert [n for n, v in report["clients"].items() if not v["benign"]] == [
@@ -250,10 +250,12 @@ def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: P
     assert run("run", broken, "--out", out, "--overwrite")[0] == 2
     assert (out / "SkyMask" / "metrics.jsonl").exists(), "nothing is overwritten by a run that cannot start"
     (out / "report.html").unlink()
-    skymask_gpu("run", tmp_path / "trial.toml", "--out", out, "--resume")
+    code, said = run("run", tmp_path / "trial.toml", "--out", out, "--resume")
+    assert code == 0, said
     assert (out / "report.html").exists()
     assert len((out / "SkyMask" / "metrics.jsonl").read_text().splitlines()) == 3
-    skymask_gpu("run", tmp_path / "trial.toml", "--out", out, "--overwrite")
+    code, said = run("run", tmp_path / "trial.toml", "--out", out, "--overwrite")
+    assert code == 0, said
     assert (out / "SkyMask" / "notes.txt").read_text() == "mine"
 
 
@@ -331,16 +333,19 @@ def test_sweep_plays_a_grid_reports_it_and_records_what_fails(tmp_path: Path, ru
     # the cells that failed can be played with fewer attackers
     bulyan = GRID.replace("share = 0.4", "share = 0.1").replace("seed = [0, 1]", "seed = [0]").replace('"fedavg", ', "")
     (tmp_path / "grid.toml").write_text(bulyan)
-    skymask_gpu("sweep", tmp_path / "grid.toml", "--out", out, "--resume")
+    code, said = run("sweep", tmp_path / "grid.toml", "--out", out, "--resume")
+    assert code == 0, said
     assert not (out / "cells" / "rule=bulyan,seed=0" / "error.txt").exists()
 
 
 def test_report_of_a_run_and_of_nothing(tmp_path: Path, run: Run) -> None:
     (tmp_path / "trial.toml").write_text(CONFIG.split("[[variants]]")[0])
-    skymask_gpu("run", tmp_path / "trial.toml", "--out", tmp_path / "out")
+    code, said = run("run", tmp_path / "trial.toml", "--out", tmp_path / "out")
+    assert code == 0, said
     (tmp_path / "out" / "report.html").unlink()
-    printed = skymask_gpu("report", tmp_path / "out").stdout
-    assert "trial" in printed
+    code, said = run("report", tmp_path / "out")
+    assert code == 0, said
+    assert "trial" in said
     assert (tmp_path / "out" / "report.html").exists()
     (tmp_path / "empty").mkdir()
     code, said = run("report", tmp_path / "empty")
