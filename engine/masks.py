@@ -157,7 +157,7 @@ def _run(
     keep_logits: bool,
 ) -> Solution:
     """Run a solver. If memory runs out, the error says how much it needs."""
-    num_rows, num_params = len(blocks), blocks.num_params
+    known, num_rows, num_params = SOLVERS[name], len(blocks), blocks.num_params
     # A server may well work under no_grad or in inference mode, where autograd records nothing. The
     # outer phase counts what a solver does between its own phases to the mask steps.
     with (
@@ -166,12 +166,13 @@ def _run(
         phase("mask steps"),
         explain_out_of_memory(
             f"solver {name!r} on {num_rows} rows of {num_params} parameters",
-            SOLVERS[name].extra_bytes(num_rows, num_params, blocks.dtype, config),
+            known.extra_bytes(num_rows, num_params, blocks.dtype, config),
             blocks.device,
             "pass the updates in bfloat16, aggregate fewer clients at once, or use a device with more memory",
         ),
     ):
-        return SOLVERS[name].run(blocks, global_params_P, loss, config, keep_logits)
+        updates = blocks if known.takes_blocks else blocks.stack()
+        return known.train(updates, global_params_P, loss, config, keep_logits)
 
 
 def _check(updates: Tensor | ClientBlocks, global_params: Tensor) -> None:

@@ -20,7 +20,7 @@ from skymask_gpu import Aggregation, MaskTraining, RootTraining, SkyMask, cli
 from skymask_gpu.defence.parse import parse
 from skymask_gpu.defence.screen import screen
 from skymask_gpu.engine import Clustering, FlatModel, unpack_bits
-from skymask_gpu.engine.sharding import own_columns
+from skymask_gpu.engine.sharding import ShardedLoss, own_columns
 from skymask_gpu.federation.datasets import load_dataset
 from skymask_gpu.io.torchrun import column_mesh, load_own_columns
 from skymask_gpu.io.user_files import load_updates
@@ -134,7 +134,8 @@ def judge_all(folder: Path, mesh: "DeviceMesh | None") -> None:
     flat = FlatModel(net(), stored["inputs"], stored["labels"])
     shards, own_NL = own_columns(shared_out(stored["honest"], mesh), NUM_PARAMS)
     clients = parse(own_NL, flat, net(), None)
-    screened = screen(clients, stored["root"], flat.initial_params, shards, local_models=False)
+    own_loss = flat if shards.group is None else ShardedLoss(flat, shards)
+    screened = screen(clients, stored["root"], flat.initial_params, own_loss, shards, local_models=False)
     tensors |= {"norms": screened.norms, "alignments": screened.alignments}
     facts["errors"] = errors(stored, mesh) if mesh is not None and mesh.size() == 3 else {}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / f"{name_of(mesh)}.judged.safetensors")

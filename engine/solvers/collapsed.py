@@ -63,7 +63,7 @@ def _cost(device_type: str, num_rows: int, config: MaskTraining) -> float:
     cost=_cost,
 )
 def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
-    """Train the masks of all bins, then give every row its bits; arguments as in ``Solver.run``.
+    """Train the masks of all bins, then give every row its bits; arguments as in :class:`Solver`.
 
     Raises:
         ValueError: there are more rows than the 16-bit counts of the bins can hold.

@@ -31,7 +31,7 @@ def _cost(device_type: str, num_rows: int, config: MaskTraining) -> float:
 
 @solver("fused", takes_blocks=True, why_not=why_not, cost=_cost)
 def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
-    """Train the masks of all rows; see :meth:`Solver.run` for the arguments.
+    """Train the masks of all rows; see :class:`Solver` for the arguments.
 
     The blocks, which are the clients' rows and the root's, are never copied into one tensor.
     """

@@ -6,17 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.registry import Registry
-from skymask_gpu.engine.solvers.solution import Loss, Solution
+from skymask_gpu.engine.solvers.solution import Solution
 from skymask_gpu.engine.training_config import MaskTraining
 
 __all__ = ["COST_SOURCES", "SOLVERS", "Solver", "solver"]
 
-# ``train(updates, global_params_P, loss, config, keep_logits)``; the updates are one (R, P) tensor,
-# or ClientBlocks if the solver takes blocks.
 Train = Callable[..., Solution]
 # The unit of a cost differs between devices, but is the same for all solvers on one device: what
 # mask training costs per parameter, without the model's own forward and backward passes.
@@ -41,7 +37,12 @@ class Solver:
     """A way to train masks, and what has to be known to choose it.
 
     Attributes:
-        train: the training itself; :meth:`run` calls it.
+        train: ``train(updates, global_params_P, loss, config, keep_logits)`` trains the masks of
+            all rows. The updates are R rows of P parameters, the root model's row last: an
+            ``(R, P)`` tensor, or ClientBlocks with ``takes_blocks``. The global parameters,
+            ``(P,)``, are on the same device. ``loss(params (P,)) -> ()`` is differentiable. The
+            configuration's ``lr`` and ``grad_clip`` are those for this number of clients.
+            ``keep_logits`` asks for the final logits, too.
         exact: whether its masks are the reference's within rounding.
         takes_blocks: whether it works on the updates block by block. Otherwise it gets them as one
             tensor, into which several blocks are copied.
@@ -64,20 +65,6 @@ class Solver:
     why_not: Callable[[torch.device, torch.dtype], str | None] = _runs_everywhere
     extra_bytes: Callable[[int, int, torch.dtype, MaskTraining], int] = _logits_bytes
     cost: Callable[[str, int, MaskTraining], float] | None = None
-
-    def run(
-        self, updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool
-    ) -> Solution:
-        """Train the masks of all rows.
-
-        Args:
-            updates: R rows of P parameters, the root model's row last.
-            global_params_P: ``(P,)`` on the same device.
-            loss: ``loss(params (P,)) -> ()``, differentiable.
-            config: its ``lr`` and ``grad_clip`` are those for this number of clients.
-            keep_logits: return the final logits, too.
-        """
-        return self.train(updates if self.takes_blocks else updates.stack(), global_params_P, loss, config, keep_logits)
 
 
 SOLVERS: Registry[Solver] = Registry("solver")

@@ -17,7 +17,7 @@ _TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 @solver("vmap")
 def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskTraining, keep_logits: bool) -> Solution:
-    """Train the masks of all rows, tile by tile of columns; arguments as in :meth:`Solver.run`."""
+    """Train the masks of all rows, tile by tile of columns; arguments as in :class:`Solver`."""
     dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
     num_rows, num_params = updates_RP.shape
     tile = max(SMALLEST_TILE, _TILE_ELEMENTS.get(updates_RP.device.type, 2**18) // num_rows)

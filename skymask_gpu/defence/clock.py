@@ -5,9 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from skymask_gpu.engine import ClientBlocks
 from skymask_gpu.engine.profiling import phase
 
 __all__ = ["Clock"]
@@ -31,12 +28,12 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
-    def phase(self, name: str, *moved: Tensor | ClientBlocks | int) -> Iterator[None]:
+    def phase(self, name: str, num_bytes: int = 0) -> Iterator[None]:
         """Time a part of the round, and record it for the profile.
 
         Args:
             name: the name of the phase.
-            moved: what it has to read and write: tensors, or numbers of bytes.
+            num_bytes: the number of bytes that it has to read and write.
         """
-        with self.time(name), phase(name, *moved):
+        with self.time(name), phase(name, num_bytes):
             yield

@@ -17,9 +17,9 @@ from skymask_gpu.defence.aggregation import Aggregation, VerdictWarning
 from skymask_gpu.defence.arguments import check_same_device, flat_state
 from skymask_gpu.defence.clock import Clock
 from skymask_gpu.defence.means import mean_buffers, mean_of_rows
-from skymask_gpu.defence.parse import Clients, Updates, check_form, parse
+from skymask_gpu.defence.parse import Updates, check_form, parse
 from skymask_gpu.defence.root import RootTraining, root_direction
-from skymask_gpu.defence.screen import Screened, culprits, far_out, harmful, screen
+from skymask_gpu.defence.screen import Screened, culprits, screen
 from skymask_gpu.engine import (
     SOLVERS,
     ClientBlocks,
@@ -81,7 +81,6 @@ class _Round:
     """
 
     settings: Settings
-    call: Call
     shards: ColumnShards
     device: torch.device
     clock: Clock
@@ -119,16 +118,17 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
     remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
     with clock.time("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
         with clock.phase("collect"):
-            this = _begin(settings, call, shards, device, clock)
-            clients = _parsed(this)
+            this = _begin(settings, call.global_params, shards, device, clock)
+            subtracted_L = this.own_params_L if call.local_models else None
+            in_memory = settings.solver != "auto" and not SOLVERS[settings.solver].from_disk
+            clients = parse(call.updates, this.loss, settings.module, subtracted_L, in_memory=in_memory)
         # Each step reads the parameters and writes their gradient.
         with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
             direction_P = _direction(this)
-        with clock.phase("collect", clients.rows):
-            screened = screen(clients, direction_P, this.global_params_P, shards, local_models=call.local_models)
-            screened = _without_harmful(this, screened, direction_P)
-            root_row_P = _root_row(this, direction_P, screened)
-        masks, screened = _train(this, screened, root_row_P, direction_P)
+        with clock.phase("collect", clients.rows.nbytes):
+            screened = screen(clients, direction_P, this.global_params_P, this.own_loss, shards, local_models=call.local_models)
+            root_row_P = _root_row(this, call.root_update, direction_P, screened)
+        masks, screened = _train(this, screened, root_row_P)
         with clock.phase("clustering", 4 * len(masks.bits) ** 2):
             verdict = _verdict(this, masks, screened, direction_P)
         with clock.phase("average"):
@@ -144,11 +144,17 @@ def _device(settings: Settings, updates: Updates, shards: ColumnShards) -> torch
     return device
 
 
-def _begin(settings: Settings, call: Call, shards: ColumnShards, device: torch.device, clock: Clock) -> _Round:
+def _begin(
+    settings: Settings,
+    global_params: Tensor | Mapping[str, Tensor] | None,
+    shards: ColumnShards,
+    device: torch.device,
+    clock: Clock,
+) -> _Round:
     loss = settings.flat.to(device)
-    params_P = _global_params(call.global_params, loss, settings.device)
+    params_P = _global_params(global_params, loss, settings.device)
     own_loss = loss if shards.group is None else ShardedLoss(loss, shards)
-    return _Round(settings, call, shards, device, clock, loss, own_loss, params_P, shards.own(params_P))
+    return _Round(settings, shards, device, clock, loss, own_loss, params_P, shards.own(params_P))
 
 
 def _global_params(
@@ -165,15 +171,6 @@ def _global_params(
     return global_params.detach().to(loss.initial_params.device, torch.float32)
 
 
-def _parsed(this: _Round) -> Clients:
-    updates = this.call.updates
-    if isinstance(updates, Tensor | ClientBlocks):
-        updates = updates.to(this.device)
-    solver, subtracted_L = this.settings.solver, this.own_params_L if this.call.local_models else None
-    in_memory = solver != "auto" and not SOLVERS[solver].from_disk
-    return parse(updates, this.loss, this.settings.module, subtracted_L, in_memory=in_memory)
-
-
 def _direction(this: _Round) -> Tensor:
     """The root direction, ``(P,)``, which only the first rank trains."""
     return this.shards.from_first(
@@ -181,18 +178,13 @@ def _direction(this: _Round) -> Tensor:
     )
 
 
-def _without_harmful(this: _Round, screened: Screened, direction_P: Tensor) -> Screened:
-    far_rows = far_out(screened, this.global_params_P, direction_P)
-    return screened.without(harmful(screened.rows, screened.norms, far_rows, this.own_params_L, this.own_loss))
-
-
-def _root_row(this: _Round, direction_P: Tensor, screened: Screened) -> Tensor:
+def _root_row(this: _Round, root_update: Tensor | None, direction_P: Tensor, screened: Screened) -> Tensor:
     """The root model's row, ``(P,)``.
 
     It is the update that the caller passed, or else the root direction, scaled to the median norm
     of the clients' updates.
     """
-    root_update, rows = this.call.root_update, screened.rows
+    rows = screened.rows
     if root_update is None:
         length = torch.linalg.vector_norm(direction_P)
         scale = screened.norms.median() / length if length > 0 else 0.0
@@ -212,13 +204,11 @@ def _root_row(this: _Round, direction_P: Tensor, screened: Screened) -> Tensor:
     return row_P
 
 
-def _train(this: _Round, screened: Screened, root_row_P: Tensor, direction_P: Tensor) -> tuple[TrainedMasks, Screened]:
+def _train(this: _Round, screened: Screened, root_row_P: Tensor) -> tuple[TrainedMasks, Screened]:
     """Train the masks of the clients and the root, in this rank's own columns.
 
     A client whose update drives the masked model's loss out of range is rejected, and the masks of
-    the others are trained again. If only the worst client were rejected each time, attackers could
-    make the server train without end. From the second failure on, every client is therefore
-    rejected whose update is longer than the model, and there is no fifth training.
+    the others are trained again. There is no fifth training.
 
     Returns:
         The masks, and the clients that have one.
@@ -233,13 +223,7 @@ def _train(this: _Round, screened: Screened, root_row_P: Tensor, direction_P: Te
         try:
             return train(screened), screened
         except NonFiniteLossError:
-            far_rows = far_out(screened, this.global_params_P, direction_P)
-            if attempt == 0 or not far_rows:
-                reasons = culprits(screened, far_rows, this.own_params_L, this.own_loss)
-            else:
-                reasons = dict.fromkeys(
-                    far_rows, "its update is longer than the model, and such updates drive the root loss to NaN or Inf"
-                )
+            reasons = culprits(screened, this.own_params_L, this.own_loss, again=attempt > 0)
             if not reasons:
                 raise
             screened = screened.without(reasons)

@@ -5,7 +5,7 @@ whether they can be used is the next question, see ``screen.py``.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -43,29 +43,6 @@ class Clients:
     rejected: dict[int, str]
     num_clients: int
 
-    def without(self, reasons: Mapping[int, str]) -> "Clients":
-        """These clients without some rows.
-
-        Args:
-            reasons: position of a row -> why it is left out; at least one row must stay.
-        """
-        if not reasons:
-            return self
-        keep_K = self.kept(reasons)
-        return replace(
-            self,
-            rows=self.rows.select(keep_K),
-            numbers=self.numbers[keep_K],
-            buffers=[buffers for row, buffers in enumerate(self.buffers) if row not in reasons],
-            rejected={**self.rejected, **{int(self.numbers[row]): reason for row, reason in reasons.items()}},
-        )
-
-    def kept(self, reasons: Mapping[int, str]) -> Tensor:
-        """The rows that are not among ``reasons``, ``(K,)`` bool."""
-        keep_K = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.device)
-        keep_K[list(reasons)] = False
-        return keep_K
-
 
 def check_form(updates: object, num_params: int) -> None:
     """Check the form of the updates as a whole, before any work.
@@ -100,7 +77,7 @@ def _check_stacked(updates: Tensor | ClientBlocks, num_params: int) -> None:
 def parse(
     updates: Updates, model: FlatModel, module: nn.Module, subtracted_L: Tensor | None, *, in_memory: bool = False
 ) -> Clients:
-    """Make rows from a stacked tensor, blocks or state dicts.
+    """Make rows from a stacked tensor, blocks or state dicts, on the device of ``model``.
 
     A client whose state dict is malformed is rejected.
 
@@ -118,7 +95,8 @@ def parse(
     """
     if not isinstance(updates, Tensor | ClientBlocks):
         return _from_state_dicts(updates, model, module, subtracted_L, in_memory or isinstance(updates, list | tuple))
-    rows = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates])
+    moved = updates.to(model.initial_params.device)
+    rows = ClientBlocks([moved]) if isinstance(moved, Tensor) else moved
     if subtracted_L is not None:
         rows = rows.minus(subtracted_L)
     return Clients(rows, torch.arange(len(rows), device=rows.device), [{} for _ in range(len(rows))], {}, len(rows))

@@ -2,9 +2,9 @@
 
 One pass over the rows measures their norms and two inner products. ``screen`` rejects each client
 that sent NaN, Inf or a norm beyond float32, and refuses local models that were passed as updates.
-``harmful`` then looks more closely at rows that are longer than the model itself: whether a single
-one drives the root loss to NaN or Inf. The cost of this is bounded, no matter how many such rows
-are sent. If mask training fails all the same, ``culprits`` says whose rows are to blame.
+It then looks more closely at rows that are longer than the model itself: whether a single one
+drives the root loss to NaN or Inf (``harmful``). The cost of this is bounded, no matter how many
+such rows are sent. If mask training fails all the same, ``culprits`` says whose rows are to blame.
 """
 
 import math
@@ -22,7 +22,7 @@ from skymask_gpu.engine.sharding import ColumnShards
 from skymask_gpu.engine.solvers.solution import Loss
 from skymask_gpu.engine.step_loop import StepLoop
 
-__all__ = ["Screened", "culprits", "drive_loss_out_of_range", "far_out", "harmful", "screen"]
+__all__ = ["Screened", "culprits", "drive_loss_out_of_range", "harmful", "screen"]
 
 # A local model is the global model plus a small change, so it has nearly the global model's
 # direction and length. Honest updates of a model of more than a few parameters have neither. This
@@ -60,15 +60,22 @@ class Screened:
         clients: the clients and their rows.
         norms: ``(K,)`` float32, the Euclidean norms of whole rows; finite.
         alignments: ``(K,)`` float64, the inner products of whole rows with the root direction.
+        longest_honest: ``()``, the length up to which an update is not suspicious: that of the
+            global model, or of the root direction if that is longer.
     """
 
     clients: Clients
     norms: Tensor
     alignments: Tensor
+    longest_honest: Tensor
 
     @property
     def rows(self) -> ClientBlocks:
         return self.clients.rows
+
+    def far_out(self) -> list[int]:
+        """The positions of the rows that are longer than the model that they change."""
+        return (self.norms > self.longest_honest).nonzero().flatten().tolist()
 
     def without(self, reasons: Mapping[int, str]) -> "Screened":
         """The same without some rows.
@@ -83,16 +90,23 @@ class Screened:
             return self
         if len(reasons) == len(self.rows):
             raise ValueError(f"updates: no client is left to aggregate; the first one: {next(iter(reasons.values()))}")
-        keep_K = self.clients.kept(reasons)
-        return replace(
-            self, clients=self.clients.without(reasons), norms=self.norms[keep_K], alignments=self.alignments[keep_K]
+        old = self.clients
+        keep_K = torch.ones(len(old.rows), dtype=torch.bool, device=old.rows.device)
+        keep_K[list(reasons)] = False
+        clients = replace(
+            old,
+            rows=old.rows.select(keep_K),
+            numbers=old.numbers[keep_K],
+            buffers=[buffers for row, buffers in enumerate(old.buffers) if row not in reasons],
+            rejected={**old.rejected, **{int(old.numbers[row]): reason for row, reason in reasons.items()}},
         )
+        return replace(self, clients=clients, norms=self.norms[keep_K], alignments=self.alignments[keep_K])
 
 
 def screen(
-    clients: Clients, direction_P: Tensor, global_params_P: Tensor, shards: ColumnShards, *, local_models: bool
+    clients: Clients, direction_P: Tensor, global_params_P: Tensor, loss: Loss, shards: ColumnShards, *, local_models: bool
 ) -> Screened:
-    """Measure every row, and reject the clients whose rows are not finite.
+    """Measure every row, and reject the clients whose rows are not finite or break the root loss.
 
     If the updates are sharded, each rank passes its own columns, and all ranks reject the same
     clients.
@@ -101,6 +115,7 @@ def screen(
         clients: from :func:`skymask_gpu.defence.parse.parse`.
         direction_P: the root direction.
         global_params_P: the model before the round.
+        loss: the root loss; if the updates are sharded, as a function of this rank's own columns.
         shards: which columns the rows hold.
         local_models: whether the caller had the global parameters subtracted. The advice of the
             error below depends on it.
@@ -115,7 +130,8 @@ def screen(
     reasons = _non_finite(clients.rows, [row for row, is_doubtful in enumerate(doubtful) if is_doubtful], shards)
     if len(reasons) == len(clients.rows):
         raise_none_left({**clients.rejected, **reasons})
-    screened = Screened(clients, measured.norms, measured.alignments).without(reasons)
+    scale = torch.maximum(torch.linalg.vector_norm(global_params_P), torch.linalg.vector_norm(direction_P))
+    screened = Screened(clients, measured.norms, measured.alignments, _FAR_OUT * scale).without(reasons)
     _refuse_local_models(sum(like), sum(unlike), len(doubtful) - sum(doubtful), local_models)
     num_usable, num_clients, num_rejected = len(screened.rows), clients.num_clients, len(screened.clients.rejected)
     if sum(against) > _MOST_ATTACKERS * num_usable:
@@ -126,7 +142,7 @@ def screen(
         )
     if 2 * num_rejected > num_clients:
         warnings.warn(f"{num_rejected} of {num_clients} clients sent an unusable update and were rejected", stacklevel=5)
-    return screened
+    return screened.without(harmful(screened.rows, screened.norms, screened.far_out(), shards.own(global_params_P), loss))
 
 
 @dataclass(frozen=True)
@@ -175,9 +191,9 @@ def _measure(rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, s
             norms.append(torch.linalg.vector_norm(part, dim=1))
             products.append(part @ unit_L)
             along.append(part @ model_L)
-    products_2K = torch.stack([torch.cat(products), torch.cat(along)]).double()
-    alignments_K, along_K = shards.sum(products_2K)
-    return _Measured(shards.norms(torch.cat(norms)), alignments_K * direction, along_K)
+    own_products_2K = torch.stack([torch.cat(products), torch.cat(along)]).double()
+    norms_K, (alignments_K, along_K) = shards.of_whole_rows(torch.cat(norms), own_products_2K)
+    return _Measured(norms_K, alignments_K * direction, along_K)
 
 
 def _length(vector_P: Tensor) -> Tensor:
@@ -218,12 +234,6 @@ def _refuse_local_models(num_like: int, num_unlike: int, num_usable: int, local_
         warnings.warn(f"{what}; if these are the honest ones, {remedy}", stacklevel=6)
 
 
-def far_out(screened: Screened, global_params_P: Tensor, direction_P: Tensor) -> list[int]:
-    """The positions of the rows that are longer than the model that they change."""
-    scale = torch.maximum(torch.linalg.vector_norm(global_params_P), torch.linalg.vector_norm(direction_P))
-    return (screened.norms > _FAR_OUT * scale).nonzero().flatten().tolist()
-
-
 def harmful(rows: ClientBlocks, norms_K: Tensor, candidates: list[int], params_L: Tensor, loss: Loss) -> dict[int, str]:
     """Which of the candidate rows drive the root loss out of range alone: position -> reason.
 
@@ -258,15 +268,26 @@ def harmful(rows: ClientBlocks, norms_K: Tensor, candidates: list[int], params_L
     return {**reasons, **dict.fromkeys(order[_ONE_BY_ONE : last + 1], reason)}
 
 
-def culprits(screened: Screened, far_rows: list[int], params_L: Tensor, loss: Loss) -> dict[int, str]:
+def culprits(screened: Screened, params_L: Tensor, loss: Loss, *, again: bool) -> dict[int, str]:
     """Which rows made the masked model's root loss NaN or Inf: position -> reason.
 
     First, the longest rows are tried for some that do so alone; see :func:`harmful`. If there are
     none, all rows that are longer than the model are blamed, because they do it together. If there
     are none of those either, every row is tried, at the cost of one forward and backward pass per
     row. Only a model whose loss breaks with updates that are shorter than itself comes to that.
+
+    Args:
+        screened: the clients whose masks were trained.
+        params_L: the global parameters; if the updates are sharded, this rank's own.
+        loss: the root loss as a function of these parameters.
+        again: whether rows were rejected for this before. Then all rows that are longer than the
+            model go at once, because attackers who are found one by one could make the server
+            train without end.
     """
-    everybody = list(range(len(screened.rows)))
+    far_rows, everybody = screened.far_out(), list(range(len(screened.rows)))
+    if again and far_rows:
+        reason = "its update is longer than the model, and such updates drive the root loss to NaN or Inf"
+        return dict.fromkeys(far_rows, reason)
     reasons = harmful(screened.rows, screened.norms, everybody, params_L, loss)
     if not reasons:
         reason = "its update, together with others as large, drives the root loss to NaN or Inf"
