@@ -9,7 +9,7 @@ from skymask_gpu.engine.training_config import MaskTraining
 
 __all__ = ["check_solver", "choose", "why_not_solver"]
 
-# What ``auto`` takes if none of the solvers with a known cost can run: it needs nothing but torch.
+# ``auto`` takes this solver if none with a known cost can run, because it needs nothing but torch.
 _FALLBACK = "vmap"
 
 

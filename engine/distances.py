@@ -26,7 +26,7 @@ _CHUNK_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class Distances:
-    """The symmetric distances between R rows; they are converted to float64 a few rows at a time.
+    """The symmetric distances between R rows; a few rows at a time are converted to float64.
 
     Attributes:
         stored: ``(R, R)`` of any real dtype.

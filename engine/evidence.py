@@ -1,4 +1,4 @@
-"""The evidence behind a verdict: in which layers a client's mask is unlike the benign ones."""
+"""The evidence of a verdict: the layers in which a client's mask differs from the benign ones."""
 
 from dataclasses import dataclass
 

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 
 import torch
 
-# Elements of a (rows, columns) temporary that keep a CPU busy and stay far below any GPU's memory.
+# The number of elements of a (rows, columns) temporary. It keeps a CPU busy, and is far below the
+# memory of any GPU.
 SMALLEST_TILE = 256
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator failed: CUDA has a class for it, the CPU allocator only has words."""
+    """Whether memory ran out: CUDA's error has a class, the CPU's is known by its words."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
@@ -77,11 +78,11 @@ def in_column_tiles(run: Callable[[int, int], None], num_columns: int, tile: int
 
 @contextmanager
 def explain_out_of_memory(what: str, num_bytes: int, device: torch.device, remedy: str) -> Iterator[None]:
-    """Turn an allocator's failure into one error: what was held, how large it is, what to do."""
+    """Turn an allocator's failure into an error that tells how much was needed, and what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # An inner call may have explained it already.
+        # An inner use of this function may have explained the failure already.
         if not is_out_of_memory(error) or "beyond the updates" in str(error):
             raise
         free = f", {torch.cuda.mem_get_info(device)[0] / 2**20:,.0f} MiB are free" if device.type == "cuda" else ""

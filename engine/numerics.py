@@ -99,7 +99,7 @@ def _set_deterministic_convolutions() -> _Restore:
 # rounding changes the gradient of a ResNet by 5 to 9%, where that of float32 changes it by 0.5%.
 # With TF32, masks would therefore differ from those of a CPU.
 without_tf32 = _Setting(lambda: _set_float32("ieee"))
-# For the benchmark only: what the same forward and backward passes cost in TF32.
+# The benchmark alone uses this, to show what the same forward and backward passes cost in TF32.
 with_tf32 = _Setting(lambda: _set_float32("tf32"))
 # Every process uses the same convolution algorithms, and none that adds in an order of its own, so
 # that a repeated run gives the same numbers.

@@ -71,7 +71,7 @@ def peak_bytes(device: torch.device) -> int:
     Only to be called if :func:`start_peak` returned a number.
     """
     if device.type == "cuda":
-        # This one value, because max_memory_allocated() first flattens a hundred statistics.
+        # Only this value is read: max_memory_allocated() would first flatten a hundred statistics.
         return int(torch.cuda.memory.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"])
     # getrusage would also count what this process held before it called exec.
     peak = resident("VmHWM")

@@ -1,4 +1,4 @@
-"""Where a round's time, memory traffic and memory go, by phase.
+"""Measures where a round's time, memory traffic and memory go, phase by phase.
 
 Code that does the work says ``with phase("mask steps", updates_RP):``. While nobody records, this
 costs one ``if``. Inside ``with recording(device) as record:`` it takes the time and the peak of
@@ -26,7 +26,7 @@ from skymask_gpu.engine.peak_memory import peak_bytes, restart_peak, start_peak
 
 __all__ = ["OTHER", "PhaseCost", "Profile", "Recording", "copy_bandwidth", "phase", "recording"]
 
-# The name under which the time is listed that no phase accounts for.
+# The time that no phase accounts for is listed under this name.
 OTHER = "other"
 
 # The recording that phases are entered into, per thread and task; None while nobody records.

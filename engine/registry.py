@@ -99,7 +99,7 @@ class Registry(Generic[Thing]):
         self._files[name] = file
 
     def remove(self, name: str) -> None:
-        """Take ``name`` out again, as a test does with what it added."""
+        """Remove the thing called ``name``; tests remove what they added."""
         del self._things[name], self._files[name]
 
     def check(self, name: object) -> None:

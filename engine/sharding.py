@@ -185,7 +185,7 @@ class _OnFirstRank(torch.autograd.Function):
 
 
 def own_columns(updates: Any, num_params: int) -> tuple[ColumnShards, Any]:
-    """How the columns of ``updates`` are sharded, and this rank's own columns, ``(N, L)``.
+    """Tell how the columns of ``updates`` are sharded, and return this rank's own, ``(N, L)``.
 
     Anything but a ``DTensor`` is not sharded, has ``num_params`` columns, and is returned as it is.
 

@@ -113,17 +113,17 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _pool(stream: torch.cuda.Stream) -> torch.cuda.MemPool:
     """The memory of all graphs that are replayed on this stream.
 
-    They run one after the other, so that none is in another's way.
+    The graphs run one after the other, so that they can share it.
     """
     with torch.cuda.device(stream.device):
         return torch.cuda.MemPool()
 
 
 def _stop_recording(stream: torch.cuda.Stream) -> None:
-    """Do what torch 2.11 and 2.12 leave undone at the end of a failed capture.
+    """End the allocator's part of a failed capture, which torch 2.11 and 2.12 do not do.
 
-    There the allocator goes on to give out the pool's memory, and ``empty_cache`` would raise an
-    error ever after. It does so on behalf of the graph, which must therefore be alive until here.
+    Without this, the allocator goes on to give out the pool's memory, and ``empty_cache`` raises an
+    error from then on. The allocator knows the pool by its graph, so the graph must still be alive.
     """
     index, pool = stream.device.index, _pool(stream)
     # An error means that a newer torch has done it already, or that the capture never began.

@@ -1,6 +1,6 @@
 """Compiled kernels over stacked updates and mask bits. They know tensors, nothing else.
 
-Every kernel has a folder, in which all of it stands together:
+Every kernel has a folder of its own, which holds all of its files:
 
 | file | what |
 | --- | --- |
@@ -13,9 +13,9 @@ Every kernel has a folder, in which all of it stands together:
 | --- | --- |
 | ``mask_step/`` | one exact step of mask training on all rows: ``fused`` runs on it |
 | ``bins/`` | edges, contents and training steps of bins of rows: ``collapsed`` trains on them |
-| ``cuts/`` | bits of all rows from the history of the bins' training |
+| ``cuts/`` | the bits of all rows, from what the training of the bins left behind |
 | ``hamming/`` | in how many bits each two masks differ |
-| ``ones/`` | how many ones a mask has among the columns in which masks differ |
+| ``ones/`` | how many ones each mask has, in the columns in which the masks differ |
 | ``mean/`` | the mean of the benign updates |
 | ``mixture/``, ``tree/`` | mixtures of two normals, minimum spanning trees: clustering |
 

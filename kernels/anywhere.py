@@ -1,4 +1,4 @@
-"""The kernels of clustering and averaging for any device: where none is compiled, the twin runs.
+"""The kernels of clustering and averaging on any device; where none is compiled, the twin runs.
 
 Masks may be trained in plain PyTorch on any device (``mps``, CUDA without Triton), and must be
 compared and averaged there too. This is the only place where a plain twin stands in for a compiled
@@ -22,7 +22,7 @@ Kernel = Callable[Concatenate[Tensor, P], Tensor]
 
 
 def _or_twin(kernel: Kernel[P], twin: Kernel[P]) -> Kernel[P]:
-    """The kernel where compiled code can run on the device of its first argument, else its twin."""
+    """A function that runs the kernel if the first argument's device has one, and else its twin."""
 
     @wraps(kernel)
     def run(tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which compiled code runs a kernel on which device, or why none can: one policy for all.
+"""Chooses the compiled code for a device, or says why there is none; all kernels do so alike.
 
 A public function never falls back on its own: it runs compiled code, or raises a ValueError with
 the reason. ``anywhere.py`` is the one place that takes a plain twin instead.

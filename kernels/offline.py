@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for a GPU that need not be here, and read off what the compiler made.
+"""Compile every Triton kernel for a GPU that this machine need not have, and describe the result.
 
 ``python -m skymask_gpu.kernels.offline 90`` prints one JSON line per variant: its registers,
 spills, and the instructions, loads and stores of each loop. It must run without TRITON_INTERPRET,
@@ -38,7 +38,7 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([
 class Code:
     """A part of the machine code: a loop without its inner loops, or all outside of loops."""
 
-    # What a thread issues when it passes through the code once.
+    # The number of instructions that a thread issues when it passes through the code once.
     instructions: int
     # Those among them that run in the special function units (exponential, reciprocal, root,
     # population count).
@@ -54,7 +54,7 @@ class CompiledVariant:
 
     kernel: str
     sm: int
-    # Per thread; local memory means that registers are spilt.
+    # These are per thread. If local memory is used, registers were spilt.
     registers: int
     local_bytes: int
     stack_bytes: int
@@ -143,7 +143,7 @@ def count_code(disassembly: str) -> list[Code]:
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
         begin = int(target[1], 16) if target else address + 1
-        # Behind the end come a branch to itself and padding.
+        # After the end, the code has a branch to itself and padding.
         if begin == address or name == "NOP":
             continue
         kept.append((address, name))
@@ -152,7 +152,7 @@ def count_code(disassembly: str) -> list[Code]:
     loops = sorted(end_of.items())
     inside: list[list[str]] = [[] for _ in (None, *loops)]
     for address, name in kept:
-        # The innermost loop is the one that begins last.
+        # The innermost loop around an address is the one that begins last.
         around = [number for number, (begin, end) in enumerate(loops, start=1) if begin <= address <= end]
         inside[around[-1] if around else 0].append(name)
     return [_count(names) for names in inside]
@@ -168,7 +168,7 @@ def _count(names: list[str]) -> Code:
 
 
 def _width(name: str) -> int:
-    """The bytes per thread of a global load or store; its name has the bits if not 32."""
+    """The bytes that a thread moves at once; the name tells the bits unless they are 32."""
     bits = re.search(r"\.[US]?(8|16|64|128|256)\b", name)
     return int(bits[1]) // 8 if bits else 4
 

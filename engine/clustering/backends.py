@@ -1,4 +1,4 @@
-"""Chooses the library for those steps of a verdict that libraries offer.
+"""Chooses the library for the steps of a verdict that libraries can compute.
 
 It is torch (the code of this package), scikit-learn, or cuML.
 """
@@ -74,7 +74,7 @@ def pick_backend(name: str, device: torch.device, num_rows: int) -> Backend:
         from skymask_gpu.engine.clustering import cuml
 
         return _always_sure(cuml.principal_scores, cuml.two_means, two_normals, gaussian_mixture)
-    # fewer than three clients are all kept, and no rule is asked
+    # With fewer than three clients all are kept, and no rule is asked.
     few = num_rows < 4
     if device.type == "cpu" or few or num_rows > _ROWS_WITHOUT_WAITING:
         return _always_sure(spectrum.principal_scores, k_means.two_means, two_normals, gaussian_mixture)

@@ -55,7 +55,7 @@ def signed_by_root(distances: Distances, alignment_N: Tensor | None, copy_N: Ten
 def _reason(facts: Facts) -> str:
     reasons = [copies_reason(facts)] if facts["copies"] else []
     cut = [] if facts["many"] else cut_reasons(facts)
-    # "root alone" is a reason for keeping everyone, which does not fit beside a rejection
+    # The reason "root alone" says why everyone is kept, so it must not stand beside a rejection.
     if not (facts["root alone"] and (reasons or facts["scattered"])):
         reasons += cut
     if facts["scattered"]:

@@ -26,7 +26,8 @@ STARTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5)
 # The variance that a witness must add to those before it, in units of its own variance. Rounding
 # leaves about 1e-16.
 LEAST_VARIANCE = 1e-8
-# What a cut leaves of the variance is at least this share, so that its logarithm is finite.
+# The share of the variance that a cut leaves counts as at least this, so that its logarithm is
+# finite.
 LEAST_LEFT = 1e-6
 _TINY = 1e-12
 
@@ -79,7 +80,7 @@ def em(white_FN: Tensor, used_SF: Tensor, far_SN: Tensor, in_N: Tensor) -> Tenso
     for _ in range(STEPS):
         p_S = shares(far_SN, in_N).clamp(_TINY, 1 - _TINY)
         q_S = 1 - p_S
-        # p times the far mean, which is -q times the near one
+        # This is p times the far side's mean, and also -q times the near side's.
         moment_SF = used_SF * ((far_SN * in_N) @ white_FN.T) / in_N.sum()
         difference_SF = moment_SF / (p_S * q_S)[:, None]
         left_S = (1 - (moment_SF * difference_SF).sum(1)).clamp_min(LEAST_LEFT)
@@ -95,7 +96,7 @@ def shares(far_SN: Tensor, in_N: Tensor) -> Tensor:
 
 
 def nats(far_SN: Tensor, white_FN: Tensor, used_SF: Tensor, in_N: Tensor) -> Tensor:
-    """How much each cut explains of the witnesses that it uses, beyond chance, in nats, ``(S,)``.
+    """How unlikely each cut is by chance, given the witnesses that it uses: in nats, ``(S,)``.
 
     It is 0 where a side is empty, and otherwise -log of a probability, the sum of two parts. The
     log-probability that a given cut of n normal clients leaves as little as 1 - R^2 is
@@ -113,7 +114,7 @@ def nats(far_SN: Tensor, white_FN: Tensor, used_SF: Tensor, in_N: Tensor) -> Ten
 
 
 def effect(values_N: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
-    """How much higher one witness is on the far side than on the near one: z, ``(S,)``.
+    """z, ``(S,)``: how much higher a witness is on the far side than on the near one.
 
     The unit is the spread of the witness within the sides.
     """
@@ -143,7 +144,7 @@ def apart(distances: Distances, far_SN: Tensor, in_N: Tensor) -> Tensor:
     near_SR, far_SR = torch.cat([near_SN, root_S], 1), torch.cat([far_SN, root_S], 1)
     to_near_SR, to_far_SR = distances.times(torch.cat([near_SR, far_SR]).T.contiguous()).T.split(len(far_SN))
     num_near_S, num_far_S = near_SN.sum(1), far_SN.sum(1)
-    # sums of squares around the centroids
+    # the sums of squares around the centroids
     squares_near_S = (near_SR * to_near_SR).sum(1) / (2 * num_near_S)
     squares_far_S = (far_SR * to_far_SR).sum(1) / (2 * num_far_S)
     between_S = (near_SR * to_far_SR).sum(1) / (num_near_S * num_far_S)

@@ -48,14 +48,14 @@ def two_means_without_waiting(x_RK: Tensor, centre_2K: Tensor) -> tuple[Tensor, 
 
 
 def _host_numbers(num_rows: int, seed: int) -> tuple[int, float, float]:
-    """A row and two numbers from [0, 1), which are the same on every device."""
+    """A random row, and two random numbers from [0, 1), which are the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(num_rows, (), generator=generator)
     return int(first), *torch.rand(2, dtype=torch.float64, generator=generator).tolist()
 
 
 def _draw(share_R: Tensor, uniform: float) -> Tensor:
-    """Index ``(1,)`` of the first point whose cumulative share reaches a number from [0, 1)."""
+    """The index, ``(1,)``, of the first point whose cumulated share reaches the drawn number."""
     return (share_R[:-1] < uniform).sum().unsqueeze(0)
 
 
@@ -64,7 +64,7 @@ def _lloyd(x_RK: Tensor, centre_2K: Tensor, steps: int, waits: bool) -> tuple[Te
     settled = torch.zeros((), dtype=torch.bool, device=x_RK.device)
     for _ in range(steps):
         before_R, labels_R = labels_R, torch.where(settled, labels_R, torch.cdist(x_RK, centre_2K).argmin(1))
-        # If all points are on one side, the other side has no mean, so this counts as settled too.
+        # If all points are on one side, the other side has no mean. This counts as settled, too.
         settled = settled | (labels_R == before_R).all() | (labels_R.min() == labels_R.max())
         if waits and settled:
             break

@@ -15,7 +15,7 @@ __all__ = ["published"]
 
 
 def published(distances: Distances, scores_R2: Tensor, seed: int, backend: Backend) -> Ruling:
-    """Keeps the clients in the component that holds the root; everyone, if it holds nobody else."""
+    """Keep the clients in the root's component; if it holds no client, keep everyone."""
     start_R, sure = backend.two_means(scores_R2, starting_centres(scores_R2, seed))
     labels_R = backend.gaussian_mixture(scores_R2, start_R)
     with_root_N = labels_R[:-1] == labels_R[-1]

@@ -1,4 +1,4 @@
-"""What a rule hands over, and how far apart two sides of a cut lie.
+"""``Ruling``, which every rule returns, and how far apart the two sides of a cut lie.
 
 Shapes: N clients, R = N + 1 rows, the root's last.
 """
@@ -18,7 +18,7 @@ Facts = dict[str, float]
 
 @dataclass(frozen=True)
 class Ruling:
-    """A rule's decision, all of it still on the device.
+    """The decision of a rule; all its tensors are still on the device.
 
     Attributes:
         benign_N: which clients are kept, ``(N,)`` bool.
@@ -47,7 +47,7 @@ def mean_of(values_N: Tensor, chosen_N: Tensor) -> Tensor:
 
 
 def separation(distances: Distances, a_N: Tensor) -> Tensor:
-    """Squared distance of the centroids of two sides over their pooled variance, ``()`` float64.
+    """The squared distance of two sides' centroids, over their pooled variance: ``()`` float64.
 
     It is 0 if a side is empty.
     """

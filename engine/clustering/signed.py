@@ -73,7 +73,7 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
 
 
 def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
-    """Clients far worse than those kept, by one witness or by both together, ``(N,)`` bool."""
+    """Which clients are far worse than those kept, by either witness or both, ``(N,)`` bool."""
     zs = []
     for witness_N in witnesses.of_side:
         kept = mean_of(witness_N, kept_N)
@@ -83,12 +83,12 @@ def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
 
 
 def _many_copies(distances: Distances) -> Tensor:
-    """Clients whose masks are copies of two others' masks or more, ``(N,)`` bool."""
+    """Which clients' masks are copies of at least two other masks, ``(N,)`` bool."""
     reach = copy_reach(nearest_neighbours(distances))
     near_R = torch.empty(len(distances), dtype=torch.int64, device=distances.device)
     for first, block_TR in distances.blocks():
         near_R[first : first + len(block_TR)] = (block_TR[:, :-1] < reach).sum(1)
-    # a row is near to itself, so two others make three
+    # A row is near to itself, so with two copies it counts three.
     return near_R[:-1] >= 3
 
 

@@ -1,4 +1,4 @@
-"""Principal scores of masks: from the leading eigenpairs of their centred Gram matrix."""
+"""The principal scores of masks, from the leading eigenpairs of their centred Gram matrix."""
 
 from collections.abc import Callable
 
@@ -42,7 +42,7 @@ def principal_scores(distances: Distances) -> Tensor:
 
 
 def dense_principal_scores(distances: Distances) -> Tensor:
-    """Principal scores by a full eigendecomposition, whatever the number of rows."""
+    """The principal scores by a full eigendecomposition, for any number of rows."""
     return scores_from_eigenpairs(*_by_decomposition(centred_gram(distances)))
 
 
@@ -127,7 +127,7 @@ def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until
     start = torch.randn(len(distances), _BLOCK, dtype=torch.float64, device=distances.device, generator=generator)
     basis_RM = products_RM = start.new_empty(len(distances), 0)
     for number in range(1, _MOST_PRODUCTS + 1):
-        # the second time takes away what rounding left of the basis
+        # Done a second time, because rounding leaves some of the basis after the first.
         for _ in range(2):
             start = torch.linalg.qr(start - basis_RM @ (basis_RM.T @ start)).Q
         product = _centred_times(distances, start)

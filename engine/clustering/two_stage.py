@@ -36,7 +36,7 @@ SEPARATION = 1.0
 # Outliers begin where an edge exceeds the one before it by this ratio. Honest label groups come
 # close to it.
 GAP = 1.35
-# The honest share of the clients that the attack model still allows.
+# The attack model allows 80% attackers. At least this share of the clients is therefore honest.
 SMALLEST_SHARE = 0.2
 # A cut whose sides do not lie that far apart counts too if it is clean and its far side has little
 # to do with the root direction. CLEAN_CUT is Ashman's D of the two normals on the first principal
@@ -96,13 +96,13 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
 
 
 def with_root(x_R: Tensor, scores_R2: Tensor, backend: Backend) -> Tensor:
-    """Clients on the root's side of a cut of the first component ``x_R`` in two normals.
+    """Which clients are on the root's side when two normals are fitted to the component ``x_R``.
 
     The result is ``(N,)`` bool. All clients are on the root's side where there is no first
     component: see ``NO_DIRECTION``.
     """
     side_R = backend.two_normals(x_R, EM_STEPS, VARIANCE_FLOOR)
-    # the eigenvalues
+    # the two leading eigenvalues
     first, second = scores_R2.square().sum(0).unbind()
     return (side_R[:-1] == side_R[-1]) | (second >= (1 - NO_DIRECTION) * first)
 
@@ -178,7 +178,7 @@ def _is_clean_and_astray(x_N: Tensor, alignment_N: Tensor, near_N: Tensor) -> Te
 
 
 def scattered(height_N: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
-    """Kept clients beyond the first gap in the heights, ``(N,)`` bool, and the gap's ratio, ``()``.
+    """Which kept clients lie beyond the first gap in the heights, ``(N,)``, and its ratio, ``()``.
 
     The height of a client is the longest edge on its path to the root in the minimum spanning tree.
     """
@@ -203,7 +203,7 @@ def _reason(facts: Facts) -> str:
 
 
 def cut_reasons(facts: Facts) -> list[str]:
-    """What a cut by the root's side says: nothing, or one reason."""
+    """The reasons that a cut by the root's side gives: none or one."""
     note = ""
     if facts["swapped"]:
         note = " (the root's mask lies with clients that oppose the root direction: the other side is kept)"

@@ -215,7 +215,7 @@ def _judge(
     if not facts["masks differ"]:
         return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, _ALL_EQUAL, judged=False)
     num_clusters = 1 if facts["keeps all"] else 2
-    # where the root's mask lies apart from all others, only outliers and copies can be recognised
+    # If the root's mask lies apart from all others, only outliers and copies can be recognised.
     judged = num_clusters == 2 or not facts.get("root alone", False)
     return ClusteredMasks(
         ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts), judged, ruling.figures
@@ -223,7 +223,7 @@ def _judge(
 
 
 def _on_host(facts: Mapping[str, Tensor | bool]) -> Facts:
-    """Numbers from ``()`` tensors, all in one transfer."""
+    """The values of ``()`` tensors as numbers, by one transfer from the device."""
     numbers = {name: float(fact) for name, fact in facts.items() if not isinstance(fact, Tensor)}
     tensors = {name: fact.to(torch.float64) for name, fact in facts.items() if isinstance(fact, Tensor)}
     if tensors:
@@ -244,7 +244,7 @@ def _not_one_a_client(name: str, num_clients: int, got: str) -> str:
 
 
 def _nothing_to_compare(distances: Distances) -> str | None:
-    """Why everyone is kept without a look at the masks' spread.
+    """Why the masks cannot be compared, so that everyone is kept.
 
     It is None if there is something to compare.
     """

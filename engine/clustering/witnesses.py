@@ -37,7 +37,7 @@ class Witnesses:
 
     @property
     def cosine(self) -> Tensor | None:
-        """The agreement where it is a cosine; None without norms."""
+        """The agreement, if it is a cosine; None if the norms are not known."""
         return None if self.norms is None else self.agreement
 
     @property

@@ -80,7 +80,7 @@ LONE, FAR_APART, FAR_APART_Z = 1 / 3, 0.8, -2.0
 
 @dataclass(frozen=True)
 class Cut:
-    """A cut, and how its far side differs.
+    """A cut of the clients, and how its far side differs from the near one.
 
     Attributes:
         far_N: the clients that are cut off, ``(N,)`` bool; nobody if no cut counts.
@@ -116,7 +116,7 @@ def worse_side(distances: Distances, scores_N2: Tensor, witnesses: Witnesses, am
     witness_F = torch.arange(num + 2, device=in_N.device)
     used_SF = torch.cat([(witness_F < number).expand(len(start_SN), -1) for number, start_SN in plan])
     split_SN = em(white_FN, used_SF, torch.cat([start_SN for _, start_SN in plan]), in_N)
-    # either side may be the worse one
+    # Either side may be the worse one, so both are tried as the far side.
     sides = _Sides.measured(torch.cat([split_SN, ~split_SN]) & among_N, distances, witnesses, in_N)
     used_SF = torch.cat([used_SF, used_SF])
     used_S = used_SF.sum(1)

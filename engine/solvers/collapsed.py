@@ -1,11 +1,9 @@
-"""Approximate: masks of B bins per column instead of R rows.
+"""The collapsed solver is approximate: it trains the masks of B bins per column, not of R rows.
 
-A cut per column then gives every row its bits.
-
-A step costs O(B P) for any number of rows. The rows are read three times: a sample of them for the
-edges of the bins, all of them for the means of the bins, and all of them for the bits. There are
-never (R, P) logits. The maths is in ``kernels/bins`` and ``kernels/cuts``, and in
-``docs/collapsed.md``.
+A cut per column then gives every row its bits. A step costs O(B P) for any number of rows. The rows
+are read three times: a sample of them for the edges of the bins, all of them for the means of the
+bins, and all of them for the bits. There are never (R, P) logits. The maths is in ``kernels/bins``
+and ``kernels/cuts``, and in ``docs/collapsed.md``.
 """
 
 import torch
@@ -27,10 +25,10 @@ SAMPLED_ROWS = 64
 _BINS_AT_ONCE = 4
 # The largest number of elements of a temporary that is made from a few columns of all rows.
 _CHUNK_ELEMENTS = 2**22
-# Costs per parameter, see COST_SOURCES: of reading a row, of a step of a bin, and of the sample and
-# the cut. On a CPU the first two are measured by ``python -m skymask_gpu.bench.costs``. The third
-# varies most between measurements; it is set so that fused and collapsed cost the same at 60 rows.
-# On a GPU, bins have logits, means and counts.
+# Costs per parameter, see COST_SOURCES. The three are the cost of reading a row, that of a step of
+# a bin, and that of the sample and the cut. On a CPU the first two are measured by ``python -m
+# skymask_gpu.bench.studies.costs``. The third varies most between measurements; it is set so that
+# fused and collapsed cost the same at 60 rows. On a GPU, bins have logits, means and counts.
 _ROW = {"cpu": 1.25, "cuda": 8.0}
 _BIN_STEP = {"cpu": 0.68, "cuda": 14.0}
 _COLUMN = {"cpu": 300.0, "cuda": 1000.0}

@@ -1,4 +1,4 @@
-"""Exact: one pass over updates and logits per step.
+"""The fused solver is exact, and passes over updates and logits once per step.
 
 The pass is a Triton kernel on a GPU and a compiled loop on a CPU. The loss depends on the masks
 only through the masked mean, so the pass that applies step t can also gather the two sums that step
@@ -21,7 +21,8 @@ from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import first_step, last_step, next_step, why_not
 
 # What a step costs per row and parameter, see COST_SOURCES. On a CPU it is measured by ``python -m
-# skymask_gpu.bench.costs``. On a GPU, float32 logits are read and written and updates read.
+# skymask_gpu.bench.studies.costs``. On a GPU it is the number of bytes: float32 logits are read and
+# written, and updates are read.
 _ROW_STEP = {"cpu": 0.68, "cuda": 12.0}
 
 

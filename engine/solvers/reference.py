@@ -1,6 +1,7 @@
-"""The definition: plain PyTorch, one client and one layer at a time, with autograd for the masks.
+"""The reference solver defines what the masks are, in plain PyTorch with autograd.
 
-There is no kernel and no shortcut in it, because it is written to be read. Every other solver is
+It works on one client and one layer at a time, without kernels or shortcuts, because it is written
+to be read. Every other solver is
 checked against it, and it is the baseline of the benchmark.
 """
 
@@ -46,7 +47,8 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
         gradients = torch.autograd.grad(value, all_logits)
         with torch.no_grad():
             for layer_logits, gradient in zip(all_logits, gradients, strict=True):
-                # In units of the clip, so that a full step is exactly lr * clip.
+                # The gradient is measured in units of the clip, so that a full step is exactly lr *
+                # clip.
                 layer_logits -= (gradient / config.grad_clip).clamp(-1, 1) * config.full_step
         losses.append(value.item())
         if config.is_plateau(losses):

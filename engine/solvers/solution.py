@@ -61,12 +61,12 @@ def loss_and_gradient(loss: Loss, params_P: Tensor) -> tuple[Tensor, Tensor]:
         (grad_P,) = torch.autograd.grad(value, params_P)
     # If any element is NaN, so are both.
     lowest, highest = grad_P.aminmax()
-    # masked_fill passes NaN with its launch; torch.where would copy it to the GPU and wait.
+    # masked_fill passes the NaN with its launch. torch.where would copy it to the GPU and wait.
     return value.detach().masked_fill(~(lowest.isfinite() & highest.isfinite()), torch.nan), grad_P
 
 
 def stops(config: MaskTraining) -> list[int]:
-    """The steps at which training may end: those of the checks for a plateau, and the last one."""
+    """The steps after which training may end: each check for a plateau, and the last step."""
     return [step for step in range(config.steps) if config.is_check(step) or step == config.steps - 1]
 
 
@@ -104,7 +104,8 @@ class MaskedModel:
     def evaluate(self) -> None:
         """The model's forward and backward pass: it stores the loss and ``slope_P``."""
         value, grad_P = loss_and_gradient(self._loss, self._global_params_P + self.mean_P)
-        # Kept finite, so that a client that equals the mean gets 0 * slope = 0, and not NaN.
+        # The slope is kept finite, so that a client that equals the mean gets 0 * slope = 0 and not
+        # NaN.
         torch.clamp(grad_P / self.gate_sum_P / self._grad_clip, -self._largest, self._largest, out=self.slope_P)
         self._losses_T.index_copy_(0, self._step_1, value.to(torch.float64).reshape(1))
         if self._keep_history:

@@ -1,4 +1,4 @@
-"""Exact: all rows at once with ``torch.func.vmap`` and autograd; it needs no kernel."""
+"""The vmap solver is exact; ``torch.func.vmap`` trains all rows at once, without kernels."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradien
 from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.training_config import MaskTraining
 
-# Elements of a temporary: as many as stay in the cache of a CPU, and enough to occupy a GPU.
+# The number of elements of a temporary: it fits in the cache of a CPU, and occupies a GPU.
 _TILE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
@@ -66,8 +66,8 @@ def _gate_and_weighted(logits_P: Tensor, update_P: Tensor) -> tuple[Tensor, Tens
 
 
 def _first_order_loss(logits_P: Tensor, update_P: Tensor, mean_P: Tensor, gate_sum_P: Tensor, grad_P: Tensor) -> Tensor:
-    """What one row's logits add to the loss, to first order.
+    """A first-order model of what one row's logits add to the loss.
 
-    Its gradient is that of the loss, by the quotient rule.
+    Its gradient with respect to these logits is that of the loss, by the quotient rule.
     """
     return (grad_P * torch.sigmoid(logits_P) * (update_P - mean_P) / gate_sum_P).sum()

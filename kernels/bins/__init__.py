@@ -44,9 +44,10 @@ MOST_ROWS = 2**16 - 1
 def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
     """Edges, ``(num_bins - 1, P)`` float32 ascending, between bins that follow the data.
 
-    Each inner bin covers the same share of a sum over the sampled range: the sum of the roots of
-    the gaps between neighbouring values. Its density lies between equal counts and equal widths.
-    Gaps are clamped to ``WIDEST_GAP``. The two outermost bins begin beyond the sample and hold
+    The inner edges divide the sampled range so that each bin gets the same share of one sum: that
+    of the square roots of the gaps between neighbouring values. This is a compromise between bins
+    of equal counts and bins of equal widths.
+    A gap counts as at most ``WIDEST_GAP``. The two outermost bins begin beyond the sample and hold
     outliers that it missed, so one scaled client cannot move a bin that other clients are in.
 
     Args:

@@ -21,10 +21,11 @@ from skymask_gpu.kernels.shared.cpu_step import move_and_add
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
 from skymask_gpu.kernels.shared.vectors import LANES, LINE, WIDE, fetch
 
-# Columns per tile: edges, counts and sums of 32 bins, and the rows at hand, fit in L2.
+# Columns per tile: the edges, counts and sums of 32 bins fit in the L2 cache, beside the rows that
+# are being read.
 TILE = 512
 ROWS_AT_ONCE = 128
-# Columns per tile of the sort: 64 sampled rows of them fit in L1.
+# Columns per tile of the sort: their values in 64 sampled rows fit in the L1 cache.
 SORT_TILE = 128
 assert ROWS_AT_ONCE <= MOST_ROWS_AT_ONCE
 assert TILE % WIDE == SORT_TILE % WIDE == 0
@@ -99,7 +100,8 @@ def _copy_rows(num_rows, width, from_, from_stride, to, to_stride):
         copy(to[row * to_stride : row * to_stride + width], from_[row * from_stride : row * from_stride + width])
 
 
-# Inlined, because a call costs the pass 3%: LLVM no longer sees that the arrays do not overlap.
+# Inlined, because behind a call LLVM no longer sees that the arrays do not overlap, and the pass
+# takes 3% longer.
 @njit(inline="always", **JIT)
 def _take_rows(num_rows, width, rows, at, stride, value_T, lowest_T, highest_T):
     """Copy rows from ``rows[at:]`` as floats, 16 columns' rows side by side, and widen the ends."""
@@ -144,7 +146,8 @@ def _bins_pass(num_rows, rows, stride, num_params, edges, counts, sums, lowest, 
         for first in range(0, num_rows, ROWS_AT_ONCE):
             some_rows = min(ROWS_AT_ONCE, num_rows - first)
             _take_rows(some_rows, width, rows, first * stride + a, stride, value_T, lowest_T, highest_T)
-            # What comes next is fetched meanwhile, a part of it with every 16 columns.
+            # The rows that come next are fetched into the cache meanwhile, a part with every 16
+            # columns.
             next_row, next_column = (0, a + TILE) if first + some_rows == num_rows else (first + some_rows, a)
             next_at, next_width = next_row * stride + next_column, min(TILE, end - next_column)
             next_rows = min(ROWS_AT_ONCE, num_rows - next_row)
@@ -175,7 +178,7 @@ def _step_pass(
 ):
     """``logits``, ``centres`` and ``counts`` are the flat memory of (B, P) arrays."""
     num_bins = logits.size // num_params
-    # Where the last columns, fewer than 64, are copied to.
+    # The last columns, if they are fewer than 64, are copied to here.
     logit_W, centre_W, count_W = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
     slope_T, mean_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     gate_sum_T, weighted_sum_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
@@ -222,7 +225,7 @@ def bin_step(
 ) -> tuple[Tensor, Tensor]:
     num_params = slope_P.numel()
     gate_sum_P, weighted_sum_P = torch.empty(num_params), torch.empty(num_params)
-    # A view and never a copy, because the logits are written.
+    # This must be a view and not a copy, because the logits are overwritten.
     bins = (x.view(-1).numpy() for x in (logits_BP, centres_BP, counts_BP))
     vectors = (slope_P.numpy(), mean_P.numpy(), np.float32(full_step), gate_sum_P.numpy(), weighted_sum_P.numpy())
     arguments = (num_params, *bins, *vectors)

@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 4
 STEP_BLOCK_B = 8
 STEP_BLOCK_P = 256
 STEP_WARPS = 8
-# What the offline compile assumes: the defaults of training (bins, sampled rows).
+# The offline compile assumes the defaults of training: 32 bins and 64 sampled rows.
 NUM_BINS = 32
 SAMPLED_ROWS = 64
 
@@ -54,7 +54,7 @@ def bin_edges_kernel(
     mask_s = offs_s < num_sampled
     last = num_sampled - 1
     row = tl.load(sampled_ptr + offs_s, mask=mask_s, other=0)  # [BLOCK_S]
-    # Nobody has checked the numbers, which would make the host wait. One that is no row must not
+    # The row numbers are not checked, because that would make the host wait. A wrong one must not
     # read other memory.
     row = tl.minimum(tl.maximum(row, 0), num_rows - 1)
     value = tl.load(
@@ -128,7 +128,8 @@ def bin_rows_kernel(
     for first in range(0, num_rows, ROWS_AT_ONCE):
         for i in tl.static_range(ROWS_AT_ONCE):
             row = first + i
-            # A row beyond the last is NaN, which is in no bin and at no end.
+            # A row beyond the last is read as NaN, which no comparison puts into a bin or at an
+            # end.
             row_width = tl.where(row < num_rows, num_cols, 0)
             value = tl.load(
                 rows_ptr + tl.cast(row, tl.int64) * rows_stride_units * VEC + offs_p,

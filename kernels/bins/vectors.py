@@ -24,7 +24,7 @@ from skymask_gpu.kernels.shared.vectors import (
     vector_code,
 )
 
-# Bins that add_to_bins works on at once: their sums, counts and edges stay in registers.
+# The number of bins that add_to_bins fills at once: their sums, counts and edges stay in registers.
 GROUP = 4
 # The most rows whose count a byte holds.
 MOST_ROWS_AT_ONCE = 255
@@ -50,18 +50,18 @@ def order_reference(values, low, high):
 
 @vector_code(types.int64)
 def inner_edges(builder, ordered, reached, stride, num_rows, column, share, first, edges, to):
-    """Write to ``edges[to:]`` where, in 16 columns, ``reached`` passes ``share`` of its last row.
+    """Find one edge in each of 16 columns: where ``reached`` passes ``share`` of its last row.
 
     Row i of ``ordered`` (the sorted values) and ``reached`` (which ascends from 0) begins at
-    ``i * stride``. An edge is interpolated between the two values around it. It is not below the
-    edge before, which ``edges`` holds.
+    ``i * stride``. An edge is interpolated between the two values around it, and is written to
+    ``edges[to:]``. It is never below the edge before it, which ``edges`` already holds.
 
     Args:
         share: below 1.
         first: a row before which no column passes; at most the last row.
 
     Returns:
-        Such a row for every larger share.
+        A row that can be passed as ``first`` with every larger share.
     """
     last = builder.add(column, builder.mul(stride, builder.sub(num_rows, INDEX(1))))
     target = builder.fmul(load(builder, reached, last, FLOATS), spread(builder, share, FLOATS))
@@ -83,26 +83,27 @@ def _rows_below(builder, reached, target, column, stride, first, last):
     def next_row(place, count):
         below = builder.fcmp_ordered("<", load(builder, reached, place, FLOATS), target)
         any_below = builder.icmp_unsigned("!=", builder.bitcast(below, llvm.IntType(LANES)), llvm.IntType(LANES)(0))
-        # A true lane, extended, is -1.
+        # A lane that is true becomes -1 when it is extended to an integer.
         place, count = builder.add(place, stride), builder.sub(count, builder.sext(below, _WORDS))
         return (place, count), builder.and_(any_below, builder.icmp_signed("<", place, last))
 
     counts = spread(builder, builder.trunc(first, llvm.IntType(32)), _WORDS)
     start = builder.add(column, builder.mul(stride, first))
-    # If ``first`` is the last row, the one passage counts nothing, because it is not below its
-    # share.
+    # If ``first`` is the last row, the loop's only passage counts nothing, because that row is not
+    # below the target.
     _, counts = repeat(builder, (start, counts), next_row)
     return counts
 
 
 def _around(builder, ordered, reached, column, stride, rows):
-    """The values in the row before each column's row and in it, then what is reached in both."""
+    """For each column, the values in its row and in the row before, and what both have reached."""
     around = [llvm.Constant(FLOATS, llvm.Undefined)] * 4
     for lane in range(LANES):
         number = llvm.IntType(32)(lane)
         row = builder.sext(builder.extract_element(rows, number), INDEX)
         at = builder.add(builder.add(column, INDEX(lane)), builder.mul(row, stride))
-        # Row 0 has none before it: all values are equal there, or there is only one.
+        # Row 0 has no row before it. It is asked for only if all values are equal or there is only
+        # one.
         before = builder.select(builder.icmp_signed("==", row, INDEX(0)), at, builder.sub(at, stride))
         loads = [_element(builder, data, place) for data in (ordered, reached) for place in (before, at)]
         around = [builder.insert_element(v, x, number) for v, x in zip(around, loads, strict=True)]
@@ -151,7 +152,8 @@ def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
     """Add rows of 16 values to ``GROUP`` neighbouring bins, whose lower edges are ``edges[to:]``.
 
     Row i is ``values[at + i * LANES:]``. Bin b's edges begin at ``to + b * stride``; ``counts``
-    (uint16) and ``sums`` lie alike, and ``edges`` has one bin more. Rows are added in turn.
+    (uint16) and ``sums`` have the same layout, and ``edges`` has one row more. Rows are added one
+    after the other.
 
     Args:
         num_rows: 1 to ``MOST_ROWS_AT_ONCE``.
@@ -167,7 +169,8 @@ def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
         sums_so_far, counts_so_far = totals[:GROUP], totals[GROUP:]
         value = load(builder, values, builder.add(at, builder.mul(row, INDEX(LANES))), FLOATS)
         reached = [builder.fcmp_ordered(">=", value, e) for e in edge]
-        # Edges ascend, so a value that has reached one of a bin's two edges lies inside.
+        # Edges ascend, so a value that has reached exactly one of a bin's two edges lies inside the
+        # bin.
         inside = [builder.xor(reached[b], reached[b + 1]) for b in range(GROUP)]
         added = [builder.select(i, builder.fadd(sum_, value), sum_) for i, sum_ in zip(inside, sums_so_far, strict=True)]
         counted = [builder.sub(count, builder.sext(i, _BYTES)) for i, count in zip(inside, counts_so_far, strict=True)]

@@ -1,9 +1,9 @@
-"""Bits of all rows from the training of bins: the history is replayed, and a cut per column found.
+"""The bits of all rows after the bins are trained: the history is replayed, and cuts are found.
 
 The logit of a row after training depends on its update alone, once the history (slope and mean of
-each step and column) is known: ``replay`` computes it. Read off in the order of the updates, a
-column's bits change at most once almost everywhere. So a cut and a direction per column stand in
-for the replay of every row:
+each step and column) is known: ``replay`` computes it. In almost every column,
+the bits change at most once when rows are ordered by their updates. One cut and one direction per
+column therefore replace the replay of every row:
 
     bit = (update < cut) == left
 

@@ -13,7 +13,7 @@ from skymask_gpu.kernels.shared.vectors import WIDE, pack_below
 
 # Columns per tile.
 TILE = 512
-# Columns whose cuts stay in L2 while the rows are read.
+# The number of columns whose cuts stay in the L2 cache while the rows are read.
 CUT_TILE = 32768
 assert TILE % WIDE == 0
 
@@ -48,7 +48,7 @@ def _replay_pass(
 
 @njit(**JIT)
 def _follow(value_T, bit_T, filled_T, last_T, before_T, below_T, above_T, crossings_T):
-    """Go on to the next probe of each column; note the first change of the bit, and count all."""
+    """Take each column's next probe; note where the bit first changes, and count the changes."""
     for k in range(value_T.size):
         changed = (filled_T[k] != 0) & (bit_T[k] != before_T[k])
         first = changed & (crossings_T[k] == 0)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 __all__ = ["BISECTIONS", "cut_bits_reference", "find_cuts_reference", "replay_reference"]
 
-# How often the interval between two probes, in which a column's bits change, is halved.
+# The number of times that the interval between two probes with different bits is halved.
 BISECTIONS = 10
 
 

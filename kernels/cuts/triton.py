@@ -13,7 +13,7 @@ from torch import Tensor
 from skymask_gpu.kernels.cuts.reference import BISECTIONS
 from skymask_gpu.kernels.shared.triton import Variant, kernel, launch_options, moved, on_device_of, vector_elements
 
-# Values per column that share one reading of the history.
+# The number of values per column that are replayed while the history is read once.
 REPLAY_BLOCK_V = 2
 REPLAY_BLOCK_P = 1024
 REPLAY_WARPS = 4
@@ -22,7 +22,7 @@ CUTS_WARPS = 1
 BITS_BLOCK_R = 8
 BITS_BLOCK_P = 256
 BITS_WARPS = 8
-# Rows per program of the bits, which reads the cuts of its columns once.
+# The number of rows for which one program writes the bits. It reads the cuts of its columns once.
 BITS_ROWS = 64
 
 

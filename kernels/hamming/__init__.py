@@ -7,7 +7,8 @@ With G the Gram matrix of the 0/1 matrix, rows i and j differ in
 bits, which is also the population count of their exclusive or. Counts are integers, so every way of
 computing them gives the same result. Columns in which all rows agree add nothing, so with many rows
 only the other columns are looked at. In masks of 500 clients (a CNN on MNIST) 19 to 30% of the
-columns vary, which lie in 48 to 67% of the bytes; under noise 72%, in 94% of the bytes.
+columns vary, and 48 to 67% of the bytes hold one of these. If attackers send noise, 72% of the
+columns vary, and 94% of the bytes hold one.
 
 Shapes: R rows of packed bits, ``(R, bytes)`` uint8. Devices: CUDA through Triton, CPU through
 Numba.
@@ -48,7 +49,8 @@ def hamming_counts(bits: Tensor, unit: int = 1, dtype: torch.dtype = torch.int32
     check_number("unit", unit, 1)
     if dtype not in _MOST:
         raise ValueError(f"dtype must be torch.int32 or torch.uint16, got {dtype}")
-    # The last byte holds at least one bit that is no padding. Counts are int32 before the division.
+    # The last byte has at least one bit that is not padding. Counts are int32 before they are
+    # divided by the unit.
     most = 8 * bits.shape[1] - 7
     if most > _MOST[torch.int32] or (most + unit // 2) // unit > _MOST[dtype]:
         raise ValueError(f"dtype must hold counts of {most:,} bits in units of {unit}, got {dtype}; use a larger unit")

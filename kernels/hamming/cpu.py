@@ -16,25 +16,25 @@ from skymask_gpu.kernels.shared.cpu import JIT, varying_pass
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
 from skymask_gpu.kernels.shared.vectors import INDEX, address, call, repeat, vector_code
 
-# Rows of one tile (in L2) and of the other (in L1), and the bytes per row that are compared before
-# the next ones.
+# The rows of the two tiles that are compared, one in the L2 cache and one in the L1 cache, and the
+# bytes of each row that are compared before the next ones are.
 TILE, OTHER_TILE, CHUNK = 64, 16, 1024
-# Rows of the other tile that are compared at once.
+# The number of rows of the second tile that are compared at once with a row of the first.
 GROUP = 4
 # From this number of rows on, packing costs less than it saves. Measured on masks of a CNN on
 # MNIST: with 500 rows both cost the same.
 MANY_ROWS = 1024
-# Bytes per row that one thread looks at before it goes to the next row.
+# The number of bytes of a row that a thread reads before it goes to the next row.
 _BYTES_AT_ONCE = 4096
 _VECTOR = llvm.VectorType(llvm.IntType(64), 8)
 
 
 @vector_code(types.void)
 def add_differing(builder, bits, a, b, stride, last, vectors, sums, to):
-    """Add to ``sums[to + n]`` in how many bits ``bits[a:]`` and ``bits[b + n * stride:]`` differ.
+    """Count the bits in which ``bits[a:]`` and ``bits[b + n * stride:]`` differ, for n < GROUP.
 
-    That is done for n < GROUP at once. Where ``b + n * stride`` lies beyond ``last``, ``last`` is
-    looked at instead.
+    The counts are added to ``sums[to + n]``. If ``b + n * stride`` lies beyond ``last``, ``last``
+    takes its place.
 
     Args:
         vectors: how many times 64 bytes are compared, at least 1.
@@ -119,7 +119,7 @@ def _pack_pass(bits, num_bytes, at_V, flags_V, chosen, packed_RC, begin, end):
 
 @cache
 def _chosen_bits() -> np.ndarray:
-    """``[flags, byte]``: the bits of the byte where flags are set, moved to the low end."""
+    """A table, ``[flags, byte]``: the byte's bits whose flags are set, moved to the low end."""
     chosen = np.zeros((256, 256), np.uint8)
     flags, byte = np.arange(256)[:, None], np.arange(256)[None]
     number = np.zeros((256, 1), np.int64)
@@ -131,7 +131,7 @@ def _chosen_bits() -> np.ndarray:
 
 
 def without_constant_columns(bits: Tensor) -> Tensor:
-    """The columns in which not all rows agree, packed anew, ``(R, bytes)``; at least one byte."""
+    """Pack only the columns in which rows differ, into ``(R, bytes)``, at least one byte."""
     num_rows, num_bytes = bits.shape
     flat = bits.contiguous().view(-1).numpy()
     varying_B = np.zeros(num_bytes, np.uint8)

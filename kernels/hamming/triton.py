@@ -32,13 +32,14 @@ POPCOUNT_ROWS = 16
 # of the rows, finding and copying the bytes with their number. This follows from bytes and
 # operations; it is not measured on a GPU.
 MANY_ROWS = 2048
-# Enough to fill any current GPU (an H200 has 132 multiprocessors) without many atomics.
+# This number of programs fills any current GPU (an H200 has 132 multiprocessors), and needs few
+# atomics.
 ENOUGH_PROGRAMS = 512
 
 
 @triton.jit
 def _share_of_units(units_ptr):
-    """The units of this program: from, to."""
+    """The first unit of this program, and the first one after its last."""
     num_units = tl.load(units_ptr)
     share = tl.cdiv(num_units, tl.num_programs(2))
     begin = tl.program_id(2) * share
@@ -131,13 +132,13 @@ def hamming_counts(bits: Tensor, unit: int, dtype: torch.dtype) -> Tensor:
 
 
 def varying_bytes(bits: Tensor) -> Tensor:
-    """``(bytes,)`` bool: in which bytes not all rows are equal. One read of the bits."""
+    """The bytes in which not all rows are equal, ``(bytes,)`` bool. The bits are read once."""
     lowest, highest = bits.aminmax(dim=0)
     return lowest != highest
 
 
 def popcount_counts(bits: Tensor, columns: Tensor | None = None) -> Tensor:
-    """``(R, R)`` int32, by population count."""
+    """Count the differing bits by population counts, ``(R, R)`` int32."""
     return _sum_over_units(hamming_popcount_kernel, bits, columns, POPCOUNT_BLOCK_R, POPCOUNT_WARPS)
 
 
@@ -185,8 +186,8 @@ def _words(bits: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
         order = columns.argsort(descending=True, stable=True)
         bits = bits.index_select(1, order).mul_(columns[order])
         units_1 = (columns.sum(dtype=torch.int32).view(1) + unit_bytes - 1) // unit_bytes
-    # Rows that are no multiple of a unit are copied: that is less than one tile of rows has to
-    # read.
+    # If the rows' length is no multiple of a unit, they are copied and padded. This moves fewer
+    # bytes than one tile of rows has to read.
     padding = -bits.shape[1] % unit_bytes
     padded = torch.nn.functional.pad(bits, (0, padding)) if padding else bits.contiguous()
     return padded.view(torch.uint32), units_1

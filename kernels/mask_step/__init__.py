@@ -44,7 +44,7 @@ __all__ = [
 def first_step(
     updates_RP: Tensor, logits_RP: Tensor, slope_P: Tensor, mean_P: Tensor, *, init: float, full_step: float
 ) -> tuple[Tensor, Tensor]:
-    """The step from logits that all equal ``init``: reads no logits, writes ``logits_RP``.
+    """Take the first step: all logits equal ``init``, so none are read; ``logits_RP`` is written.
 
     Args:
         updates_RP: ``(R, P)`` float32 or bfloat16 (on a CPU float64 too), unit column stride.
@@ -75,7 +75,7 @@ def first_step(
 def next_step(
     updates_RP: Tensor, logits_RP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
-    """A step from stored logits: reads and overwrites ``logits_RP``.
+    """Take a step from stored logits, which it reads and overwrites in ``logits_RP``.
 
     Arguments, result and errors are those of :func:`first_step`.
 

@@ -16,16 +16,17 @@ from skymask_gpu.kernels.shared.vectors import WIDE, pack_above
 # Columns per tile. Slopes, means and both sums fit in a part of L2 while the rows are read, and a
 # row's part of a tile is long enough for the processor to fetch ahead.
 TILE = 8192
-# Rows that are added up before they join the total, so that the rounding of float32 does not grow
-# with the number of clients.
+# The number of rows that are added up by themselves before their sum joins the total. This way the
+# rounding of float32 does not grow with the number of clients.
 ROWS_A_BATCH = 64
 assert TILE % WIDE == 0
 
 # --- the passes ---
 
 
-# Matrices arrive flat, row i at i * stride; vectors_2P holds slope and mean. The last columns, if
-# fewer than 64, are copied to where there is room for 64.
+# Matrices arrive as flat arrays, in which row i begins at i * stride. vectors_2P holds the slope
+# and the mean. The last columns, if they are fewer than 64, are copied to where there is room for
+# 64.
 
 
 @njit(**JIT)

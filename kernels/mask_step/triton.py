@@ -1,9 +1,10 @@
 """The mask step in Triton: the kernel and its launchers.
 
-Traffic per step and element in float32: an update and a logit are read and a logit is written, 12
-bytes (first step 8, last step 8 and one bit). A program owns BLOCK_P columns and walks down its
-share of the rows. So the sums over rows need no atomics and are the same in every run. PyTorch adds
-up the shares at the end.
+A step moves 12 bytes per element in float32: it reads an update and a logit, and writes a logit.
+The first step reads no logit (8 bytes), and the last one writes a bit instead (8 bytes and a bit).
+
+A program owns BLOCK_P columns and walks down its share of the rows. The sums over rows therefore
+need no atomics, and are the same in every run. PyTorch adds up the shares at the end.
 """
 
 import torch
@@ -66,7 +67,8 @@ def mask_step_kernel(
         offs_r = row + tl.arange(0, BLOCK_R)
         mask_r = offs_r < row_end
         mask = mask_r[:, None] & mask_p[None, :]
-        # R * P exceeds 2**31, so rows become 64-bit before they are multiplied by a stride.
+        # R * P can exceed 2**31, so row numbers become 64-bit before they are multiplied by a
+        # stride.
         rows_64 = offs_r.to(tl.int64)[:, None]
         update = tl.load(updates_ptr + rows_64 * updates_stride_units * VEC + offs_p[None, :], mask=mask, other=0.0).to(
             tl.float32
@@ -142,13 +144,13 @@ def last_step(
 
 
 def _num_splits(num_rows: int, num_params: int) -> int:
-    """How many programs share a column block: more where few columns would leave the GPU idle."""
+    """The number of programs that share a block of columns; with few columns, more fill a GPU."""
     wanted = -(-ENOUGH_PROGRAMS // triton.cdiv(num_params, BLOCK_P))
     return max(1, min(wanted, triton.cdiv(num_rows, 8 * BLOCK_R)))
 
 
 def _empty_sums(updates_RP: Tensor) -> Tensor:
-    """Room for both sums of each share of the rows, ``(2, splits, P)`` float32."""
+    """Memory for both sums of each share of the rows, ``(2, splits, P)`` float32."""
     num_rows, num_params = updates_RP.shape
     num_splits = _num_splits(num_rows, num_params)
     # Both begin at multiples of 16 bytes, whatever the number of splits. Otherwise Triton would
@@ -170,7 +172,7 @@ def _launch(
     init: float = 0.0,
     threshold: float = 0.0,
 ) -> None:
-    """One launch. ``out`` is what it writes beside logits: both sums, or the bits (uint8)."""
+    """Launch the kernel. Besides logits it writes to ``out``: both sums, or the bits (uint8)."""
     num_rows, num_params = updates_RP.shape
     vec = vector_elements(num_params, updates_RP, logits_in_RP, logits_out_RP)
     num_splits = _num_splits(num_rows, num_params)

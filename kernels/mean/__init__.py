@@ -2,7 +2,7 @@
 
     mean[k] = sum over chosen i of rows[i, k] / number of chosen rows
 
-A row that is not chosen never enters, whatever it holds: NaN and 1e30 leave no trace. That is also
+A row that is not chosen is never read, so NaN or 1e30 in it leave no trace. This is also
 why the mean is not gathered in an earlier pass over the updates. Who is benign is known only after
 clustering, and if the rejected rows were subtracted from the sum of all rows, one large hostile row
 would destroy the mean by cancellation.

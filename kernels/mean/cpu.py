@@ -8,7 +8,7 @@ from torch import Tensor
 from skymask_gpu.kernels.shared.cpu import JIT, flat, widen
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
 
-# Columns whose sums stay in the cache.
+# The number of columns whose sums stay in the cache.
 TILE = 1024
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 __all__ = ["chosen_mean_reference"]
 
-# Elements that are copied at a time.
+# The number of elements that are copied to float64 at a time.
 _CHUNK_ELEMENTS = 2**22
 
 

@@ -56,7 +56,7 @@ def chosen_mean_kernel(
 
 
 def split_rows(num_rows: int, num_params: int) -> int:
-    """How many rows one program adds up: fewer where few columns would leave the GPU idle."""
+    """The number of rows that one program adds up; if there are few columns, fewer fill the GPU."""
     wanted_splits = triton.cdiv(ENOUGH_PROGRAMS, triton.cdiv(num_params, BLOCK_P))
     num_splits = max(1, min(wanted_splits, triton.cdiv(num_rows, 2 * BLOCK_R)))
     return triton.cdiv(triton.cdiv(num_rows, num_splits), BLOCK_R) * BLOCK_R

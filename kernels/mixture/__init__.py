@@ -10,8 +10,8 @@ the two components, and p[i, c] the probability that row i belongs to component 
 (Dempster, Laird & Rubin 1977). All of it is computed in float64. Shapes: R rows, K dimensions.
 
 Devices: on CUDA one Triton launch takes all steps to convergence, without the host. On a CPU the
-plain twins run. Triton rounds its sums in another order, so a row that belongs to both components
-alike may come out on the other side.
+plain twins run. Triton adds up its sums in another order, so a row that is equally likely in both
+components may get the other label.
 """
 
 from functools import partial
@@ -39,9 +39,10 @@ __all__ = [
 
 
 def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
-    """To which of two normals each number belongs: labels 0 or 1, ``(R,)`` int64.
+    """Label each number with the normal that it belongs to, 0 or 1: ``(R,)`` int64.
 
-    EM starts from the cut of the numbers in two that leaves the least squares around the two means.
+    EM starts from a cut that divides the numbers in two: the one with the smallest sum of squared
+    distances to the two means.
 
     Args:
         x_R: ``(R,)`` float64, R >= 2.
@@ -68,7 +69,7 @@ def two_normals(x_R: Tensor, max_steps: int, variance_floor: float) -> Tensor:
 
 
 def gaussian_mixture(x_RK: Tensor, labels_R: Tensor) -> Tensor:
-    """To which of two normals with full covariances each row belongs: labels, ``(R,)`` int64.
+    """Label each row with one of two normals with full covariances, 0 or 1: ``(R,)`` int64.
 
     From the given labels it computes the same as scikit-learn's ``GaussianMixture(2)`` with its
     defaults: at most 100 steps, until the mean log-likelihood rises by less than 1e-3, with 1e-6

@@ -40,7 +40,7 @@ def gaussian_mixture_reference(x_RK: Tensor, labels_R: Tensor) -> Tensor:
     num_rows, num_dims = x_RK.shape
     member_R2 = torch.nn.functional.one_hot(labels_R, 2).to(x_RK)
     likelihood, settled = -math.inf, False
-    # One step more: the last labels follow from the parameters it settled on, as scikit-learn's do.
+    # One more step: the labels follow from the last parameters, as scikit-learn's do.
     for _ in range(MOST_STEPS + 1):
         weight_2 = member_R2.sum(0) + 10 * torch.finfo(x_RK.dtype).eps
         mean_2K = member_R2.T @ x_RK / weight_2[:, None]
@@ -62,7 +62,7 @@ def gaussian_mixture_reference(x_RK: Tensor, labels_R: Tensor) -> Tensor:
 
 
 def best_cut(x_R: Tensor) -> Tensor:
-    """Labels of the cut in two with the least squares around the two means, ``(R,)`` int64.
+    """Labels, ``(R,)`` int64, of the cut with the least sum of squares around the two means.
 
     The host does not wait for it.
     """
@@ -71,7 +71,8 @@ def best_cut(x_R: Tensor) -> Tensor:
     count_R = torch.arange(1, num_rows, dtype=x_R.dtype, device=x_R.device)
     left_sum = sorted_R.cumsum(0)[:-1]
     right_sum = sorted_R.sum() - left_sum
-    # The squares within two groups are least where those between them are most.
+    # The sum of squares within the two groups is least where the one between the groups is
+    # greatest.
     cut = (left_sum**2 / count_R + right_sum**2 / (num_rows - count_R)).argmax() + 1
     beyond_R = torch.arange(num_rows, device=x_R.device) >= cut
     return torch.zeros_like(order).scatter_(0, order, beyond_R.long())

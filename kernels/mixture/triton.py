@@ -34,7 +34,7 @@ def _softmax(first, second):
 
 @triton.jit
 def _members(x, label, step, scale_0, mean_0, sharpness_0, scale_1, mean_1, sharpness_1):
-    """The probabilities of both components: by the label in step 0, then by the parameters."""
+    """The probabilities of both components: by the label in step 0, computed in later steps."""
     log_0 = scale_0 - sharpness_0 * (x - mean_0) * (x - mean_0)
     log_1 = scale_1 - sharpness_1 * (x - mean_1) * (x - mean_1)
     member_0, member_1, _ = _softmax(log_0, log_1)
@@ -93,7 +93,7 @@ def two_normals_kernel(
         new_scale_1 = tl.log(weight_1) - 0.5 * tl.log(variance_1)
         new_sharpness_0, new_sharpness_1 = 0.5 / variance_0, 0.5 / variance_1
 
-        # Equal parameters make equal probabilities, in this step and in all that follow.
+        # Parameters that did not change give the same probabilities now and in all later steps.
         changing = (new_scale_0 != scale_0) | (new_mean_0 != mean_0) | (new_sharpness_0 != sharpness_0)
         changing = changing | (new_scale_1 != scale_1) | (new_mean_1 != mean_1) | (new_sharpness_1 != sharpness_1)
         scale_0, mean_0, sharpness_0 = new_scale_0, new_mean_0, new_sharpness_0
@@ -110,7 +110,7 @@ def two_normals_kernel(
 
 @triton.jit
 def _plane_members(x, y, label, step, scale_0, x_0, y_0, per_x0, slope_0, per_y0, scale_1, x_1, y_1, per_x1, slope_1, per_y1):
-    """As ``_members`` in two dimensions, and the logarithm of the density of both together."""
+    """Like ``_members``, in two dimensions; the log of both densities together is returned, too."""
     white_x0, white_x1 = (x - x_0) * per_x0, (x - x_1) * per_x1
     white_y0, white_y1 = (y - y_0 - slope_0 * white_x0) * per_y0, (y - y_1 - slope_1 * white_x1) * per_y1
     log_0 = scale_0 - 0.5 * (white_x0 * white_x0 + white_y0 * white_y0)
@@ -123,7 +123,7 @@ def _plane_members(x, y, label, step, scale_0, x_0, y_0, per_x0, slope_0, per_y0
 
 @triton.jit
 def _whitening(weight, rows, xx, yx, yy):
-    """From a covariance's Cholesky factor: scale, 1 / root of xx, slope, 1 / root of yy's rest."""
+    """The log scale of a component's density, and the three numbers that whiten an offset."""
     root_x = tl.sqrt(xx)
     slope = yx / root_x
     root_y = tl.sqrt(yy - slope * slope)

@@ -8,9 +8,9 @@ from torch import Tensor
 from skymask_gpu.kernels.shared.cpu import JIT, varying_pass
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
 
-# Words per row that one thread looks at before it goes to the next row.
+# The number of words of a row that a thread reads before it goes to the next row.
 _WORDS_AT_ONCE = 512
-# Rows that one thread counts at once.
+# The number of rows that one thread counts at once.
 _ROWS_AT_ONCE = 16
 
 
@@ -20,7 +20,8 @@ def _ones_pass(words, varying_W, ones_R, begin, end):
     for row in range(begin, end):
         total = np.uint64(0)
         for word in range(num_words):
-            # A population count in plain operations: LLVM makes vectors of them on any processor.
+            # The population count is written in plain operations, which LLVM vectorises on any
+            # processor.
             x = words[row * num_words + word] & varying_W[word]
             x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
             x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))

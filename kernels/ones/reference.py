@@ -5,7 +5,7 @@ from torch import Tensor
 
 __all__ = ["varying_ones_reference"]
 
-# Elements that are unpacked at a time.
+# The number of elements that are unpacked at a time.
 _CHUNK_ELEMENTS = 2**22
 
 

@@ -1,4 +1,4 @@
-"""Ones in varying columns in Triton: see ``__init__.py``. Traffic: the bits twice.
+"""Ones in varying columns in Triton: see ``__init__.py``. The bits are read twice.
 
 The first kernel gathers, for 32 columns at a time, where some row and where every row has a one; a
 column varies where the two differ. The second one counts. Shares of rows and of words are added up
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from skymask_gpu.kernels.shared.triton import Variant, count_ones, kernel, launch_options, on_device_of
 
-# Words of 32 columns that a program looks at in one go. Rows are padded to a multiple of 4 words,
-# so that loads are 16 bytes wide.
+# The number of words, of 32 columns each, that a program reads at once. Rows are padded to a
+# multiple of 4 words, so that loads are 16 bytes wide.
 BLOCK_W = 512
 PAD_BYTES = 16
 NUM_WARPS = 4
-# Rows, and blocks of words, of one program.
+# The number of rows of one program, and its number of blocks of words.
 ROWS_PER_PROGRAM = 64
 BLOCKS_PER_PROGRAM = 8
 
@@ -96,7 +96,7 @@ def varying_ones(bits: Tensor) -> Tensor:
         some_and_all_kernel[(blocks, triton.cdiv(num_rows, ROWS_PER_PROGRAM))](
             words_RW, some_W, all_W, num_rows, units, ROWS=ROWS_PER_PROGRAM, BLOCK_W=BLOCK_W, **options
         )
-        # the columns that vary are a row of their own, whose ones are their number
+        # The flags of the varying columns are counted like one more row. Its ones are their number.
         for rows, ones, count in ((words_RW, ones_S, num_rows), (some_W ^ all_W, ones_S[num_rows:], 1)):
             ones_kernel[(count, triton.cdiv(blocks, BLOCKS_PER_PROGRAM))](
                 rows, some_W, all_W, ones, units, BLOCKS=BLOCKS_PER_PROGRAM, BLOCK_W=BLOCK_W, **options

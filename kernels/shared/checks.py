@@ -1,7 +1,7 @@
 """Checks of tensors before compiled code, which knows no bounds, reads and writes their memory.
 
-They look only at shapes, dtypes, devices and strides, never at values on a GPU. So they cost
-microseconds, and nobody waits.
+They look only at shapes, dtypes, devices and strides, never at values on a GPU. They therefore
+cost microseconds, and the host never waits for the device.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["REALS", "check_bins", "check_number", "check_tensor"]
 
-# What rows of updates may be.
+# The dtypes that rows of updates may have.
 REALS = (torch.float32, torch.bfloat16)
 
 # How the elements of a tensor may lie in memory.
@@ -61,7 +61,7 @@ def check_number(name: str, value: object, least: int) -> None:
 
 
 def check_bins(num_params: int, device: torch.device, **bins: Tensor) -> int:
-    """The number of bins of tensors ``(B, P)``, checked: counts are uint16, all else float32.
+    """Check the tensors ``(B, P)`` of bins, and return B. Counts are uint16, all others float32.
 
     Raises:
         ValueError: a tensor does not fit, or there are fewer than 2 bins.

@@ -18,7 +18,7 @@ JIT = {"nogil": True, "error_model": "numpy", "boundscheck": False, "fastmath": 
 
 @intrinsic
 def widen(typingctx, value):
-    """A stored update as a float; bfloat16 arrives as uint16, the upper half of a float32."""
+    """The stored update as a float. A bfloat16 arrives as uint16, the upper half of a float32."""
 
     def widen_bfloat16(context, builder, sig, args):
         wide = builder.shl(builder.zext(args[0], llvm.IntType(32)), llvm.Constant(llvm.IntType(32), 16))

@@ -26,12 +26,12 @@ _HALVES = llvm.VectorType(llvm.IntType(16), WIDE)
 _WIDE_DOUBLES = llvm.VectorType(llvm.DoubleType(), WIDE)
 
 _MINUS_LOG2_E = -1.4426950408889634
-# 1.5 * 2**23: adding it rounds a float32 to an integer, and leaves that in the low bits.
+# Adding 1.5 * 2**23 rounds a float32 to an integer, which the low bits then hold.
 _ROUND = 12582912.0
 # exp(87) is still a normal float32.
 _LARGEST = 87.0
-# 2**f for |f| <= 1/2, highest power first: the polynomial through the Chebyshev nodes, with a
-# relative error below 1e-8.
+# The coefficients, highest power first, of a polynomial that approximates 2**f for |f| <= 1/2. It
+# passes through the Chebyshev nodes, and its relative error is below 1e-8.
 _POWER_OF_2 = (1.545316295e-04, 1.339086336e-03, 9.618082557e-03, 5.550357114e-02, 2.402265076e-01, 6.931471880e-01, 1.0)
 
 
@@ -49,7 +49,7 @@ def _call(builder, name, *arguments):
 
 
 def _times_plus(builder, a, b, c):
-    """a * b + c, as one instruction where there is one."""
+    """a * b + c, by a fused multiply-add where the processor has one."""
     return _call(builder, "fmuladd", a, b, c)
 
 
@@ -73,13 +73,13 @@ def _exp_of_minus(builder, x):
     p = _all(_POWER_OF_2[0], WIDE_FLOATS)
     for c in _POWER_OF_2[1:]:
         p = _times_plus(builder, p, f, _all(c, WIDE_FLOATS))
-    # Multiply by the power of 2 by adding it to the exponent field.
+    # Adding to the exponent field multiplies by a power of 2.
     power = builder.shl(builder.bitcast(rounded, _WORDS), llvm.Constant(_WORDS, [23] * WIDE))
     return builder.bitcast(builder.add(builder.bitcast(p, _WORDS), power), WIDE_FLOATS)
 
 
 def _moved(builder, logit, update, slope, mean, full_step):
-    """The logit after one step; one full step from 1 is 0 exactly."""
+    """The logit after one step. One full step from 1 gives exactly 0."""
     gate = _sigmoid(builder, logit)
     slope_of_gate = _times_plus(builder, builder.fneg(gate), gate, gate)
     gradient = builder.fmul(builder.fmul(slope, slope_of_gate), builder.fsub(update, mean))
@@ -89,7 +89,7 @@ def _moved(builder, logit, update, slope, mean, full_step):
 
 @vector_code(types.void)
 def move(builder, updates, at, logits, start, slopes, means, column, full_step, moved, to):
-    """Write to ``moved[to:]`` 64 of ``logits[start:]`` after one step.
+    """Take a step with the 64 logits ``logits[start:]``, and write them to ``moved[to:]``.
 
     The updates are ``updates[at:]``; slopes and means are taken from ``column`` on.
     """
@@ -109,9 +109,10 @@ def move_reference(updates, at, logits, start, slopes, means, column, full_step,
 
 @vector_code(types.void)
 def move_and_add(builder, updates, at, counts, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step):
-    """As ``move``, in place, and add to both sums of each column what the logits contribute.
+    """Like ``move``, but in place; what the new logits contribute is added to both sums per column.
 
-    ``counts``: None where a logit is a row's, uint16 where it is a bin's of ``counts[to:]`` rows.
+    ``counts`` is None if each logit belongs to one row. If it belongs to a bin, the uint16
+    ``counts[to:]`` say how many rows the bin has.
     """
     vector = _vector_of(logits)
     update = load_updates(builder, updates, at, vector)

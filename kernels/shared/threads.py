@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-# Shares of the columns per thread. A thread that is late, because something else runs on its core,
-# takes fewer of them.
+# The number of shares of the columns per thread. With several, a thread that is late because
+# something else runs on its core takes fewer of them.
 SHARES_PER_THREAD = 4
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -28,9 +28,9 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
 
 
 def run_on_column_shares(run: Callable[[int, int], object], num_params: int, tile: int) -> None:
-    """Call ``run(begin, end)`` on shares of whole tiles, by torch's threads.
+    """Let torch's threads call ``run(begin, end)``, each on a share of the columns in whole tiles.
 
-    No column needs another, so the number of shares changes no result.
+    A column's result depends on no other column, so the number of shares changes nothing.
     """
     num_threads = torch.get_num_threads()
     tiles = -(-num_params // tile)

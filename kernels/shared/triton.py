@@ -13,11 +13,11 @@ from torch import Tensor
 # The numbers of columns and their strides profit, and stay the same from round to round. These
 # change whenever a client drops out, and no load depends on them.
 VARYING = ("num_rows", "rows_per_split", "num_sampled", "num_values", "num_steps", "stored_stride")
-# It does the same for pointers to multiples of 16 bytes. These point into a tensor, behind as many
-# rows as came before.
+# Triton also compiles a kernel again for pointers to multiples of 16 bytes. These pointers point
+# into the middle of a tensor, after the rows of earlier blocks, so their alignment varies.
 VARYING_POINTERS = ("bits_ptr", "chosen_ptr", "ones_ptr")
 
-# Decorates every kernel that is launched.
+# The decorator of every kernel that is launched.
 kernel = triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=VARYING_POINTERS)
 
 # The last column that 32-bit offsets reach, with room for the largest block beyond it.
@@ -48,7 +48,7 @@ class Variant:
 
 @triton.jit
 def moved(logit, update, slope, mean, full_step):
-    """The logit after a step. All kernels that train or replay call it: their logits are equal."""
+    """The logit after a step. All kernels that train or replay use it, so their logits agree."""
     gate = tl.sigmoid(logit)
     gradient = slope * (gate * (1.0 - gate)) * (update - mean)
     return logit - tl.minimum(tl.maximum(gradient, -1.0), 1.0) * full_step

@@ -20,10 +20,10 @@ from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
 
 LANES = 16
-# Columns at once where each operation waits for the one before: four vectors side by side keep a
-# CPU busy, one does not.
+# The number of columns that are computed at once where each operation waits for the one before.
+# Four vectors side by side keep a CPU busy; one does not.
 WIDE = 4 * LANES
-# Bytes of a cache line.
+# The number of bytes of a cache line.
 LINE = 64
 
 INDEX = llvm.IntType(64)
@@ -37,16 +37,17 @@ _BYTES_OF = {llvm.IntType(16): 2, llvm.FloatType(): 4, llvm.DoubleType(): 8}
 
 @dataclass(frozen=True)
 class Elements:
-    """An array within LLVM code: the address of its first element, and Numba's element type."""
+    """An array in LLVM code, given by the address of its first element and Numba's element type."""
 
     pointer: llvm.Value
     dtype: types.Type
 
 
 def vector_code(returns):
-    """Make a function for Numba kernels of ``emit(builder, *arguments)``, which writes LLVM code.
+    """Make a function that Numba kernels can call from ``emit``, which writes its LLVM code.
 
-    Arguments arrive as :class:`Elements` (arrays), as LLVM values (numbers), or as None.
+    ``emit(builder, *arguments)`` gets arrays as :class:`Elements`, numbers as LLVM values, and None
+    as None.
 
     Args:
         returns: Numba's type of the result; ``types.void`` if ``emit`` returns None.
@@ -90,7 +91,7 @@ def store(builder, value, elements, position):
 
 
 def spread(builder, value, vector):
-    """The value in every lane."""
+    """A vector with the value in every lane."""
     everywhere = llvm.Constant(vector, llvm.Undefined)
     for lane in range(vector.count):
         everywhere = builder.insert_element(everywhere, value, llvm.IntType(32)(lane))
@@ -98,7 +99,7 @@ def spread(builder, value, vector):
 
 
 def load_updates(builder, elements, position, floats):
-    """Stored updates as ``floats``; bfloat16 arrives as uint16, the upper half of a float32."""
+    """Load updates as ``floats``. A bfloat16 arrives as uint16, the upper half of a float32."""
     if elements.dtype != types.uint16:
         return load(builder, elements, position, floats)
     halves, words = (llvm.VectorType(llvm.IntType(bits), floats.count) for bits in (16, 32))
@@ -113,7 +114,7 @@ def call(builder, name, result, *arguments):
 
 
 def repeat(builder, start, body):
-    """Write a loop: ``values, again = body(*values)`` from ``start``, until not ``again``.
+    """Write a loop: ``values, again = body(*values)``, from ``start``, while ``again`` is true.
 
     Returns:
         The last values.
@@ -145,7 +146,7 @@ def fetch(builder, rows, at):
 
 @vector_code(types.void)
 def pack_above(builder, logits, at, threshold, bits, to):
-    """Write to ``bits[to:]``, 8 bytes, which of the 64 ``logits[at:]`` lie above the threshold."""
+    """Write 8 bytes to ``bits[to:]``: which of the 64 ``logits[at:]`` lie above the threshold."""
     vector = llvm.VectorType(llvm.DoubleType() if logits.dtype == types.float64 else llvm.FloatType(), WIDE)
     above = builder.fcmp_ordered(">", load(builder, logits, at, vector), spread(builder, threshold, vector))
     flags = builder.bitcast(above, llvm.IntType(WIDE))
@@ -158,7 +159,7 @@ def pack_above_reference(logits, at, threshold, bits, to):
 
 @vector_code(types.void)
 def pack_below(builder, rows, at, cuts, column, flips, byte, bits, to):
-    """Write to ``bits[to:]``, 8 bytes, which of the 64 ``rows[at:]`` lie below ``cuts[column:]``.
+    """Write 8 bytes to ``bits[to:]``: which of the 64 ``rows[at:]`` lie below ``cuts[column:]``.
 
     A bit is flipped where ``flips[byte:]`` is set.
     """
@@ -176,5 +177,5 @@ def pack_below_reference(rows, at, cuts, column, flips, byte, bits, to):
 
 
 def floats_of(updates):
-    """NumPy's counterpart of ``load_updates``."""
+    """What ``load_updates`` does, in NumPy."""
     return (updates.astype(np.uint32) << 16).view(np.float32) if updates.dtype == np.uint16 else updates

@@ -8,8 +8,8 @@ tree, with
     height[row] = max(h[row], e[row])
 
 Rows that lie nearer to the new row than to the rest of the tree then get e[i] = distance[row, i]
-and h[i] = height[row]. If several rows are equally near, the one with the lowest number comes first
-(as ``torch.argmin`` promises). The heights do not depend on that choice, because each is the
+and h[i] = height[row]. If several rows are equally near, the one with the lowest number comes
+first, as with ``torch.argmin``. The heights do not depend on that choice, because each is the
 bottleneck of the best path to the root.
 
 Shapes: N rows and the root, R = N + 1. Devices: on CUDA one Triton launch grows the whole tree,

@@ -1,8 +1,8 @@
 """The longest edges on the paths to the root, in Triton: one program grows the whole tree.
 
-Each step reads one row of distances in blocks, and meanwhile finds the next row to take in. The
-shortest edges and the heights they lead to lie in memory between the steps, so any number of rows
-will do. In practice they stay in the cache.
+Each step reads one row of distances in blocks, and meanwhile finds the next row to take in. Between
+the steps, the shortest edges and the heights that they lead to are stored in memory, so any number
+of rows will do. In practice they stay in the cache.
 """
 
 import torch
@@ -43,7 +43,8 @@ def path_maxima_kernel(
             distance = tl.load(row_ptr + offs_r, mask=mask_r, other=0).to(tl.float64) * unit  # [BLOCK_R]
             edge = tl.load(edges_ptr + offs_r, mask=mask_r, other=float("nan"))  # [BLOCK_R]
             lead = tl.load(leads_ptr + offs_r, mask=mask_r, other=0.0)  # [BLOCK_R]
-            # The row that came in has no edge any more: nothing is less than NaN.
+            # The row that was taken in gets the edge NaN. Nothing is less than NaN, so it is never
+            # taken again.
             edge = tl.where(offs_r == node, float("nan"), edge)
             closer = distance < edge
             edge = tl.where(closer, distance, edge)
@@ -52,7 +53,8 @@ def path_maxima_kernel(
             better = edge < best
             best = tl.where(better, edge, best)
             best_at = tl.where(better, offs_r, best_at)
-        # Other threads load what a thread stored, below and in the next step.
+        # Wait here, because other threads read what a thread stored, both below and in the next
+        # step.
         tl.debug_barrier()
         shortest = tl.min(best, axis=0)
         growing = shortest < float("inf")
