@@ -112,7 +112,7 @@ def _draw(rows: "list[Row]", folder: Path) -> None:
 
 
 def _table(rows: "list[Row]") -> Table:
-    """The rows that have a time; the summary holds more."""
+    """The printed table: the rows that have a time. The file summary.md has all rows."""
     from skymask_gpu.bench.summary import cells, shown_ratios
 
     ratios = shown_ratios(rows)

@@ -36,7 +36,7 @@ def warn(message: str) -> None:
 
 @contextmanager
 def extra_named(extra: str) -> Iterator[None]:
-    """Imports inside need the optional extra ``extra``, such as ``run``.
+    """Run imports that need the optional extra ``extra``, such as ``run``.
 
     Raises:
         ValueError: a package is missing; the message says how to install the extra.
@@ -49,7 +49,7 @@ def extra_named(extra: str) -> Iterator[None]:
 
 @contextmanager
 def resumable(*arguments: object) -> Iterator[None]:
-    """Work that can be resumed after Ctrl-C, which ends it with exit code 130.
+    """Do work inside that can be resumed after Ctrl-C, which ends it with exit code 130.
 
     Args:
         arguments: what to write after ``skymask-gpu`` to go on; the user is told so.

@@ -23,7 +23,7 @@ _DEBUG = "--debug"
 
 
 class _DebugAnywhere(TyperGroup):
-    """Commands that ``--debug`` may follow, too: there one adds it after something went wrong."""
+    """Lets ``--debug`` also follow a command, because that is where one adds it after a failure."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         rest = [argument for argument in args if argument != _DEBUG]
@@ -90,4 +90,4 @@ def _options(
     debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
-    """Options of all commands; :func:`main` reads ``--debug``, and a callback ``--version``."""
+    """The options of all commands. :func:`main` reads ``--debug``, a callback ``--version``."""

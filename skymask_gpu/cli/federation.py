@@ -92,7 +92,7 @@ def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:
 
 
 def _warn_of(finished: "list[FinishedRun]", *, strict: bool) -> None:
-    """Say what a reader of the numbers must know besides; with ``strict`` also by the exit code."""
+    """Print the warnings that the numbers need; with ``strict``, the exit code warns, too."""
     from skymask_gpu.report import concerns
 
     sentences = [f"{run.name}: {sentence}" for run in finished for sentence in concerns(run)]
@@ -180,7 +180,7 @@ def data(
 
 
 def given(option: str, value: object) -> list[object]:
-    """The option as it stands on a command line, or nothing."""
+    """The option as it is written on a command line; empty if there is no value."""
     return [] if value is None else [option, value]
 
 
@@ -210,7 +210,7 @@ def progress_bar(description: str) -> Progress:
 
 
 def _report(title: str, folder: Path) -> "list[FinishedRun]":
-    """Write the report, print its table, and give out the runs it is of."""
+    """Write the report, print its table, and return the runs that it shows."""
     with extra_named("run"):
         from skymask_gpu.report import COLUMNS, NOTE, load_runs, write_report
 

@@ -100,11 +100,11 @@ class Choice:
     """A table that chooses an entry of a registry, and holds the settings of that entry.
 
     Attributes:
-        settings: an instance of the entry's own dataclass; None: its defaults.
+        settings: an instance of the entry's own dataclass; None means its defaults.
     """
 
     registry: ClassVar[Choices]
-    # the field that holds the entry's name, and the table's name in errors
+    # The field that holds the entry's name, and what errors call the table.
     key: ClassVar[str] = "name"
     table: ClassVar[str]
 

@@ -29,14 +29,15 @@ class DataConfig:
     """``[data]``: the data set, how it is shared among the clients, and the server's root data set.
 
     Attributes:
-        dataset: its name.
-        data_dir: folder with its standard files.
-        clients: how many there are.
-        partition: how samples are shared out.
+        dataset: the data set's name.
+        data_dir: the folder with its standard files.
+        clients: the number of clients.
+        partition: how samples are shared out among the clients.
         bias: q of partition ``"bias"`` (Fang et al. 2020); one over the number of classes is IID.
-        alpha: of partition ``"dirichlet"``; the smaller, the less alike clients are.
-        root_samples: size of the root data set, drawn from the training data.
-        root_bias: share of its first class; 0: all classes alike.
+        alpha: the concentration of partition ``"dirichlet"``; the smaller it is, the more clients
+            differ.
+        root_samples: the size of the root data set, which is drawn from the training data.
+        root_bias: the share of the first class in it; 0 means equal shares of all classes.
     """
 
     dataset: str = "digits"
@@ -75,9 +76,9 @@ class DefenceConfig(Choice):
 
     Attributes:
         rule: key of :data:`~skymask_gpu.federation.rules.RULES`.
-        assumed_malicious: how many malicious clients the rule reckons with (f of Krum and others);
-            -1: as many as there are.
-        settings: the rule's own keys; None: their defaults.
+        assumed_malicious: the number of malicious clients that the rule assumes (f of Krum and
+            others); -1 means the true number.
+        settings: the rule's own keys; None means their defaults.
     """
 
     registry: ClassVar[Choices] = RULES
@@ -98,15 +99,16 @@ class RunConfig:
     """One federated run.
 
     Attributes:
-        name: of the run, and of its folder where there are several.
-        seed: of everything that is random.
-        rounds: how many.
+        name: the name of the run, and of its folder if the file has several runs.
+        seed: the seed of everything that is random.
+        rounds: the number of rounds.
         server_lr: the server adds this times the aggregated update.
-        clients_per_round: how many clients, drawn anew, take part in a round; 0: all.
-        checkpoint_every: rounds from checkpoint to checkpoint; a stopped run goes on from the last
-            one.
-        evaluate_every: rounds from test to test of the global model; the last round is always
-            tested.
+        clients_per_round: the number of clients that take part in a round, drawn anew each time; 0
+            means all.
+        checkpoint_every: the number of rounds from one checkpoint to the next; a stopped run goes
+            on from the last one.
+        evaluate_every: the number of rounds from one test of the global model to the next; the
+            last round is always tested.
         plugins: absolute paths of Python files that register attacks, rules, transforms, models or
             data sets.
         transforms: what clients do to their updates before they send them, in this order.
@@ -143,11 +145,11 @@ class RunConfig:
                 f"got {self.clients_per_round}"
             )
         self._check_assumed_malicious()
-        # raise now, not after the first round
+        # What does not fit raises an error now, not after the first round.
         self.attack.num_malicious(self.data.clients)
 
     def _check_assumed_malicious(self) -> None:
-        """Refuse an f that the rule is not defined for; only the true number may be larger."""
+        """Refuse an assumed f for which the rule is not defined. The true number may be larger."""
         clients, f, rule = self.clients_per_round or self.data.clients, self.defence.assumed_malicious, self.defence.rule
         factor = clients_per_malicious(rule)
         if factor is not None and f > 0 and clients < factor * f + 3:
@@ -157,12 +159,12 @@ class RunConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested tables, as JSON can hold them."""
+        """The settings as nested tables that JSON can hold."""
         return as_table(self)
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> "RunConfig":
-        """The run of :meth:`to_dict`.
+        """The run whose :meth:`to_dict` this is.
 
         Raises:
             ValueError: an unknown key, or a value out of range.
@@ -200,9 +202,9 @@ def read_config(path: Path) -> list[RunConfig]:
 def read_grid(path: Path) -> list[RunConfig]:
     """The runs of a sweep: every combination of the lists in the file's ``[grid]`` table.
 
-    Its keys are dotted ones of a run. Settings of an attack or a rule apply to the cells that have
-    it; cells that then are the same are one. With attack ``"none"`` the share of attackers is 0, so
-    that several shares give one such run.
+    The keys of the table are dotted keys of a run. The settings of an attack or a rule apply only
+    to the cells that have it, and cells that are then the same are played once. With attack
+    ``"none"`` the share of attackers is 0, so that several shares give one such run.
 
     Raises:
         ValueError: as for :func:`read_config`, or there is no grid.
@@ -234,13 +236,13 @@ def read_grid(path: Path) -> list[RunConfig]:
 
 
 def _short(key: str) -> str:
-    """``attack.name`` is called attack, ``defence.rule`` rule."""
+    """A short name of a key: ``attack.name`` becomes attack, and ``defence.rule`` becomes rule."""
     *tables, last = key.split(".")
     return tables[-1] if last == "name" and tables else last
 
 
 def read_toml(path: Path) -> Table:
-    """The file's tables; its plugins, with absolute paths, are imported by then."""
+    """Read the tables of a TOML file, make its plugins' paths absolute, and import the plugins."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

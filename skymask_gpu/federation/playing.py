@@ -1,7 +1,7 @@
 """Play a federation's rounds and record them in a folder; a stopped run goes on where it was.
 
 All randomness is drawn from (seed, round), so a run that was stopped and resumed is the same as one
-that was not. What "the same" means: on a CPU with the same number of threads, to the byte. On a GPU
+that was not. On a CPU with the same number of threads, "the same" means to the byte. On a GPU
 of the same kind with the same versions of PyTorch and cuDNN, convolutions are told to be
 deterministic, and blocks of clients do not depend on what ran before, unless memory runs out; other
 operations of a model of your own, and sums over more than 2,000 clients in clustering, may still
@@ -33,7 +33,7 @@ from skymask_gpu.io.files import append_line, write_text
 
 __all__ = ["play"]
 
-# what the names of a checkpoint's tensors begin with
+# The names of a checkpoint's tensors begin with these.
 _BUFFER, _RULE, _ATTACK = "buffer/", "rule/", "attack/"
 
 
@@ -45,8 +45,8 @@ def play(federation: Federation, folder: Path, progress: Progress = lambda text:
 
     Args:
         federation: what plays; it may have played before.
-        folder: the run's; what it holds is described in :mod:`skymask_gpu.federation.run_folder`.
-        progress: is told what is going on.
+        folder: the run's folder; :mod:`skymask_gpu.federation.run_folder` describes what it holds.
+        progress: called with a text that says what is going on.
 
     Raises:
         ValueError: the folder holds another run, or one of its files is damaged; the error names
@@ -66,8 +66,8 @@ def play(federation: Federation, folder: Path, progress: Progress = lambda text:
             progress("testing")
             is_last = diverged or number + 1 == config.rounds
             record = metrics_line(federation, number, played, is_last=is_last, diverged=diverged)
-        # The lines first: a checkpoint is never ahead of the metrics, and lines ahead of the
-        # checkpoint are dropped on resume.
+        # The lines are written first. A checkpoint is then never ahead of the metrics, and lines
+        # ahead of the checkpoint are dropped when the run is resumed.
         append_line(folder / TIMES, times_line(number, played))
         append_line(folder / METRICS, record)
         write_rule_tensors(folder, number, played, federation.malicious)
@@ -86,7 +86,7 @@ def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, boo
         done, tensors = read_checkpoint(folder, federation.config, known, (_RULE, _ATTACK))
         tensors = {name: tensor.to(model.params.device) for name, tensor in tensors.items()}
         model = GlobalModel(tensors["global_params"], _unprefixed(_BUFFER, tensors), tensors["previous_params"])
-    # also without a checkpoint: the federation may have played before
+    # Needed without a checkpoint, too, because the federation may have played before.
     federation.rule.restore(_unprefixed(_RULE, tensors))
     federation.attack.restore(_unprefixed(_ATTACK, tensors))
     kept = kept_lines(folder, done, federation.config)
@@ -100,7 +100,7 @@ def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, boo
 
 
 def _model_tensors(model: GlobalModel) -> dict[str, Tensor]:
-    """What a checkpoint holds of the model."""
+    """The model's tensors as a checkpoint stores them."""
     before = {} if model.previous is None else {"previous_params": model.previous}
     return {"global_params": model.params, **before, **_prefixed(_BUFFER, model.buffers)}
 

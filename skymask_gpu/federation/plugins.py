@@ -9,7 +9,7 @@ from skymask_gpu.io.user_files import import_file
 
 __all__ = ["load_plugins"]
 
-# the content of each file that was imported, by its resolved path
+# The content of each imported file, by its resolved path.
 _LOADED: dict[Path, bytes] = {}
 
 
@@ -33,7 +33,7 @@ def load_plugins(files: Iterable[str]) -> None:
         _LOADED.pop(path, None)
         forget(str(path))
         try:
-            # the path is in the name: two plugins may have the same file name
+            # The module's name holds the path, because two plugins may have the same file name.
             import_file("plugins", path, f"skymask_plugin_{path.stem}_{crc32(str(path).encode()):08x}")
         except ValueError:
             forget(str(path))

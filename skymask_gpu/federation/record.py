@@ -1,4 +1,4 @@
-"""What a round leaves in its run's folder: metrics, times, and the tensors that its rule stores."""
+"""What a round writes into its run's folder: metrics, times, and the tensors of its rule."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,9 @@ def metrics_line(
     """The round's line in ``metrics.jsonl``; it is the same in every repeat.
 
     Args:
-        federation: tests the model, where a test is due.
-        number: of the round.
-        played: the round.
+        federation: it tests the model, if a test is due.
+        number: the number of the round.
+        played: the result of the round.
         is_last: whether the run ends here; the last round is always tested.
         diverged: whether the global model holds NaN or Inf.
     """
@@ -42,7 +42,7 @@ def metrics_line(
 
 
 def _rejection_rates(played: "RoundResult", malicious_N: Tensor) -> dict[str, Any]:
-    """Which of the clients that took part were judged wrongly.
+    """The shares of the participating clients that were judged wrongly.
 
     A false positive is an honest client that is rejected, a false negative a malicious one that is
     kept. A rate is None where there is no such client, or where the rule judges nobody.
@@ -61,14 +61,14 @@ def _rejection_rates(played: "RoundResult", malicious_N: Tensor) -> dict[str, An
 
 
 def times_line(number: int, played: "RoundResult") -> dict[str, Any]:
-    """The round's line in ``times.jsonl``: seconds."""
+    """The round's line in ``times.jsonl``, in seconds."""
     seconds = {name: round(value, 4) for name, value in played.rule_result.seconds.items()}
     phases = {"phases": seconds} if seconds else {}
     return {"round": number, **{name: round(value, 4) for name, value in played.seconds.items()}, **phases}
 
 
 def write_rule_tensors(folder: Path, number: int, played: "RoundResult", malicious_N: Tensor) -> None:
-    """Store what the rule has of the round, in place of the round before, and who is malicious."""
+    """Store the rule's tensors of this round and who is malicious, in place of the round before."""
     if played.rule_result.tensors is None:
         return
     tensors, texts = played.rule_result.tensors()

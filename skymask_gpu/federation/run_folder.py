@@ -6,7 +6,7 @@
 | ``metrics.jsonl`` | one line per round, the same in every repeat |
 | ``times.jsonl`` | one line per round |
 | ``checkpoint.safetensors`` | what the next round starts from |
-| ``masks.safetensors`` | what the rule stores of the last round: of SkyMask, PCA scores and evidence |
+| ``masks.safetensors`` | what the rule stores of the last round; SkyMask stores PCA scores and evidence |
 
 A file that somebody damaged is refused with an error that names it and the remedy; nothing is
 dropped without a word.
@@ -61,7 +61,7 @@ def clear_results(folder: Path) -> None:
 
 
 def write_checkpoint(folder: Path, number: int, config: RunConfig, tensors: dict[str, Tensor]) -> None:
-    """What the round after ``number`` starts from."""
+    """Write the checkpoint from which the round after ``number`` starts."""
     about = {"round": str(number), "config": json.dumps(_settings(config)), "layout": json.dumps(layout(tensors))}
     write_tensors(folder / CHECKPOINT, tensors, about)
 
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, number: int, config: RunConfig, tensors: dict
 def read_checkpoint(
     folder: Path, config: RunConfig, known: dict[str, str], state_prefixes: tuple[str, ...]
 ) -> tuple[int, dict[str, Tensor]]:
-    """The round after which it was written, and its tensors.
+    """The round after which the checkpoint was written, and its tensors.
 
     Args:
         known: the :func:`layout` that the model's tensors must have.
@@ -114,14 +114,14 @@ def _refuse_other_settings(before: dict[str, Any], config: RunConfig, folder: Pa
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """Those that decide how a run goes on."""
+    """The settings that decide how a run goes on."""
     settings = config.to_dict()
     del settings["rounds"], settings["checkpoint_every"], settings["plugins"], settings["data"]["data_dir"]
     return settings
 
 
 def kept_lines(folder: Path, done: int, config: RunConfig) -> dict[str, list[dict[str, Any]]]:
-    """The lines of metrics and times up to round ``done``, by file. Nothing is written.
+    """The lines of metrics and times up to round ``done``, by file; nothing is written.
 
     Lines of later rounds are left out with a warning: their rounds are played again, and the same
     lines come out.
@@ -160,7 +160,7 @@ def _some(numbers: list[int]) -> str:
 
 
 def _checkpoint_every(folder: Path, config: RunConfig) -> int:
-    """How often the run that wrote the folder saved a checkpoint; this run may have another."""
+    """The ``checkpoint_every`` of the run that wrote the folder, which may not be this run's."""
     try:
         return int(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["checkpoint_every"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -173,14 +173,14 @@ class _Checkpoint:
 
     round: int
     settings: dict[str, Any]
-    layout: dict[str, str] | None  # None in one that an older version wrote
+    layout: dict[str, str] | None  # It is None in a checkpoint that an older version wrote.
 
     @classmethod
     def read(cls, path: Path, metadata: dict[str, str]) -> "_Checkpoint":
-        """From the file's metadata.
+        """Read it from the file's metadata.
 
         Raises:
-            ValueError: they are not those of a checkpoint.
+            ValueError: the metadata are not those of a checkpoint.
         """
         try:
             number, settings = int(metadata["round"]), json.loads(metadata["config"])
@@ -195,10 +195,10 @@ class _Checkpoint:
 
 
 def damaged(path: Path, what: str) -> ValueError:
-    """The error of a checkpoint that cannot be gone on from, with the remedy."""
+    """The error, with its remedy, of a checkpoint from which a run cannot go on."""
     return ValueError(f"{path} is damaged: {what}; {_REMEDY}")
 
 
 def layout(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Name -> type and shape. A checkpoint's metadata has them, too: a lost tensor is missed."""
+    """The type and shape of each tensor, by name; with them, a lost tensor is noticed."""
     return {name: f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for name, tensor in tensors.items()}

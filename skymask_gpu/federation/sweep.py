@@ -1,7 +1,8 @@
-"""A sweep: many runs, each in a process and a folder of its own.
+"""A sweep: many runs, called cells, each in a process and a folder of its own.
 
-A cell that fails or is killed leaves the others alone. The sweep's folder holds ``cells/NAME/`` for
-each run: what :mod:`skymask_gpu.federation.run_folder` says, or ``error.txt``.
+A cell that fails or is killed does not disturb the others. The sweep's folder holds a folder
+``cells/NAME/`` for each cell. It holds the files that :mod:`skymask_gpu.federation.run_folder`
+lists, or ``error.txt``.
 """
 
 import multiprocessing
@@ -48,10 +49,10 @@ class CellState:
     """How far a cell is.
 
     Attributes:
-        config: the cell's run.
+        config: the run of the cell.
         state: ``"running"``, ``"done"`` or ``"failed"``.
         rounds: the number of rounds on disk.
-        error: of a cell that failed, its first line.
+        error: the first line of the error, if the cell failed.
     """
 
     config: RunConfig
@@ -96,8 +97,7 @@ def check_inputs(configs: list[RunConfig]) -> None:
 
 
 def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[CellState]:
-    """Play every cell that is not done, ``jobs`` at a time, and yield each change of a cell's
-    state.
+    """Play every cell that is not done, ``jobs`` at a time; yield each change of a cell's state.
 
     A cell that failed before is tried again. With several jobs the threads are shared out among
     them.
@@ -156,14 +156,14 @@ def threads_for(jobs: int) -> Iterator[None]:
 
 
 def _play(settings: dict[str, Any], folder: Path) -> None:
-    """In the cell's own process: all rounds, or the error on disk and exit status 1.
+    """Play all rounds in the cell's own process. An error goes to disk, with exit status 1.
 
     The settings come as tables, since the classes of a plugin's settings are not known before the
     plugin is imported.
     """
     try:
         config = RunConfig.from_dict(settings)
-        # a cell of a sweep that was killed may still play
+        # If a sweep was killed, one of its cells may still be playing.
         with locked(folder):
             for _ in play(Federation.build(config), folder):
                 pass
@@ -182,6 +182,6 @@ def _finished(config: RunConfig, process: BaseProcess, folder: Path, done: int) 
 
 
 def _num_rounds(folder: Path) -> int:
-    """Rounds on disk."""
+    """The number of rounds on disk."""
     path = folder / METRICS
     return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -24,9 +24,9 @@ def read_table(kind: type, table: Table, source: str, prefix: str = "", tables: 
         kind: the dataclass.
         table: what the file holds.
         source: the file, which errors name.
-        prefix: of the table's keys in errors, as ``"data."``.
-        tables: the dataclass whose fields are all tables of the file, to look for a key that stands
-            in the wrong one.
+        prefix: what errors write before a key of the table, such as ``"data."``.
+        tables: the dataclass whose fields are all tables of the file. If a key stands in the wrong
+            table, the error says where it belongs.
 
     Raises:
         ValueError: an unknown key, a value of another type, or one that the dataclass refuses.
@@ -61,14 +61,14 @@ def _made(kind: type, values: Table, source: str, prefix: str) -> Any:
 
 
 def _value(name: str, value: Any, wanted: Any, source: str, tables: type) -> Any:
-    """A TOML value as the type that a field has; integers become floats, lists become tuples."""
+    """Convert a TOML value to a field's type: an integer to a float, a list to a tuple."""
     if get_origin(wanted) is tuple:
         (item, *_) = get_args(wanted)
         if not isinstance(value, list) or (isinstance(item, type) and not all(_fits(one, item) for one in value)):
             raise ValueError(f"config: {source}: {name} must be a list of {_plural(item)}, got {value!r}")
         return tuple(_value(f"{name}[{number}]", one, item, source, tables) for number, one in enumerate(value))
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
-        # within a table or a list, the name alone is enough
+        # For a table or a list within the table, the key's name alone is enough.
         if issubclass(wanted, Choice) and isinstance(value, str) and name not in _fields(tables):
             value = {wanted.key: value}
         if not isinstance(value, dict):
@@ -110,15 +110,16 @@ def _chosen(kind: type[Choice], table: Table) -> Any:
 def _own(kind: type[Choice], table: Table) -> dict[str, Any]:
     """The types of the keys of the entry that a table chooses."""
     name = _chosen(kind, table)
-    # a name that is not known is refused when the run is read
+    # An unknown name is refused later, when the run is read.
     return _fields(kind.registry.settings_of(name)) if name in kind.registry else {}
 
 
 def applied(kind: type, contents: Sequence[Table], source: str) -> list[set[str]]:
     """Take settings of attacks and rules out of those runs of a file that they do not apply to.
 
-    A key that some run's attack or rule has applies to the runs that choose it, and the others go
-    without. A key that no run's has stays in, and is refused when the run is read.
+    A key that belongs to the attack or rule of some run is kept in the runs that choose this attack
+    or rule, and taken out of the others. A key that belongs to none stays, and is refused when the
+    run is read.
 
     Args:
         kind: the dataclass of a run.
@@ -193,14 +194,14 @@ def _unknown(key: str, prefix: str, known: list[str], source: str, tables: type)
 
 
 def _nearest(key: str, known: Iterable[str]) -> str | None:
-    """The most similar known key, or one that the key ends with, as ``std`` for ``noise_std``."""
+    """The most similar known key, or one that the key ends with: ``std`` in ``noise_std``."""
     known = list(known)
     near = difflib.get_close_matches(key, known, n=1) or [one for one in known if key.endswith(f"_{one}")]
     return near[0] if near else None
 
 
 def _elsewhere(key: str, tables: type) -> list[str]:
-    """Where a key belongs that stands in the wrong table, or with the wrong attack or rule."""
+    """For a key in the wrong table, or with the wrong attack or rule: where it belongs."""
     places = []
     for table, wanted in _fields(tables).items():
         if isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and key in _fields(wanted):

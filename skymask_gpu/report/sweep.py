@@ -111,13 +111,13 @@ def differing_keys(settings: list[dict[str, Any]]) -> list[str]:
 
 
 def rule_order(rule: str) -> tuple[int, str]:
-    """A key to sort rules by: plain averaging comes first and SkyMask last, as in the papers."""
+    """The sort key of rules: plain averaging comes first and SkyMask last, as in papers."""
     name = rule.split(" ")[0]
     return (0 if name == "fedavg" else 2 if name == "skymask" else 1, rule)
 
 
 def sort_key(value: Any) -> tuple[int, float, str]:
-    """A key to sort settings by: first numbers, then text, then settings that are not given."""
+    """The sort key of settings: numbers come first, then text, then settings that are not given."""
     if value is None:
         return (2, 0, "")
     return (0, value, "") if isinstance(value, (int, float)) else (1, 0, str(value))

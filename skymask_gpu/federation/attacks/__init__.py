@@ -6,15 +6,15 @@ others (full knowledge, the strongest threat model).
 | file | what |
 | --- | --- |
 | ``interface.py`` | ``ATTACKS``; ``AttackConfig``, the ``[attack]`` table; ``Attack``, the hooks |
-| ``own.py`` | none, noise, sign-flip, scaling: on each malicious client's own update |
-| ``shifts.py`` | ipm, lie, min-max, min-sum: away from the honest mean |
-| ``fang.py`` | trim, krum |
-| ``partial.py`` | layers, sparse: another attack in some of the parameters |
+| ``own.py`` | none, noise, sign-flip, scaling: they change each malicious client's own update |
+| ``shifts.py`` | ipm, lie, min-max, min-sum: they move away from the honest mean |
+| ``fang.py`` | trim, krum: Fang's attacks on two rules |
+| ``partial.py`` | layers, sparse: they use another attack in some of the parameters |
 | ``adaptive.py`` | decoys, replay, hostage-root, bit-twin, bridges, better-than-honest: against SkyMask itself |
 | ``data.py`` | label-flip, lie-backdoor, scaling-backdoor: on what malicious clients train on |
 """
 
-# importing a family registers its attacks; errors list them in the order of these imports
+# Importing a family registers its attacks. Errors list them in the order of these imports.
 from skymask_gpu.federation.attacks.data import Backdoor, ScalingBackdoor, add_trigger
 from skymask_gpu.federation.attacks.fang import krum as krum
 from skymask_gpu.federation.attacks.interface import (

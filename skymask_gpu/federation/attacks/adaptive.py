@@ -35,7 +35,8 @@ class Decoys:
     """Settings of ``decoys``.
 
     Attributes:
-        decoys: the number of malicious clients that send the same, or all if there are fewer.
+        decoys: the number of malicious clients that send the same update. If there are fewer, all
+            do.
         base: what malicious clients do.
     """
 
@@ -52,7 +53,7 @@ class Replay:
     """Settings of ``replay``.
 
     Attributes:
-        copies: the number of malicious clients that copy an honest one, or all if there are fewer.
+        copies: the number of malicious clients that copy an honest one. If there are fewer, all do.
         base: what the other malicious clients do.
     """
 
@@ -69,8 +70,9 @@ class HostageRoot:
     """Settings of ``hostage-root``.
 
     Attributes:
-        hostages: share of the malicious clients that send rows like the root's, at least one.
-        params_share: share of the parameters in which these rows are poisoned.
+        hostages: the share of the malicious clients that send rows like the root's; at least one
+            does.
+        params_share: the share of the parameters in which these rows are poisoned.
         base: the poison, and what the other malicious clients do.
     """
 
@@ -88,7 +90,7 @@ class Bridges:
     """Settings of ``bridges``.
 
     Attributes:
-        base: where the bridge leads to.
+        base: the attack whose row is the far end of the bridge.
     """
 
     base: BaseAttack = field(default_factory=BaseAttack)
@@ -100,7 +102,7 @@ class BetterThanHonest:
 
     Attributes:
         alignment: how far malicious clients go along the honest mean, in multiples of its length.
-        base: what is done across the honest mean.
+        base: the attack that gives the part of their rows across the honest mean.
     """
 
     alignment: float = 1.5
@@ -117,12 +119,12 @@ class _OverBase(Attack):
         self._base = build_attack(settings.base, context)
 
     def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
-        # a base attack may return one row that is seen F times, which must not be written to
+        # A base attack may return a view that shows one row F times. It must not be written to.
         poison_FP = self._base.send(updates_NP, malicious_N, threat).clone()
         return self.hide(poison_FP, updates_NP, malicious_N, threat) if not malicious_N.all() else poison_FP
 
     def hide(self, poison_FP: Tensor, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
-        """``(F, P)``: what is sent in place of the base attack's rows, which may be written to."""
+        """The rows to send, ``(F, P)``, made from the base attack's, which may be overwritten."""
         raise NotImplementedError
 
 
@@ -190,7 +192,8 @@ class TakeRootHostage(_OverBase):
         root_like_KP = lengths_K[:, None] * _unit(honest_HP.mean(0))
         agreement_P = honest_HP.sign().sum(0).abs()
         num_poisoned = max(1, round(self._params_share * len(agreement_P)))
-        # stable: the sums are whole numbers with many ties, which every device must break alike
+        # The sums are whole numbers with many ties. A stable sort breaks these alike on every
+        # device.
         hidden = agreement_P.argsort(descending=True, stable=True)[num_poisoned:]
         poison_FP[:num_hostages, hidden] = root_like_KP[:, hidden]
         return poison_FP
@@ -218,7 +221,8 @@ def bit_twin(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
     model_FP = honest_HP[copied_F]
     mean_P, largest_P = honest_HP.mean(0), honest_HP.abs().amax(0)
     above_FP = model_FP >= mean_P
-    # the threshold belongs to its upper side, so that a value below it ends one step below
+    # The threshold itself counts as above. A value from below therefore stops one float short of
+    # it.
     held_FP = torch.where(above_FP, mean_P, torch.nextafter(mean_P, torch.full_like(mean_P, -torch.inf)))
     free_FP = above_FP == (mean_P < 0)
     sent_FP = torch.where(free_FP, -mean_P.sign() * largest_P, held_FP)
@@ -280,6 +284,6 @@ class FollowBetter(_OverBase):
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Vectors, along the last dimension, at length 1; zero stays zero."""
+    """The vectors along the last dimension, scaled to length 1; zero vectors stay zero."""
     lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows / lengths.clamp_min(torch.finfo(rows.dtype).tiny)

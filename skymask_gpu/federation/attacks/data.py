@@ -34,7 +34,7 @@ class Backdoor:
 
     Attributes:
         target_class: the label that the trigger is to cause.
-        poison_share: share of each malicious batch that carries the trigger.
+        poison_share: the share of each malicious batch that carries the trigger.
     """
 
     target_class: int = 0
@@ -85,8 +85,8 @@ class LieBackdoor(PixelBackdoor):
     """A Little Is Enough (Baruch et al., NeurIPS 2019), the form that plants a backdoor.
 
     Malicious clients train on data with the trigger, and send their updates, each parameter clipped
-    to mean +- z * std of the honest updates. The paper besides keeps the backdoored model near the
-    honest one while it is trained; local training is not changed here.
+    to mean +- z * std of the honest updates. The paper also keeps the backdoored model near the
+    honest one during training; here, local training is not changed.
     """
 
     def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
@@ -117,12 +117,12 @@ class ScaledBackdoor(PixelBackdoor):
 def add_trigger(inputs: Tensor, brightest: float) -> Tensor:
     """Copies of images with the trigger, a square of 3 x 3 pixels in the lower right corner.
 
-    A pixel pattern as in BadNets (Gu et al., arXiv:1708.06733); all channels have it.
+    It is a pixel pattern as in BadNets (Gu et al., arXiv:1708.06733), and all channels have it.
 
     Args:
         inputs: ``(..., channels, height, width)``.
-        brightest: value of the pattern's pixels. Take the largest of all training inputs, so that
-            the pattern is the same in training and in tests.
+        brightest: the value of the pattern's pixels. Take the largest of all training inputs, so
+            that the pattern is the same in training and in tests.
 
     Raises:
         ValueError: the inputs are no images, or smaller than the pattern.

@@ -27,8 +27,9 @@ class AttackConfig(Choice):
 
     Attributes:
         name: key of :data:`ATTACKS`.
-        share: of all clients, from 0 to below 1; above 0 unless the name is ``"none"``.
-        settings: the attack's own keys; None: their defaults.
+        share: the share of all clients that attack, from 0 to below 1; above 0 unless the name is
+            ``"none"``.
+        settings: the attack's own keys; None means their defaults.
 
     Example:
         >>> from skymask_gpu.federation.attacks import IPM, AttackConfig
@@ -74,9 +75,9 @@ class AttackContext:
 
     Attributes:
         layers: each parameter's columns in an update, by name.
-        num_classes: the data set's.
-        input_shape: of one sample, ``(channels, height, width)`` or ``(features,)``.
-        brightest: the largest value in the training inputs; pixels of a trigger have it.
+        num_classes: the number of classes of the data set.
+        input_shape: the shape of one sample, ``(channels, height, width)`` or ``(features,)``.
+        brightest: the largest value in the training inputs; the pixels of a trigger have it.
     """
 
     layers: Mapping[str, slice]
@@ -91,10 +92,10 @@ class Threat:
 
     Attributes:
         config: the attack.
-        generator: on the CPU; seeded anew each round.
-        clients: ``(N,)`` int64, which clients the rows are; None outside of a run.
-        global_params: ``(P,)`` the model that the clients started from; None outside of a run.
-        previous_params: ``(P,)`` the model that they started from in the round before; None in the
+        generator: the source of randomness, on the CPU; it is seeded anew each round.
+        clients: ``(N,)`` int64, the number of each row's client; None outside of a run.
+        global_params: ``(P,)``, the model that the clients started from; None outside of a run.
+        previous_params: ``(P,)``, the model that they started from in the round before; None in the
             first round.
     """
 
@@ -108,22 +109,21 @@ class Threat:
 class Attack:
     """One run's attacker. A subclass overrides the hooks that it needs.
 
-    Without any of them, malicious clients are honest.
-    ``__init__`` takes an :class:`AttackContext`, and the attack's settings where it has some. It
-    raises a ValueError if the attack does not fit the model or the data: nobody has trained by
-    then.
+    Without any of them, malicious clients do what honest ones do. ``__init__`` takes an
+    :class:`AttackContext`, and the attack's settings if it has some. It raises a ValueError if the
+    attack does not fit the model or the data, so that this is known before anybody trains.
 
     Attributes:
         poisons_data: whether :meth:`poison` changes batches.
-        target_class: of a backdoor, the class that inputs with its trigger are to be taken for;
-            None: it has no trigger, and no success is measured.
+        target_class: the class for which a backdoor wants inputs with its trigger to be taken.
+            None means that there is no trigger, and that no success is measured.
     """
 
     poisons_data: ClassVar[bool] = False
     target_class: int | None = None
 
     def poison(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What malicious clients train on instead.
+        """The inputs and labels that malicious clients train on instead of these.
 
         Args:
             inputs: ``(..., B, *sample)``: one client's batch, or those of several clients.
@@ -132,50 +132,50 @@ class Attack:
         return inputs, labels
 
     def after_step(self, params_FP: Tensor, step: int, clients_F: Tensor, threat: Threat) -> Tensor | None:
-        """Called after each local step of malicious clients, some of them at a time.
+        """Called after each local step of malicious clients, for some of these clients at a time.
 
-        If these do not fit in memory together, their steps begin anew with fewer clients, and this
-        is called again: what the attack remembers must not depend on the number of calls.
+        If they do not fit in memory together, their steps begin anew with fewer clients, and this
+        is called again. What the attack remembers must not depend on the number of calls.
 
         Args:
-            params_FP: ``(F, P)`` their local models after the step; not to be written to.
-            step: 0 is the first.
-            clients_F: ``(F,)`` int64, which clients they are.
+            params_FP: ``(F, P)``, their local models after the step; they must not be written to.
+            step: the number of the step; 0 is the first.
+            clients_F: ``(F,)`` int64, the numbers of these clients.
             threat: what the attacker knows.
 
         Returns:
-            ``(F, P)`` local models to go on from; None: those it was given.
+            The local models, ``(F, P)``, to go on from; None means those that it was given.
         """
         return None
 
     def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
-        """``(F, P)``: what the malicious clients send.
+        """What the malicious clients send, ``(F, P)``.
 
         Args:
-            updates_NP: float32, what each client got by its own training; not to be written to.
+            updates_NP: float32, what each client got by its own training; do not write to it.
             malicious_N: ``(N,)`` bool.
             threat: what else the attacker knows.
         """
         return updates_NP[malicious_N]
 
     def trigger(self, inputs: Tensor) -> Tensor:
-        """A backdoor's test inputs: copies of ``(n, *sample)`` inputs with the whole trigger."""
+        """Copies of test inputs, ``(n, *sample)``, with the whole trigger of a backdoor."""
         raise NotImplementedError("an attack with a target_class must define its trigger")
 
     def state(self) -> dict[str, Tensor]:
-        """What it remembers from round to round; a checkpoint holds it.
+        """What the attack remembers from round to round; a checkpoint holds it.
 
         The tensors are not written to later.
         """
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take up a ``state``; an empty one is that before the first round."""
+        """Go on from a ``state``; an empty one is the state before the first round."""
 
     def replaced(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
         """A new ``(N, P)`` matrix with the malicious rows of :meth:`send`.
 
-        Without malicious rows, these are the updates themselves.
+        If no row is malicious, the updates themselves are returned.
         """
         if not malicious_N.any():
             return updates_NP
@@ -205,7 +205,7 @@ def build_attack(choice: Choice, context: AttackContext) -> Attack:
 
 
 def attack(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
-    """One round of an attack that is a function of the updates, outside of a run.
+    """Run one round of an attack that is a function of the updates, outside of a run.
 
     Args:
         updates_NP: float32, what each client got by its own training.

@@ -1,4 +1,4 @@
-"""Attacks on each malicious client's own update: none at all, noise, flips and scaling."""
+"""Attacks that change each malicious client's own update: noise, flips, scaling; and no attack."""
 
 import math
 from dataclasses import dataclass
@@ -50,7 +50,8 @@ class Scaling:
     """Settings of ``scaling``.
 
     Attributes:
-        factor: multiple of a client's own update; 0: the number of clients per malicious client.
+        factor: each malicious client sends this multiple of its own update. 0 means the number of
+            clients per malicious client.
     """
 
     factor: float = 0.0
@@ -62,7 +63,7 @@ class Scaling:
 
 @ATTACKS.register("scaling", settings=Scaling)
 def scaling(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Scaling) -> Tensor:
-    """Model replacement (Bagdasaryan et al., AISTATS 2020, section 4.2): each own update is scaled.
+    """Model replacement (Bagdasaryan et al., AISTATS 2020, section 4.2): own updates are scaled.
 
     With the factor N / F, the mean of all updates is the mean of the malicious ones if the honest
     ones are zero.

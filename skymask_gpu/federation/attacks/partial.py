@@ -26,7 +26,7 @@ class BaseAttack(Choice):
 
     Attributes:
         name: one of :func:`base_names`.
-        settings: the attack's own keys; None: their defaults.
+        settings: the attack's own keys; None means their defaults.
     """
 
     registry: ClassVar[Choices] = ATTACKS
@@ -46,7 +46,7 @@ class Layers:
     Attributes:
         layers: names of the poisoned parameters (``"conv1.weight"``), or of modules that hold them
             (``"conv1"``).
-        base: what is done in the poisoned parameters.
+        base: the attack in the poisoned parameters.
     """
 
     layers: tuple[str, ...] = ()
@@ -62,8 +62,8 @@ class Sparse:
     """Settings of ``sparse``.
 
     Attributes:
-        params_share: share of the parameters that are poisoned.
-        base: what is done in the poisoned parameters.
+        params_share: the share of the parameters that are poisoned.
+        base: the attack in the poisoned parameters.
     """
 
     params_share: float = 0.1
@@ -74,13 +74,13 @@ class Sparse:
 
 
 class _Partial(Attack):
-    """The base attack's values in some parameters, a client's own update in the others."""
+    """Sends the base attack's values in some parameters and the client's own in the others."""
 
     def __init__(self, context: AttackContext, settings: Layers | Sparse) -> None:
         self._base = build_attack(settings.base, context)
 
     def poisoned(self, num_params: int, threat: Threat) -> Tensor:
-        """``(P,)`` bool, on the CPU: where the base attack acts in this round."""
+        """The parameters in which the base attack acts in this round, ``(P,)`` bool, on the CPU."""
         raise NotImplementedError
 
     def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
@@ -109,7 +109,7 @@ class InLayers(_Partial):
 
 @ATTACKS.register("sparse", settings=Sparse)
 class InSomeParams(_Partial):
-    """Poison only some parameters, drawn anew each round, the same in all malicious clients."""
+    """Some parameters are poisoned: drawn anew each round, the same for all malicious clients."""
 
     def __init__(self, context: AttackContext, settings: Sparse) -> None:
         super().__init__(context, settings)

@@ -29,9 +29,10 @@ class Jitter:
     """Settings of ``lie``.
 
     Attributes:
-        jitter: standard deviation of Gaussian noise that each malicious client adds to what all
-            send, in honest standard deviations of each parameter. 0: all send the same. With a
-            jitter they are no copies of each other, and a search for copies finds none.
+        jitter: the standard deviation of Gaussian noise that each malicious client adds to what all
+            send, in units of the honest updates' standard deviation in each parameter. With 0, all
+            send the same. With a jitter, they are no copies of each other, and a search for copies
+            finds none.
     """
 
     jitter: float = 0.0
@@ -46,13 +47,13 @@ def _check_jitter(jitter: float) -> None:
 
 
 def _sent_by_all(row_P: Tensor, updates_NP: Tensor, malicious_N: Tensor, threat: Threat, jitter: float) -> Tensor:
-    """``(F, P)``: the row once per malicious client, with jitter where two are honest."""
+    """The row, once per malicious client, ``(F, P)``; with jitter if two clients are honest."""
     row_FP = row_P.expand(int(malicious_N.sum()), -1)
     honest_HP = updates_NP[~malicious_N]
     if jitter == 0 or len(honest_HP) < 2:
         return row_FP
-    # one draw for the seed of a nested generator: what the round draws later does not depend on the
-    # number of attackers or parameters
+    # One number is drawn, as the seed of a second generator. What the round draws later then does
+    # not depend on the number of attackers or parameters.
     nested = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=threat.generator)))
     return row_FP + jitter * honest_HP.std(0) * torch.randn(row_FP.shape, generator=nested).to(row_P)
 
@@ -62,7 +63,7 @@ class IPM:
     """Settings of ``ipm``.
 
     Attributes:
-        epsilon: multiple of the honest mean.
+        epsilon: minus this multiple of the honest mean is sent.
         jitter: see :class:`Jitter`.
     """
 
@@ -152,7 +153,7 @@ def min_sum(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: D
 
 
 def _direction(honest_HP: Tensor, kind: str) -> Tensor:
-    """The perturbations of Shejwalkar & Houmansadr: against the deviation, the mean or its sign."""
+    """The perturbations of Shejwalkar & Houmansadr: minus the deviation, the mean or its sign."""
     if kind == "std":
         return -honest_HP.std(0)
     mean_P = honest_HP.mean(0)
@@ -173,7 +174,7 @@ def lie(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Jitte
 
 
 def clipped_to_band(updates_NP: Tensor, malicious_N: Tensor) -> Tensor:
-    """``(F, P)``: malicious clients' own updates within mean +- z * std of the honest ones."""
+    """The malicious clients' own updates, ``(F, P)``, clipped to the honest mean +- z * std."""
     own_FP, honest_HP = updates_NP[malicious_N], updates_NP[~malicious_N]
     if len(honest_HP) < 2:
         return own_FP
@@ -186,7 +187,7 @@ def _largest_z(malicious_N: Tensor) -> float:
     attackers.
 
     The attackers need s = floor(N / 2 + 1) - F honest clients to be a majority with them, hence
-    Phi(z) = (N - F - s) / (N - F). From a majority of attackers on, z has no bound; it is 3 then.
+    Phi(z) = (N - F - s) / (N - F). If the attackers are a majority, z has no bound, and 3 is taken.
     For a single attacker the formula gives a z of 0 or just below.
     """
     num_clients, num_malicious = len(malicious_N), int(malicious_N.sum())

@@ -17,14 +17,14 @@ from skymask_gpu.federation.transforms import TransformConfig
 __all__ = ["CLUSTERINGS", "Board", "SetKey", "Trajectories", "name_of", "read_board"]
 
 CLUSTERINGS: tuple[str, ...] = get_args(get_type_hints(Clustering)["rule"])
-# what a run's file may say, too; it holds for all recipes that say nothing else
+# The tables that a run's file may have, too. They hold for all recipes that say nothing else.
 _OF_A_RUN = ("server_lr", "plugins", "transforms", "data", "model", "local")
 _SHARE = 0.2
 
 
 @dataclass(frozen=True, order=True)
 class SetKey:
-    """Which mask set: a recipe's name, a seed, an attack's label, and a round (0 is the first)."""
+    """What names a mask set: a recipe, a seed, an attack's label, and a round (0 is the first)."""
 
     recipe: str
     seed: int
@@ -63,10 +63,10 @@ class Board:
     """What a board's file asks for.
 
     Attributes:
-        recipes: by name, each the run of honest clients with the board's first seed.
-        seeds: each recipe is trained with each of them.
-        rounds: in which the attacks strike; 0 is the first.
-        attacks: by label.
+        recipes: the run of honest clients of each recipe, by name, with the board's first seed.
+        seeds: each recipe is trained once with each of these seeds.
+        rounds: the rounds in which the attacks strike; 0 is the first.
+        attacks: the attacks, by label.
         clusterings: SkyMask's rules.
         rules: other aggregation rules.
         trajectories: whole runs to play besides; None if none are asked for.
@@ -81,7 +81,7 @@ class Board:
     trajectories: Trajectories | None = None
 
     def runs(self) -> list[RunConfig]:
-        """The honest run of each recipe and seed."""
+        """The run of honest clients for each recipe and seed."""
         return [replace(recipe, seed=seed) for recipe in self.recipes.values() for seed in self.seeds]
 
     def set_keys(self) -> Iterator[SetKey]:
@@ -90,7 +90,7 @@ class Board:
             yield from (SetKey(run.name, run.seed, attack, number) for number in self.rounds for attack in self.attacks)
 
     def run_of(self, key: SetKey) -> RunConfig:
-        """The run that a set is taken from."""
+        """The run from which a mask set is taken."""
         return replace(self.recipes[key.recipe], seed=key.seed, attack=self.attacks[key.attack])
 
     def rule_tables(self) -> dict[str, Table]:
@@ -167,7 +167,7 @@ class _File:
 
 
 def read_board(path: Path) -> Board:
-    """The board of a TOML file; its plugins are imported by then.
+    """Read the board of a TOML file, after importing its plugins.
 
     Raises:
         ValueError: no such file, no TOML, an unknown key, a name given twice, or a value out of
@@ -184,7 +184,8 @@ def read_board(path: Path) -> Board:
         own = {"name": recipe.name, "data": recipe.data, "model": recipe.model, "local": recipe.local}
         recipes[recipe.name] = read_table(RunConfig, merged(base, own), f"{path}, recipe {recipe.name!r}")
     attacks = _attacks(file.attacks, source)
-    # raise now what a run would raise: a seed, a share or an f that does not fit the clients
+    # A seed, a share or an f that does not fit the clients is refused now, not in the middle of a
+    # run.
     for run in recipes.values():
         for seed in file.seeds:
             replace(run, seed=seed)

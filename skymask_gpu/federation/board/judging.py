@@ -1,4 +1,4 @@
-"""From stored mask sets to the lines of the table: a line per recipe, attack and rule.
+"""Turns stored mask sets into the table, which has a line per recipe, attack and rule.
 
 SkyMask's rules judge the stored masks anew each time. The other rules saw the updates when the set
 was made, and their verdict is stored with it.
@@ -21,14 +21,14 @@ from skymask_gpu.federation.board.mask_set import MaskSet, check_settings, set_s
 
 __all__ = ["ALL", "HONEST", "Judged", "Line", "auc", "judge_sets", "lines", "verdict"]
 
-# the steps that every set knows the accuracy of, beside those of rules
+# Every set knows the accuracy after these steps, besides those of the rules.
 ALL, HONEST = "mean of all", "mean of the honest"
-# a step is worse than FedAvg's if it costs this much test accuracy
+# A step is worse than FedAvg's if its test accuracy is lower by this much.
 _WORSE = 0.01
 
 
 def verdict(made: MaskSet, clustering: str) -> Tensor:
-    """Whom one of SkyMask's rules keeps, ``(N,)`` bool; who has no mask is rejected."""
+    """The clients that one of SkyMask's rules keeps, ``(N,)`` bool; all others are rejected."""
     benign_K = cluster(
         Distances(made.counts(), 1 / made.num_params),
         made.alignments,
@@ -61,11 +61,12 @@ class Judged:
     """One rule's verdict on one set; a number is None where it does not exist or is not known.
 
     Attributes:
-        fpr, fnr: shares of the honest clients that are rejected, and of the attackers that are
-            kept.
-        wrong_side: whether more than half of both are.
-        accuracy: test accuracy after the rule's step.
-        accuracy_fedavg, accuracy_honest: the same after the mean of all, and of the honest clients.
+        fpr, fnr: the share of the honest clients that are rejected, and the share of the attackers
+            that are kept.
+        wrong_side: whether both of these shares are above one half.
+        accuracy: the test accuracy after the rule's step.
+        accuracy_fedavg, accuracy_honest: the test accuracy after the mean of all clients, and after
+            the mean of the honest ones.
         auc_keep_share, auc_cosine, auc_root: how well each witness orders the clients; 1 is
             perfect.
         failed: why the rule could not judge; empty if it could.
@@ -150,11 +151,12 @@ class Line:
     """One line of the table: a rule under one attack and recipe, over all rounds and seeds.
 
     Attributes:
-        sets: how many sets there are.
-        fpr, fnr: means; None where no set has one.
-        wrong_side, worse_than_fedavg: in how many sets; None where it is known of none.
-        accuracy, accuracy_fedavg, accuracy_honest: mean test accuracies after one step.
-        auc_keep_share, auc_cosine, auc_root: means.
+        sets: the number of mask sets.
+        fpr, fnr: the means of :class:`Judged`'s numbers; None if no set has one.
+        wrong_side, worse_than_fedavg: the number of sets in which this is so; None if it is not
+            known for any set.
+        accuracy, accuracy_fedavg, accuracy_honest: the mean test accuracies after one step.
+        auc_keep_share, auc_cosine, auc_root: the means over the sets.
     """
 
     recipe: str
@@ -200,6 +202,6 @@ def lines(judged: list[Judged]) -> list[Line]:
 
 
 def _known(summary: Callable[[Any], Any], values: Iterable[Any]) -> Any:
-    """A summary of the values that are known; None if none is."""
+    """The summary of those values that are known; None if none is known."""
     known = [value for value in values if value is not None]
     return summary(known) if known else None

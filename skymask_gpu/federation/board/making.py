@@ -1,4 +1,4 @@
-"""Make a board's mask sets: train the honest clients, attack their updates, train masks, store.
+"""Makes a board's mask sets: honest clients train, attacks change updates, masks are trained.
 
 What is stored is not made again: neither a mask set nor the honest model before one of the board's
 rounds. All randomness is drawn from (seed, round), so a board that was stopped and resumed is the
@@ -76,7 +76,7 @@ def make_sets(board: Board, keys: list[SetKey], folder: Path, progress: Progress
             progress(f"loading {data.dataset}")
             loaded = load_dataset(data.dataset, Path(data.data_dir) if data.data_dir else None)
             datasets[data.dataset, data.data_dir] = loaded
-    # all recipes before the first one trains: what does not fit is said now
+    # All recipes are built before the first one trains, so that what does not fit is said now.
     cells = {}
     for cell, run in runs.items():
         progress(f"building {run.name}")
@@ -108,9 +108,9 @@ class _Cell:
     """One recipe and seed.
 
     Attributes:
-        honest: the federation without attackers, whose rule is ``recorder``.
-        attacked: by label of the attack.
-        ruled: a federation with each of the board's rules, by name.
+        honest: the federation without attackers; its rule is ``recorder``.
+        attacked: the federation under each attack, by the attack's label.
+        ruled: a federation with each of the board's rules, by the rule's name.
     """
 
     board: Board
@@ -146,7 +146,7 @@ class _Cell:
         )
 
     def make(self, keys: list[SetKey], progress: Progress) -> Iterator[SetKey]:
-        """Train up to each round that a set is missing of, and make its sets."""
+        """Train up to each round that lacks a mask set, and make the sets of that round."""
         name, number, model = keys[0].recipe, 0, self.honest.first_model()
         for target in sorted({key.round for key in keys}):
             stored = max((n for n in self.board.rounds if n <= target and self._model_path(n).exists()), default=0)
@@ -172,7 +172,7 @@ class _Cell:
                 number += 1
 
     def _mask_set(self, key: SetKey, before: GlobalModel, after: GlobalModel) -> MaskSet:
-        """The set of an attack on the updates that the recorder has."""
+        """The mask set of one attack on the updates that the recorder holds."""
         federation = self.attacked[key.attack]
         updates_NP = self._attacked_updates(federation, key.round, before)
         result = self.defence.aggregate(updates_NP, before.params, self.recorder.info.root_update)
@@ -199,10 +199,10 @@ class _Cell:
         return made
 
     def _attacked_updates(self, federation: Federation, number: int, before: GlobalModel) -> Tensor:
-        """``(N, P)``: the honest clients' updates, and what the malicious ones send instead."""
+        """The honest clients' updates, and what the malicious ones send instead, ``(N, P)``."""
         updates_NP, malicious_N, attack = self.recorder.updates_NP, federation.malicious, federation.attack
         info = self.recorder.info
-        # an attack that remembers rounds has seen none
+        # An attack that remembers earlier rounds has seen none here.
         attack.restore({})
         malicious_on_device_N = malicious_N.to(updates_NP.device)
         if malicious_N.any() and (attack.poisons_data or type(attack).after_step is not Attack.after_step):
@@ -212,7 +212,7 @@ class _Cell:
         return attack.replaced(updates_NP, malicious_on_device_N, threat)
 
     def _add_means(self, made: MaskSet, updates_NP: Tensor, accuracy: Callable[[Tensor], float]) -> None:
-        """Plain means: of all, of the honest, and of those that each of SkyMask's rules keeps."""
+        """Add the plain means of all, of the honest, and of those that SkyMask's rules keep."""
         means = {ALL: torch.ones_like(made.malicious), HONEST: ~made.malicious}
         means |= {name_of(clustering): verdict(made, clustering) for clustering in CLUSTERINGS}
         known: dict[bytes, float] = {}
@@ -224,7 +224,7 @@ class _Cell:
             made.kept[name], made.accuracy[name] = kept_N, known[same]
 
     def _add_rules(self, made: MaskSet, updates_NP: Tensor, number: int, accuracy: Callable[[Tensor], float]) -> None:
-        """The verdicts and steps of the board's other rules; none has seen an earlier round."""
+        """Add the verdicts and steps of the other rules, none of which saw an earlier round."""
         for name, federation in self.ruled.items():
             assumed, here = federation.config.defence.assumed_malicious, int(made.malicious.sum())
             info = replace(
@@ -236,7 +236,8 @@ class _Cell:
             try:
                 result = federation.rule(updates_NP, info)
             except ValueError as error:
-                # Bulyan, for one, is not defined for that many attackers: the others go on
+                # Bulyan, for instance, is not defined for that many attackers. The other rules go
+                # on.
                 made.failed[name] = str(error)
                 continue
             made.accuracy[name] = accuracy(result.update)

@@ -25,21 +25,22 @@ class MaskSet:
     """A round's masks, as far as a verdict needs them, and what rules made of the updates.
 
     Attributes:
-        distances: ``(R (R - 1) / 2,)`` int32, bits in which two masks differ: the upper triangle.
+        distances: ``(R (R - 1) / 2,)`` int32, the number of bits in which each two masks differ:
+            the upper triangle of the matrix.
         keep_share: ``(R,)`` float64, see :meth:`skymask_gpu.engine.TrainedMasks.keep_share`.
         alignments: ``(K,)`` float64, inner products of the updates with the root direction, whose
             length is taken as 1.
-        norms: ``(K,)`` float64, of the updates.
-        clients: ``(K,)`` int64, who has a mask; the others sent an unusable update.
-        malicious: ``(N,)`` bool.
+        norms: ``(K,)`` float64, the Euclidean norms of the updates.
+        clients: ``(K,)`` int64, the clients that have a mask; the others sent an unusable update.
+        malicious: ``(N,)`` bool, which clients attack.
         num_params: P.
-        kept: whom each step is made of, ``(N,)`` bool by name: the means ("mean of all", "mean of
-            the honest", "skymask two-stage" and so on), and the board's other rules that judge
-            clients.
+        kept: the clients that each step averages, ``(N,)`` bool by the step's name. Steps are the
+            means ("mean of all", "mean of the honest", "skymask two-stage" and so on) and the
+            board's other rules that judge clients.
         accuracy: the test accuracy after each step, by name.
         failed: why a rule could not judge, by name.
-        settings: what the set was made with, and under "rules" the tables of the rules that judged
-            it.
+        settings: the settings with which the set was made; under "rules" are the tables of the
+            rules that judged it.
     """
 
     distances: Tensor
@@ -55,7 +56,7 @@ class MaskSet:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def counts(self) -> Tensor:
-        """``(R, R)`` int32, the whole symmetric matrix."""
+        """The whole symmetric matrix of the distances, ``(R, R)`` int32."""
         rows = len(self.keep_share)
         counts_RR = torch.zeros(rows, rows, dtype=torch.int32)
         above_2T = torch.triu_indices(rows, rows, 1)
@@ -69,7 +70,7 @@ class MaskSet:
 
     @classmethod
     def read(cls, path: Path) -> "MaskSet":
-        """A stored set.
+        """Read a stored mask set.
 
         Raises:
             ValueError: the file is damaged or holds something else.
@@ -94,20 +95,20 @@ class MaskSet:
 
 
 def model_settings(run: RunConfig) -> dict[str, Any]:
-    """What decides the honest model of a round."""
+    """The settings that decide the honest model of a round."""
     table = run.to_dict()
     table["data"].pop("data_dir")
     return {key: table[key] for key in ("seed", "server_lr", "transforms", "data", "model", "local")}
 
 
 def set_settings(run: RunConfig) -> dict[str, Any]:
-    """What decides a mask set, but for the rules that saw its updates."""
+    """The settings that decide a mask set, without the rules that saw its updates."""
     return {**model_settings(run), "attack": run.to_dict()["attack"]}
 
 
 def check_settings(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise a ValueError if a stored file was made with other settings."""
-    # tuples become lists in JSON
+    # In JSON, tuples become lists.
     wanted = json.loads(json.dumps(wanted))
     changed = [key for key in wanted if stored.get(key) != wanted[key]]
     if changed:

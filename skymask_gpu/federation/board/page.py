@@ -81,7 +81,7 @@ def write_board(title: str, judged: list[Judged], played: list[Ended], folder: P
 
 
 def summary(judged: list[Judged]) -> list[list[str]]:
-    """A row per rule, over all recipes, attacks, rounds and seeds."""
+    """One row per rule, which sums up all recipes, attacks, rounds and seeds."""
     rows = []
     for rule in dict.fromkeys(one.rule for one in judged):
         own = [one for one in judged if one.rule == rule]
@@ -137,7 +137,7 @@ def _percent(value: float | None) -> str:
 
 
 def _failed(judged: list[Judged]) -> list[str]:
-    """A sentence per reason why a rule could not judge."""
+    """One sentence for each reason why a rule could not judge."""
     counts = Counter((one.rule, one.failed) for one in judged if one.failed)
     return [f"{rule} could not judge {count} of its sets: {reason}.\n" for (rule, reason), count in counts.items()]
 
@@ -174,7 +174,7 @@ def _html(columns: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def _heat_map(rule: str, table: list[Line]) -> str:
-    """FPR / FNR of a rule, attacks by recipes; the larger of the two colours the cell."""
+    """A rule's FPR / FNR, attacks by recipes; the larger of the two decides a cell's colour."""
     own = {(line.recipe, line.attack): line for line in table if line.rule == rule}
     recipes, attacks = (list(dict.fromkeys(names)) for names in zip(*own, strict=True))
     if all(line.fpr is None for line in own.values()):
@@ -189,7 +189,7 @@ def _heat_map(rule: str, table: list[Line]) -> str:
 
 def _cell(line: Line | None) -> str:
     rates = [None, None] if line is None else [line.fpr, line.fnr]
-    # from white to red
+    # The colour goes from white to red.
     colour = f"hsl(0 70% {100 - 50 * max(rate or 0 for rate in rates):.0f}%)"
     text = " / ".join("-" if rate is None else f"{100 * rate:.0f}" for rate in rates)
     return f'<td style="background: {colour}">{text}</td>'

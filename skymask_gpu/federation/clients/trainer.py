@@ -4,8 +4,8 @@ Both ways give the same result within rounding. Which one is faster depends on t
 
 * On a CPU, if a client's step is small, a loop spends its time on PyTorch's overhead, and ``vmap``
   is many times faster. If the step is large, or if there are convolutions, which then have weights
-  of their own per client, the loop is faster (``python -m skymask_gpu.bench.local_training``
-  measures it).
+  of their own per client, the loop is faster (``python -m
+  skymask_gpu.bench.studies.local_training`` measures it).
 * On a GPU it is not measured. ``"auto"`` takes ``vmap`` there, because the loop launches every
   operation once per client. But ``vmap`` turns a convolution into one with as many groups as there
   are clients, which may well be slower for a ResNet: measure yours, and set ``batching``.
@@ -31,9 +31,9 @@ from skymask_gpu.federation.clients.recipe import LocalTraining
 
 __all__ = ["AfterStep", "Poison", "Trainer", "batching_for", "for_each_client"]
 
-# What a block of clients may keep for its backward pass: on a CPU about what its cache holds, on a
-# GPU half of its memory. It is not half of what is free, because PyTorch keeps what it once had: a
-# resumed run would find more memory free, take larger blocks, and round differently.
+# The bytes that a block of clients may keep for its backward pass: on a CPU about what its cache
+# holds, on a GPU half of its memory. It is not half of what is free, because PyTorch keeps what it
+# once had: a resumed run would find more memory free, take larger blocks, and round differently.
 _CPU_BLOCK_BYTES, _CPU_BLOCK_LEAST = 2**24, 5
 _GPU_SHARE = 0.5
 # Operations of one client's forward pass on a CPU up to which "auto" takes vmap. Measured: an MLP
@@ -139,7 +139,7 @@ class Trainer:
         self.flat = FlatModel(self.module, inputs[:2], labels[:2])
 
     def way(self, index_B: Tensor) -> str:
-        """``"vmap"`` or ``"loop"``: how these clients train; ``index_B`` ``(B,)`` is one batch."""
+        """How they train: ``"vmap"`` or ``"loop"``. ``index_B``, ``(B,)``, is one batch."""
         return batching_for(self.module, self._inputs[index_B], self._config)
 
     def block_size(self, start_P: Tensor, buffers: dict[str, Tensor], index_B: Tensor) -> int:
@@ -281,7 +281,7 @@ class Trainer:
 
 
 def for_each_client(tensors: dict[str, Tensor], num_clients: int) -> dict[str, Tensor]:
-    """A copy per client, along a new first dimension."""
+    """One copy of each tensor per client, along a new first dimension."""
     return {name: value.expand(num_clients, *value.shape).clone() for name, value in tensors.items()}
 
 

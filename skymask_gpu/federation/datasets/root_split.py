@@ -37,7 +37,8 @@ def split_root(labels: Tensor, num_samples: int, generator: torch.Generator, bia
     if not 0 <= bias <= 1:
         raise ValueError(f"data.root_bias must be between 0 (all classes alike) and 1, got {bias}")
     order = torch.randperm(len(labels), generator=generator)
-    # Deal the shuffled samples by class: all k-th samples of a class come before any (k+1)-th.
+    # Deal the shuffled samples like cards: the first of each class, then the second of each class
+    # ...
     rank = torch.empty(len(labels), dtype=torch.long)
     for label in labels.unique():
         of_label = order[labels[order] == label]
@@ -49,7 +50,7 @@ def split_root(labels: Tensor, num_samples: int, generator: torch.Generator, bia
 
 
 def _biased_first(dealt: Tensor, labels: Tensor, num_samples: int, bias: float) -> Tensor:
-    """``dealt`` in an order whose first ``num_samples`` have the share ``bias`` of class 0."""
+    """Reorder ``dealt`` so that the first ``num_samples`` have the share ``bias`` of class 0."""
     is_first = labels[dealt] == 0
     first, others = dealt[is_first], dealt[~is_first]
     wanted_first = round(bias * num_samples)

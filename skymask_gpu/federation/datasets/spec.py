@@ -93,7 +93,7 @@ class DatasetSpec:
     origin: str = ""
 
     def remedy(self, name: str) -> str:
-        """What somebody does who lacks the files, for the end of an error."""
+        """What to do if the files are missing; errors end with it."""
         return self.origin if self.source is None else f"to download it: skymask-gpu data {name} DIR"
 
 

@@ -14,7 +14,7 @@
 import inspect
 from typing import Any
 
-# importing a file registers its rules
+# Importing a file registers its rules.
 from skymask_gpu.federation.choices import NoSettings, with_settings
 from skymask_gpu.federation.rules.averages import fedavg as fedavg
 from skymask_gpu.federation.rules.deepsight import DeepSight as DeepSight
@@ -36,7 +36,7 @@ def build_rule(name: str, context: RuleContext, settings: Any = None) -> Rule:
     Args:
         name: key of :data:`RULES`.
         context: the server's model and data.
-        settings: the rule's own; None: their defaults.
+        settings: the rule's own settings; None means their defaults.
 
     Raises:
         ValueError: unknown name, or the rule does not fit the model.

@@ -65,7 +65,7 @@ def geometric_median(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 
 
 def _coordinate_median(updates_MP: Tensor) -> Tensor:
-    """``(P,)`` float64."""
+    """The median of each coordinate, ``(P,)`` float64."""
     lower, upper = (len(updates_MP) - 1) // 2, len(updates_MP) // 2
     parts = []
     for block in column_blocks(updates_MP):

@@ -9,8 +9,9 @@ __all__ = ["best_cut", "hdbscan_labels"]
 def hdbscan_labels(
     distances_NN: Tensor, *, min_cluster_size: int, min_samples: int, allow_single_cluster: bool = False
 ) -> Tensor:
-    """``(N,)`` int64 cluster of each row, -1 for noise, by HDBSCAN (Campello et al., PAKDD 2013) on
-    a matrix of distances.
+    """The cluster of each row by HDBSCAN on distances, ``(N,)`` int64; -1 means noise.
+
+    HDBSCAN is by Campello et al. (PAKDD 2013).
 
     ``min_samples`` does not count the row itself, as in the papers' hdbscan package; scikit-learn's
     counts it.
@@ -32,8 +33,9 @@ def hdbscan_labels(
 
 
 def best_cut(values_KN: Tensor) -> tuple[Tensor, Tensor]:
-    """The best two means of each row of numbers: exact, since clusters on a line are cut at one
-    place.
+    """Divide each row of numbers into the two clusters with the least sum of squares.
+
+    The result is exact, because two clusters on a line are divided by a single cut.
 
     Args:
         values_KN: ``(K, N)`` float64, N >= 2.
@@ -46,7 +48,7 @@ def best_cut(values_KN: Tensor) -> tuple[Tensor, Tensor]:
     sorted_KN = (values_KN - values_KN.mean(1, keepdim=True)).sort(1).values
     lower_KC = sorted_KN.cumsum(1)[:, :-1]
     count_C = torch.arange(1, num_values, dtype=values_KN.dtype, device=values_KN.device)
-    # the mean is 0: what lies between two clusters is what their sums say
+    # The mean is 0, so the sum of squares between two clusters follows from their sums alone.
     between_KC = lower_KC.square() * (1 / count_C + 1 / (num_values - count_C))
     cut_K1 = between_KC.argmax(1, keepdim=True)
     lowest_of_upper_K1 = values_KN.sort(1).values.gather(1, cut_K1 + 1)

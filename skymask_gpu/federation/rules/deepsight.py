@@ -1,6 +1,4 @@
-"""DeepSight: what a client's model says of the data it was trained on, and clusters of models that
-agree in it.
-"""
+"""DeepSight: estimates what data a client's model was trained on, and clusters similar models."""
 
 import torch
 from torch import Tensor
@@ -71,7 +69,7 @@ class DeepSight:
 
     @torch.no_grad()
     def _ddifs(self, updates_MP: Tensor, global_params_P: Tensor) -> Tensor:
-        """``(sets, M, outputs)`` float64; ratios are held between exp(-60) and exp(60)."""
+        """The DDifs, ``(sets, M, outputs)`` float64; ratios are limited to exp(-60) to exp(60)."""
         log_probabilities = self._log_probabilities.to(updates_MP.device)
         before = log_probabilities(global_params_P)
         ddifs = []
@@ -96,7 +94,7 @@ def _log_softmax(outputs: Tensor, _: Tensor) -> Tensor:
 
 
 def _neups(layer: LastLayer, updates_MP: Tensor) -> Tensor:
-    """``(M, C)`` float64, rows sum to 1; zeros for a client that did not change the layer."""
+    """The NEUPs, ``(M, C)`` float64. Rows sum to 1; they are 0 if the layer did not change."""
     energy_MC = layer.bias(updates_MP).double().abs() + layer.weight(updates_MP).double().abs().sum(2)
     squares_MC = energy_MC.square()
     return squares_MC / squares_MC.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
@@ -110,19 +108,19 @@ def _suspicious(neups_MC: Tensor) -> Tensor:
 
 
 def _clusters(distances_MM: Tensor) -> Tensor:
-    """``(M,)`` int64 cluster of each client; a client that is noise has one of its own."""
+    """The cluster of each client, ``(M,)`` int64; a client that is noise has one of its own."""
     labels_M = hdbscan_labels(distances_MM, min_cluster_size=_CLUSTER, min_samples=_CLUSTER)
     own_M = torch.arange(len(labels_M), device=labels_M.device) + len(labels_M)
     return torch.where(labels_M >= 0, labels_M, own_M)
 
 
 def _euclidean(values_MC: Tensor) -> Tensor:
-    """``(M, M)``, by differences: equal rows are at exactly 0."""
+    """Distances ``(M, M)``, computed from differences, so that equal rows are at exactly 0."""
     return torch.cdist(values_MC, values_MC, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _apart(distances_MM: Tensor) -> Tensor:
-    """``(M, M)`` float64: 0 for two clients in the same cluster, else 1."""
+    """0 for two clients in the same cluster and 1 for all others, ``(M, M)`` float64."""
     clusters_M = _clusters(distances_MM)
     return (clusters_M[:, None] != clusters_M).double()
 

@@ -22,7 +22,7 @@ Entry = TypeVar("Entry", bound=Callable[..., Any])
 
 
 def takes_any_row(rule: Entry) -> Entry:
-    """A decorator for a rule that NaN and Inf may reach; all others get only finite rows."""
+    """A decorator for a rule that takes rows with NaN and Inf; all others get only finite rows."""
     setattr(rule, "_takes_any_row", True)  # noqa: B010
     return rule
 
@@ -30,7 +30,7 @@ def takes_any_row(rule: Entry) -> Entry:
 def needs_clients(per_malicious: int) -> Callable[[Entry], Entry]:
     """A decorator for a rule that is defined only if n >= ``per_malicious * f + 3``.
 
-    There are n clients in a round, of which the rule takes f for malicious.
+    A round has n clients, and the rule assumes that f of them are malicious.
     """
 
     def mark(rule: Entry) -> Entry:
@@ -41,7 +41,7 @@ def needs_clients(per_malicious: int) -> Callable[[Entry], Entry]:
 
 
 def clients_per_malicious(name: str) -> int | None:
-    """What :func:`needs_clients` says of a rule; None: it is defined for any number of clients."""
+    """``per_malicious`` of :func:`needs_clients`; None if any number of clients will do."""
     return getattr(RULES[name], "_per_malicious", None)
 
 
@@ -52,12 +52,12 @@ class RuleContext:
     Attributes:
         module: the model; its trainable parameters are those of an update, in
             ``named_parameters()`` order. Not modified.
-        root_inputs: ``(n, ...)`` the server's own samples.
-        root_labels: ``(n, ...)``.
-        num_clients: of the run; clients are numbered from 0.
+        root_inputs: ``(n, ...)``, the server's own samples.
+        root_labels: ``(n, ...)``, their labels.
+        num_clients: the number of clients of the run; they are numbered from 0.
         root_training: the local recipe, for a rule that trains a model on the server's samples as
             clients do.
-        seed: the run's.
+        seed: the seed of the run.
     """
 
     module: nn.Module
@@ -73,13 +73,14 @@ class RoundInfo:
     """What a rule may know of a round besides the M updates.
 
     Attributes:
-        global_params: ``(P,)`` of the model that the clients started from.
-        root_update: ``(P,)`` update of the root model, trained like a client on the server's root
-            data set.
-        clients: ``(M,)`` int64, which clients the rows are; only some may take part in a round.
-        num_malicious: how many of the M rows the server assumes to be malicious; ``f`` in the
+        global_params: ``(P,)``, the parameters of the model that the clients started from.
+        root_update: ``(P,)``, the update of the root model, which is trained like a client on the
+            server's root data set.
+        clients: ``(M,)`` int64, the number of each row's client; perhaps not all clients take part
+            in a round.
+        num_malicious: the number of rows that the server assumes to be malicious; ``f`` in the
             papers.
-        generator: on the CPU, seeded by the run's seed and the round.
+        generator: the source of randomness, on the CPU, seeded by the run's seed and the round.
     """
 
     global_params: Tensor
@@ -94,14 +95,14 @@ class RuleResult:
     """The server's step.
 
     Attributes:
-        update: ``(P,)``.
-        kept: ``(M,)`` bool, which clients it is made of; None from a rule that judges no client (a
-            median).
-        record: what the round's line in ``metrics.jsonl`` says besides; JSON values.
-        seconds: what took the rule's time, by phase.
-        tensors: makes what the round stores beside its line, tensors by name and texts about them;
-            rows of ``"clients"`` are client numbers. It is called only where a file is written, so
-            that a rule that is only asked for its update does not pay for it.
+        update: ``(P,)``, the aggregated update.
+        kept: ``(M,)`` bool, the clients whose updates it is made of; None from a rule that judges
+            no client, such as a median.
+        record: JSON values that are added to the round's line in ``metrics.jsonl``.
+        seconds: the rule's time, by phase.
+        tensors: a function that makes what the round stores in a file: tensors by name, of which
+            ``"clients"`` holds client numbers, and texts about them. It is called only if a file
+            is written, so that nobody else pays for it.
     """
 
     update: Tensor
@@ -112,14 +113,14 @@ class RuleResult:
 
 
 class Rule(Protocol):
-    """From the updates ``(M, P)`` of a round's clients to the server's step."""
+    """An aggregation rule: it turns the updates of a round's clients, ``(M, P)``, into a step."""
 
     def __call__(self, updates_MP: Tensor, info: RoundInfo) -> RuleResult: ...
 
     def state(self) -> dict[str, Tensor]:
-        """What it remembers from round to round; a checkpoint holds it. Empty for most rules."""
+        """What the rule remembers from round to round, for the checkpoint; empty for most rules."""
         ...
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take up a ``state``."""
+        """Go on from a ``state``."""
         ...

@@ -11,9 +11,7 @@ __all__ = ["LastLayer"]
 
 @dataclass(frozen=True)
 class LastLayer:
-    """The last two parameters of a classifier: a weight with ``num_classes`` rows and as many
-    biases.
-    """
+    """The last two parameters of a classifier: a weight and a bias for ``num_classes`` outputs."""
 
     num_classes: int
     num_weights: int
@@ -37,13 +35,13 @@ class LastLayer:
         )
 
     def both(self, updates: Tensor) -> Tensor:
-        """``(..., P) -> (..., num_weights + num_classes)``."""
+        """The last layer's columns: weights, then biases, ``(..., num_weights + num_classes)``."""
         return updates[..., -self.num_weights - self.num_classes :]
 
     def weight(self, updates: Tensor) -> Tensor:
-        """``(..., P) -> (..., num_classes, features)``."""
+        """The last layer's weight in its shape, ``(..., P) -> (..., num_classes, features)``."""
         return updates[..., -self.num_weights - self.num_classes : -self.num_classes].unflatten(-1, (self.num_classes, -1))
 
     def bias(self, updates: Tensor) -> Tensor:
-        """``(..., P) -> (..., num_classes)``."""
+        """The last layer's bias, ``(..., P) -> (..., num_classes)``."""
         return updates[..., -self.num_classes :]

@@ -22,41 +22,42 @@ __all__ = [
 ]
 
 _BLOCK_ELEMENTS = 2**22
-# Smaller cosine distances are rounding: float32 rows that differ at all are further apart.
+# Cosine distances below this come from rounding: float32 rows that differ are further apart.
 _ROUNDING = 1e-14
 
 
 def column_blocks(updates_NP: Tensor) -> Iterator[Tensor]:
-    """Blocks of columns, ``(N, p)`` float64, from left to right."""
+    """Yield blocks of columns, ``(N, p)`` float64, from left to right."""
     for block in updates_NP.split(_block_width(updates_NP), dim=1):
         yield block.double()
 
 
 def weighted_sum(updates_NP: Tensor, weights_N: Tensor) -> Tensor:
-    """``(P,)`` float64."""
+    """The sum of the rows, each times its weight, ``(P,)`` float64."""
     return torch.cat([weights_N.double() @ block for block in column_blocks(updates_NP)])
 
 
 def mean_of_kept(updates_NP: Tensor, kept_N: Tensor) -> Tensor:
-    """``(P,)``, like the updates; zero if nobody is kept."""
+    """The mean of the kept rows, ``(P,)``, in the updates' dtype; zero if none is kept."""
     return weighted_sum(updates_NP, kept_N / kept_N.sum().clamp_min(1)).to(updates_NP.dtype)
 
 
 def clipped_mean(updates_NP: Tensor, kept_N: Tensor, norms_N: Tensor, bound: Tensor) -> Tensor:
-    """``(P,)`` mean of the kept rows, each scaled down to the norm ``bound`` if it is longer; zero
-    if nobody is kept.
+    """The mean of the kept rows, ``(P,)``, each first scaled down to the norm ``bound``.
+
+    Shorter rows stay as they are. The mean is zero if no row is kept.
     """
     scale_N = (bound / norms_N.clamp_min(torch.finfo(norms_N.dtype).tiny)).clamp_max(1)
     return weighted_sum(updates_NP, kept_N * scale_N / kept_N.sum().clamp_min(1)).to(updates_NP.dtype)
 
 
 def row_norms(updates_NP: Tensor) -> Tensor:
-    """``(N,)`` float64."""
+    """The Euclidean norm of each row, ``(N,)`` float64."""
     return squared_distances_to(updates_NP, updates_NP.new_zeros(updates_NP.shape[1])).sqrt()
 
 
 def squared_distances_to(updates_NP: Tensor, point: Tensor) -> Tensor:
-    """``(N,)`` float64, of each row to one point ``(P,)``, or to the same row of ``(N, P)``."""
+    """Each row's squared distance to a point, ``(P,)``, or to its own point of ``(N, P)``."""
     total_N = updates_NP.new_zeros(len(updates_NP), dtype=torch.float64)
     parts = point.split(_block_width(updates_NP), dim=-1)
     for block, part in zip(column_blocks(updates_NP), parts, strict=True):
@@ -65,7 +66,7 @@ def squared_distances_to(updates_NP: Tensor, point: Tensor) -> Tensor:
 
 
 def inner_products(updates_NP: Tensor, shift_P: Tensor | None = None) -> Tensor:
-    """``(N, N)`` float64, of all pairs of rows, ``shift_P`` added to each if there is one."""
+    """The inner product of each two rows, ``(N, N)`` float64; ``shift_P`` is added to all rows."""
     total_NN = updates_NP.new_zeros(len(updates_NP), len(updates_NP), dtype=torch.float64)
     start = 0
     for block in column_blocks(updates_NP):
@@ -77,15 +78,16 @@ def inner_products(updates_NP: Tensor, shift_P: Tensor | None = None) -> Tensor:
 
 
 def squared_distances(updates_NP: Tensor) -> Tensor:
-    """``(N, N)`` float64, of all pairs of rows; 0 on the diagonal."""
+    """The squared distance of each two rows, ``(N, N)`` float64; 0 on the diagonal."""
     products_NN = inner_products(updates_NP)
     squares_N = products_NN.diagonal()
     return (squares_N[:, None] + squares_N - 2 * products_NN).clamp_min(0).fill_diagonal_(0)
 
 
 def cosine_distances(products_NN: Tensor) -> Tensor:
-    """``(N, N)`` float64 1 - cosine of all pairs, from their inner products; a row of zeros is at 1
-    from all others.
+    """1 - cosine of each two rows, ``(N, N)`` float64, from their inner products.
+
+    A row of zeros is at distance 1 from all others.
     """
     lengths_N = products_NN.diagonal().sqrt()
     lengths_NN = (lengths_N[:, None] * lengths_N).clamp_min(torch.finfo(products_NN.dtype).tiny)

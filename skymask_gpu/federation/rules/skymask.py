@@ -18,11 +18,11 @@ class SkyMaskSettings:
     """Settings of ``skymask``: how masks are trained and clustered.
 
     Attributes:
-        solver: of mask training.
-        clustering: the rule from masks to a verdict.
-        mask_steps: steps of mask training.
-        mask_lr: its learning rate.
-        mask_grad_clip: bound on each element of its gradient.
+        solver: the solver of mask training.
+        clustering: the rule that turns masks into a verdict.
+        mask_steps: the number of steps of mask training.
+        mask_lr: the learning rate of mask training.
+        mask_grad_clip: the bound on each element of the masks' gradient.
     """
 
     solver: str = "auto"
@@ -33,7 +33,7 @@ class SkyMaskSettings:
 
     def __post_init__(self) -> None:
         one_of("defence.solver", self.solver, ("auto", *SOLVERS))
-        # raise now, not after the first round
+        # What is out of range raises an error now, not after the first round.
         _ = self.training, self.clustering_config
 
     @property
@@ -50,7 +50,7 @@ class SkyMaskSettings:
 class SkyMaskRule:
     """SkyMask (Yan et al., ECCV 2024) with its root model trained like a client.
 
-    It rejects NaN and Inf itself.
+    It rejects rows with NaN and Inf itself.
     """
 
     def __init__(self, context: RuleContext, settings: SkyMaskSettings) -> None:
@@ -83,7 +83,7 @@ class SkyMaskRule:
 
 
 def _tensors(result: Aggregation, clients_M: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Rows are the clients that SkyMask could judge; scores have the root's row last."""
+    """The tensors to store, a row per client that has a mask; scores have the root's row last."""
     evidence = result.evidence()
     tensors = {
         "evidence": evidence.shares,

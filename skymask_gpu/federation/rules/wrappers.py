@@ -1,4 +1,4 @@
-"""What makes a rule of a function, and what keeps NaN and Inf away from it."""
+"""Wrappers that make a rule from a function, and that keep NaN and Inf away from a rule."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ __all__ = ["FiniteRows", "Stateless"]
 
 
 class Stateless:
-    """A rule that remembers nothing, from its function of ``(updates_MP, info[, settings])``."""
+    """A rule that remembers nothing, made from a function of ``(updates_MP, info[, settings])``."""
 
     def __init__(self, function: Callable[..., RuleResult], settings: Any) -> None:
         self._function, self._settings = function, settings
@@ -30,7 +30,7 @@ class Stateless:
 
 
 class FiniteRows:
-    """A rule that is given the rows without NaN or Inf only; the others are not kept.
+    """Gives a rule only the rows without NaN and Inf; the others are not kept.
 
     Each rejected row counts as one of the ``num_malicious``. If no row is left, the update is zero
     and nobody is kept.

@@ -33,7 +33,7 @@ class TransformConfig(Choice):
 
     Attributes:
         name: key of :data:`TRANSFORMS`.
-        settings: the transform's own keys; None: their defaults.
+        settings: the transform's own keys; None means their defaults.
     """
 
     registry: ClassVar[Choices] = TRANSFORMS
@@ -51,8 +51,8 @@ def transformed(
     """The clients' updates after all transforms.
 
     Args:
-        rows_NP: the updates; may be written to.
-        transforms: what to apply, in this order.
+        rows_NP: the updates; they may be overwritten.
+        transforms: the transforms, in the order in which they are applied.
         generators: each client's own source of randomness, on the CPU, see
             :func:`client_generators`.
         layers: each parameter's columns, by name.
@@ -85,7 +85,8 @@ def client_generators(seed: int, number: int, clients: Tensor) -> list[torch.Gen
     """
     generators = []
     for client in clients.tolist():
-        # a hash: sums of the three numbers would give clients of neighbouring rounds the same draws
+        # The three numbers are hashed. Their sum would give clients of neighbouring rounds the same
+        # draws.
         digest = blake2b(f"{seed} {number} {client}".encode(), digest_size=8).digest()
         generators.append(torch.Generator().manual_seed(int.from_bytes(digest, "little")))
     return generators
