@@ -17,9 +17,9 @@ Train = Callable[..., Solution]
 # The unit of a cost differs between devices, but is the same for all solvers on one device: what
 # mask training costs per parameter, without the model's own forward and backward passes.
 COST_SOURCES = {
-    # nanoseconds
+    # The unit is nanoseconds.
     "cpu": "by costs measured on a 2-core CPU",
-    # bytes moved
+    # The unit is bytes moved.
     "cuda": "by the bytes they move (not measured on a GPU)",
 }
 

@@ -24,7 +24,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where t
 
 Jobs = Annotated[int, typer.Option(min=1, help="Cells that are played at the same time; the cores are shared out.")]
 
-# Rows of the final table that still fit on a screen; all are in tables.md.
+# The number of rows of the final table that fit on a screen. All rows are in tables.md.
 _TABLE_ROWS = 40
 
 
@@ -141,7 +141,7 @@ def sweep(
 
 
 def played_cells(cells: list[Any], folder: Path, jobs: int) -> tuple[int, dict[str, str]]:
-    """How many cells are done, and the error of each that failed, by name."""
+    """Play the cells; return how many are done, and the error of each that failed, by name."""
     from skymask_gpu.federation.sweep import play_cells
 
     failed, done = {}, 0

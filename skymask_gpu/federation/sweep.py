@@ -141,7 +141,7 @@ def _start(config: RunConfig, folder: Path, jobs: int) -> BaseProcess:
 
 @contextmanager
 def threads_for(jobs: int) -> Iterator[None]:
-    """What a process that is started now takes as its number of threads; one job has them all."""
+    """Set the number of threads of processes that start inside; a single job has all threads."""
     before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
     if jobs > 1:
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(max(1, torch.get_num_threads() // jobs))))

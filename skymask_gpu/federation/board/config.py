@@ -37,7 +37,7 @@ class SetKey:
 
 
 def name_of(clustering: str) -> str:
-    """What the table calls one of SkyMask's rules."""
+    """The name of one of SkyMask's rules in the table."""
     return f"skymask {clustering}"
 
 
@@ -49,7 +49,7 @@ class Trajectories:
         rounds: the number of rounds of each run.
         recipes: the names of the recipes.
         attacks: the labels of the attacks.
-        rules: by the name that the table has for it.
+        rules: the rules, by their names in the table.
     """
 
     rounds: int
@@ -69,7 +69,7 @@ class Board:
         attacks: the attacks, by label.
         clusterings: SkyMask's rules.
         rules: other aggregation rules.
-        trajectories: whole runs to play besides; None if none are asked for.
+        trajectories: whole runs that are also played; None if the file asks for none.
     """
 
     recipes: dict[str, RunConfig]
@@ -94,7 +94,7 @@ class Board:
         return replace(self.recipes[key.recipe], seed=key.seed, attack=self.attacks[key.attack])
 
     def rule_tables(self) -> dict[str, Table]:
-        """The rules' settings by name, as JSON can hold them."""
+        """The settings of each rule by name, in a form that JSON can hold."""
         return {rule.rule: as_table(rule) for rule in self.rules}
 
     def with_data(self, data_dir: Path | None) -> "Board":

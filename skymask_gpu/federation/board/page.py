@@ -46,7 +46,7 @@ _STYLE = (
 
 
 def write_board(title: str, judged: list[Judged], played: list[Ended], folder: Path) -> list[Path]:
-    """Write the tables of what was judged and played into ``folder``, each file whole or not at all.
+    """Write the tables of what was judged and played into ``folder``, each file as a whole.
 
     Raises:
         ValueError: nothing was judged.

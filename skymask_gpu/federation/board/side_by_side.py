@@ -26,9 +26,9 @@ def make_sets_side_by_side(
     Args:
         config: the board's file, which each process reads for itself.
         data_dir: the folder with the data set's files, or None.
-        keys: which sets.
-        folder: the board's.
-        jobs: how many processes work at the same time; the threads are shared out among them.
+        keys: the sets to make.
+        folder: the board's folder.
+        jobs: the number of processes that work at the same time; they share the threads.
 
     Raises:
         ValueError: see :func:`~skymask_gpu.federation.board.making.make_sets`.
@@ -60,7 +60,7 @@ def _stored_at(folder: Path, key: SetKey) -> int | None:
 
 
 def _end_with_ctrl_c() -> None:
-    """Ctrl-C reaches every process of the terminal. Those of the pool then end without a word."""
+    """Ctrl-C reaches every process of the terminal; the processes of the pool end silently."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

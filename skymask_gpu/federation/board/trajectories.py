@@ -31,12 +31,12 @@ class Ended:
 
     Attributes:
         rule: the label of its rule.
-        fpr, fnr: means over all rounds; None for a rule that judges nobody, and ``fnr`` also
-            without an attacker.
-        accuracy: test accuracy of the final model, as the three others.
-        accuracy_fedavg: FedAvg's under the same attack; None if that run is not done.
-        accuracy_unattacked: FedAvg's without attack; None if that run is not done.
-        attack_success: of a backdoor, in the final model; None for other attacks.
+        fpr, fnr: the means over all rounds; None for a rule that judges nobody. ``fnr`` is also
+            None without an attacker.
+        accuracy: the test accuracy of the final model.
+        accuracy_fedavg: that of FedAvg under the same attack; None if that run is not done.
+        accuracy_unattacked: that of FedAvg without attack; None if that run is not done.
+        attack_success: the success rate of a backdoor in the final model; None for other attacks.
     """
 
     recipe: str
@@ -62,7 +62,7 @@ class Ended:
 
 
 def trajectory_runs(board: Board) -> list[RunConfig]:
-    """The runs of the board's trajectories, those with FedAvg included; empty if none is asked for."""
+    """The runs of the board's trajectories, and those with FedAvg; empty if none is asked for."""
     asked = board.trajectories
     return [] if asked is None else [_run(board, asked, key, rule) for key, rule in _cells(asked, board)]
 
