@@ -11,6 +11,7 @@ The engine knows models and losses, but neither clients' data nor attacks.
 | ``client_blocks.py`` | ``ClientBlocks``: rows of updates that may stay on disk |
 | ``bits.py``, ``distances.py`` | packed bits, and the distances between masks |
 | ``clustering/`` | from masks to a verdict |
+| ``inversion/``, ``similarity.py`` | from a gradient back to the sample; how alike two images are |
 | ``evidence.py`` | how often each layer's bits set a client apart |
 | ``sharding.py`` | columns divided among the ranks of ``torch.distributed`` |
 | ``step_loop.py`` | mask steps that a GPU replays from a CUDA graph |

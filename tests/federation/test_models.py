@@ -24,6 +24,8 @@ SIZES = [
     ("resnet18-gn", (1, 28, 28), 11_173_962 - 2 * 9 * 64),
     ("vit", (1, 28, 28), 138_890),
     ("vit", (3, 32, 32), 141_898),
+    ("lenet", (1, 28, 28), 13_426),
+    ("lenet", (3, 32, 32), 15_826),
 ]
 
 
@@ -41,7 +43,7 @@ def test_every_model_is_sized_here() -> None:
     assert {name for name, _, _ in SIZES} == set(MODELS)
 
 
-@pytest.mark.parametrize("name", ["mlp", "logreg", "cnn", "resnet20-gn", "resnet18-gn", "vit"])
+@pytest.mark.parametrize("name", ["mlp", "logreg", "cnn", "resnet20-gn", "resnet18-gn", "vit", "lenet"])
 def test_gradients_of_two_clients_at_once_equal_a_loop(name: str, generator: torch.Generator) -> None:
     shape = (1, 28, 28) if name == "cnn" else (3, 8, 8)
     module = build_model(name, shape, 10, seed=0).double()  # in float32, kinks make a gradient jump by rounding
@@ -151,7 +153,8 @@ def test_models_that_do_not_fit_say_so() -> None:
         ("vit", (561,), r"model\.name 'vit' is for square images .* got inputs of shape \(561,\)"),
         ("vit", (1, 28, 32), r"model\.name 'vit' is for square images"),
         ("vit", (1, 30, 30), r"model\.name 'vit' is for square images whose side divides by 7 or 4"),
-        ("lenet", (1, 28, 28), r"model\.name must be one of mlp, logreg, .*vit, file\.py:Class, got 'lenet'"),
+        ("lenet", (561,), r"model\.name 'lenet' needs images \(channels, height, width\), got samples of shape \(561,\)"),
+        ("alexnet", (1, 28, 28), r"model\.name must be one of mlp, logreg, .*vit, lenet, file\.py:Class, got 'alexnet'"),
         ("resnet", (1, 28, 28), r"got 'resnet'; did you mean 'resnet\d\d'\?"),
     ):
         with pytest.raises(ValueError, match=message):
