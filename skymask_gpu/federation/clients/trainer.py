@@ -14,7 +14,6 @@ Both ways give the same result within rounding. Which one is faster depends on t
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import fast_layout
@@ -70,42 +69,13 @@ def batching_for(module: nn.Module, batch_inputs: Tensor, config: LocalTraining)
     return "vmap" if _forward_flops(module, batch_inputs) < _VMAP_FLOPS else "loop"
 
 
-class _Operations(TorchDispatchMode):
-    """Counts the multiplications and additions of matrix products and convolutions.
-
-    PyTorch's own ``FlopCounterMode`` loads PyTorch's compiler and Triton, by which every process
-    that trains clients would start more than a second later.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # By default PyTorch hides this mode from its compiler, and loads the compiler to do so.
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in _PRODUCTS:
-            self.total += 2 * result.numel() * args[-1].shape[-2]
-        elif func.overloadpacket is torch.ops.aten.convolution:
-            self.total += 2 * result.numel() * args[1][0].numel()
-        return result
-
-
-# Their last argument is the second matrix, or a batch of such.
-_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-
-
 @torch.no_grad()
 def _forward_flops(module: nn.Module, inputs: Tensor) -> int:
     training = module.training
-    with _Operations() as operations:
+    with FlopCounterMode(display=False) as counter:
         module.eval()(inputs)
     module.train(training)
-    return operations.total
+    return counter.get_total_flops()
 
 
 class Trainer:
