@@ -46,7 +46,8 @@ def minimise_by_sign(
 
     Example:
         >>> goals = torch.tensor([[0.2, 0.9]])
-        >>> found = minimise_by_sign(lambda x, rows: (x - goals).abs().sum(1), torch.zeros(1, 2), evaluations=300)
+        >>> distance = lambda x, rows: (x - goals[rows]).abs().sum(1)
+        >>> found = minimise_by_sign(distance, torch.zeros(1, 2), evaluations=300)
         >>> torch.allclose(found.points, goals, atol=0.01)
         True
     """
