@@ -13,7 +13,7 @@ ROOTS = {
 
 # Enough to aggregate updates; Triton comes with every CUDA build of torch.
 REQUIRED = [
-    "torch>=2.11,<2.14",
+    "torch>=2.11,<2.15",
     "numpy>=1.26",
     "safetensors>=0.4",
     "numba>=0.61",
