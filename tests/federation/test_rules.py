@@ -101,6 +101,16 @@ def largest_gap(got: Tensor, want: list[float] | np.ndarray | Tensor) -> float:
     return float((got.double() - torch.as_tensor(want, dtype=torch.float64)).abs().max())
 
 
+def is_rounded_once(got: Tensor, want: list[float] | np.ndarray | Tensor) -> bool:
+    """What a rule computes in float64 and then rounds to float32: half a unit in the last place off.
+
+    Beside that, sums of at most 50 rows, up to ten times as large as what comes out, are rounded in float64.
+    """
+    want = torch.as_tensor(want, dtype=torch.float64)
+    half_unit, sums = torch.finfo(torch.float32).eps / 2, 500 * torch.finfo(torch.float64).eps
+    return bool(((got.double() - want).abs() <= half_unit * want.abs() + sums * want.abs().max()).all())
+
+
 # --- each rule against a loop -----------------------------------------------------------------------------------------
 
 
@@ -112,8 +122,8 @@ def float64(updates: Tensor) -> np.ndarray:
 def test_the_median_is_that_of_each_coordinate(num_rows: int) -> None:
     updates = random_updates(num_rows)
     result = apply("median", updates)
-    assert largest_gap(result.update, reference.median(float64(updates))) < 1e-6
-    assert largest_gap(result.update, [statistics.median(column) for column in updates.T.tolist()]) < 1e-6
+    assert is_rounded_once(result.update, reference.median(float64(updates)))
+    assert is_rounded_once(result.update, [statistics.median(column) for column in updates.T.tolist()])
     assert result.kept is None
 
 
@@ -121,7 +131,7 @@ def test_the_median_is_that_of_each_coordinate(num_rows: int) -> None:
 def test_the_trimmed_mean_leaves_out_f_at_each_end(num_malicious: int, trim: int) -> None:
     updates = random_updates(12)
     result = apply("trimmed-mean", updates, num_malicious)
-    assert largest_gap(result.update, reference.trimmed_mean(float64(updates), trim)) < 1e-6
+    assert is_rounded_once(result.update, reference.trimmed_mean(float64(updates), trim))
     assert result.kept is None
 
 
@@ -156,7 +166,7 @@ def test_krum_and_multi_krum_sum_the_nearest_distances(num_malicious: int) -> No
     kept = ranking[: max(1, 12 - num_malicious)]
     multi_krum = apply("multi-krum", updates, num_malicious)
     assert multi_krum.kept.nonzero().flatten().tolist() == sorted(kept)
-    assert largest_gap(multi_krum.update, float64(updates)[kept].mean(0)) < 1e-6
+    assert is_rounded_once(multi_krum.update, float64(updates)[kept].mean(0))
 
 
 @pytest.mark.parametrize(("num_rows", "num_malicious"), [(9, 0), (11, 2), (12, 2), (30, 5)])
@@ -168,7 +178,7 @@ def test_bulyan_selects_one_by_one_and_averages_around_the_median(num_rows: int,
     want = reference.mean_near_median(rows[sorted(chosen)], num_rows - 4 * num_malicious)
     result = apply("bulyan", updates, num_malicious)
     assert result.kept.nonzero().flatten().tolist() == sorted(chosen)
-    assert largest_gap(result.update, want) < 1e-6
+    assert is_rounded_once(result.update, want)
 
 
 def test_krums_neighbours_shrink_as_bulyan_selects() -> None:
@@ -194,7 +204,7 @@ def test_fltrust_weights_by_the_cosine_with_the_root() -> None:
     root = random_updates(1, seed=5)[0]
     want, kept = reference.fltrust(float64(updates), float64(root))
     result = apply("fltrust", updates, root_update=root)
-    assert largest_gap(result.update, want) < 1e-6
+    assert is_rounded_once(result.update, want)
     assert result.kept.tolist() == kept
     assert kept == [cosine(u, root) > 0 for u in updates]
     assert not result.kept[2]
@@ -351,7 +361,7 @@ def test_deepsight_clips_to_the_median_length() -> None:
     lengths = [float(u.double().norm()) for u in updates]
     bound = statistics.median(lengths)
     want = sum(u.double() * min(1, bound / length) for u, length in zip(updates, lengths, strict=True)) / 11
-    assert largest_gap(result.update, want) < 1e-6
+    assert is_rounded_once(result.update, want)
 
 
 def test_hdbscan_does_not_count_the_point_itself() -> None:
@@ -384,7 +394,7 @@ def test_tolpegin_is_scikit_learns_pipeline_on_the_last_layer() -> None:
         larger = labels == (labels.sum() * 2 > 15)
         result = apply("tolpegin", updates)
         assert result.kept.tolist() == larger.tolist()
-        assert largest_gap(result.update, updates[larger].double().mean(0)) < 1e-6 * updates.abs().max()
+        assert is_rounded_once(result.update, updates[larger].double().mean(0))
 
 
 def test_tolpegin_keeps_everyone_without_a_majority() -> None:

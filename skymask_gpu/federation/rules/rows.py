@@ -39,7 +39,7 @@ def weighted_sum(updates_NP: Tensor, weights_N: Tensor) -> Tensor:
 
 def mean_of_kept(updates_NP: Tensor, kept_N: Tensor) -> Tensor:
     """The mean of the kept rows, ``(P,)``, in the updates' dtype; zero if none is kept."""
-    return weighted_sum(updates_NP, kept_N / kept_N.sum().clamp_min(1)).to(updates_NP.dtype)
+    return (weighted_sum(updates_NP, kept_N) / kept_N.sum().clamp_min(1)).to(updates_NP.dtype)
 
 
 def clipped_mean(updates_NP: Tensor, kept_N: Tensor, norms_N: Tensor, bound: Tensor) -> Tensor:
