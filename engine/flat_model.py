@@ -129,6 +129,21 @@ class FlatModel:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensors[name].shape)}")
         return torch.cat([tensors[name].detach().reshape(-1) for name in self.shapes])
 
+    @property
+    def num_samples(self) -> int:
+        """The number of root samples."""
+        return len(self._inputs)
+
+    def part(self, samples: Tensor) -> Self:
+        """The loss on some of the root samples, ``(k,)`` int64; its module is this one's own.
+
+        It never runs under ``torch.compile``, which would compile anew for each number of samples.
+        """
+        other = copy.copy(self)
+        other._inputs, other._labels = fast_layout(self._inputs[samples]), self._labels[samples]
+        other._outputs = _outputs
+        return other
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """A copy on another device or in another dtype, with the arguments of ``nn.Module.to``."""
         other = copy.copy(self)

@@ -183,6 +183,38 @@ def test_each_clients_keep_share_and_cosine_with_the_root_direction_are_told() -
     assert result.cosines[7] == 0, "an update of zeros has no direction"
 
 
+def test_the_root_direction_goes_through_its_batches_in_turn() -> None:
+    inputs, labels = toy_data(35, 1)
+    loss, settings = FlatModel(MODULE, inputs, labels), RootTraining(steps=13)
+    order = torch.randperm(35, generator=torch.Generator().manual_seed(0))
+    params_P = loss.initial_params
+    # 35 samples give three batches of at least 10
+    for part in (order[:12], order[12:24], order[24:], order[:12], order[12:24], order[24:], order[:12]):
+        leaf_P = params_P.clone().requires_grad_()
+        (grad_P,) = torch.autograd.grad(FlatModel(MODULE, inputs[part], labels[part])(leaf_P), leaf_P)
+        params_P = params_P - settings.lr * grad_P.clamp(-settings.grad_clip, settings.grad_clip)
+    direction_P = root_direction(loss, loss.initial_params, settings, small_batches=True)
+    torch.testing.assert_close(direction_P, params_P - loss.initial_params)
+
+
+def test_with_a_root_update_a_round_costs_the_mask_steps_and_two_passes() -> None:
+    passed: list[int] = []
+
+    class Counting(nn.Sequential):
+        def forward(self, inputs: Tensor) -> Tensor:
+            passed.append(len(inputs))
+            return super().forward(inputs)
+
+    skymask = SkyMask(Counting(*toy_module()), *toy_data(100, 1), training=MaskTraining(steps=4))
+    passed.clear()
+    assert skymask.aggregate(HONEST_NP, root_update=local_update(MODULE, 1)).masks.steps == 4
+    # 20 small batches for the root direction, and every sample in each mask step
+    assert passed == 20 * [10] + 4 * [100]
+    passed.clear()
+    skymask.aggregate(HONEST_NP)
+    assert passed == 40 * [100] + 4 * [100]
+
+
 def test_global_params_default_to_the_modules() -> None:
     params = nn.utils.parameters_to_vector(MODULE.parameters()).detach()
     a, b = defence().aggregate(poisoned()), defence().aggregate(poisoned(), global_params=params)

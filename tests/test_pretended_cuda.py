@@ -55,7 +55,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "distances": (25, 0),
         "mask steps": (83, 1),
         "model passes": (45, 0),
-        "root": (163, 2),
+        "root": (157, 1),
     },
     "collapsed": {
         "average": (16, 6),
@@ -68,7 +68,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "distances": (25, 0),
         "mask steps": (35, 1),
         "model passes": (15, 0),
-        "root": (163, 2),
+        "root": (157, 1),
     },
     "vmap": {
         "average": (13, 6),
@@ -78,7 +78,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "distances": (8, 0),
         "mask steps": (217, 6),
         "model passes": (90, 0),
-        "root": (163, 2),
+        "root": (157, 1),
     },
     "suspects": {
         "average": (13, 6),
@@ -89,7 +89,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "distances": (8, 0),
         "mask steps": (79, 1),
         "model passes": (45, 0),
-        "root": (163, 2),
+        "root": (157, 1),
         "suspects": (37, 1),
     },
     "state dicts": {
@@ -101,7 +101,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "distances": (8, 0),
         "mask steps": (79, 1),
         "model passes": (45, 0),
-        "root": (163, 2),
+        "root": (157, 1),
     },
 }
 

@@ -122,9 +122,11 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
             subtracted_L = this.own_params_L if call.local_models else None
             in_memory = settings.solver != "auto" and not SOLVERS[settings.solver].from_disk
             clients = parse(call.updates, this.loss, settings.module, subtracted_L, in_memory=in_memory)
-        # Each step reads the parameters and writes their gradient.
-        with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
-            direction_P = _direction(this)
+        small_batches = call.root_update is not None
+        # Each step reads the parameters and writes their gradient. Small batches take half as many.
+        steps_twice = settings.root_training.steps * (1 if small_batches else 2)
+        with clock.phase("root", steps_twice * this.global_params_P.nbytes):
+            direction_P = _direction(this, small_batches)
         with clock.phase("collect", clients.rows.nbytes):
             screened = screen(clients, direction_P, this.global_params_P, this.own_loss, shards, local_models=call.local_models)
             root_row_P = _root_row(this, call.root_update, direction_P, screened)
@@ -171,10 +173,15 @@ def _global_params(
     return global_params.detach().to(loss.initial_params.device, torch.float32)
 
 
-def _direction(this: _Round) -> Tensor:
-    """The root direction, ``(P,)``, which only the first rank trains."""
+def _direction(this: _Round, small_batches: bool) -> Tensor:
+    """The root direction, ``(P,)``, which only the first rank trains.
+
+    Small batches are too noisy for the root model's row: it would lie far from clients with larger
+    batches.
+    """
+    config = this.settings.root_training
     return this.shards.from_first(
-        lambda: root_direction(this.loss, this.global_params_P, this.settings.root_training), like=this.global_params_P
+        lambda: root_direction(this.loss, this.global_params_P, config, small_batches=small_batches), like=this.global_params_P
     )
 
 

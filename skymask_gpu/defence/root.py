@@ -1,8 +1,14 @@
-"""The root direction: an update that the server itself trains on its clean root data."""
+"""The root direction: an update that the server itself trains on its clean root data.
+
+If there is no other root update, the direction is the root model's row, too, and is trained on all
+root data in every step. Otherwise clients are only compared with it. It is then trained in small
+batches, which costs a few passes over the root data instead of one pass per step.
+"""
 
 import math
 import warnings
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +18,10 @@ from skymask_gpu.engine.numerics import without_tf32
 
 __all__ = ["RootTraining", "root_direction"]
 
+# In a smaller batch, the noise of single samples and the statistics of batch norm decide where a
+# step leads.
+_FEWEST_SAMPLES = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class RootTraining:
@@ -20,6 +30,9 @@ class RootTraining:
     This is the clients' local recipe with more steps, so that the direction can be trusted. Use the
     clients' own learning rate and clip. A root model that is trained otherwise has a mask of
     another kind, far from those of all clients.
+
+    If the caller passes a root update, half of the steps are taken, each on one of several batches
+    of at least 10 root samples.
 
     Attributes:
         steps: the number of SGD steps, at least 1.
@@ -48,13 +61,16 @@ class RootTraining:
 
 
 @without_tf32()
-def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining) -> Tensor:
+def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining, *, small_batches: bool = False) -> Tensor:
     """Train the global model on the root data, and return its update.
 
     Args:
         loss: the root loss.
         global_params: ``(P,)``, the model before the round; not modified.
         config: steps, learning rate and clip.
+        small_batches: take half of the steps, rounded up, on batches of the root data. The root
+            data are shuffled once and cut into as many batches as there are steps, but of at least
+            10 samples each. If there are fewer batches than steps, they are used in turn.
 
     Returns:
         ``(P,)``, the trained minus the global parameters.
@@ -74,22 +90,12 @@ def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining)
         >>> bool(loss(loss.initial_params + direction) < loss(loss.initial_params))
         True
     """
-    params_P = global_params.detach().clone()
-    value = loss(params_P)
-    if not torch.isfinite(value):
-        raise ValueError(
-            f"global_params: the loss of the global model on the root data is {value.item()}; without a trusted root there is "
-            "no verdict, check global_params, root_inputs and root_labels"
-        )
-    for _ in range(config.steps):
-        params_P.requires_grad_()
-        (grad_P,) = torch.autograd.grad(loss(params_P), params_P)
-        params_P = params_P.detach() - config.lr * grad_P.clamp(-config.grad_clip, config.grad_clip)
-    finite, moved = torch.stack([torch.isfinite(params_P).all(), (params_P != global_params).any()]).tolist()
+    steps = -(-config.steps // 2) if small_batches else config.steps
+    batches = _batches(loss, steps) if small_batches else [loss]
+    direction_P, mean_loss = _descend(batches, steps, global_params, config)
+    finite, moved = torch.stack([(direction_P.sum() + mean_loss).isfinite(), (direction_P != 0).any()]).tolist()
     if not finite:
-        raise ValueError(
-            "root_training: training on the root data from global_params diverged to NaN or Inf; use a smaller RootTraining.lr"
-        )
+        _raise_not_finite(loss, global_params)
     if not moved:
         warnings.warn(
             "root_training: training on the root data moved no parameter, the root loss has no gradient, so masks cannot be "
@@ -97,4 +103,45 @@ def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining)
             "always 0 for a single output) and that the model's units are not all dead",
             stacklevel=2,
         )
-    return params_P - global_params
+    return direction_P
+
+
+def _descend(batches: list[FlatModel], steps: int, params: Tensor, config: RootTraining) -> tuple[Tensor, Tensor]:
+    """Take steps of SGD from ``params``, each on the next of the batches, which are used in turn.
+
+    Returns:
+        How far the parameters moved, ``(P,)``, and the mean of the losses before the steps, ``()``.
+        Either may be NaN or Inf.
+    """
+    # A copy, because autograd cannot work with a tensor that was made under inference_mode.
+    params_P, losses = params.detach().clone(), []
+    for step in range(steps):
+        leaf_P = params_P.detach().requires_grad_()
+        value = batches[step % len(batches)](leaf_P)
+        (grad_P,) = torch.autograd.grad(value, leaf_P)
+        params_P = params_P - config.lr * grad_P.clamp(-config.grad_clip, config.grad_clip)
+        losses.append(value.detach().reshape(()))
+    return params_P - params, torch.stack(losses).mean()
+
+
+def _batches(loss: FlatModel, steps: int) -> list[FlatModel]:
+    """The root loss on parts of the root data, at most one part per step."""
+    number = max(1, min(steps, loss.num_samples // _FEWEST_SAMPLES))
+    if number == 1:
+        return [loss]
+    # Shuffled on the CPU, so that every device gets the same batches.
+    order = torch.randperm(loss.num_samples, generator=torch.Generator().manual_seed(0))
+    return [loss.part(samples) for samples in order.to(loss.initial_params.device).tensor_split(number)]
+
+
+def _raise_not_finite(loss: FlatModel, global_params: Tensor) -> NoReturn:
+    """Say whether the global model is to blame, or training."""
+    value = loss(global_params)
+    if not torch.isfinite(value):
+        raise ValueError(
+            f"global_params: the loss of the global model on the root data is {value.item()}; without a trusted root there is "
+            "no verdict, check global_params, root_inputs and root_labels"
+        )
+    raise ValueError(
+        "root_training: training on the root data from global_params diverged to NaN or Inf; use a smaller RootTraining.lr"
+    )

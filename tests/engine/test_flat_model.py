@@ -93,6 +93,14 @@ def test_to_casts_inputs_and_parameters_but_not_class_labels() -> None:
     assert flat(flat.initial_params).dtype == torch.float64
 
 
+def test_a_part_is_the_loss_on_those_samples() -> None:
+    module, (inputs, labels) = net_with_norm(), root_data()
+    flat, samples = FlatModel(module, inputs, labels), torch.tensor([7, 3, 12, 5])
+    part, want = flat.part(samples), FlatModel(module, inputs[samples], labels[samples])
+    assert (flat.num_samples, part.num_samples) == (20, 4)
+    assert torch.equal(part(flat.initial_params), want(want.initial_params))
+
+
 def test_bad_arguments_are_named() -> None:
     module, (inputs, labels) = net_with_norm(), root_data()
     with pytest.raises(ValueError, match=r"root_inputs and root_labels .* got 0 and 0"):
