@@ -47,7 +47,10 @@ class Minimised:
 
 @dataclass
 class _Entry:
-    """What one turn taught the rows about their curvature; ``inverse`` is 0 where it taught nothing."""
+    """What one turn taught the rows about their curvature.
+
+    ``inverse`` is 0 for a row that learnt nothing.
+    """
 
     s: Tensor
     y: Tensor
@@ -57,7 +60,10 @@ class _Entry:
 
 @dataclass
 class _State:
-    """All rows that still run. ``point`` is the last one accepted; the next is ``point + step * direction``."""
+    """All rows that still run.
+
+    ``point`` is the last one that was accepted; the next is ``point + step * direction``.
+    """
 
     rows: Tensor
     point: Tensor
@@ -139,7 +145,10 @@ def minimise(
 
 
 class _Run:
-    """One call of :func:`minimise`; ``done`` says which rows of ``state`` only wait to be taken out."""
+    """One call of :func:`minimise`.
+
+    ``done`` says which rows of ``state`` only wait to be taken out.
+    """
 
     def __init__(
         self,
