@@ -1,10 +1,11 @@
-"""How much a reconstructed image looks like the private one: structural similarity, brightness aside.
+"""How much a reconstructed image looks like the private one, brightness aside.
 
 The structural similarity index (Wang et al., IEEE Transactions on Image Processing 2004) compares
 means, variances and covariances in small windows. A reconstruction from gradients may be right up
 to brightness and contrast. *Random Gradient Masking* (Kim and Park, arXiv 2408.08430) therefore
-counts the best similarity over all brightness-adjusted versions of it. We define that as the maximum
-of ``SSIM(clip(a y + b, 0, 1), x)`` over a > 0 and b, for a private image x and a reconstruction y.
+counts the best similarity over all brightness-adjusted versions of it. We define that as the
+maximum of ``SSIM(clip(a y + b, 0, 1), x)`` over a > 0 and b, for a private image x and a
+reconstruction y.
 
 The means and variances of ``a y + b`` follow from those of y. The search therefore needs no window
 sums of its own; only its end, where clipping counts, compares images.
@@ -20,7 +21,8 @@ __all__ = ["Brightness", "ssim"]
 
 Brightness = Literal["none", "scale", "affine"]
 
-# Wang's constants: a Gaussian window of 11 x 11 pixels with sigma 1.5, and K1, K2 for values in [0, 1].
+# Wang's constants: a Gaussian window of 11 x 11 pixels with sigma 1.5, and K1 and K2 for values in
+# [0, 1].
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 # The search: contrasts from a fifth to five times the one that matches the standard deviations, and
@@ -35,8 +37,9 @@ def ssim(images: Tensor, reconstructions: Tensor, *, brightness: Brightness = "a
     Args:
         images: ``(B, C, H, W)``, the private images, with values in [0, 1]; H and W at least 11.
         reconstructions: of the same shape; values may lie outside of [0, 1].
-        brightness: ``"affine"`` takes the best similarity over contrast and offset, ``"scale"`` over
-            the contrast alone, and ``"none"`` compares the images as they are, clipped to [0, 1].
+        brightness: ``"affine"`` takes the best similarity over contrast and offset, ``"scale"``
+            over the contrast alone, and ``"none"`` compares the images as they are, clipped to
+            [0, 1].
 
     Returns:
         ``(B,)`` float64, at most 1. It is NaN where an image holds NaN or Inf. The adjusted
@@ -83,8 +86,8 @@ class _Moments(NamedTuple):
 
 def _moments(x_BCHW: Tensor, y_BCHW: Tensor) -> _Moments:
     x, y, xx, yy, xy = (_windowed(m) for m in (x_BCHW, y_BCHW, x_BCHW**2, y_BCHW**2, x_BCHW * y_BCHW))
-    # Rounding can make a variance negative, and a covariance larger than the variances allow. Scaled
-    # up by a large contrast, such a window would have a similarity far above 1.
+    # Rounding can make a variance negative, and a covariance larger than the variances allow.
+    # Scaled up by a large contrast, such a window would have a similarity far above 1.
     vx, vy = (xx - x * x).clamp_min(0), (yy - y * y).clamp_min(0)
     most = (vx * vy).sqrt()
     return _Moments(x, y, vx, vy, (xy - x * y).clamp(-most, most))

@@ -22,9 +22,9 @@ from skymask_gpu.engine.inversion.rows import RowGradients
 __all__ = ["Known", "Matching", "total_variation"]
 
 # Wei et al. and Geiping et al. match with unlike scales. Ours is relative, since some victims'
-# gradients are 100 times shorter than others': a prior of fixed weight would drown them. The factor
-# makes a victim of usual length (23 on LeNet, squared about 500) comparable to iDLG's absolute loss,
-# whose stop at 1e-6 then means the same.
+# gradients are 100 times shorter than others': a prior of fixed weight would drown them. With the
+# factor, the loss of a victim of usual length (23 on LeNet, squared about 500) is as large as
+# iDLG's absolute loss, whose stop at 1e-6 then means the same.
 _SCALE = 500.0
 # Total variation is a sum of absolute differences, smoothed so that it has a second derivative.
 _SMOOTH = 1e-3
@@ -92,7 +92,7 @@ class Known:
 
 
 class Matching:
-    """The loss of candidates, ``(points_AD, rows_A) -> (A,)``, in the form that the optimisers take.
+    """The loss of candidates, ``(points_AD, rows_A) -> (A,)``, as the optimisers take it.
 
     The loss of a row depends on its own point only, so the gradient of the sum over all rows holds
     the gradient of each.

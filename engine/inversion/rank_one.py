@@ -24,9 +24,9 @@ def input_from_linear_layer(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
         bias: ``(B, H)``, that of the bias; zeros are unknown.
 
     Returns:
-        The inputs, ``(B, D)`` float64, 0 where they are lost; and which values are known, ``(B, D)``
-        bool. A pixel that is 0 has only zeros in its column, so it counts as lost, with the right
-        value.
+        The inputs, ``(B, D)`` float64, 0 where they are lost; and which values are known,
+        ``(B, D)`` bool. A pixel that is 0 has only zeros in its column, so it counts as lost, with
+        the right value.
 
     Example:
         >>> x, d = torch.tensor([0.2, 0.0, 0.7]), torch.tensor([1.0, -2.0])
@@ -43,7 +43,7 @@ def input_from_linear_layer(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 
 
 def _least_squares(weight_BHD: Tensor, seen_BHD: Tensor, other: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """One factor of the matrix from the other, over the entries that are seen; 0 is not known yet."""
+    """One factor of the matrix from the other, over the entries that are seen; 0 is unknown."""
     usable = torch.where(seen_BHD, other, 0.0)
     squares = usable.square().sum(dim)
     known = squares > 0

@@ -1,4 +1,4 @@
-"""Each row's own gradient of a model's parameters, as a function that can be differentiated once more."""
+"""Each row's own gradient of a model's parameters, which can be differentiated once more."""
 
 from collections.abc import Mapping
 
@@ -52,7 +52,7 @@ class RowGradients:
         self._frozen |= {name: buffer.detach() for name, buffer in module.named_buffers()}
 
     def of(self, rows: Tensor) -> "RowGradients":
-        """The same for some of the rows, by their numbers; it matters if each has its own parameters."""
+        """The same for some rows, by their numbers; it matters if each has its own parameters."""
         return self if self.params.dim() == 1 else RowGradients(self.module, self.params[rows])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:

@@ -14,10 +14,10 @@ _CHANNELS = 12
 class LeNet(nn.Module):
     """Three 5 x 5 convolutions of 12 channels with sigmoids, and one linear layer.
 
-    It is the network of DLG (Zhu, Liu and Han, NeurIPS 2019) and iDLG (Zhao, Mopuri and Bilen, 2020,
-    arXiv 2001.02610): every parameter starts uniformly from -0.5 to 0.5, and sigmoids give the loss
-    a second derivative everywhere. It has 13,426 parameters on MNIST. It is the attacker's best
-    case, and it hardly learns; federations train other models.
+    It is the network of DLG (Zhu, Liu and Han, NeurIPS 2019) and iDLG (Zhao, Mopuri and Bilen,
+    2020, arXiv 2001.02610): every parameter starts uniformly from -0.5 to 0.5, and sigmoids give
+    the loss a second derivative everywhere. It has 13,426 parameters on MNIST. It is the attacker's
+    best case, and it hardly learns; federations train other models.
 
     Args:
         input_shape: ``(channels, height, width)``.
