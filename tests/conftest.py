@@ -52,6 +52,11 @@ if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
     reduce_exclusive_or_at_once()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``long`` come first: the last one to start keeps one worker busy while the other has no more to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

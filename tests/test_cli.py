@@ -226,6 +226,7 @@ name = "SkyMask"
 """
 
 
+@pytest.mark.long
 def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: Path, run: Run) -> None:
     (tmp_path / "trial.toml").write_text(CONFIG)
     out = tmp_path / "out"
@@ -259,6 +260,7 @@ def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: P
     assert (out / "SkyMask" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_kill_leaves_whole_lines_and_whole_files(tmp_path: Path) -> None:
     """kill -9 at several moments of a run; what is there can be read, and the run can be finished from it."""
     (tmp_path / "trial.toml").write_text(CONFIG.replace("rounds = 3", "rounds = 400").split("[[variants]]")[0])
@@ -303,6 +305,7 @@ seed = [0, 1]
 """
 
 
+@pytest.mark.long
 def test_sweep_plays_a_grid_reports_it_and_records_what_fails(tmp_path: Path, run: Run) -> None:
     """Bulyan cannot with 5 attackers of 12 clients."""
     (tmp_path / "grid.toml").write_text(GRID)

@@ -345,6 +345,7 @@ def assert_right_in_float32(updates_RP: Tensor, loss: FlatModel, solvers: list[s
         assert_same_away_from_ties(got, truth, near_tie=near_tie)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_solvers_agree_on_real_updates(case: str, mnist_updates: tuple[Tensor, FlatModel]) -> None:
     """With the loss in float64, where the bits must be those of the reference; with its gradients in float32."""

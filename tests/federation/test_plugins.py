@@ -175,6 +175,7 @@ def test_a_file_outside_of_the_tree_is_played_from_the_command_line(kind: str, t
     assert len((tmp_path / "out" / METRICS).read_text().splitlines()) == 3
 
 
+@pytest.mark.long
 def test_cells_in_processes_of_their_own_import_the_plugin(tmp_path: Path) -> None:
     write(tmp_path, ATTACK)
     text = KINDS["attack"][1].format(file="mine.py").replace("angle = 2", "")

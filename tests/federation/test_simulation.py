@@ -100,11 +100,14 @@ def test_every_kind_of_state_survives_a_stop(changes: dict, tmp_path: Path) -> N
     assert_same_checkpoints(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path) -> None:
     """kill -9 at random moments: of starting, of a round, of writing."""
     config = dataclasses.replace(SMALL, rounds=120, checkpoint_every=2, local=LocalTraining(steps=2, batch_size=8))
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["skymask_gpu.federation.playing", "skymask_gpu.federation.sweep", "sklearn.datasets"])
+    # vmap(grad) loads PyTorch's compiler in the first round, and kernels load Numba: once here, not in every child
+    heavy = ["torch._dynamo", "sklearn.datasets", *(f"skymask_gpu.kernels.{name}.cpu" for name in ("bins", "cuts", "mask_step"))]
+    processes.set_forkserver_preload(["skymask_gpu.federation.playing", "skymask_gpu.federation.sweep", *heavy])
     _play(config.to_dict(), tmp_path / "whole")
     metrics, pause, lengths = tmp_path / "killed" / METRICS, random.Random(0), []
     for kill in range(20):
@@ -228,6 +231,7 @@ def check_verdicts(records: list[dict], malicious: int) -> None:
             assert (record["false_positive_rate"], record["false_negative_rate"]) == (0, 0), record
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("malicious", [20, 0], ids=["min-max", "no-attack"])
 def test_skymask_on_mnist_is_exact(malicious: int, mnist_dir: Path, tmp_path: Path) -> None:
     """The paper's CNN, 100 clients, bias 0.5: the first two rounds, with short local training."""

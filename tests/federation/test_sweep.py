@@ -13,6 +13,8 @@ from skymask_gpu.federation.config import read_grid
 from skymask_gpu.federation.run_folder import CONFIG, METRICS
 from skymask_gpu.federation.sweep import ERROR, CellState, cell_folder, clear_cells, has_cells, play_cells
 
+pytestmark = pytest.mark.long
+
 GRID = """
 rounds = 2
 [data]

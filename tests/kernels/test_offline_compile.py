@@ -37,6 +37,7 @@ NARROW_LOADS = {
 NOT_STREAMING = {"hamming_popcount", "two_normals", "gaussian_mixture", "path_maxima"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sm", [80, 90, 100])
 def test_kernels_compile_without_spills_and_load_16_bytes(
     sm: int, tmp_path: Path, record_property: Callable[[str, object], None]
