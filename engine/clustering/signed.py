@@ -8,8 +8,9 @@ ordinary recipes it often lies with the attackers.
 
 1. Copies are three or more masks that are nearer to each other than models come that are each
    trained on their own data. They are left out of all that follows, and so are updates of zeros. At
-   the end, copies are rejected if they are far worse than the clients kept. A client whose update
-   others replay therefore stays. Two masks that are alike are judged like all others.
+   the end, copies are rejected if they are far worse than the clients kept, or if their keep share
+   is strange and their cosine lower. A client whose update others replay therefore stays. Two masks
+   that are alike are judged like all others.
 2. The cut comes next. EM of two normals with a common covariance finds cuts into a far and a near
    side, among the first witnesses and from several starts (``cut_statistics.py``). The far side is
    rejected if it is worse, if its cosine is clearly lower, and if the cut explains much more than
@@ -41,6 +42,10 @@ __all__ = ["signed"]
 # Values from 2 to 3 give the same; at 1.3, 148 of 153 stored sets with harmful attacks come out
 # within 5% instead of 149.
 SECOND_CUT = 2.0
+# Copies go if their cosine is below the mean of the clients kept and their keep share lies this
+# number of spreads from theirs, on either side (4 to 6; at 8 Min-Max is missed more often with
+# clipped gradients).
+ODD = 5.0
 # The names of the witnesses in the reasons. The agreement is the cosine times the length of the
 # root direction.
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
@@ -64,7 +69,7 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
         cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)
-    bad_copy_N = copy_N & ~idle_N & _far_below(witnesses, kept_N)
+    bad_copy_N = copy_N & ~idle_N & (_far_below(witnesses, kept_N) | _odd(witnesses, kept_N))
     facts = {"copies": bad_copy_N.sum(), **_facts(witnesses, kept_N, once_N, cuts[0], cuts[1])}
     benign_N = kept_N | copy_N & ~bad_copy_N | idle_N
     named = {KEEP_SHARE: witnesses.keep_share, AGREEMENT: witnesses.agreement}
@@ -74,12 +79,25 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
 
 def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
     """Which clients are far worse than those kept, by either witness or both, ``(N,)`` bool."""
-    zs = []
-    for witness_N in witnesses.of_side:
-        kept = mean_of(witness_N, kept_N)
-        spread = mean_of((witness_N - kept).square(), kept_N).sqrt()
-        zs.append((witness_N - kept) / spread.clamp_min(torch.finfo(torch.float64).tiny))
+    zs = [_z(witness_N, kept_N) for witness_N in witnesses.of_side]
     return torch.stack([*zs, sum(zs[1:], zs[0])]).amin(0) <= -WORSE
+
+
+def _odd(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
+    """Which clients have a strange keep share and a lower cosine than those kept, ``(N,)`` bool.
+
+    With clipped gradients, Min-Max keeps a larger share of its mask than honest clients do.
+    """
+    if witnesses.keep_share is None or witnesses.cosine is None:
+        return torch.zeros_like(kept_N)
+    return (_z(witnesses.keep_share, kept_N).abs() >= ODD) & (_z(witnesses.cosine, kept_N) < 0)
+
+
+def _z(witness_N: Tensor, kept_N: Tensor) -> Tensor:
+    """How far each client lies above the mean of the clients kept, in their spreads, ``(N,)``."""
+    kept = mean_of(witness_N, kept_N)
+    spread = mean_of((witness_N - kept).square(), kept_N).sqrt()
+    return (witness_N - kept) / spread.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _many_copies(distances: Distances) -> Tensor:

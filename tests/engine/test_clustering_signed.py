@@ -319,6 +319,38 @@ def test_few_that_oppose_the_root_are_found_where_cosines_spread() -> None:
     assert opposed.rates(opposed.judge().benign) == (0, 0)
 
 
+def test_one_that_hardly_follows_the_root_is_found_among_clients_that_clearly_do() -> None:
+    """As one client of ten that flips labels: its keep share is that of the others, its cosine 0."""
+    spread = torch.from_numpy(0.05 * np.random.default_rng(0).normal(size=10))
+    masks = few_clients(10, 0, 0)
+    attacks = torch.arange(10) < 1
+    flipped = replace(masks, malicious=1, alignment=torch.where(attacks, 0.0, 0.5) + spread)
+    assert flipped.rates(flipped.judge().benign) == (0, 0)
+    # where honest cosines spread as far as they lie above 0, the same difference tells nothing
+    unsure = replace(flipped, malicious=0, alignment=torch.where(attacks, 0.0, 0.5) + 3 * spread)
+    assert unsure.judge().benign.all()
+
+
+def test_copies_with_a_strange_keep_share_go_if_they_follow_the_root_less() -> None:
+    """As Min-Max with clipped gradients: four of 20 keep more of their masks, and follow the root slightly less."""
+    spread = torch.from_numpy(0.05 * np.random.default_rng(0).normal(size=20))
+    for cosine, goes in ((0.77, True), (0.9, False)):
+        masks = few_clients(20, 0, 0)
+        copies = torch.arange(20) < 4
+        assert masks.keep_share is not None
+        masks = replace(
+            masks,
+            malicious=4,
+            alignment=torch.where(copies, cosine, 0.8 + spread),
+            keep_share=torch.where(copies, 0.7, masks.keep_share[:-1]),
+        )
+        for client in (1, 2, 3):
+            masks = masks.with_copy(of=0, at=client)
+        benign = masks.judge().benign
+        assert benign[4:].all()
+        assert benign[:4].tolist() == [not goes] * 4
+
+
 def test_degenerate_sets_are_defined() -> None:
     for num_clients in (1, 2):
         few = few_clients(num_clients, 0, 0)
