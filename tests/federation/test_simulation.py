@@ -106,8 +106,9 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path)
     config = dataclasses.replace(SMALL, rounds=120, checkpoint_every=2, local=LocalTraining(steps=2, batch_size=8))
     processes = multiprocessing.get_context("forkserver")
     # vmap(grad) loads PyTorch's compiler in the first round, and kernels load Numba: once here, not in every child
-    heavy = ["torch._dynamo", "sklearn.datasets", *(f"skymask_gpu.kernels.{name}.cpu" for name in ("bins", "cuts", "mask_step"))]
-    processes.set_forkserver_preload(["skymask_gpu.federation.playing", "skymask_gpu.federation.sweep", *heavy])
+    kernels = [f"skymask_gpu.kernels.{name}.cpu" for name in ("bins", "cuts", "mask_step")]
+    federation = ["skymask_gpu.federation.playing", "skymask_gpu.federation.sweep"]
+    processes.set_forkserver_preload([*federation, *kernels, "torch._dynamo", "sklearn.datasets"])
     _play(config.to_dict(), tmp_path / "whole")
     metrics, pause, lengths = tmp_path / "killed" / METRICS, random.Random(0), []
     for kill in range(20):
