@@ -71,7 +71,8 @@ def inner_products(updates_NP: Tensor, shift_P: Tensor | None = None) -> Tensor:
     start = 0
     for block in column_blocks(updates_NP):
         if shift_P is not None:
-            block += shift_P[start : start + block.shape[1]].double()
+            # Not in place: a block of float64 updates is a view of the caller's tensor.
+            block = block + shift_P[start : start + block.shape[1]].double()
         total_NN.addmm_(block, block.T)
         start += block.shape[1]
     return total_NN
