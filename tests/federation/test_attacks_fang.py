@@ -64,7 +64,8 @@ def theorem_1(honest_HP: Tensor, num_malicious: int) -> float:
 def krum_case(seed: int, num_clients: int, num_malicious: int, spread: float) -> tuple[Tensor, Tensor, Tensor]:
     """Updates around a common direction, who is malicious, and the sign of the honest mean."""
     generator = torch.Generator().manual_seed(seed)
-    updates = torch.randn(300, generator=generator) + spread * torch.randn(num_clients, 300, generator=generator)
+    noise = torch.randn(num_clients, 300, generator=generator, dtype=torch.float64)
+    updates = torch.randn(300, generator=generator, dtype=torch.float64) + spread * noise
     malicious = torch.randperm(num_clients, generator=generator) < num_malicious
     return updates, malicious, updates[~malicious].mean(0).sign()
 
@@ -81,12 +82,14 @@ def test_krum_picks_the_krum_attack(seed: int, num_clients: int, num_malicious: 
     step = exact[0].abs().max().item()
     bound = theorem_1(updates[~malicious], num_malicious)
     halvings = math.log2(bound / step)
-    assert halvings == pytest.approx(round(halvings), abs=1e-3)
+    # Everything is computed in float64, with roundings of 1e-16; a single one to float32 is 6e-8.
+    assert halvings == pytest.approx(round(halvings), abs=1e-9)
     assert round(halvings) >= 1
     further = sent - malicious[:, None] * step * sign
     assert not malicious[krum_choice(further, num_malicious)]
-    distances = (sent[malicious] - exact[0]).double().norm(dim=1)
-    torch.testing.assert_close(distances.sort().values[1:], torch.full((num_malicious - 1,), 0.01).double(), rtol=1e-3, atol=0)
+    distances = (sent[malicious] - exact[0]).norm(dim=1)
+    wanted = torch.full((num_malicious - 1,), 0.01, dtype=torch.float64)
+    torch.testing.assert_close(distances.sort().values[1:], wanted, rtol=1e-9, atol=0)
 
 
 def test_distances_come_from_all_columns(monkeypatch: pytest.MonkeyPatch) -> None:
