@@ -131,7 +131,7 @@ def test_bridges_have_equal_steps_from_an_honest_client_to_the_poison(base: str,
     points = [near, *sent]
     for f in range(4):
         assert math.dist(points[f].tolist(), points[f + 1].tolist()) == pytest.approx(length / 4, rel=1e-9)
-        torch.testing.assert_close(points[f + 1], near + (f + 1) / 4 * (far - near))
+        torch.testing.assert_close(points[f + 1], near + (f + 1) / 4 * (far - near), rtol=0, atol=1e-9 * length)
 
 
 @pytest.mark.parametrize("base", BASES)
