@@ -165,10 +165,11 @@ def _bytes(rows_RP: Tensor) -> tuple[Tensor]:
     return ((rows_RP.float() * 1e4).int().to(torch.uint8),)
 
 
-def _chosen(rows_RP: Tensor) -> tuple[Tensor, Tensor]:
+def _chosen(rows_RP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows that are not chosen are NaN, which must not be read into the mean."""
-    chosen_R = torch.arange(len(rows_RP), device=rows_RP.device) % 3 > 0
-    return rows_RP.masked_fill(~chosen_R[:, None], torch.nan), chosen_R
+    numbers_R = torch.arange(len(rows_RP), device=rows_RP.device)
+    chosen_R = numbers_R % 3 > 0
+    return rows_RP.masked_fill(~chosen_R[:, None], torch.nan), chosen_R, 1 / (1 + numbers_R % 7)
 
 
 def _scores(rows_RP: Tensor) -> Tensor:

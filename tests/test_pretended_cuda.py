@@ -546,7 +546,7 @@ def cuda_generator() -> None:
 def cpu_tensor_for_a_kernel() -> None:
     from skymask_gpu.kernels.mean.triton import chosen_mean
 
-    chosen_mean(torch.ones(4, 8, device="cuda"), torch.ones(4, dtype=torch.bool))
+    chosen_mean(torch.ones(4, 8, device="cuda"), torch.ones(4, dtype=torch.bool), torch.ones(4))
 
 
 def sum_of_uint16() -> None:

@@ -13,23 +13,24 @@ TILE = 1024
 
 
 @njit(**JIT)
-def _add_row(update_T, sum_T):
+def _add_row(update_T, factor, sum_T):
     for k in range(update_T.size):
-        sum_T[k] += widen(update_T[k])
+        sum_T[k] += factor * np.float64(widen(update_T[k]))
 
 
 @njit(**JIT)
-def _sum_pass(chosen, rows, stride, sum_P, begin, end):
+def _sum_pass(entering, factors, rows, stride, sum_P, begin, end):
     for a in range(begin, end, TILE):
         width = min(TILE, end - a)
-        for row in chosen:
-            _add_row(rows[row * stride + a : row * stride + a + width], sum_P[a : a + width])
+        for row in entering:
+            _add_row(rows[row * stride + a : row * stride + a + width], factors[row], sum_P[a : a + width])
 
 
-def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
+def chosen_mean(rows_RP: Tensor, chosen_R: Tensor, factors_R: Tensor) -> Tensor:
     num_params = rows_RP.shape[1]
-    chosen = np.flatnonzero(chosen_R.numpy())
+    factors = factors_R.numpy().astype(np.float64)
+    entering = np.flatnonzero(chosen_R.numpy() & (factors != 0))
     sum_P = np.zeros(num_params)
     rows, stride = flat(rows_RP)
-    run_on_column_shares(lambda begin, end: _sum_pass(chosen, rows, stride, sum_P, begin, end), num_params, TILE)
-    return torch.from_numpy(sum_P) / len(chosen)
+    run_on_column_shares(lambda begin, end: _sum_pass(entering, factors, rows, stride, sum_P, begin, end), num_params, TILE)
+    return torch.from_numpy(sum_P) / chosen_R.sum()

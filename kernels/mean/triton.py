@@ -1,5 +1,7 @@
 """The mean of chosen rows in Triton; the chosen rows are read once.
 
+To the kernel, a row that is not chosen has the factor 0, and no row with the factor 0 is read.
+
 A program owns BLOCK_P columns and walks down its share of the rows. So the sums need no atomics and
 are the same in every run.
 """
@@ -22,7 +24,7 @@ ENOUGH_PROGRAMS = 2048
 def chosen_mean_kernel(
     # pointers
     rows_ptr,  # (R, P) float32 or bfloat16
-    chosen_ptr,  # (R,) bool
+    factors_ptr,  # (R,) float32
     sums_ptr,  # (splits, P) float32, written
     # sizes; columns and strides in units of VEC elements: the compiler then knows their alignment
     num_rows,
@@ -43,12 +45,13 @@ def chosen_mean_kernel(
     row_end = tl.minimum(row_begin + rows_per_split, num_rows)
     for row in range(row_begin, row_end, BLOCK_R):
         offs_r = row + tl.arange(0, BLOCK_R)
-        chosen = tl.load(chosen_ptr + offs_r, mask=offs_r < row_end, other=0) != 0  # [BLOCK_R]
-        total += tl.load(
+        factor = tl.load(factors_ptr + offs_r, mask=offs_r < row_end, other=0.0)  # [BLOCK_R]
+        update = tl.load(
             rows_ptr + offs_r.to(tl.int64)[:, None] * rows_stride_units * VEC + offs_p[None, :],
-            mask=chosen[:, None] & mask_p[None, :],
+            mask=(factor != 0.0)[:, None] & mask_p[None, :],
             other=0.0,
         ).to(tl.float32)  # [BLOCK_R, BLOCK_P]
+        total += factor[:, None] * update
     tl.store(sums_ptr + split.to(tl.int64) * num_cols + offs_p, tl.sum(total, axis=0), mask=mask_p)
 
 
@@ -62,7 +65,7 @@ def split_rows(num_rows: int, num_params: int) -> int:
     return triton.cdiv(triton.cdiv(num_rows, num_splits), BLOCK_R) * BLOCK_R
 
 
-def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
+def chosen_mean(rows_RP: Tensor, chosen_R: Tensor, factors_R: Tensor) -> Tensor:
     num_rows, num_params = rows_RP.shape
     vec = vector_elements(num_params, rows_RP)
     num_blocks = triton.cdiv(num_params, BLOCK_P)
@@ -72,7 +75,7 @@ def chosen_mean(rows_RP: Tensor, chosen_R: Tensor) -> Tensor:
     with on_device_of(rows_RP):
         chosen_mean_kernel[(num_blocks, num_splits)](
             rows_RP,
-            chosen_R.contiguous(),
+            torch.where(chosen_R, factors_R, 0.0),
             sums_SP,
             num_rows,
             rows_per_split,
@@ -92,7 +95,7 @@ VARIANTS = tuple(
         f"chosen_mean[{dtype}]",
         chosen_mean_kernel,
         NUM_WARPS,
-        {"rows_ptr": dtype, "chosen_ptr": "i1"},
+        {"rows_ptr": dtype, "factors_ptr": "fp32"},
         {"BLOCK_R": BLOCK_R, "BLOCK_P": BLOCK_P},
     )
     for dtype in ("fp32", "bf16")

@@ -15,7 +15,7 @@ from torch import Tensor
 VARYING = ("num_rows", "rows_per_split", "num_sampled", "num_values", "num_steps", "stored_stride")
 # Triton also compiles a kernel again for pointers to multiples of 16 bytes. These pointers point
 # into the middle of a tensor, after the rows of earlier blocks, so their alignment varies.
-VARYING_POINTERS = ("bits_ptr", "chosen_ptr", "ones_ptr")
+VARYING_POINTERS = ("bits_ptr", "ones_ptr")
 
 # The decorator of every kernel that is launched.
 kernel = triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=VARYING_POINTERS)

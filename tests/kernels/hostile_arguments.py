@@ -73,7 +73,11 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
     ),
     "hamming_counts": (hamming.hamming_counts, {"bits": Argument(("R", "bytes"), ("uint8",), ANY)}, {"unit": 1}),
     "varying_ones": (ones.varying_ones, {"bits": Argument(("R", "bytes"), ("uint8",), ANY)}, {}),
-    "chosen_mean": (mean.chosen_mean, {"rows": ROWS, "chosen": Argument(("R",), ("bool",), ANY)}, {}),
+    "chosen_mean": (
+        mean.chosen_mean,
+        {"rows": ROWS, "chosen": Argument(("R",), ("bool",), ANY), "factors": Argument(("R",), refused=ANY)},
+        {},
+    ),
     "two_normals": (
         mixture.two_normals,
         {"x": Argument(("R",), ("float64",), ANY)},
@@ -152,7 +156,8 @@ def spoilt(kernel: str, name: str, way: str, tensor: Tensor, draw: Callable[...,
             return tensor.to("meta")
         case "no tensor":
             # of the last step None stands for logits that are all equal
-            others = [None] * ((kernel, name) != ("last_step", "logits"))
+            # and of the mean for factors that are all 1
+            others = [None] * ((kernel, name) not in (("last_step", "logits"), ("chosen_mean", "factors")))
             return draw(st.sampled_from([3.0, [1.0, 2.0], np.zeros((3, 4), np.float32), *others]))
         case "sparse":
             return torch.sparse_coo_tensor(size=tensor.shape, dtype=tensor.dtype)

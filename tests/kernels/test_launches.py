@@ -61,7 +61,7 @@ def launch(rows, columns, sampled):
     bits = torch.zeros(2 * rows, -(-columns // 8), dtype=torch.uint8)
     cuts.cut_bits(updates, slope, slope > 0, bits[rows:])
     ones.varying_ones(torch.zeros(rows, -(-columns // 8), dtype=torch.uint8))
-    mean.chosen_mean(updates, torch.ones(2 * rows, dtype=torch.bool)[rows:])
+    mean.chosen_mean(updates, torch.ones(2 * rows, dtype=torch.bool)[rows:], torch.ones(2 * rows)[rows:])
 
     hamming.popcount_counts(bits[:rows])
     hamming.gram_counts(bits[:rows])

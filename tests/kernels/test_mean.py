@@ -1,4 +1,4 @@
-"""The mean of chosen rows: the twin, the compiled CPU path and the Triton kernel against float64."""
+"""The mean of chosen rows, with and without factors: twin, compiled CPU path and Triton kernel against float64."""
 
 import math
 from collections.abc import Callable
@@ -19,12 +19,29 @@ backends = pytest.mark.parametrize("name", ["triton", "cpu", "twin"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-def backend(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+def backend(name: str) -> Callable[..., Tensor]:
+    """``(rows_RP, chosen_R, factors_R=None) -> mean_P``."""
     from skymask_gpu.kernels.mean import cpu, triton
 
-    if name == "cpu":
-        return lambda rows_RP, chosen_R: cpu.chosen_mean(rows_RP.cpu(), chosen_R.cpu()).to(DEVICE)
-    return triton.chosen_mean if name == "triton" else chosen_mean_reference
+    def on_cpu(rows_RP: Tensor, chosen_R: Tensor, factors_R: Tensor | None = None) -> Tensor:
+        return cpu.chosen_mean(rows_RP.cpu(), chosen_R.cpu(), _or_ones(factors_R, chosen_R).cpu()).to(DEVICE)
+
+    def on_triton(rows_RP: Tensor, chosen_R: Tensor, factors_R: Tensor | None = None) -> Tensor:
+        return triton.chosen_mean(rows_RP, chosen_R, _or_ones(factors_R, chosen_R))
+
+    return {"cpu": on_cpu, "triton": on_triton, "twin": chosen_mean_reference}[name]
+
+
+def _or_ones(factors_R: Tensor | None, chosen_R: Tensor) -> Tensor:
+    return chosen_R.float() if factors_R is None else factors_R
+
+
+def make_factors(num_rows: int) -> Tensor:
+    """Some longer, some shorter, one that turns a row around, and every fifth 0."""
+    factors_R = torch.rand(num_rows, generator=torch.Generator().manual_seed(num_rows)) * 3
+    factors_R[0] = -0.5
+    factors_R[4::5] = 0
+    return factors_R.to(DEVICE)
 
 
 def make_rows(size: tuple[int, int], dtype: torch.dtype, pad: int = 0) -> tuple[Tensor, Tensor]:
@@ -37,18 +54,24 @@ def make_rows(size: tuple[int, int], dtype: torch.dtype, pad: int = 0) -> tuple[
     return rows.to(DEVICE, dtype)[:, :num_params], chosen_R.to(DEVICE)
 
 
-def assert_is_mean(name: str, mean_P: Tensor, rows_RP: Tensor, chosen_R: Tensor) -> None:
-    """Each addition rounds by half a unit; the number in a row is known, but for that of torch in the twin."""
+def assert_is_mean(name: str, mean_P: Tensor, rows_RP: Tensor, chosen_R: Tensor, factors_R: Tensor | None = None) -> None:
+    """Each addition rounds by half a unit, and each product with a factor does once; the number of additions in a row is
+    known, but for that of torch in the twin.
+    """
     from skymask_gpu.kernels.mean import triton
 
-    want_P = rows_RP[chosen_R].double().mean(0)
+    enters_R = chosen_R & (_or_ones(factors_R, chosen_R) != 0)
+    scaled_RP = rows_RP[enters_R].double() * _or_ones(factors_R, chosen_R)[enters_R, None].double()
+    want_P = scaled_RP.sum(0) / chosen_R.sum()
     assert mean_P.dtype == torch.float64
     # a program adds its rows in BLOCK_R lanes and then the lanes in pairs; the programs' sums in float64
     in_lane = triton.split_rows(*rows_RP.shape) // triton.BLOCK_R
     lanes = math.log2(triton.BLOCK_R)
     additions = {"triton": in_lane + lanes, "twin": len(rows_RP), "cpu": 0}[name]
-    relative = (additions * torch.finfo(torch.float32).eps + (len(rows_RP) + 2) * torch.finfo(torch.float64).eps) / 2
-    assert ((mean_P - want_P).abs() <= relative * rows_RP[chosen_R].double().abs().mean(0)).all()
+    products = int(factors_R is not None and name != "cpu")
+    eps_32, eps_64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+    relative = ((additions + products) * eps_32 + (len(rows_RP) + 3) * eps_64) / 2
+    assert ((mean_P - want_P).abs() <= relative * scaled_RP.abs().sum(0) / chosen_R.sum()).all()
 
 
 @backends
@@ -61,6 +84,32 @@ def test_the_mean_of_chosen_rows_in_which_others_leave_no_trace(
 ) -> None:
     rows_RP, chosen_R = make_rows(size, dtype, pad)
     assert_is_mean(name, backend(name)(rows_RP, chosen_R), rows_RP, chosen_R)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"R{s[0]}-P{s[1]}")
+@pytest.mark.usefixtures("poisoned_memory")
+def test_each_chosen_row_counts_as_much_as_its_factor_says(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    rows_RP, chosen_R = make_rows(size, dtype, pad=3)
+    factors_R = make_factors(len(rows_RP))
+    rows_RP[factors_R == 0] = torch.nan  # such a row is not read, but counts as chosen
+    factors_R[~chosen_R] = torch.nan  # and what it says of a row that is not chosen does not matter
+    assert_is_mean(name, backend(name)(rows_RP, chosen_R, factors_R), rows_RP, chosen_R, factors_R)
+
+
+@backends
+@dtypes
+def test_factors_of_one_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    rows_RP, chosen_R = make_rows((131, 1031), dtype)
+    run = backend(name)
+    assert torch.equal(run(rows_RP, chosen_R, torch.ones(len(rows_RP), device=DEVICE)), run(rows_RP, chosen_R))
+
+
+def test_factors_may_lie_apart() -> None:
+    rows_RP, chosen_R = make_rows((30, 50), torch.float32)
+    factors_R = make_factors(60)[::2]
+    assert torch.equal(chosen_mean(rows_RP, chosen_R, factors_R), chosen_mean(rows_RP, chosen_R, factors_R.contiguous()))
 
 
 @backends
@@ -118,3 +167,5 @@ def test_bad_arguments_are_named() -> None:
         chosen_mean(rows_RP.T, torch.ones(6, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"chosen must be \(4,\) bool, got \(4,\) torch.int64; use .to\(torch.bool\)"):
         chosen_mean(rows_RP, torch.arange(4))
+    with pytest.raises(ValueError, match=r"factors must be \(4,\) float32, got \(4,\) torch.float64; use .to\(torch.float32\)"):
+        chosen_mean(rows_RP, chosen_R, torch.ones(4, dtype=torch.float64))
