@@ -135,10 +135,19 @@ def test_aggregate_takes_folders_and_stacked_files_alike(files: Files, tmp_path:
     assert set(report["clients"]["client00"]["evidence"]) == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
     assert_is_mean_of_honest(state, files, "updates")
     assert state["1.running_mean"].tolist() == [sum(range(4, 16)) / 12] * 16, "9.5, which needs no rounding"
+    start, stacked = load_file(files["global"]), load_file(files["stacked"])["updates"]
+    assert [client["factor"] for client in report["clients"].values()] == [0.0] * 4 + [1.0] * 12
 
     from_stacked, stacked_report, _ = aggregate(files, tmp_path, files["stacked"], run=run)
     assert [v["benign"] for v in stacked_report["clients"].values()] == [False] * 4 + [True] * 12
     assert_is_mean_of_honest(from_stacked, files, "updates")
+
+    bounded, report, _ = aggregate(files, tmp_path, files["updates"], "--norm-bound", "median")
+    factors = torch.tensor([report["clients"][f"client{i:02}"]["factor"] for i in range(16)])
+    assert factors[:4].tolist() == [0.0] * 4
+    assert 0 < factors[4:].min() < factors[4:].max() == 1, "the longer half is shortened to the median norm"
+    first = (factors[:, None] * stacked)[4:, : start["0.weight"].numel()].mean(0).view_as(start["0.weight"])
+    torch.testing.assert_close(bounded["0.weight"] - start["0.weight"], first, atol=1e-6, rtol=1e-5)
 
 
 def test_aggregate_subtracts_the_global_model_from_local_models(files: Files, tmp_path: Path, run: Run) -> None:

@@ -91,6 +91,7 @@ def test_attackers_are_rejected_and_the_rest_averaged() -> None:
     assert sorted(result.rejected) == [0, 1, 2, 3, 4]
     assert all("masks lie" in reason for reason in result.rejected.values())
     assert_is_mean_rounded_once(result.update, updates_NP[5:])
+    assert result.factors.tolist() == [0.0] * 5 + [1.0] * 15
     assert torch.equal(updates_NP, before), "the caller's tensor must stay as it is"
     assert result.masks.bits.shape == (NUM_CLIENTS + 1, math.ceil(NUM_PARAMS / 8))
     assert result.clusters.scores.shape == (NUM_CLIENTS + 1, 2)
@@ -101,6 +102,7 @@ def test_without_an_attack_everyone_is_kept_and_the_result_is_the_mean() -> None
     result = defence().aggregate(HONEST_NP)
     assert result.benign.all()
     assert not result.rejected
+    assert result.factors.tolist() == [1.0] * NUM_CLIENTS
     assert result.clusters.num_clusters == 1
     assert_is_mean_rounded_once(result.update, HONEST_NP)
 
@@ -278,10 +280,16 @@ def test_batch_norm_statistics_are_averaged_over_the_benign_clients() -> None:
         state["1.running_var"] = torch.ones(16)
         state["1.num_batches_tracked"] = torch.tensor(client)
         updates.append(state)
-    result = SkyMask(module, *toy_data(60, 1)).aggregate(updates)
+    skymask = SkyMask(module, *toy_data(60, 1))
+    result = skymask.aggregate(updates)
     kept = [float(i) for i in result.benign.nonzero().flatten()]
     assert result.buffers["1.running_mean"].tolist() == [pytest.approx(sum(kept) / len(kept))] * 16
     assert result.buffers["1.num_batches_tracked"] == max(kept)
+    # client i has i + 1 samples, but the last one says that it has none
+    weights = [*range(1, 12), 0]
+    result = skymask.aggregate(updates, weights=weights)
+    want = sum(weights[int(i)] * i for i in kept) / sum(weights[int(i)] for i in kept)
+    assert result.buffers["1.running_mean"].tolist() == [pytest.approx(want)] * 16
 
 
 # --- the table of bad input -------------------------------------------------------------------------------------------

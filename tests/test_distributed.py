@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "nobody-attacks": {},
     "bad-clients": {},
     "harmless-alone": {},
+    "weights": {},
 }
 CASES_OF = {1: list(CASES), 2: list(CASES), 3: ["bad-clients"]}
 
@@ -103,7 +104,9 @@ def judge(case: str, stored: dict[str, Tensor], mesh: "DeviceMesh | None") -> Ag
     updates = shared_out(sent(case, stored["honest"]), mesh)
     defence = SkyMask(net(), stored["inputs"], stored["labels"], **CASES[case])
     # a root row that does not hang on a norm, which float32 sums round by the order of the columns
-    return defence.aggregate(updates, root_update=stored["root"] if case == "collapsed" else None)
+    root_update = stored["root"] if case == "collapsed" else None
+    weights = torch.arange(NUM_CLIENTS) if case == "weights" else None
+    return defence.aggregate(updates, root_update=root_update, weights=weights)
 
 
 def name_of(mesh: "DeviceMesh | None") -> str:

@@ -7,9 +7,9 @@ mean weighted by w; a row that is too long is shortened by a factor below 1.
 
 A row that is not chosen never enters, whatever it holds: NaN and 1e30 leave no trace. The same is
 true for a chosen row whose factor is 0, but this row counts in the number of chosen rows. This is
-also why the mean is not gathered in an earlier pass over the updates. Who is benign is known only after
-clustering, and if the rejected rows were subtracted from the sum of all rows, one large hostile row
-would destroy the mean by cancellation.
+also why the mean is not gathered in an earlier pass over the updates. Who is benign is known only
+after clustering, and if the rejected rows were subtracted from the sum of all rows, one large
+hostile row would destroy the mean by cancellation.
 
 Sums are float64 on a CPU. On a GPU they are float32 within a share of the rows and float64 over the
 shares. Shapes: R rows, P columns. Rows are float32 or bfloat16, with any row stride and unit column
@@ -42,9 +42,10 @@ def chosen_mean(rows_RP: Tensor, chosen_R: Tensor, factors_R: Tensor | None = No
 
     Example:
         >>> rows_RP = torch.tensor([[1.0], [torch.nan], [2.0]])
-        >>> chosen_mean(rows_RP, torch.tensor([True, False, True])).tolist()
+        >>> chosen_R = torch.tensor([True, False, True])
+        >>> chosen_mean(rows_RP, chosen_R).tolist()
         [1.5]
-        >>> chosen_mean(rows_RP, torch.tensor([True, False, True]), torch.tensor([0.5, 1.0, 1.5])).tolist()
+        >>> chosen_mean(rows_RP, chosen_R, torch.tensor([0.5, 1.0, 1.5])).tolist()
         [1.75]
     """
     check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")

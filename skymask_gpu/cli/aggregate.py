@@ -6,20 +6,25 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from skymask_gpu.cli.console import UNCERTAIN, console, warn
 from skymask_gpu.defence import Aggregation, RootTraining, SkyMask, mean_buffers
+from skymask_gpu.defence.means import NORM_BOUND_NAMES
 from skymask_gpu.engine import SOLVERS, FlatModel
+from skymask_gpu.engine.registry import one_of
 from skymask_gpu.io.files import check_writable, read_tensors, write_tensors, write_text
 from skymask_gpu.io.torchrun import ShardedUpdates, column_mesh, load_own_columns
 from skymask_gpu.io.user_files import UserUpdates, flat_model, load_module, load_root, load_updates
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["register"]
 
@@ -50,6 +55,9 @@ def aggregate(
     root_lr: Annotated[float, typer.Option(help="Learning rate of the root model: the one the clients train with.")] = 0.1,
     root_clip: Annotated[float, typer.Option(help="Clip of each element of its gradient: the clients' own, too.")] = 1e-2,
     server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
+    norm_bound: Annotated[
+        str, typer.Option(help="median: shorten kept updates that are longer than their median norm; none: no bound.")
+    ] = "none",
     solver: Annotated[str, typer.Option(help=_SOLVER_HELP)] = "auto",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 3, with all files written, if there is no verdict or most are rejected.")
@@ -61,29 +69,25 @@ def aggregate(
     """
     if not math.isfinite(server_lr):
         raise ValueError(f"--server-lr must be finite, got {server_lr}")
-    # Only the first rank writes.
-    if int(os.environ.get("RANK", "0")) == 0:
-        inputs = {"--global": global_model, "--updates": updates, "--model": Path(model.rpartition(":")[0]), "--root": root}
-        _check_outputs({"--out": out, **({"--json": json_report} if json_report is not None else {})}, inputs)
+    one_of("--norm-bound", norm_bound, NORM_BOUND_NAMES)
+    inputs = {"--global": global_model, "--updates": updates, "--model": Path(model.rpartition(":")[0]), "--root": root}
+    _check_outputs({"--out": out, **({"--json": json_report} if json_report is not None else {})}, inputs)
     global_state, metadata = _read_global(global_model)
     module = load_module(model, global_state)
     root_inputs, root_labels = load_root(root)
-    root_training = RootTraining(lr=root_lr, grad_clip=root_clip)
     flat = flat_model(model, module, root_inputs, root_labels)
     with column_mesh() as mesh:
         is_first = mesh is None or mesh.get_rank() == 0
         console.quiet = not is_first
         if not is_first:
-            # All ranks would say the same.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # all ranks would say the same
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        sent: UserUpdates
-        if mesh is None:
-            sent = load_updates(updates, flat, global_state, local_models=local_models)
-        else:
-            sent = load_own_columns(updates, flat, module, global_state, mesh, local_models=local_models)
-            solver = _solver_of_ranks(solver, updates)
-        defence = SkyMask(module, root_inputs, root_labels, root_training=root_training, solver=solver, device=device)
+        solver = solver if mesh is None else _solver_of_ranks(solver, updates)
+        sent = _load(updates, flat, module, global_state, mesh, local_models)
+        training, bound = RootTraining(lr=root_lr, grad_clip=root_clip), NORM_BOUND_NAMES[norm_bound]
+        defence = SkyMask(
+            module, root_inputs, root_labels, root_training=training, norm_bound=bound, solver=solver, device=device
+        )
         with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
             result = _aggregate(defence, sent, local_models)
         verdict = _verdict_json(result, sent) if json_report is not None else ""
@@ -107,6 +111,20 @@ def _read_global(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return read_tensors(path)
     except ValueError as error:
         raise ValueError(f"--global: {error}") from error
+
+
+def _load(
+    updates: Path,
+    flat: FlatModel,
+    module: nn.Module,
+    global_state: dict[str, Tensor],
+    mesh: "DeviceMesh | None",
+    local_models: bool,
+) -> UserUpdates:
+    """All clients' updates; under torchrun only the columns of this rank."""
+    if mesh is None:
+        return load_updates(updates, flat, global_state, local_models=local_models)
+    return load_own_columns(updates, flat, module, global_state, mesh, local_models=local_models)
 
 
 def _solver_of_ranks(solver: str, updates: Path) -> str:
@@ -163,6 +181,9 @@ def _check_outputs(outputs: dict[str, Path], inputs: dict[str, Path]) -> None:
         ValueError: an output cannot be written or would overwrite an input; the message names the
             option. ``--out`` may be the file of ``--global``, which it then replaces as a whole.
     """
+    # Only the first rank writes.
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     taken = {name: path.resolve() for name, path in inputs.items()}
     for option, path in outputs.items():
         target = path.resolve()
@@ -216,9 +237,10 @@ def _verdict_json(result: Aggregation, sent: UserUpdates) -> str:
     evidence = result.evidence()
     for client, shares in zip(evidence.clients, evidence.shares.tolist(), strict=True):
         clients[sent.names[client]]["evidence"] = dict(zip(evidence.layers, shares, strict=True))
-    facts = zip(evidence.clients, result.keep_share.tolist(), result.cosines.tolist(), strict=True)
-    for client, keep_share, cosine in facts:
-        clients[sent.names[client]] |= {"keep_share": keep_share, "cosine": cosine}
+    facts = {"keep_share": result.keep_share, "cosine": result.cosines, "factor": result.factors}
+    for name, values in facts.items():
+        for client, value in zip(evidence.clients, values.tolist(), strict=True):
+            clients[sent.names[client]][name] = value
     clients.update({name: {"benign": False, "reason": reason} for name, reason in sent.unreadable.items()})
     report = {
         "clients": clients,

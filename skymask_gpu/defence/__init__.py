@@ -7,7 +7,7 @@
 | ``parse.py`` | from a tensor, blocks or state dicts to rows; malformed clients are rejected |
 | ``root.py`` | the root direction, which the server itself trains |
 | ``screen.py`` | finds rows that are not finite, local models, and rows that break the loss |
-| ``means.py`` | means over the clients that are kept |
+| ``means.py`` | means over the clients that are kept, and how much each of them counts |
 | ``aggregation.py`` | ``Aggregation``, the result of a round |
 | ``arguments.py`` | checks of the arguments |
 | ``clock.py`` | wall time by phase |

@@ -32,8 +32,8 @@ class Aggregation:
     """The verdict on one round's clients, and the mean update of the benign ones.
 
     Attributes:
-        update: ``(P,)`` float32, the mean update of the benign clients; the server adds
-            ``server_lr`` times it to the global model.
+        update: ``(P,)`` float32, the mean over the benign clients of their updates times
+            ``factors``; the server adds ``server_lr`` times it to the global model.
         benign: ``(N,)`` bool, on ``device``: which clients are kept.
         rejected: client -> reason, for every client that is not benign.
         masks: the trained masks; the rows are ``clients`` in order, then the root model. If the
@@ -45,6 +45,10 @@ class Aggregation:
             the columns in which masks differ. It says how much of the update the root data want;
             honest clients have the larger shares.
         cosines: ``(K,)`` float64, the cosine of each of their updates with the root direction.
+        factors: ``(K,)`` float32, what each of their updates was multiplied by before the mean over
+            the benign clients was taken: 1, unless there are weights or the update was longer than
+            the bound; 0 for a client that is not benign. See
+            :func:`skymask_gpu.defence.means.shares`.
         buffers: for each buffer (batch-norm statistics) that the benign clients sent, its mean over
             these clients.
         seconds: the wall time of each phase, and ``total``. Each phase, ``average`` and ``total``
@@ -82,6 +86,7 @@ class Aggregation:
     clients: Tensor
     keep_share: Tensor
     cosines: Tensor
+    factors: Tensor
     buffers: dict[str, Tensor]
     seconds: dict[str, float]
     layers: dict[str, int]

@@ -1,13 +1,13 @@
 """Checks of ``SkyMask``'s arguments before any work; errors name the argument and the remedy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
 
-__all__ = ["check_kind", "check_loss", "check_same_device", "flat_state", "usable_device"]
+__all__ = ["check_kind", "check_loss", "check_same_device", "checked_weights", "flat_state", "usable_device"]
 
 
 def check_kind(name: str, setting: object, kind: type) -> None:
@@ -58,6 +58,30 @@ def flat_state(state: Mapping[str, Tensor], loss: FlatModel) -> Tensor:
         return loss.flatten({name: state[name].to(loss.initial_params) for name in loss.shapes if name in state})
     except ValueError as error:
         raise ValueError(f"global_params as a state dict: {error}") from error
+
+
+def checked_weights(weights: object, num_clients: int) -> Tensor:
+    """One weight per client as an ``(N,)`` float64 tensor on the CPU.
+
+    Raises:
+        ValueError: they are not N finite numbers of at least 0, or all of them are 0.
+    """
+    if not isinstance(weights, Tensor | Sequence) or isinstance(weights, str | bytes):
+        raise ValueError(f"weights must be a tensor or a list of one number per client, got {type(weights).__name__}")
+    try:
+        weights_N = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"weights must be one number per client: {str(error).splitlines()[0]}") from error
+    if weights_N.shape != (num_clients,):
+        raise ValueError(f"weights must have shape ({num_clients},), one number per client, got {tuple(weights_N.shape)}")
+    wrong = (~torch.isfinite(weights_N) | (weights_N < 0)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"weights must be finite and at least 0, got {weights_N[wrong[0]]:g} for client {wrong[0]}; leave such a client out"
+        )
+    if not weights_N.any():
+        raise ValueError("weights must not all be 0; pass the sizes of the clients' data sets, or None for equal weights")
+    return weights_N
 
 
 def check_same_device(name: str, tensor: Tensor, loss: FlatModel, asked_for: torch.device | None) -> None:

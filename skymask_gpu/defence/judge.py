@@ -6,7 +6,7 @@ parse -> root direction -> screen -> masks -> distances -> verdict -> mean of th
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.defence.aggregation import Aggregation, VerdictWarning
-from skymask_gpu.defence.arguments import check_same_device, flat_state
+from skymask_gpu.defence.arguments import check_same_device, checked_weights, flat_state
 from skymask_gpu.defence.clock import Clock
-from skymask_gpu.defence.means import mean_buffers, mean_of_rows
-from skymask_gpu.defence.parse import Updates, check_form, parse
+from skymask_gpu.defence.means import NormBound, mean_buffers, mean_of_rows, shares
+from skymask_gpu.defence.parse import Clients, Updates, check_form, parse
 from skymask_gpu.defence.root import RootTraining, root_direction
 from skymask_gpu.defence.screen import Screened, culprits, screen
 from skymask_gpu.engine import (
@@ -53,6 +53,7 @@ class Settings:
     training: MaskTraining
     clustering: Clustering
     root_training: RootTraining
+    norm_bound: NormBound
     solver: str
     device: torch.device | None
     profile: bool
@@ -66,6 +67,7 @@ class Call:
     global_params: Tensor | Mapping[str, Tensor] | None
     root_update: Tensor | None = None
     local_models: bool = False
+    weights: Tensor | Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def judge(settings: Settings, call: Call) -> Aggregation:
     """
     shards, own_updates = own_columns(call.updates, settings.flat.num_params)
     check_form(call.updates, settings.flat.num_params)
-    call = replace(call, updates=own_updates)
+    weights_N = None if call.weights is None else checked_weights(call.weights, len(call.updates))
+    call = replace(call, updates=own_updates, weights=weights_N)
     device = _device(settings, call.updates, shards)
     # A server may well work under no_grad or in inference mode, but training masks and the root
     # needs gradients.
@@ -134,7 +137,7 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
         with clock.phase("clustering", 4 * len(masks.bits) ** 2):
             verdict = _verdict(this, masks, screened, direction_P)
         with clock.phase("average"):
-            result = _average(this, screened, masks, verdict)
+            result = _average(this, call.weights, screened, masks, verdict)
     return replace(result, seconds={**clock.seconds, **masks.seconds})
 
 
@@ -267,15 +270,19 @@ def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P:
     return _Verdict(clusters, keep_share_R[:-1], cosines_K)
 
 
-def _average(this: _Round, screened: Screened, masks: TrainedMasks, verdict: _Verdict) -> Aggregation:
+def _average(
+    this: _Round, weights: Tensor | Sequence[float] | None, screened: Screened, masks: TrainedMasks, verdict: _Verdict
+) -> Aggregation:
     """The result, still without its seconds.
 
     The host reads the list of rejected clients after all other work was started. The caller's
     clock, which stops after that, therefore shows wall time.
     """
     clients, benign_K = screened.clients, verdict.clusters.benign
-    update_P = this.shards.gather(mean_of_rows(clients.rows, benign_K))
-    buffers = mean_buffers(clients.buffers, benign_K)
+    weights_K = None if weights is None else _weights_of_kept(weights, clients, benign_K)
+    counts = shares(benign_K, screened.norms, weights_K=weights_K, norm_bound=this.settings.norm_bound)
+    update_P = this.shards.gather(mean_of_rows(clients.rows, benign_K, counts.factors))
+    buffers = mean_buffers(clients.buffers, benign_K, None if weights_K is None else counts.weights)
     if not (clients.rows.in_memory or torch.isfinite(update_P).all()):
         raise ValueError("updates: some became NaN or Inf after they were first read; read the same in every pass")
     benign_N = torch.zeros(clients.num_clients, dtype=torch.bool, device=benign_K.device)
@@ -291,12 +298,21 @@ def _average(this: _Round, screened: Screened, masks: TrainedMasks, verdict: _Ve
         clients=clients.numbers,
         keep_share=verdict.keep_share,
         cosines=verdict.cosines,
+        factors=counts.factors,
         buffers=buffers,
         seconds={},
         layers=dict(zip(this.loss.shapes, this.loss.layer_sizes, strict=True)),
         device=this.device,
         shards=this.shards,
     )
+
+
+def _weights_of_kept(weights: Tensor | Sequence[float], clients: Clients, benign_K: Tensor) -> Tensor:
+    """The caller's weights of the clients that have a mask, ``(K,)`` float64."""
+    weights_K = torch.as_tensor(weights).to(clients.numbers.device)[clients.numbers]
+    if not (benign_K & (weights_K > 0)).any():
+        raise ValueError("weights: every client that is kept has weight 0, so there is no mean; pass None for equal weights")
+    return weights_K
 
 
 def _warn_of_doubtful(result: Aggregation) -> None:

@@ -1,4 +1,12 @@
-"""Means over the kept clients: of their updates, and of their buffers (batch-norm statistics)."""
+"""Means over the kept clients, and how much each of them counts.
+
+Every mean is one of updates, or of buffers (batch-norm statistics). A client counts by its weight,
+such as the size of its data set, and with a bound no client counts for much more than another one:
+an update that is longer than the bound is shortened, and a weight above the bound is lowered.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -7,47 +15,137 @@ from skymask_gpu.engine import ClientBlocks
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.kernels.anywhere import chosen_mean
 
-__all__ = ["mean_buffer", "mean_buffers", "mean_of_rows"]
+__all__ = ["NORM_BOUND_NAMES", "NormBound", "Shares", "mean_buffer", "mean_buffers", "mean_of_rows", "shares"]
+
+NormBound = Literal["median"] | None
+# The bounds as they are called where there is no None, in a TOML file or on the command line.
+NORM_BOUND_NAMES: dict[str, NormBound] = {"median": "median", "none": None}
 
 
-def mean_of_rows(rows: ClientBlocks, chosen_K: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Shares:
+    """How much each of K clients counts in the means.
+
+    Attributes:
+        weights: ``(K,)`` float64, what a client counts for in the mean of buffers: its weight, at
+            most the bound of weights, in units of the largest; 0 if it is not kept.
+        factors: ``(K,)`` float32, what an update is multiplied by before the plain mean over the
+            kept clients: the weight, in units of the kept clients' mean weight, times the bound of
+            norms over the update's norm if the update is longer; 0 if the client is not kept.
+    """
+
+    weights: Tensor
+    factors: Tensor
+
+
+def shares(kept_K: Tensor, norms_K: Tensor, *, weights_K: Tensor | None = None, norm_bound: NormBound = None) -> Shares:
+    """How much each client counts, so that no kept client can count for much more than another.
+
+    The weighted mean of the updates u is ``sum(w[i] u[i]) / sum(w[i])`` over the kept clients
+    (FedAvg: McMahan et al., AISTATS 2017). With ``norm_bound="median"``, each kept update is
+    shortened to the median norm of the kept clients if it is longer, and each weight is lowered to
+    their median weight if it is larger. (Sun et al., "Can You Really Backdoor Federated Learning?",
+    arXiv 1911.07963, bound norms by a constant.) Both medians are those of the clients whose norm
+    and weight are above 0, the lower one of two in the middle. So clients that send zeros, or say
+    that they have no data, cannot shorten all others to nothing.
+
+    Args:
+        kept_K: ``(K,)`` bool.
+        norms_K: ``(K,)`` float32, the norms of the updates; not NaN.
+        weights_K: ``(K,)`` float64, finite and at least 0; None for equal weights.
+        norm_bound: ``"median"`` or None, for no bound of either kind.
+
+    Example:
+        >>> kept = torch.tensor([True, True, True, False])
+        >>> norms = torch.tensor([1.0, 2.0, 8.0, 9.0])
+        >>> shares(kept, norms, norm_bound="median").factors
+        tensor([1.0000, 1.0000, 0.2500, 0.0000])
+        >>> shares(kept, norms, weights_K=torch.tensor([1.0, 1.0, 4.0, 9.0])).factors
+        tensor([0.5000, 0.5000, 2.0000, 0.0000])
+    """
+    weights_K = kept_K.double() if weights_K is None else torch.where(kept_K, weights_K, 0.0)
+    scales_K = torch.ones_like(weights_K)
+    if norm_bound is not None:
+        counting_K = (weights_K > 0) & (norms_K > 0)
+        norm, weight = _median(norms_K, counting_K), _median(weights_K, counting_K)
+        # If nobody counts, the medians are NaN, and nothing is larger than NaN.
+        scales_K = torch.where(norms_K > norm, norm.double() / norms_K, 1.0)
+        weights_K = torch.where(weights_K > weight, weight, weights_K)
+    # The sum of weights near the largest number would overflow.
+    weights_K = weights_K / weights_K.max()
+    mean_weight = weights_K.sum() / kept_K.sum()
+    return Shares(weights_K, (weights_K / mean_weight * scales_K).float())
+
+
+def _median(values_K: Tensor, chosen_K: Tensor) -> Tensor:
+    return torch.where(chosen_K, values_K, torch.nan).nanmedian()
+
+
+def mean_of_rows(rows: ClientBlocks, chosen_K: Tensor, factors_K: Tensor | None = None) -> Tensor:
     """The mean, ``(P,)`` float32, of the rows where ``chosen_K``, ``(K,)`` bool, is True.
 
     It is the mean of the blocks' means, each weighted by its number of chosen rows, in float64.
+
+    Args:
+        rows: K rows.
+        chosen_K: which of them enter; the others leave no trace.
+        factors_K: ``(K,)`` float32, what each row is multiplied by; None for ones.
 
     Example:
         >>> rows = ClientBlocks([torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(1, 2)])
         >>> mean_of_rows(rows, torch.tensor([True, True, False]))
         tensor([2., 3.])
+        >>> mean_of_rows(rows, torch.tensor([True, True, False]), torch.tensor([0.5, 1.5, 0.0]))
+        tensor([2.5000, 3.5000])
     """
+    factors_K = torch.ones(len(rows), device=rows.device) if factors_K is None else factors_K
     total_P = torch.zeros(rows.num_params, dtype=torch.float64, device=rows.device)
-    for block, chosen in zip(rows, chosen_K.split(rows.sizes), strict=True):
+    parts = zip(rows, chosen_K.split(rows.sizes), factors_K.split(rows.sizes), strict=True)
+    for block, chosen, factors in parts:
         num_chosen = int(chosen.sum())
         if num_chosen:
             with phase("average", num_chosen * block[0].nbytes):
-                total_P += chosen_mean(block, chosen) * num_chosen
+                total_P += chosen_mean(block, chosen, factors) * num_chosen
     return (total_P / chosen_K.sum()).float()
 
 
-def mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor) -> dict[str, Tensor]:
+def mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor, weights_K: Tensor | None = None) -> dict[str, Tensor]:
     """The mean of each buffer over the benign clients that sent it; see :func:`mean_buffer`.
 
     Args:
         buffers: one dict per client, from the name of a buffer to its value.
         benign_K: ``(K,)`` bool.
+        weights_K: ``(K,)``, what each client counts for; None for equal weights. A buffer that only
+            clients with weight 0 sent is left out.
     """
-    chosen = [row for row, benign in zip(buffers, benign_K.tolist(), strict=True) if benign]
-    names = sorted({name for row in chosen for name in row})
-    return {name: mean_buffer(torch.stack([row[name] for row in chosen if name in row])) for name in names}
+    counting_K = benign_K if weights_K is None else benign_K & (weights_K > 0)
+    chosen = [number for number, counts in enumerate(counting_K.tolist()) if counts]
+    means = {}
+    for name in sorted({name for number in chosen for name in buffers[number]}):
+        senders = [number for number in chosen if name in buffers[number]]
+        values = torch.stack([buffers[number][name] for number in senders])
+        means[name] = mean_buffer(values, None if weights_K is None else weights_K[senders])
+    return means
 
 
-def mean_buffer(values: Tensor) -> Tensor:
+def mean_buffer(values: Tensor, weights_M: Tensor | None = None) -> Tensor:
     """The mean of a buffer over M >= 1 clients, ``(M, ...) -> (...)``.
 
     A counter (whole numbers) gets the largest of the clients' values instead.
 
+    Args:
+        values: ``(M, ...)``.
+        weights_M: ``(M,)``, what each client counts for, above 0; None for equal weights.
+
     Example:
         >>> mean_buffer(torch.tensor([[1.0], [2.0]])), mean_buffer(torch.tensor([3, 5]))
         (tensor([1.5000]), tensor(5))
+        >>> mean_buffer(torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 1.0]))
+        tensor([1.2500])
     """
-    return values.mean(0) if values.is_floating_point() else values.amax(0)
+    if not values.is_floating_point():
+        return values.amax(0)
+    if weights_M is None:
+        return values.mean(0)
+    shares_M = weights_M.double() / weights_M.sum()
+    return torch.tensordot(shares_M.to(values.device), values.double(), dims=1).to(values.dtype)

@@ -1,6 +1,6 @@
 """``SkyMask``: from clients' updates to the benign ones' mean and a verdict on each client."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from skymask_gpu.defence.aggregation import Aggregation
 from skymask_gpu.defence.arguments import check_kind, check_loss, usable_device
 from skymask_gpu.defence.judge import Call, Settings, judge
+from skymask_gpu.defence.means import NORM_BOUND_NAMES, NormBound
 from skymask_gpu.defence.parse import Updates
 from skymask_gpu.defence.root import RootTraining
 from skymask_gpu.engine import Clustering, FlatModel, MaskTraining
@@ -30,6 +31,11 @@ class SkyMask:
         training: how masks are trained.
         clustering: how masks become a verdict.
         root_training: how the server trains the root direction.
+        norm_bound: ``"median"``: a kept update that is longer than the median norm of the kept
+            updates is shortened to it before the mean is taken, and a weight that is larger than
+            the kept clients' median weight is lowered to it. Whoever gets past the verdict then
+            counts for no more than an honest client does. None: no bound. What the bound costs
+            without an attack is in ``docs/averaging.md``.
         solver: see :func:`skymask_gpu.engine.train_masks`.
         device: where to work. None means: on the device of each call's updates, and for state dicts
             on that of the module. ``"cuda"`` means the GPU that is current now.
@@ -67,6 +73,7 @@ class SkyMask:
         training: MaskTraining = MaskTraining(),
         clustering: Clustering = Clustering(),
         root_training: RootTraining = RootTraining(),
+        norm_bound: NormBound = None,
         solver: str = "auto",
         device: torch.device | str | None = None,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
@@ -78,6 +85,8 @@ class SkyMask:
         check_kind("training", training, MaskTraining)
         check_kind("clustering", clustering, Clustering)
         check_kind("root_training", root_training, RootTraining)
+        if norm_bound not in NORM_BOUND_NAMES.values():
+            raise ValueError(f"norm_bound must be 'median' or None (no bound), got {norm_bound!r}")
         where = None if device is None else usable_device(device)
         flat = FlatModel(module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers, compile=compile)
         flat = flat if flat.initial_params.dtype == torch.float32 else flat.to(torch.float32)
@@ -92,6 +101,7 @@ class SkyMask:
             training=training,
             clustering=clustering,
             root_training=root_training,
+            norm_bound=norm_bound,
             solver=solver,
             device=where,
             profile=profile,
@@ -120,6 +130,7 @@ class SkyMask:
         root_update: Tensor | None = None,
         *,
         local_models: bool = False,
+        weights: Tensor | Sequence[float] | None = None,
     ) -> Aggregation:
         """Judge the clients and average the benign ones.
 
@@ -145,14 +156,19 @@ class SkyMask:
                 ``root_update`` is an update all the same. The global parameters are then
                 subtracted: from a tensor or blocks in memory in one float32 copy, from other rows
                 when they are read.
+            weights: ``(N,)``, how much each client counts in the means of updates and buffers, such
+                as the number of its samples (FedAvg); finite, at least 0, not all 0. The weights of
+                rejected clients play no part. None means equal weights. If clients report their
+                weights themselves, set ``norm_bound``: it also bounds each weight.
 
         Returns:
             The mean update, and the verdict with its reasons and measurements.
 
         Raises:
             ValueError: ``updates`` as a whole does not fit, no client is usable, the root update is
-                not usable, or more than 80% of the updates are local models. A single client's bad
-                update is no error; that client is rejected with a reason.
+                not usable, more than 80% of the updates are local models, or ``weights`` does not
+                fit or is 0 for every kept client. A single client's bad update is no error; that
+                client is rejected with a reason.
             torch.OutOfMemoryError: the message says how many bytes were needed.
 
         Warns:
@@ -160,5 +176,19 @@ class SkyMask:
                 :attr:`Aggregation.verdict`.
             UserWarning: the updates look as if they had the wrong sign, or the root data teach the
                 model nothing.
+
+        Example:
+            >>> from skymask_gpu.defence import RootTraining, root_direction
+            >>> labels = torch.arange(100) % 5
+            >>> inputs = 3 * torch.eye(20)[labels] + torch.randn(100, 20)
+            >>> module = torch.nn.Linear(20, 5)
+            >>> loss = FlatModel(module, inputs, labels)
+            >>> learnt = root_direction(loss, loss.initial_params, RootTraining())
+            >>> updates = learnt + learnt.std() * torch.randn(20, 105)
+            >>> defence = SkyMask(module, inputs, labels)
+            >>> sizes = [600, 200, *[400] * 18]
+            >>> result = defence.aggregate(updates, weights=sizes)
+            >>> result.factors[:3]  # in units of the mean size
+            tensor([1.5000, 0.5000, 1.0000])
         """
-        return judge(self._settings, Call(updates, global_params, root_update, local_models))
+        return judge(self._settings, Call(updates, global_params, root_update, local_models, weights))

@@ -820,6 +820,11 @@ def test_skymask_is_the_defence_with_a_trained_root() -> None:
     assert result.record["verdict"] == want.verdict
     assert result.tensors is not None
     assert torch.equal(result.tensors()[0]["scores"], want.clusters.scores)
+    bounded = build_rule("skymask", context, SkyMaskSettings(mask_steps=3, norm_bound="median"))(updates, info)
+    assert torch.equal(bounded.kept, result.kept)
+    assert not torch.equal(bounded.update, result.update)
+    with pytest.raises(ValueError, match=r"defence\.norm_bound must be one of median, none, got 'mean'"):
+        SkyMaskSettings(norm_bound="mean")
 
 
 def test_unknown_rules_are_named() -> None:

@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 # Loads of less than 16 bytes, which are few and not what streams: the slope and the mean, or the cut and the bit left of it,
 # that a program loads once; which rows are sampled (bfloat16: as many or fewer); the two ends of a column, and, of each row at
-# once, the element that may be the next end (the row itself is there already); how much of the bits there is to look at; who is
-# chosen.
+# once, the element that may be the next end (the row itself is there already); how much of the bits there is to look at; the
+# factors of rows.
 NARROW_LOADS = {
     "first_step": 2,
     "next_step": 2,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from skymask_gpu.defence import Aggregation, SkyMask
+from skymask_gpu.defence.means import NORM_BOUND_NAMES
 from skymask_gpu.engine import SOLVERS, Clustering, MaskTraining
 from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult, takes_any_row
@@ -23,6 +24,7 @@ class SkyMaskSettings:
         mask_steps: the number of steps of mask training.
         mask_lr: the learning rate of mask training.
         mask_grad_clip: the bound on each element of the masks' gradient.
+        norm_bound: ``"median"`` bounds what is averaged, see :class:`SkyMask`; ``"none"`` does not.
     """
 
     solver: str = "auto"
@@ -30,9 +32,11 @@ class SkyMaskSettings:
     mask_steps: int = 20
     mask_lr: float = 1e7
     mask_grad_clip: float = 1e-7
+    norm_bound: str = "none"
 
     def __post_init__(self) -> None:
         one_of("defence.solver", self.solver, ("auto", *SOLVERS))
+        one_of("defence.norm_bound", self.norm_bound, NORM_BOUND_NAMES)
         # What is out of range raises an error now, not after the first round.
         _ = self.training, self.clustering_config
 
@@ -61,6 +65,7 @@ class SkyMaskRule:
             training=settings.training,
             clustering=settings.clustering_config,
             root_training=context.root_training,
+            norm_bound=NORM_BOUND_NAMES[settings.norm_bound],
             solver=settings.solver,
         )
 
