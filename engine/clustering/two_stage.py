@@ -1,31 +1,31 @@
-"""The two-stage rule: it first rejects copies of each other or one side of a cut, then outliers.
+"""The two-stage rule: it first rejects copies of each other and one side of a cut, then outliers.
 
-The first stage cuts only where there are no copies.
+Where there are copies, the others are cut by a stricter test.
 
 Shapes: N clients, R = N + 1 rows, the root's row last.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.clustering.among import others_at_the_centroid
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separation
 from skymask_gpu.engine.distances import Distances
 from skymask_gpu.kernels.anywhere import path_maxima
 
 __all__ = [
-    "ALL_KEPT",
     "SMALLEST_SHARE",
+    "by_root",
+    "copies",
     "copy_reach",
-    "cut_by_root",
-    "cut_reasons",
     "nearest_neighbours",
+    "root_reason",
     "scattered",
-    "scattered_reason",
     "two_stage",
-    "with_root",
 ]
 
 # --- The constants, and where each comes from ---
@@ -49,6 +49,11 @@ LESS_ALIGNED = 0.4
 # share is 0 for attackers that all send one update, and 0.19 and more for honest clients of a CNN,
 # but less than 0.1 for a few clients of a small MLP with a dozen samples each.
 COPY = 0.02
+# A group of copies is rejected if it has at least three members and more than this share of all
+# clients. Fewer are judged like everybody else, because an honest client may have uploaded its file
+# twice, or attackers may replay its update to get it rejected. Attackers who would have an honest
+# client rejected must spend this share of all clients on it.
+MANY_COPIES = 0.1
 # The usual distance is this quantile of the clients' distances to a nearest mask. It belongs to an
 # honest client even when four in five clients are copies.
 HONEST_QUANTILE = 0.9
@@ -68,31 +73,44 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
     ``alignment_N``, float64, is the inner product of each client's update with the root direction,
     or None if it is not known.
     """
-    smallest = SMALLEST_SHARE * (len(distances) - 1)
+    return by_root(distances, scores_R2, alignment_N, copies(distances), backend, _reason)
+
+
+def by_root(
+    distances: Distances,
+    scores_R2: Tensor | None,
+    alignment_N: Tensor | None,
+    copy_N: Tensor,
+    backend: Backend,
+    reason: Callable[[Facts], str],
+) -> Ruling:
+    """Reject copies, then what a cut by the root's own mask takes off the others, then outliers.
+
+    Args:
+        distances: of R rows.
+        scores_R2: the principal scores of all rows, or None if they are not known.
+        alignment_N: see :func:`two_stage`.
+        copy_N: the copies, ``(N,)`` bool. They are no evidence if hardly anyone is left without
+            them.
+        backend: computes scores and mixtures.
+        reason: makes the sentence.
+    """
+    smallest = SMALLEST_SHARE * len(copy_N)
+    copy_N = copy_N & ((~copy_N).sum() >= smallest)
+    settled: Tensor | bool = True
+    # Without copies, the scores of all rows are those of the others. A host that must not wait
+    # cannot know whether there are copies, so it has the scores computed once more in any case.
+    if scores_R2 is None or not backend.waits or copy_N.any():
+        others = others_at_the_centroid(distances, torch.cat([~copy_N, copy_N.new_ones(1)]))
+        scores_R2, settled = backend.principal_scores(others)
     x_R = scores_R2[:, 0].contiguous()
     with_root_N = with_root(x_R, scores_R2, backend)
-    copy_N = copies(distances)
-    by_copies = copy_N.any() & ((~copy_N).sum() >= smallest)
-    apart = separation(distances, torch.where(by_copies, ~copy_N, with_root_N))
-
-    cut_N, cut_facts = cut_by_root(x_R[:-1], with_root_N, apart, alignment_N, smallest)
-    # Where there are copies, the other clients are not cut. What is left of each honest label group
-    # spreads less than the groups lie apart, so a cut would separate honest clients.
-    kept_N = torch.where(by_copies, ~copy_N, cut_N)
+    apart = separation(distances, torch.where(copy_N.any(), ~copy_N, with_root_N))
+    cut_N, cut_facts = _cut(x_R[:-1], with_root_N, apart, alignment_N, copy_N, smallest)
+    kept_N = cut_N & ~copy_N
     scattered_N, gap = scattered(path_maxima(distances.stored, kept_N, distances.unit), kept_N, smallest)
-    return Ruling(
-        benign_N=kept_N & ~scattered_N,
-        separation=apart,
-        reason=_reason,
-        facts={
-            "by copies": by_copies,
-            "copies": copy_N.sum(),
-            **cut_facts,
-            "first stage keeps all": kept_N.all(),
-            "scattered": scattered_N.sum(),
-            "gap": gap,
-        },
-    )
+    facts = {"copies": copy_N.sum(), **cut_facts, "scattered": scattered_N.sum(), "gap": gap}
+    return Ruling(kept_N & ~scattered_N, apart, reason, facts, sure=settled)
 
 
 def with_root(x_R: Tensor, scores_R2: Tensor, backend: Backend) -> Tensor:
@@ -108,13 +126,25 @@ def with_root(x_R: Tensor, scores_R2: Tensor, backend: Backend) -> Tensor:
 
 
 def copies(distances: Distances) -> Tensor:
-    """Clients whose masks are copies of another's, ``(N,)`` bool.
+    """Clients of a large group whose masks are copies of each other, ``(N,)`` bool.
 
     Such masks are nearer to each other than two models come that are each trained on their own
-    data.
+    data. See ``MANY_COPIES`` for what is large.
     """
-    nearest_R = nearest_neighbours(distances)
-    return nearest_R[:-1] < copy_reach(nearest_R)
+    alike_N = num_alike(distances)
+    return (alike_N >= 3) & (alike_N > MANY_COPIES * len(alike_N))
+
+
+def num_alike(distances: Distances) -> Tensor:
+    """For each client the number of clients whose masks are copies of its own, ``(N,)`` int64.
+
+    The client itself counts, unless the reach of a copy is 0.
+    """
+    reach = copy_reach(nearest_neighbours(distances))
+    near_R = torch.empty(len(distances), dtype=torch.int64, device=distances.device)
+    for first, block_TR in distances.blocks():
+        near_R[first : first + len(block_TR)] = (block_TR[:, :-1] < reach).sum(1)
+    return near_R[:-1]
 
 
 def copy_reach(nearest_R: Tensor) -> Tensor:
@@ -145,36 +175,39 @@ def quantile(x_N: Tensor, q: float) -> Tensor:
     return ordered_N[below].lerp(ordered_N[above], place - below)
 
 
-def cut_by_root(
-    x_N: Tensor, with_root_N: Tensor, apart: Tensor, alignment_N: Tensor | None, smallest: float
+def _cut(
+    x_N: Tensor, with_root_N: Tensor, apart: Tensor, alignment_N: Tensor | None, copy_N: Tensor, smallest: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Which clients are kept, ``(N,)`` bool, if a cut on the first component decides; the facts."""
+    """Which clients are kept, ``(N,)`` bool, if a cut on the first component decides; the facts.
+
+    Copies are on neither side. What they leave of each honest label group spreads less than the
+    groups lie apart, so where there are copies, a cut counts only if it is clean and astray.
+    """
     never = torch.zeros_like(apart, dtype=torch.bool)
-    swapped = never if alignment_N is None else _root_is_on_the_wrong_side(alignment_N, with_root_N)
-    near_N = with_root_N ^ swapped
-    num_near, num_far = near_N.sum(), (~near_N).sum()
-    possible = num_near >= smallest
-    wide = possible & (apart > SEPARATION)
-    astray = never if alignment_N is None else possible & _is_clean_and_astray(x_N, alignment_N, near_N)
-    facts = {"root alone": num_near == 0, "far": num_far, "wide": wide, "astray": astray, "swapped": swapped}
-    return near_N | ~(wide | astray), facts
+    near_N, far_N = with_root_N & ~copy_N, ~with_root_N & ~copy_N
+    swapped = never
+    if alignment_N is not None:
+        # the root is on the wrong side
+        swapped = (mean_of(alignment_N, near_N) < 0) & (mean_of(alignment_N, far_N) > 0)
+        near_N, far_N = torch.where(swapped, far_N, near_N), torch.where(swapped, near_N, far_N)
+    possible = near_N.sum() >= smallest
+    wide = possible & (apart > SEPARATION) & ~copy_N.any()
+    astray = never if alignment_N is None else possible & _is_clean_and_astray(x_N, alignment_N, near_N, far_N)
+    facts = {"root alone": near_N.sum() == 0, "far": far_N.sum(), "wide": wide, "astray": astray, "swapped": swapped}
+    return ~(far_N & (wide | astray)), facts
 
 
-def _root_is_on_the_wrong_side(alignment_N: Tensor, with_root_N: Tensor) -> Tensor:
-    return (mean_of(alignment_N, with_root_N) < 0) & (mean_of(alignment_N, ~with_root_N) > 0)
-
-
-def _is_clean_and_astray(x_N: Tensor, alignment_N: Tensor, near_N: Tensor) -> Tensor:
+def _is_clean_and_astray(x_N: Tensor, alignment_N: Tensor, near_N: Tensor, far_N: Tensor) -> Tensor:
     """Whether the far side of a cut on the first principal component is clean and astray.
 
     It is clean if it is a normal of its own (D of Ashman et al., AJ 1994). It is astray if it
     agrees with the root direction much less than the near side.
     """
-    near, far = mean_of(x_N, near_N), mean_of(x_N, ~near_N)
-    pooled = (mean_of((x_N - near) ** 2, near_N) + mean_of((x_N - far) ** 2, ~near_N)) / 2
+    near, far = mean_of(x_N, near_N), mean_of(x_N, far_N)
+    pooled = (mean_of((x_N - near) ** 2, near_N) + mean_of((x_N - far) ** 2, far_N)) / 2
     clean = (near - far).square() > CLEAN_CUT**2 * pooled
     agreed = mean_of(alignment_N, near_N)
-    return clean & (agreed > 0) & (mean_of(alignment_N, ~near_N) < LESS_ALIGNED * agreed)
+    return clean & (agreed > 0) & (mean_of(alignment_N, far_N) < LESS_ALIGNED * agreed)
 
 
 def scattered(height_N: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
@@ -193,16 +226,22 @@ def scattered(height_N: Tensor, kept_N: Tensor, smallest: float) -> tuple[Tensor
 
 
 def _reason(facts: Facts) -> str:
-    copies_reason = [f"{int(facts['copies'])} masks are copies of another's"]
-    reasons = copies_reason if facts["by copies"] else cut_reasons(facts)
+    return root_reason(facts, f"{int(facts['copies'])} masks are copies of another's")
+
+
+def root_reason(facts: Facts, copies_reason: str) -> str:
+    """The sentence on a verdict of :func:`by_root`; ``copies_reason`` is what it says of copies."""
+    reasons = [copies_reason] if facts["copies"] else []
+    # a root alone is a reason for keeping everyone, which does not fit beside a rejection
+    if not (facts["root alone"] and (reasons or facts["scattered"])):
+        reasons += _cut_reasons(facts)
     if facts["scattered"]:
-        # if the first stage keeps all, its reasons are those of keeping everyone
-        reasons = [] if facts["first stage keeps all"] else reasons
-        reasons.append(scattered_reason(facts))
+        number, gap = int(facts["scattered"]), facts["gap"]
+        reasons.append(f"{number} masks lie {gap:.2f} times further out than honest ones from each other")
     return " and ".join(reasons) or ALL_KEPT
 
 
-def cut_reasons(facts: Facts) -> list[str]:
+def _cut_reasons(facts: Facts) -> list[str]:
     """The reasons that a cut by the root's side gives: none or one."""
     note = ""
     if facts["swapped"]:
@@ -218,8 +257,3 @@ def cut_reasons(facts: Facts) -> list[str]:
     if facts["astray"]:
         return [f"{int(facts['far'])} masks are cut off cleanly, and their clients hardly follow the root direction{note}"]
     return []
-
-
-def scattered_reason(facts: Facts) -> str:
-    number, gap = int(facts["scattered"]), facts["gap"]
-    return f"{number} masks lie {gap:.2f} times further out than honest ones from each other"

@@ -14,7 +14,7 @@ from torch import Tensor
 from skymask_gpu.engine import Clustering, cluster_distances, cluster_masks
 from skymask_gpu.engine.clustering.k_means import starting_centres, two_means
 from skymask_gpu.engine.clustering.spectrum import principal_scores
-from skymask_gpu.engine.clustering.two_stage import GAP, _reason, copies, scattered
+from skymask_gpu.engine.clustering.two_stage import GAP, _reason, copies, num_alike, scattered
 from skymask_gpu.engine.distances import Distances, mask_distances
 from skymask_gpu.kernels.tree import path_maxima
 
@@ -200,7 +200,46 @@ def distances_with(nearest: list[float], root: float) -> Distances:
     ],
 )
 def test_a_copy_is_near_by_both_scales(nearest: list[float], root: float, num_copies: int) -> None:
-    assert copies(distances_with(nearest, root)).tolist() == [True] * num_copies + [False] * (7 - num_copies)
+    alike = num_alike(distances_with(nearest, root))
+    assert (alike > 1).tolist() == [True] * num_copies + [False] * (7 - num_copies)
+
+
+@pytest.mark.parametrize(("number", "are_copies"), [(2, False), (5, False), (6, True)])
+def test_few_that_are_alike_are_no_copies(number: int, are_copies: bool) -> None:
+    """A client's file that was uploaded twice, or that others replay, is no reason to reject the client."""
+    masks = random_masks(51, 4000, 0)
+    masks[:number] = masks[0]
+    distances = mask_distances(packed(masks), 4000)
+    assert copies(distances).tolist() == [are_copies] * number + [False] * (50 - number)
+
+
+def test_decoys_hide_nobody(mask_matrices: Matrices) -> None:
+    """Two attackers that send the same update once switched the cut off for all others."""
+    for name, fact, counts, alignment in mask_matrices:
+        if fact["malicious"] < 2:
+            continue
+        kept = []
+        for decoys in (1, 2):
+            counts[:decoys], counts[:, :decoys] = counts[:1], counts[:, :1]
+            counts[:decoys, :decoys] = 0
+            alignment[:decoys] = alignment[0]
+            clusters = cluster_distances(
+                torch.from_numpy(counts / NUM_STORED_PARAMS), alignment=torch.from_numpy(alignment).double()
+            )
+            kept.append(int(clusters.benign[: fact["malicious"]].sum()))
+        assert kept[1] <= kept[0], name
+
+
+def test_beside_many_copies_a_clean_cut_still_counts(generator: torch.Generator) -> None:
+    masks = torch.rand(101, 6000, generator=generator) < 0.5
+    masks[:, :1000] = True
+    masks[:20, :1000] = False
+    masks[:, :1000] ^= torch.rand(101, 1000, generator=generator) < 0.02
+    masks[20:35] = masks[20]
+    alignment = torch.where(torch.arange(100) < 20, -1.0, 1.0)
+    clusters = cluster_masks(packed(masks.numpy()), 6000, alignment=alignment)
+    assert clusters.benign.tolist() == [False] * 35 + [True] * 65
+    assert clusters.reason.startswith("15 masks are copies of another's and 20 masks are cut off cleanly")
 
 
 def test_copies_around_the_root_do_not_make_outliers_of_honest_clients(generator: torch.Generator) -> None:
@@ -258,11 +297,11 @@ def test_outliers_lie_beyond_the_first_gap(seed: int) -> None:
 
 
 def test_outliers_silence_the_reason_for_keeping_all_but_not_for_rejecting() -> None:
-    facts = dict.fromkeys(("swapped", "by copies", "root alone", "wide", "astray", "first stage keeps all"), 0.0)
-    facts |= {"scattered": 2.0, "gap": 1.5, "copies": 3.0}
+    facts = dict.fromkeys(("swapped", "copies", "root alone", "wide", "astray"), 0.0)
+    facts |= {"scattered": 2.0, "gap": 1.5}
     outliers = "2 masks lie 1.50 times further out than honest ones from each other"
-    assert _reason({**facts, "root alone": 1.0, "first stage keeps all": 1.0}) == outliers
-    assert _reason({**facts, "by copies": 1.0}) == f"3 masks are copies of another's and {outliers}"
+    assert _reason({**facts, "root alone": 1.0}) == outliers
+    assert _reason({**facts, "copies": 3.0}) == f"3 masks are copies of another's and {outliers}"
 
 
 # --- degenerate sets ------------------------------------------------------------------------------------------------------

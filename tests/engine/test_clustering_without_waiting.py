@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances
-from skymask_gpu.engine.clustering import backends, by_root, k_means, spectrum, two_stage, verdict
+from skymask_gpu.engine.clustering import backends, k_means, spectrum, two_stage, verdict
 from skymask_gpu.engine.clustering.backends import Backend, pick_backend
 from skymask_gpu.engine.distances import Distances
 from skymask_gpu.kernels.mixture import gaussian_mixture, two_normals
@@ -81,8 +81,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
         return mode.unseen(on_host)(facts)
 
     monkeypatch.setattr(verdict, "_on_host", look)
-    for rule in (two_stage, by_root):
-        monkeypatch.setattr(rule, "path_maxima", mode.unseen(path_maxima))
+    monkeypatch.setattr(two_stage, "path_maxima", mode.unseen(path_maxima))
     monkeypatch.setattr(k_means, "_host_numbers", mode.unseen(k_means._host_numbers))
     blind = pick_backend("torch", torch.device("cuda"), 100)
     assert not blind.waits
@@ -270,8 +269,7 @@ def test_all_that_is_decided_stays_on_the_device(rule: str, monkeypatch: pytest.
         return dict.fromkeys(facts, 1.0)
 
     monkeypatch.setattr(verdict, "_on_host", look)
-    for module in (two_stage, by_root):
-        monkeypatch.setattr(module, "path_maxima", lambda stored, kept, unit: kept.to(torch.float64))
+    monkeypatch.setattr(two_stage, "path_maxima", lambda stored, kept, unit: kept.to(torch.float64))
     blind = pick_backend("torch", torch.device("cuda"), 50)
     no_kernels = Backend(
         False, blind.principal_scores, blind.two_means, lambda x, *_: x.long(), lambda x, labels: labels.clone()
