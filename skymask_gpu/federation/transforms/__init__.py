@@ -1,13 +1,15 @@
 """Row transforms: what clients do to their updates before they send them, such as adding noise.
 
 In a round: local training -> row transforms, in the order of the file -> the attack -> the
-aggregation rule. This package has none of its own yet; a plugin registers one:
+aggregation rule. A plugin registers a transform:
 
 >>> from skymask_gpu.federation.transforms import TRANSFORMS
 >>> @TRANSFORMS.register("halve")
 ... def halve(rows_NP, generators, layers):
 ...     return rows_NP / 2
 >>> TRANSFORMS.remove("halve")
+
+``obfuscation.py`` holds what clients do for their privacy, which a table of its own chooses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,10 +74,11 @@ def transformed(
     return rows_NP
 
 
-def client_generators(seed: int, number: int, clients: Tensor) -> list[torch.Generator]:
+def client_generators(seed: int, number: int, clients: Tensor, purpose: str = "") -> list[torch.Generator]:
     """A generator for each client, from the run's seed, the round and the client's number only.
 
-    A client's draws are therefore the same whoever else takes part in the round.
+    A client's draws are therefore the same whoever else takes part in the round. Another
+    ``purpose`` gives other draws.
 
     Example:
         >>> first, _ = client_generators(0, 5, torch.tensor([7, 8]))
@@ -87,6 +90,6 @@ def client_generators(seed: int, number: int, clients: Tensor) -> list[torch.Gen
     for client in clients.tolist():
         # The three numbers are hashed. Their sum would give clients of neighbouring rounds the same
         # draws.
-        digest = blake2b(f"{seed} {number} {client}".encode(), digest_size=8).digest()
+        digest = blake2b(f"{seed} {number} {client}{purpose}".encode(), digest_size=8).digest()
         generators.append(torch.Generator().manual_seed(int.from_bytes(digest, "little")))
     return generators
