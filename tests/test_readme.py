@@ -15,6 +15,7 @@ from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.federation.datasets.partition import PARTITIONS
 from skymask_gpu.federation.models import MODELS
 from skymask_gpu.federation.rules import RULES
+from skymask_gpu.federation.transforms.obfuscation import OBFUSCATIONS
 
 
 def test_the_python_examples_run_one_after_the_other(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,9 +59,10 @@ def test_every_setting_and_name_is_in_the_docs(checkout: Path) -> None:
     ]
     keys += [f"attack.{field.name}" for name in ATTACKS for field in dataclasses.fields(ATTACKS.settings_of(name))]
     keys += [f"defence.{field.name}" for name in RULES for field in dataclasses.fields(RULES.settings_of(name))]
+    keys += [f"privacy.{field.name}" for name in OBFUSCATIONS for field in dataclasses.fields(OBFUSCATIONS.settings_of(name))]
     for key in keys:
         assert f"`{key}`" in page or key == "name", key
-    for name in {*ATTACKS, *RULES, *PARTITIONS} - {"none"}:
+    for name in {*ATTACKS, *OBFUSCATIONS, *RULES, *PARTITIONS} - {"none"}:
         assert f"`{name}`" in page, name
     for name in {model.removesuffix("-gn") for model in MODELS}:
         assert re.search(rf"\b{name}\b", page), name

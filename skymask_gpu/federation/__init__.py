@@ -23,6 +23,7 @@
 | ``datasets/`` | data sets, their downloads, and each client's share of them |
 | ``models/``, ``clients/`` | the networks; how many clients train at once |
 | ``transforms/`` | what clients do to their updates before they send them |
+| ``privacy.py`` | the ``[privacy]`` table: which of them hides a client's data |
 | ``attacks/``, ``rules/`` | what malicious clients do; how the server aggregates |
 | ``simulation.py`` | ``Federation``: one round |
 | ``playing.py`` | ``play``: all rounds, recorded and resumed |
@@ -41,9 +42,10 @@ if TYPE_CHECKING:
     from skymask_gpu.federation.attacks import AttackConfig
     from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
     from skymask_gpu.federation.playing import play
+    from skymask_gpu.federation.privacy import PrivacyConfig
     from skymask_gpu.federation.simulation import Federation
 
-__all__ = ["AttackConfig", "DataConfig", "DefenceConfig", "Federation", "ModelConfig", "RunConfig", "play"]
+__all__ = ["AttackConfig", "DataConfig", "DefenceConfig", "Federation", "ModelConfig", "PrivacyConfig", "RunConfig", "play"]
 
 _HOMES = {
     "AttackConfig": "skymask_gpu.federation.attacks",
@@ -51,6 +53,7 @@ _HOMES = {
     "DefenceConfig": "skymask_gpu.federation.config",
     "Federation": "skymask_gpu.federation.simulation",
     "ModelConfig": "skymask_gpu.federation.config",
+    "PrivacyConfig": "skymask_gpu.federation.privacy",
     "RunConfig": "skymask_gpu.federation.config",
     "play": "skymask_gpu.federation.playing",
 }

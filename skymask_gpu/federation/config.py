@@ -16,6 +16,7 @@ from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.federation.datasets.partition import PARTITIONS
 from skymask_gpu.federation.models import MODELS
 from skymask_gpu.federation.plugins import load_plugins
+from skymask_gpu.federation.privacy import PrivacyConfig
 from skymask_gpu.federation.rules import RULES
 from skymask_gpu.federation.rules.interface import clients_per_malicious
 from skymask_gpu.federation.tables import Table, applied, as_table, merged, read_table
@@ -112,6 +113,7 @@ class RunConfig:
         plugins: absolute paths of Python files that register attacks, rules, transforms, models or
             data sets.
         transforms: what clients do to their updates before they send them, in this order.
+        privacy: what they do to them after that, to hide their data.
     """
 
     name: str = "run"
@@ -126,6 +128,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     local: LocalTraining = field(default_factory=LocalTraining)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     defence: DefenceConfig = field(default_factory=DefenceConfig)
 

@@ -1,4 +1,4 @@
-"""A simulated federation: its rounds of local training, row transforms, attack and aggregation."""
+"""A simulated federation: a round of it trains, transforms, obfuscates, attacks and aggregates."""
 
 import time
 from collections.abc import Callable
@@ -19,12 +19,16 @@ from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.datasets import Dataset, load_dataset, split_root
 from skymask_gpu.federation.datasets.partition import partition
 from skymask_gpu.federation.models import build_model
+from skymask_gpu.federation.privacy import batch_norm_columns, obfuscated
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule
 from skymask_gpu.federation.transforms import client_generators, transformed
+from skymask_gpu.federation.transforms.obfuscation import Draws
 
 __all__ = ["Federation", "GlobalModel", "Progress", "RoundResult"]
 
 _TEST_BATCH = 1000
+# Clients have the numbers from 0. The root model has one of its own for the draws of obfuscation.
+_ROOT = torch.tensor([-1])
 
 Progress = Callable[[str], None]
 
@@ -175,7 +179,12 @@ class Federation:
         trained = self._now()
         draws = client_generators(config.seed, number, clients) if config.transforms else []
         rows_MP = transformed(sent.updates[:-1], config.transforms, draws, self.layers)
+        self._obfuscate(rows_MP, ~malicious_M, clients, number)
         updates_MP = self.attack.replaced(rows_MP, malicious_M.to(rows_MP.device), threat)
+        if config.privacy.attackers_too:
+            self._obfuscate(updates_MP, malicious_M, clients, number)
+        if config.privacy.root_too:
+            self._obfuscate(sent.updates[-1:], torch.tensor([True]), _ROOT, number)
         attacked = self._now()
         progress("aggregating")
         assumed = config.defence.assumed_malicious
@@ -204,6 +213,15 @@ class Federation:
         sent = self._train(clients, torch.ones(len(clients), dtype=torch.bool), model, threat, progress)
         draws = client_generators(config.seed, number, clients) if config.transforms else []
         return transformed(sent.updates[:-1], config.transforms, draws, self.layers)
+
+    def _obfuscate(self, rows_MP: Tensor, which_M: Tensor, clients_M: Tensor, number: int) -> None:
+        """Obfuscate some of the rows, in place."""
+        privacy = self.config.privacy
+        if privacy.obfuscation == "none" or not which_M.any():
+            return
+        kept = batch_norm_columns(self.module, self.layers) if privacy.batch_norm == "keep" else []
+        draws, here_M = Draws(self.config.seed, number, clients_M[which_M]), which_M.to(rows_MP.device)
+        rows_MP[here_M] = obfuscated(rows_MP[here_M], privacy, draws, self.layers, kept)
 
     def _taking_part(self, generator: torch.Generator) -> Tensor:
         num_clients, wanted = self.config.data.clients, self.config.clients_per_round

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from skymask_gpu.federation.choices import Choice, Choices, with_settings
 
-__all__ = ["TRANSFORMS", "TransformConfig", "client_generators", "transformed"]
+__all__ = ["TRANSFORMS", "TransformConfig", "check_like", "client_generators", "transformed"]
 
 # Every transform by name: a function transform(rows_NP, generators, layers[, settings]) -> (N, P).
 # It may write to the rows.
@@ -65,13 +65,26 @@ def transformed(
     for transform in transforms:
         before = rows_NP
         rows_NP = with_settings(TRANSFORMS[transform.name], transform.settings, before, generators, layers)
-        if not isinstance(rows_NP, Tensor) or (rows_NP.shape, rows_NP.dtype) != (before.shape, before.dtype):
-            got = f"{rows_NP.dtype} {tuple(rows_NP.shape)}" if isinstance(rows_NP, Tensor) else type(rows_NP).__name__
-            raise ValueError(
-                f"transforms.name {transform.name!r} must return {before.dtype} {tuple(before.shape)}, like the rows it is "
-                f"given, got {got}"
-            )
+        check_like(f"transforms.name {transform.name!r}", before, rows_NP)
     return rows_NP
+
+
+def check_like(which: str, before_NP: Tensor, after_NP: object) -> None:
+    """Refuse what a transform returns unless it is a tensor like the rows that it was given.
+
+    Args:
+        which: the setting and the name that it has there; the error names it.
+        before_NP: the rows that it was given.
+        after_NP: what it returned.
+
+    Raises:
+        ValueError: the shape or the type is another one.
+    """
+    if not isinstance(after_NP, Tensor) or (after_NP.shape, after_NP.dtype) != (before_NP.shape, before_NP.dtype):
+        got = f"{after_NP.dtype} {tuple(after_NP.shape)}" if isinstance(after_NP, Tensor) else type(after_NP).__name__
+        raise ValueError(
+            f"{which} must return {before_NP.dtype} {tuple(before_NP.shape)}, like the rows it is given, got {got}"
+        )
 
 
 def client_generators(seed: int, number: int, clients: Tensor, purpose: str = "") -> list[torch.Generator]:
