@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from skymask_gpu.federation.rules import (
     reference,
     rows,
 )
+from skymask_gpu.federation.rules.averages import SkipZeros
 from skymask_gpu.federation.rules.clustering import best_cut, hdbscan_labels
 from skymask_gpu.federation.rules.deepsight import DeepSight, _accepted, _clusters, _neups, _suspicious
 from skymask_gpu.federation.rules.fldetector import _detected, _is_more_than_one_cluster, hessian_times
@@ -139,6 +141,48 @@ def test_the_median_is_that_of_each_coordinate(num_rows: int) -> None:
     assert is_rounded_once(result.update, reference.median(float64(updates)))
     assert is_rounded_once(result.update, [statistics.median(column) for column in updates.T.tolist()])
     assert result.kept is None
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8])
+@pytest.mark.parametrize(("name", "average"), [("fedavg", statistics.fmean), ("median", statistics.median)])
+def test_zeros_are_skipped(name: str, average: Callable[[list[float]], float], num_rows: int) -> None:
+    """Per coordinate, from no zero at all to nothing but zeros of both signs."""
+    updates = random_updates(num_rows)
+    for column in range(NUM_PARAMS):
+        updates[
+            torch.randperm(num_rows, generator=torch.Generator().manual_seed(column))[: column % (num_rows + 1)], column
+        ] = 0
+    updates[:, 0] *= -1
+    columns = [[value for value in column if value != 0] for column in updates.T.tolist()]
+    assert {len(column) for column in columns} == set(range(num_rows + 1))
+    rule = build_rule(name, make_context(num_clients=num_rows), SkipZeros(skip_zeros=True))
+    result = rule(updates, make_info(updates))
+    assert is_rounded_once(result.update, [average(column) if column else 0.0 for column in columns])
+    assert result.kept is None or result.kept.all()
+
+
+@pytest.mark.parametrize("name", ["fedavg", "median"])
+def test_without_zeros_there_are_none_to_skip(name: str) -> None:
+    updates = random_updates(8)
+    plain, skipping = (
+        build_rule(name, make_context(num_clients=8), SkipZeros(skip_zeros=skip))(updates, make_info(updates)).update
+        for skip in (False, True)
+    )
+    # a plain mean is rounded eight times in float32
+    assert largest_gap(skipping, plain) <= 8 * torch.finfo(torch.float32).eps * float(updates.abs().max())
+
+
+def test_masked_updates_have_a_median_that_is_not_zero() -> None:
+    """With more than half of a column masked, the plain median is 0, and the one over the rest keeps the direction."""
+    updates = 1 + 0.1 * torch.randn(30, NUM_PARAMS, generator=torch.Generator().manual_seed(0))
+    draws = torch.rand(30, NUM_PARAMS, generator=torch.Generator().manual_seed(1))
+    updates[draws.argsort(0) < 20] = 0
+    plain, skipping = (
+        build_rule("median", make_context(num_clients=30), SkipZeros(skip_zeros=skip))(updates, make_info(updates)).update
+        for skip in (False, True)
+    )
+    assert (plain == 0).all()
+    assert ((skipping > 0.5) & (skipping < 1.5)).all()
 
 
 @pytest.mark.parametrize(("num_malicious", "trim"), [(0, 0), (1, 1), (4, 4), (5, 5), (9, 5)])
