@@ -27,9 +27,10 @@ IDS = [repr(settings) for _, settings in METHODS]
 
 
 def random_rows(num_rows: int = 5) -> Tensor:
-    """Rows of several lengths, with entries of equal magnitude and a zero."""
+    """Rows of several lengths, with entries of equal magnitude and a zero; a fifth row has one magnitude only."""
     rows = torch.randn(num_rows, 97, generator=torch.Generator().manual_seed(0)) * torch.arange(1, num_rows + 1)[:, None]
     rows[:, 3], rows[:, 7], rows[:, 50] = rows[:, 5], -rows[:, 5], 0
+    rows[4:] = rows[4:].sign()
     return rows
 
 

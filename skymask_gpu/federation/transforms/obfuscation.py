@@ -223,9 +223,20 @@ def prune(rows_NP: Tensor, draws: Draws, layers: Mapping[str, slice], settings: 
     """
     for columns in layers.values():
         num_zeros = round(settings.strength * (columns.stop - columns.start))
-        for layer_p in rows_NP[:, columns]:
-            layer_p[layer_p.abs().argsort(stable=True)[:num_zeros]] = 0
+        for layer_p in rows_NP[:, columns] if num_zeros else ():
+            _zero_smallest(layer_p, num_zeros)
     return rows_NP
+
+
+def _zero_smallest(values_p: Tensor, num_zeros: int) -> None:
+    """Set the ``num_zeros`` values of smallest magnitude to zero, in place."""
+    # A stable sort would give the same entries, but takes several times as long as one selection.
+    magnitudes_p = values_p.abs()
+    largest = magnitudes_p.kthvalue(num_zeros).values
+    below_p = magnitudes_p < largest
+    equal = (magnitudes_p == largest).nonzero()[:, 0]
+    values_p.masked_fill_(below_p, 0)
+    values_p[equal[: num_zeros - int(below_p.sum())]] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
