@@ -24,6 +24,8 @@ REQUIRED = [
 RUN = ["scikit-learn>=1.4", "matplotlib>=3.8", "jinja2>=3.1"]
 # `skymask-gpu data`: downloads. Beside a CPU build of torch its registry wheel does not work.
 DATA = ["torchvision>=0.26"]
+# Data set `lfw`, faces that a leaky gradient gives away.
+PRIVACY = ["scikit-image>=0.26"]
 # `Clustering(backend="cuml")`, beside a CUDA 13 build of torch; beside a CUDA 12 build install cuml-cu12 instead.
 CUML = ["cuml-cu13>=26.10; platform_system == 'Linux'"]
 # Without a GPU, Triton is needed only by the tests (interpreter and offline compile).
@@ -50,6 +52,6 @@ setup(
     ],
     package_data={"skymask_gpu": ["py.typed"], "skymask_gpu.report": ["*.html.j2"]},
     install_requires=REQUIRED,
-    extras_require={"run": RUN, "data": DATA, "cuml": CUML, "test": TEST, "dev": DEV},
+    extras_require={"run": RUN, "data": DATA, "privacy": PRIVACY, "cuml": CUML, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["skymask-gpu=skymask_gpu.__main__:main"]},
 )

@@ -22,6 +22,7 @@ from skymask_gpu.federation.datasets import (
     Dataset,
     Source,
     dataset,
+    lfw,
     load_dataset,
     split_root,
 )
@@ -75,6 +76,55 @@ def test_digits_is_bundled() -> None:
     assert len(digits.test_labels) == 360
     assert digits.train_inputs.mean().abs() < 0.05
     assert digits.train_subjects is None
+
+
+def write_faces(folder: Path) -> np.ndarray:
+    """A file of the same form as scikit-image's: 100 images, then 100 others."""
+    images = np.random.default_rng(0).random((200, 25, 25))
+    np.save(folder / "lfw_subset.npy", images)
+    return images
+
+
+def test_lfw_is_the_first_hundred_images_made_larger(tmp_path: Path) -> None:
+    """An output pixel is a mean of the four around its place, so that the middle of the image stays where it is."""
+    images = write_faces(tmp_path)[:100]
+    faces = load_dataset("lfw", tmp_path)
+    places = (np.arange(28) + 0.5) * 25 / 28 - 0.5
+    low = np.clip(np.floor(places).astype(int), 0, 24)
+    high, share = np.minimum(low + 1, 24), np.clip(places, 0, 24) - low
+    rows = images[:, low] * (1 - share)[:, None] + images[:, high] * share[:, None]
+    want = rows[:, :, low] * (1 - share) + rows[:, :, high] * share
+    want = torch.from_numpy((want - want.mean()) / want.std(ddof=1)).float()[:, None]
+    # float32 places within 28 pixels, interpolated and standardised
+    torch.testing.assert_close(faces.train_inputs, want, atol=1e3 * torch.finfo(torch.float32).eps, rtol=0)
+    assert faces.train_labels.bincount().tolist() == [10] * 10
+    assert torch.equal(faces.test_inputs, faces.train_inputs)
+
+
+def test_lfw_comes_with_scikit_image() -> None:
+    pytest.importorskip("skimage", reason="lfw needs scikit-image")
+    assert load_dataset("lfw").train_inputs.shape == (100, 1, 28, 28)
+
+
+def test_what_is_wrong_with_faces_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = write_faces(tmp_path)
+    path = tmp_path / "lfw_subset.npy"
+    for wrong, message in (
+        (images[:99], r"at least 100 images of 25 x 25 floats, it holds float64 \(99, 25, 25\)"),
+        (images.astype(np.uint8), r"it holds uint8 \(200, 25, 25\)"),
+        (images * 255, "must hold pixels from 0 to 1"),
+        (images * np.nan, "must hold pixels from 0 to 1"),
+    ):
+        np.save(path, wrong)
+        with pytest.raises(ValueError, match=message):
+            load_dataset("lfw", tmp_path)
+    path.write_bytes(b"no array")
+    with pytest.raises(ValueError, match=r"lfw_subset\.npy is no NumPy file of images"):
+        load_dataset("lfw", tmp_path)
+    path.unlink()
+    monkeypatch.setattr(lfw, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs scikit-image \(pip install 'skymask-gpu\[privacy\]'\)"):
+        load_dataset("lfw", tmp_path)
 
 
 def test_mnist_reads_the_standard_files(mnist_dir: Path) -> None:
