@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Brightness", "ssim"]
+__all__ = ["Brightness", "brightness_adjusted", "ssim"]
 
 Brightness = Literal["none", "scale", "affine"]
 
@@ -70,8 +70,28 @@ def ssim(images: Tensor, reconstructions: Tensor, *, brightness: Brightness = "a
     if brightness == "none":
         return best_B
     a_B, b_B = _searched(x_BCHW, y_BCHW, with_offset=brightness == "affine")
-    adjusted_B = _polished(x_BCHW, y_BCHW, a_B, b_B, with_offset=brightness == "affine")
+    adjusted_B, _ = _polished(x_BCHW, y_BCHW, a_B, b_B, with_offset=brightness == "affine")
     return torch.maximum(best_B, adjusted_B)
+
+
+def brightness_adjusted(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Reconstructions with the contrast and offset at which :func:`ssim` finds them most similar.
+
+    Args:
+        images: ``(B, C, H, W)``, the private images, with values in [0, 1]; H and W at least 11.
+        reconstructions: of the same shape.
+
+    Returns:
+        ``(B, C, H, W)`` float64, clipped to [0, 1].
+
+    Example:
+        >>> image = torch.rand(1, 1, 16, 16)
+        >>> bool((brightness_adjusted(image, 0.3 * image + 0.5) - image).abs().max() < 0.05)
+        True
+    """
+    x_BCHW, y_BCHW = images.double(), reconstructions.double()
+    a, b = _searched(x_BCHW, y_BCHW, with_offset=True)
+    return _polished(x_BCHW, y_BCHW, a, b, with_offset=True)[1]
 
 
 class _Moments(NamedTuple):
@@ -141,8 +161,8 @@ def _searched(x_BCHW: Tensor, y_BCHW: Tensor, *, with_offset: bool) -> tuple[Ten
     return a, mean_x - a * mean_y + offset if with_offset else torch.zeros_like(a)
 
 
-def _polished(x_BCHW: Tensor, y_BCHW: Tensor, a: Tensor, b: Tensor, *, with_offset: bool) -> Tensor:
-    """The largest similarity of the clipped image near a contrast and an offset, ``(B,)``.
+def _polished(x_BCHW: Tensor, y_BCHW: Tensor, a: Tensor, b: Tensor, *, with_offset: bool) -> tuple[Tensor, Tensor]:
+    """The largest similarity ``(B,)`` near a contrast and an offset, and the images that have it.
 
     Clipping moves the maximum: where values leave [0, 1], a larger contrast costs less.
     """
@@ -158,4 +178,4 @@ def _polished(x_BCHW: Tensor, y_BCHW: Tensor, a: Tensor, b: Tensor, *, with_offs
                 better = (value_B > best_B)[:, None, None, None]
                 a, b = torch.where(better, new_a, a), torch.where(better, new_b, b)
                 best_B = torch.where(better[:, 0, 0, 0], value_B, best_B)
-    return best_B
+    return best_B, (a * y_BCHW + b).clamp(0, 1)

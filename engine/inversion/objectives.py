@@ -60,8 +60,13 @@ class Known:
         return cls(targets_BP.masked_fill(gone_BP, -torch.inf), targets_BP.masked_fill(gone_BP, torch.inf))
 
     @classmethod
-    def clipped(cls, targets_BP: Tensor, bound: float) -> "Known":
-        """Entries at the bound were at least as large before they were clipped."""
+    def clipped(cls, targets_BP: Tensor, bound: float | Tensor) -> "Known":
+        """Entries at the bound were at least as large before they were clipped.
+
+        Args:
+            targets_BP: what was sent.
+            bound: what the entries were clipped at; ``(B, 1)`` if it differs between the rows.
+        """
         at_top_BP, at_bottom_BP = targets_BP >= bound, targets_BP <= -bound
         return cls(targets_BP.masked_fill(at_bottom_BP, -torch.inf), targets_BP.masked_fill(at_top_BP, torch.inf))
 
@@ -104,7 +109,8 @@ class Matching:
         sample_shape: of one input; D is its number of values.
         distance: ``"l2"``, relative to the squared length of what is known exactly, or
             ``"cosine"``, 1 minus the cosine over the entries that are known exactly.
-        tv: the weight of total variation per pixel difference beside the relative distance.
+        tv: the weight of total variation per pixel difference beside the relative distance;
+            ``(B,)`` if it differs between the rows. Where it is not 0, inputs must be images.
 
     Example:
         >>> rows = RowGradients(torch.nn.Linear(4, 3))
@@ -122,12 +128,14 @@ class Matching:
         sample_shape: tuple[int, ...],
         *,
         distance: str = "l2",
-        tv: float = 0.0,
+        tv: float | Tensor = 0.0,
     ) -> None:
         if distance not in ("l2", "cosine"):
             raise ValueError(f"distance must be 'l2' or 'cosine', got {distance!r}")
         self._gradients, self._known, self._labels = gradients, known, labels
-        self._shape, self._distance, self._tv = sample_shape, distance, tv
+        self._shape, self._distance = sample_shape, distance
+        self._tv_B = torch.as_tensor(tv, dtype=known.low.dtype, device=known.low.device).expand(len(labels))
+        self._has_prior = bool(self._tv_B.any())
         length_B = known.squared_length()
         self._length_B = torch.where(length_B > 0, length_B, 1.0)
 
@@ -143,8 +151,8 @@ class Matching:
             target_AP = torch.where(exact_AP, known.low, 0.0)
             gradients_AP = torch.where(exact_AP, gradients_AP, 0.0)
             loss_A = 1 - torch.nn.functional.cosine_similarity(gradients_AP, target_AP, dim=1, eps=1e-12)
-        if self._tv:
-            loss_A = loss_A + self._tv * total_variation(inputs)
+        if self._has_prior:
+            loss_A = loss_A + self._tv_B[rows_A] * total_variation(inputs)
         return _SCALE * loss_A
 
 

@@ -181,6 +181,20 @@ def test_what_is_known_holds_for_the_true_gradient_and_costs_nothing() -> None:
     assert not torch.isnan(Known.pruned(gone, sizes).low).any()
 
 
+def test_each_row_has_its_own_prior_and_bound() -> None:
+    rows = RowGradients(nn.Sequential(nn.Flatten(), nn.Linear(9, 3)).double())
+    images, labels = generated(2, 1, 3, 3), torch.tensor([0, 2])
+    sent = rows(images, labels)
+    points, prior = generated(2, 9, seed=1), torch.tensor([0.0, 0.1])
+    both = Matching(rows, Known.exactly(sent), labels, (1, 3, 3), tv=prior)(points, torch.arange(2))
+    for row in range(2):
+        alone = Matching(rows, Known.exactly(sent[row : row + 1]), labels[row : row + 1], (1, 3, 3), tv=float(prior[row]))
+        torch.testing.assert_close(both[row], alone(points[row : row + 1], torch.tensor([0]))[0])
+    bounds = sent.abs().amax(1, keepdim=True) * torch.tensor([[0.5], [1.0]])
+    known = Known.clipped(sent.clamp(-bounds, bounds), bounds)
+    assert torch.isinf(known.high - known.low).sum(1).tolist() == (sent.abs() >= bounds).sum(1).tolist()
+
+
 # --- images ---------------------------------------------------------------------------------------
 
 

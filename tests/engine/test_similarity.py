@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.similarity import ssim
+from skymask_gpu.engine.similarity import brightness_adjusted, ssim
 
 
 def literal(x: Tensor, y: Tensor) -> float:
@@ -81,6 +81,13 @@ def test_the_search_finds_what_a_fine_grid_finds() -> None:
     found = ssim(x, y)
     assert (found > best - 1e-3).all()
     assert (found >= ssim(x, y, brightness="none")).all()
+
+
+def test_the_adjusted_image_has_the_similarity_that_is_reported() -> None:
+    x, y = images(4), 3 * images(4) - 2 + 0.3 * images(4, seed=2)
+    adjusted = brightness_adjusted(x, y)
+    assert ((adjusted >= 0) & (adjusted <= 1)).all()
+    torch.testing.assert_close(ssim(x, adjusted, brightness="none"), ssim(x, y), rtol=0, atol=1e-12)
 
 
 def test_never_above_one_and_never_below_plain_also_for_flat_or_wild_images() -> None:
