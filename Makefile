@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-portable portable-plain portable-avx2 portable-native test-oldest \
+.PHONY: help install demo leak test test-slow test-portable portable-plain portable-avx2 portable-native test-oldest \
 	lint typecheck bench wheel clean
 
 help:  ## show this list
@@ -43,6 +43,9 @@ install: $(VENV)/.run  ## make .venv with everything `skymask-gpu` needs
 demo: $(VENV)/.run  ## 100 clients, 20 of them attackers: FedAvg beside SkyMask beside no attack
 	@# passive: threads that wait do not spin, so the demo is quick on a busy machine too
 	OMP_WAIT_POLICY=passive $(BIN)/skymask-gpu run examples/demo.toml --out demo-out --overwrite
+
+leak: $(VENV)/.run  ## reconstruct 32 digits from obfuscated gradients, by attackers who know it and who do not
+	OMP_WAIT_POLICY=passive $(BIN)/skymask-gpu leak examples/leak.toml --out leak-out --overwrite
 
 bench: $(VENV)/.run  ## solvers and rules beside their floors, compared before they are timed (under ten minutes)
 	$(BIN)/skymask-gpu bench
@@ -94,5 +97,5 @@ wheel: $(VENV)/.dev  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(OLDEST) build dist demo-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist demo-out leak-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

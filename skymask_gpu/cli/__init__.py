@@ -6,6 +6,7 @@
 | ``aggregate.py`` | ``aggregate``: one round from files |
 | ``federation.py`` | ``run``, ``sweep``, ``report``, ``data``: simulated federations |
 | ``board.py`` | ``board``: every attack against every rule, on the same honest updates |
+| ``leak.py`` | ``leak``: how many private images can be reconstructed from gradients |
 | ``profile.py`` | ``profile``: where a round's time goes |
 | ``bench.py`` | ``bench``: the benchmark |
 | ``example.py`` | ``example``: files to try ``aggregate`` on |

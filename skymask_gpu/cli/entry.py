@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 import skymask_gpu
-from skymask_gpu.cli import aggregate, bench, board, example, federation, info, profile
+from skymask_gpu.cli import aggregate, bench, board, example, federation, info, leak, profile
 from skymask_gpu.cli.console import errors, warn
 from skymask_gpu.defence import VerdictWarning
 
@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="SkyMask, the mask-based defence of federated learning.",
 )
-for command in (aggregate, info, federation, board, bench, profile, example):
+for command in (aggregate, info, federation, board, leak, bench, profile, example):
     command.register(app)
 
 

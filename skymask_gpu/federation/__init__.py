@@ -30,6 +30,7 @@
 | ``record.py``, ``run_folder.py`` | a round's line and files; the run's folder and its checkpoint |
 | ``sweep.py`` | many runs, each in a process of its own |
 | ``board/`` | every attack against every rule, on the same honest updates |
+| ``leak/`` | how many private images can be reconstructed from obfuscated gradients |
 | ``example.py`` | the files of one round, to try ``skymask-gpu aggregate`` on |
 
 The names below are imported when they are first asked for, since they import torch.

@@ -232,37 +232,41 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, key: str = "round") -> list[dict[str, Any]]:
     """The records in a file of JSON lines, one per round; an empty list if there is no file.
 
     If the power failed while the last line was written, that line is incomplete and left out.
 
+    Args:
+        path: the file.
+        key: what numbers the records.
+
     Raises:
-        ValueError: a line is no JSON object with a whole number ``round`` of at least 0; the
-            message names the line.
+        ValueError: a line is no JSON object with a whole number ``key`` of at least 0; the message
+            names the line.
     """
     if not path.exists():
         return []
     check_regular(path)
     *lines, last = path.read_bytes().split(b"\n")
-    records = [_round_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    records = [_record(path, number, line, key) for number, line in enumerate(lines, 1) if line.strip()]
     # Each complete line ends with a newline, but an editor may have dropped the last one.
     if last.strip() and _is_json(last):
-        records.append(_round_record(path, len(lines) + 1, last))
+        records.append(_record(path, len(lines) + 1, last, key))
     return records
 
 
-def _round_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _record(path: Path, number: int, line: bytes, key: str) -> dict[str, Any]:
     remedy = "mend the line, or play the run anew with --overwrite"
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number} is no JSON: {error}; {remedy}") from error
-    wanted = 'a JSON object with a whole number "round" of at least 0'
+    wanted = f'a JSON object with a whole number "{key}" of at least 0'
     if not isinstance(record, dict):
         raise ValueError(f"{path}, line {number} must be {wanted}, got {line[:60]!r}; {remedy}")
-    if type(record.get("round")) is not int or record["round"] < 0:
-        got = f'"round": {json.dumps(record["round"])}' if "round" in record else "none"
+    if type(record.get(key)) is not int or record[key] < 0:
+        got = f'"{key}": {json.dumps(record[key])}' if key in record else "none"
         raise ValueError(f"{path}, line {number} must be {wanted}, got {got}; {remedy}")
     return record
 

@@ -1,0 +1,74 @@
+"""The command ``skymask-gpu leak``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from skymask_gpu.cli.console import console, extra_named, resumable
+from skymask_gpu.cli.federation import DataDir, Overwrite, Resume, check_folders, given, progress_bar
+from skymask_gpu.io.files import locked
+
+if TYPE_CHECKING:
+    from skymask_gpu.federation.leak.config import Audit
+    from skymask_gpu.federation.leak.victims import Victims
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(leak)
+
+
+def leak(
+    config: Annotated[Path, typer.Argument(help="The audit's TOML file; examples/leak.toml is one.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results, curves and faces; default runs/NAME.")] = None,
+    data_dir: DataDir = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Reconstruct private images from obfuscated gradients, and write how many leaked."""
+    with extra_named("run"):
+        from skymask_gpu.federation.leak.attacking import check_attackers
+        from skymask_gpu.federation.leak.config import read_audit
+        from skymask_gpu.federation.leak.judging import lines
+        from skymask_gpu.federation.leak.page import COLUMNS, SCOPE, row, write_audit
+        from skymask_gpu.federation.leak.recording import VICTIMS, check_settings, read_records
+        from skymask_gpu.federation.leak.victims import Victims
+
+    audit = read_audit(config).with_data(data_dir)
+    folder = out or Path("runs") / config.stem
+    # before anything is overwritten: what cannot run is said now
+    with console.status("loading ..."):
+        victims = Victims.build(audit)
+        check_attackers(audit, victims)
+    command = ["leak", config, "--out", folder, *given("--data-dir", data_dir), "--resume"]
+    with locked(folder), resumable(*command):
+        check_folders([folder] if (folder / VICTIMS).exists() else [], resume=resume, overwrite=overwrite)
+        if overwrite:
+            (folder / VICTIMS).unlink(missing_ok=True)
+        check_settings(audit, folder)
+        _attack(audit, victims, folder)
+        records = read_records(folder)
+        with console.status("drawing ..."):
+            written = write_audit(config.stem, audit, victims, records, folder)
+    table = Table(*COLUMNS, title=escape(config.stem))
+    for line in lines(records):
+        table.add_row(*map(escape, row(line)))
+    console.print(table)
+    console.print(SCOPE, style="dim")
+    for path in written:
+        console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+
+
+def _attack(audit: "Audit", victims: "Victims", folder: Path) -> None:
+    from skymask_gpu.federation.leak.attacking import batches
+    from skymask_gpu.federation.leak.recording import attack_all
+
+    total, each = len(batches(audit, victims)), audit.leak.evaluations
+    with progress_bar("{task.description}") as progress:
+        task = progress.add_task(f"{total} batches, evaluations", total=total * each, status="")
+        for number, batch in attack_all(audit, victims, folder, lambda: progress.advance(task)):
+            # Most batches end before their last evaluation.
+            progress.update(task, completed=(number + 1) * each, status=escape(f"{batch[-1].obfuscation.label} done"))

@@ -1,0 +1,256 @@
+"""From obfuscated gradients to images: victims, obfuscations, attackers and restarts in one batch.
+
+A piece is one group of victims under one obfuscation, attacked by one attacker. Several pieces are
+a batch. Batches follow from the settings alone, whatever was done before: sums of floats depend on
+the number of rows beside each other, and L-BFGS makes much of little differences.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skymask_gpu.engine.inversion import (
+    Known,
+    Matching,
+    Minimised,
+    RowGradients,
+    input_from_linear_layer,
+    labels_from_gradients,
+    minimise,
+)
+from skymask_gpu.engine.similarity import ssim
+from skymask_gpu.federation.leak.config import Audit
+from skymask_gpu.federation.leak.obfuscation import Obfuscation
+from skymask_gpu.federation.leak.victims import Victims, normalised
+
+__all__ = ["FACES", "Batch", "Piece", "attacked", "batches", "check_attackers"]
+
+# The number of victims whose reconstructions are stored, to be shown.
+FACES = 8
+# Beyond 128 rows a row hardly gets cheaper on a CPU.
+_MOST_ROWS = 128
+# The bytes that a batch may take. It is no share of this machine's memory: results would then
+# depend on the machine.
+_BATCH_BYTES = 2**31
+# L-BFGS stores two vectors of D values for each of 100 turns. The gradient of P values lives in
+# about 16 copies: its bounds, its distance from them, and the two passes back through it.
+_HISTORY, _COPIES = 100, 16
+# iDLG stops when the squared distance is below this.
+_TARGET = 1e-6
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One line of the results: a block of victims, an obfuscation and an attacker."""
+
+    block: int
+    victims: range
+    obfuscation: Obfuscation
+    attacker: str
+
+    @property
+    def key(self) -> tuple[int, str, float, str]:
+        return self.block, self.obfuscation.method, self.obfuscation.strength, self.attacker
+
+    def record(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The line of the results, with a row per victim."""
+        names = ("block", "obfuscation", "strength", "attacker")
+        return dict(zip(names, self.key, strict=True)) | {"victims": rows}
+
+
+Batch = list[Piece]
+
+
+def batches(audit: Audit, victims: Victims) -> list[Batch]:
+    """All pieces of an audit, in the groups that are attacked together."""
+    leak, num_params, values = audit.leak, victims.gradients.shape[1], victims.images[0].numel()
+    row_bytes = 4 * (2 * _HISTORY * values + _COPIES * num_params)
+    rows = max(1, min(_MOST_ROWS, _BATCH_BYTES // row_bytes))
+    per_block = max(1, min(leak.victims, rows // leak.restarts))
+    pieces_per_batch = max(1, rows // (per_block * leak.restarts))
+    made = []
+    for block, first in enumerate(range(0, leak.victims, per_block)):
+        own = range(first, min(first + per_block, leak.victims))
+        pieces = [Piece(block, own, one, name) for one in audit.privacy.obfuscations() for name in leak.attackers]
+        # The closed form needs no search, so it does not wait for one.
+        searched = [piece for piece in pieces if piece.attacker != "rank1"]
+        made += [searched[at : at + pieces_per_batch] for at in range(0, len(searched), pieces_per_batch)]
+        made += [[piece] for piece in pieces if piece.attacker == "rank1"]
+    return made
+
+
+def check_attackers(audit: Audit, victims: Victims) -> None:
+    """Check that every attacker can attack the model.
+
+    Raises:
+        ValueError: the model does not end in a linear layer, does not begin with one although the
+            attacker ``"rank1"`` needs it, or its gradient does not depend on the image.
+    """
+    _last_layer(audit, victims)
+    if "rank1" in audit.leak.attackers:
+        _first_layer(audit, victims)
+    if set(audit.leak.attackers) - {"rank1"}:
+        start = _starts(audit, victims, range(1))[:1].requires_grad_()
+        rows = RowGradients(victims.module)
+        loss = Matching(rows, Known.exactly(victims.gradients[:1]), victims.labels[:1], tuple(victims.images.shape[1:]))
+        (slope,) = torch.autograd.grad(loss(start, torch.tensor([0])).sum(), start, allow_unused=True)
+        if slope is None or not slope.any():
+            raise ValueError(
+                f"model.name must be a model whose gradient depends smoothly on the image, {audit.model.name!r} has no second "
+                "derivative; take lenet"
+            )
+
+
+def attacked(audit: Audit, victims: Victims, batch: Batch, tick: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """Attack the pieces of a batch, and compare what comes out with the private images.
+
+    Args:
+        audit: the settings.
+        victims: its victims.
+        batch: one of :func:`batches`.
+        tick: is called after every evaluation of the loss.
+
+    Returns:
+        A record per piece, which JSON can hold. Similarities do not choose among the restarts.
+    """
+    sent = [_sent(victims, piece) for piece in batch]
+    guessed = [_labels(audit, victims, one) for one in sent]
+    if batch[0].attacker == "rank1":
+        found = [_in_closed_form(audit, victims, one) for one in sent]
+    else:
+        found = _by_search(audit, victims, batch, sent, guessed, tick)
+    own = torch.cat([torch.tensor(piece.victims) for piece in batch])
+    shown = torch.cat([one.images for one in found]).view(-1, *victims.images.shape[1:])
+    columns = _compared(victims, own, shown)
+    columns["label_found"] = torch.cat(guessed).tolist()
+    for name in ("loss", "evaluations", "end"):
+        columns[name] = [value for one in found for value in getattr(one, name)]
+    rows: list[dict[str, Any]] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    for row, image in zip(rows, shown.flatten(1), strict=True):
+        if row["victim"] < FACES:
+            row["image"] = [round(value, 4) for value in image.tolist()]
+    records, first = [], 0
+    for piece in batch:
+        records.append(piece.record(rows[first : first + len(piece.victims)]))
+        first += len(piece.victims)
+    return records
+
+
+def _compared(victims: Victims, own: Tensor, shown: Tensor) -> dict[str, list[Any]]:
+    """How alike reconstructions ``(B, C, H, W)`` and the images of these victims ``(B,)`` are."""
+    images = victims.images[own]
+    # A wrong image of the same class says how much similarity means nothing.
+    wrong = [] if victims.others is None else [victims.images[victims.others[own]]]
+    # The search for the best brightness costs as much for a few images as for hundreds.
+    similar = ssim(torch.cat([images, *wrong]), shown.repeat(1 + len(wrong), 1, 1, 1)).split(len(own))
+    nearest = (normalised(shown.flatten(1)) @ victims.pool.T).argmax(1)
+    return {
+        "victim": own.tolist(),
+        "sample": victims.samples[own].tolist(),
+        "label": victims.labels[own].tolist(),
+        "ssim": similar[0].tolist(),
+        "ssim_wrong": similar[1].tolist() if wrong else [None] * len(own),
+        "mse": (shown.clamp(0, 1) - images).square().flatten(1).mean(1).tolist(),
+        "identified": (nearest == own).tolist(),
+    }
+
+
+def _sent(victims: Victims, piece: Piece) -> Tensor:
+    own = slice(piece.victims.start, piece.victims.stop)
+    draws = type(victims.draws)(victims.draws.uniform[own], victims.draws.normal[own])
+    return piece.obfuscation.sent(victims.gradients[own], draws, victims.sizes)
+
+
+def _layer(audit: Audit, victims: Victims, number: int, position: str) -> tuple[str, nn.Linear]:
+    """A layer with parameters of its own, by its place in the model."""
+    layers = [(name, one) for name, one in victims.module.named_modules() if list(one.parameters(recurse=False))]
+    name, layer = layers[number]
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"model.name {audit.model.name!r} must {position} a linear layer, got {type(layer).__name__}")
+    return name, layer
+
+
+def _last_layer(audit: Audit, victims: Victims) -> tuple[str, nn.Linear]:
+    return _layer(audit, victims, -1, "end in")
+
+
+def _first_layer(audit: Audit, victims: Victims) -> tuple[str, nn.Linear]:
+    name, layer = _layer(audit, victims, 0, "begin (for leak.attackers 'rank1') with")
+    if layer.bias is None or layer.in_features != victims.images[0].numel():
+        raise ValueError(
+            f"model.name {audit.model.name!r} must (for leak.attackers 'rank1') begin with a linear layer that has a bias and "
+            f"{victims.images[0].numel()} inputs, got {layer}"
+        )
+    return name, layer
+
+
+def _labels(audit: Audit, victims: Victims, sent_VP: Tensor) -> Tensor:
+    name, layer = _last_layer(audit, victims)
+    parts = RowGradients(victims.module).unflatten(sent_VP)
+    return labels_from_gradients(parts[f"{name}.weight"], None if layer.bias is None else parts[f"{name}.bias"])
+
+
+def _starts(audit: Audit, victims: Victims, own: range) -> Tensor:
+    """Where each victim's restarts begin, ``(V * K, D)``, whatever the obfuscation and attacker."""
+    values, count = victims.images[0].numel(), audit.leak.restarts
+    # a stream of its own, so that starts share nothing with the draws of the masks
+    generator = torch.Generator().manual_seed(audit.seed + 2**31)
+    drawn = torch.rand(len(victims.images), count, values, generator=generator)
+    return drawn[own.start : own.stop].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Images ``(V, D)``, and the matching loss, evaluations and end of each search."""
+
+    images: Tensor
+    loss: list[float | None]
+    evaluations: list[int]
+    end: list[str]
+
+
+def _by_search(
+    audit: Audit, victims: Victims, batch: Batch, sent: list[Tensor], guessed: list[Tensor], tick: Callable[[], None]
+) -> list[_Found]:
+    count, shape = audit.leak.restarts, tuple(victims.images.shape[1:])
+    known = [
+        piece.obfuscation.known(one, victims.sizes) if piece.attacker == "aware" else Known.exactly(one)
+        for piece, one in zip(batch, sent, strict=True)
+    ]
+    # a victim's restarts share its bounds, label and prior
+    low, high = (torch.cat([getattr(one, name) for one in known]).repeat_interleave(count, 0) for name in ("low", "high"))
+    labels = torch.cat(guessed).repeat_interleave(count)
+    prior = torch.tensor([audit.leak.tv if piece.attacker == "aware" else 0.0 for piece in batch for _ in piece.victims])
+    loss = Matching(RowGradients(victims.module), Known(low, high), labels, shape, tv=prior.repeat_interleave(count))
+
+    def counted(points: Tensor, rows: Tensor) -> Tensor:
+        tick()
+        return loss(points, rows)
+
+    start = torch.cat([_starts(audit, victims, piece.victims) for piece in batch])
+    best = _best(minimise(counted, start, evaluations=audit.leak.evaluations, history=_HISTORY, target=_TARGET), count)
+    found, first = [], 0
+    for piece in batch:
+        own = slice(first, first + len(piece.victims))
+        found.append(_Found(best.images[own], best.loss[own], best.evaluations[own], best.end[own]))
+        first = own.stop
+    return found
+
+
+def _best(found: Minimised, count: int) -> _Found:
+    """The restart of each victim that has the smallest matching loss."""
+    chosen = found.losses.view(-1, count).argmin(1) + count * torch.arange(len(found.losses) // count)
+    losses = [loss if loss < torch.inf else None for loss in found.losses[chosen].tolist()]
+    evaluations = found.evaluations.view(-1, count).sum(1).tolist()
+    return _Found(found.points[chosen], losses, evaluations, [found.reasons[row] for row in chosen.tolist()])
+
+
+def _in_closed_form(audit: Audit, victims: Victims, sent_VP: Tensor) -> _Found:
+    name, _ = _first_layer(audit, victims)
+    parts = RowGradients(victims.module).unflatten(sent_VP)
+    images, _ = input_from_linear_layer(parts[f"{name}.weight"], parts[f"{name}.bias"])
+    count = len(images)
+    return _Found(images.to(sent_VP.dtype), [None] * count, [0] * count, ["closed form"] * count)

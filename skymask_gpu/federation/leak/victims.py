@@ -1,0 +1,117 @@
+"""The victims of an audit: private images, their gradients, and the images around them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skymask_gpu.engine.inversion import RowGradients
+from skymask_gpu.federation.datasets import Dataset, load_dataset
+from skymask_gpu.federation.leak.config import Audit
+from skymask_gpu.federation.leak.obfuscation import Draws
+from skymask_gpu.federation.models import build_model
+from skymask_gpu.federation.transforms import client_generators
+
+__all__ = ["Victims"]
+
+# A reconstruction is compared with at most this many images of the training data.
+_POOL = 10_000
+# The window of the structural similarity.
+_LEAST_SIDE = 11
+
+
+@dataclass(frozen=True)
+class Victims:
+    """V victims, each with one image and one gradient, at one model.
+
+    Attributes:
+        module: the model, freshly initialised.
+        samples: ``(V,)``, the numbers of the images in the training data.
+        images: ``(V, C, H, W)`` float32, with values in [0, 1].
+        labels: ``(V,)`` int64.
+        gradients: ``(V, P)``, one step of SGD on the image alone, divided by the negative learning
+            rate.
+        draws: what the obfuscations of each victim are drawn from.
+        others: ``(V,)``, for each victim the number of another one, of the same class if there is
+            one; None if there is one victim only.
+        pool: ``(M, C * H * W)``, images with mean 0 and length 1. The victims' own come first.
+        sizes: how many columns each parameter tensor has, in order.
+    """
+
+    module: nn.Module
+    samples: Tensor
+    images: Tensor
+    labels: Tensor
+    gradients: Tensor
+    draws: Draws
+    others: Tensor | None
+    pool: Tensor
+    sizes: list[int]
+
+    @classmethod
+    def build(cls, audit: Audit, dataset: Dataset | None = None) -> "Victims":
+        """Draw the victims of an audit, and compute their gradients.
+
+        Args:
+            audit: the settings.
+            dataset: its data set, loaded already; None loads it.
+
+        Raises:
+            ValueError: a file is missing, the samples are no images or too few or too small, or the
+                model does not fit them.
+        """
+        if dataset is None:
+            dataset = load_dataset(audit.data.dataset, Path(audit.data.data_dir) if audit.data.data_dir else None)
+        count, pixels = audit.leak.victims, dataset.train_inputs
+        if pixels.dim() != 4:
+            raise ValueError(f"data.dataset must hold images, {dataset.name!r} has samples of shape {tuple(pixels.shape[1:])}")
+        if count > len(pixels):
+            raise ValueError(
+                f"leak.victims must be at most {len(pixels)}, the training images of {dataset.name!r}, got {count}"
+            )
+        generator = torch.Generator().manual_seed(audit.seed)
+        order = torch.randperm(len(pixels), generator=generator)[:_POOL]
+        # Data sets are standardised per channel, so their extremes are those of the pixels.
+        low, high = (extreme(pixels, (0, 2, 3)).view(1, -1, 1, 1) for extreme in (torch.amin, torch.amax))
+        shown = (pixels[order] - low) / (high - low)
+        side = audit.leak.side
+        if side:
+            shown = F.interpolate(shown, (side, side), mode="bilinear", align_corners=False)
+        if min(shown.shape[2:]) < _LEAST_SIDE:
+            raise ValueError(
+                f"leak.side must be at least {_LEAST_SIDE}, the window of the structural similarity, for the images of "
+                f"{tuple(shown.shape[2:])} pixels of {dataset.name!r}, got {side}"
+            )
+        images, labels = shown[:count].clone(), dataset.train_labels[order[:count]]
+        # Evaluation mode: batch norm takes its running statistics, and nothing is dropped.
+        module = build_model(audit.model.name, tuple(images.shape[1:]), dataset.num_classes, audit.seed).eval()
+        rows = RowGradients(module)
+        gradients = torch.cat([rows(*part) for part in zip(images.split(64), labels.split(64), strict=True)]).detach()
+        if not torch.isfinite(gradients).all():
+            bad = (~torch.isfinite(gradients).all(1)).nonzero()[:, 0].tolist()
+            raise ValueError(
+                f"model.name {audit.model.name!r} gives victims {bad[:5]} a gradient with NaN or Inf; take another"
+            )
+        draws = Draws.of(client_generators(audit.seed, 0, torch.arange(count)), rows.num_params)
+        sizes = [shape.numel() for shape in rows.shapes.values()]
+        pool = normalised(shown.flatten(1))
+        return cls(module, order[:count], images, labels, gradients, draws, _others(labels), pool, sizes)
+
+
+def normalised(rows: Tensor) -> Tensor:
+    """Rows with mean 0 and length 1; their products are correlations. A constant row becomes 0."""
+    return F.normalize(rows - rows.mean(1, keepdim=True), dim=1)
+
+
+def _others(labels: Tensor) -> Tensor | None:
+    """For each victim the next one of its class, else the next one."""
+    count = len(labels)
+    if count == 1:
+        return None
+    others = []
+    for victim in range(count):
+        rest = [(victim + step) % count for step in range(1, count)]
+        others.append(next((other for other in rest if labels[other] == labels[victim]), rest[0]))
+    return torch.tensor(others)

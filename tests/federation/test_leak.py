@@ -1,0 +1,317 @@
+"""The privacy audit: what is obfuscated, what comes back, what counts as leaked, and how a stopped audit goes on."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from skymask_gpu.engine.inversion import Minimised, RowGradients
+from skymask_gpu.federation.config import ModelConfig
+from skymask_gpu.federation.leak import attacking
+from skymask_gpu.federation.leak.attacking import attacked, batches, check_attackers
+from skymask_gpu.federation.leak.config import Audit, LeakConfig, LeakData, PrivacyConfig, read_audit
+from skymask_gpu.federation.leak.judging import counting_bound, interval, lines, weakest_without_leak
+from skymask_gpu.federation.leak.obfuscation import METHODS, UNTOUCHED, Draws, Obfuscation
+from skymask_gpu.federation.leak.recording import VICTIMS, attack_all, read_records
+from skymask_gpu.federation.leak.victims import Victims
+from skymask_gpu.federation.models import MODELS, build_model
+
+SMALL = Audit(
+    leak=LeakConfig(victims=3, side=12, evaluations=120),
+    privacy=PrivacyConfig(mask=(0.9,), clip=(0.9,)),
+)
+
+
+@pytest.fixture(scope="module")
+def example(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The example, shortened, and the folder that its command wrote."""
+    folder = tmp_path_factory.mktemp("leak")
+    text = (checkout / "examples" / "leak.toml").read_text()
+    for long, short in (("victims = 32", "victims = 3"), ("evaluations = 300", "evaluations = 10"), ("side = 16", "side = 12")):
+        assert long in text
+        text = text.replace(long, short)
+    (folder / "leak.toml").write_text(text)
+    return folder / "leak.toml", folder / "out"
+
+
+def draws(rows: int, num_params: int) -> Draws:
+    return Draws.of([torch.Generator().manual_seed(seed) for seed in range(rows)], num_params)
+
+
+# --- obfuscation ----------------------------------------------------------------------------------
+
+
+def test_obfuscations_do_what_their_names_say_and_stronger_ones_contain_weaker_ones() -> None:
+    rows, sizes = torch.randn(4, 3000, generator=torch.Generator().manual_seed(9)), [1000, 2000]
+    drawn = draws(4, 3000)
+    weak, strong = (Obfuscation("mask", p).sent(rows, drawn, sizes) for p in (0.3, 0.7))
+    assert ((strong == 0) | (strong == weak)).all()
+    assert ((weak == 0) | (weak == rows)).all()
+    # four standard deviations of a share of 12,000 draws
+    for masked, p in ((weak, 0.3), (strong, 0.7)):
+        assert abs(float((masked == 0).double().mean()) - p) < 4 * (p * (1 - p) / masked.numel()) ** 0.5
+    clipped = Obfuscation("clip", 0.9).sent(rows, drawn, sizes)
+    bound = clipped.abs().amax(1, keepdim=True)
+    assert torch.equal(clipped, rows.clamp(-bound, bound))
+    assert (clipped.abs() == bound).sum(1).tolist() == [301] * 4
+    pruned = Obfuscation("prune", 0.4).sent(rows, drawn, sizes)
+    for part, before in zip(pruned.split(sizes, 1), rows.split(sizes, 1), strict=True):
+        assert (part == 0).sum(1).tolist() == [round(0.4 * part.shape[1])] * 4
+        gone = before.abs().where(part == 0, 0.0).amax(1)
+        assert (gone <= part.abs().where(part != 0, torch.inf).amin(1)).all()
+    noise = [Obfuscation("noise", s).sent(rows, drawn, sizes) - rows for s in (0.1, 0.2)]
+    torch.testing.assert_close(noise[1], 2 * noise[0], rtol=1e-3, atol=1e-5)
+    assert UNTOUCHED.sent(rows, drawn, sizes) is rows
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_aware_attacker_knows_is_true(method: str) -> None:
+    rows, sizes = torch.randn(4, 300, generator=torch.Generator().manual_seed(9)), [100, 200]
+    obfuscation = Obfuscation(method, 0.5)
+    sent = obfuscation.sent(rows, draws(4, 300), sizes)
+    known = obfuscation.known(sent, sizes)
+    if method == "noise":
+        assert torch.equal(known.low, sent)
+    else:
+        assert ((known.low <= rows) & (rows <= known.high)).all()
+        assert (known.low < known.high).any()
+        assert (known.low == known.high).any()
+
+
+# --- attacks --------------------------------------------------------------------------------------
+
+
+def test_who_knows_the_mask_sees_what_the_naive_attacker_does_not() -> None:
+    victims = Victims.build(SMALL)
+    check_attackers(SMALL, victims)
+    ticks: list[None] = []
+    (batch,) = batches(SMALL, victims)
+    records = attacked(SMALL, victims, batch, lambda: ticks.append(None))
+    table = {(line.setting.label, line.attacker): line for line in lines(records)}
+    assert len(ticks) == 120
+    assert len(table) == 6
+    for attacker in ("naive", "aware"):
+        assert table["none", attacker].leaked == 1
+        assert table["none", attacker].identified == 1
+        assert table["none", attacker].mse < 1e-3
+    assert table["mask 0.9", "aware"].leaked == 1
+    assert table["mask 0.9", "naive"].recognised == 0
+    assert table["clip 0.9", "aware"].leaked == 1
+    assert table["clip 0.9", "naive"].leaked == 0
+    assert all(line.labels == 1 for line in table.values())
+    # the stored image is the one that was compared
+    (own,) = [one for one in records if (one["obfuscation"], one["attacker"]) == ("none", "naive")]
+    stored = torch.tensor([row["image"] for row in own["victims"]]).view_as(victims.images)
+    torch.testing.assert_close(stored, victims.images, rtol=0, atol=0.2)
+
+
+def test_the_images_are_pixels_and_their_gradients_those_of_autograd() -> None:
+    victims = Victims.build(replace(SMALL, leak=LeakConfig(victims=4, side=12)))
+    assert (float(victims.images.min()), float(victims.images.max()) <= 1) == (0.0, True)
+    for image, label, gradient in zip(victims.images, victims.labels, victims.gradients, strict=True):
+        victims.module.zero_grad()
+        nn.functional.cross_entropy(victims.module(image[None]), label[None]).backward()
+        wanted = torch.cat([one.grad.reshape(-1) for one in victims.module.parameters() if one.grad is not None])
+        torch.testing.assert_close(gradient, wanted)
+    assert victims.others is not None
+    assert (victims.others != torch.arange(4)).all()
+    assert Victims.build(replace(SMALL, leak=LeakConfig(victims=1, side=12))).others is None
+
+
+def test_the_best_restart_is_chosen_by_its_matching_loss() -> None:
+    points = torch.arange(8.0).view(4, 2)
+    losses = torch.tensor([3.0, 1.0, torch.inf, torch.inf])
+    best = attacking._best(
+        Minimised(points, losses, torch.tensor([5, 6, 1, 1]), ["change", "target", "diverged", "diverged"]), 2
+    )
+    assert best.images.tolist() == [[2.0, 3.0], [4.0, 5.0]]
+    assert (best.loss, best.evaluations, best.end) == ([1.0, None], [11, 2], ["target", "diverged"])
+
+
+def test_restarts_and_small_batches_give_a_line_per_victim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attacking, "_MOST_ROWS", 4)
+    audit = replace(SMALL, leak=LeakConfig(victims=3, side=12, evaluations=5, restarts=2), privacy=PrivacyConfig(mask=(0.5,)))
+    victims = Victims.build(audit)
+    made = batches(audit, victims)
+    assert [[(piece.block, list(piece.victims)) for piece in batch] for batch in made] == [
+        *[[(0, [0, 1])]] * 4,
+        *[[(1, [2])]] * 4,
+    ]
+    records = [record for batch in made for record in attacked(audit, victims, batch)]
+    assert [line.victims for line in lines(records)] == [3] * 4
+    assert {row["evaluations"] for record in records for row in record["victims"]} == {10}
+
+
+def test_a_linear_first_layer_needs_no_search() -> None:
+    leak = LeakConfig(victims=4, side=12, attackers=("rank1",))
+    audit = replace(SMALL, model=ModelConfig(name="mlp"), leak=leak, privacy=PrivacyConfig(mask=(0.5,)))
+    victims = Victims.build(audit)
+    check_attackers(audit, victims)
+    records = [record for batch in batches(audit, victims) for record in attacked(audit, victims, batch)]
+    assert all(row["mse"] < 1e-9 and row["end"] == "closed form" for record in records for row in record["victims"])
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+def test_the_interval_leaves_out_what_has_a_chance_of_less_than_a_fortieth() -> None:
+    from scipy.stats import binom
+
+    for hits, trials in ((0, 16), (3, 16), (16, 16), (128, 128)):
+        least, most = interval(hits, trials)
+        assert least <= hits / trials <= most
+        if hits:
+            assert binom.sf(hits - 1, trials, least) == pytest.approx(0.025)
+        if hits < trials:
+            assert binom.cdf(hits, trials, most) == pytest.approx(0.025)
+
+
+def test_the_weakest_strength_has_no_leak_above_it() -> None:
+    def record(strength: float, similarity: float) -> dict:
+        row = {"ssim": similarity, "ssim_wrong": None, "mse": 0.0, "identified": False, "label": 1, "label_found": 1}
+        row |= {"evaluations": 1, "end": "change"}
+        return {"obfuscation": "clip", "strength": strength, "attacker": "naive", "victims": [row]}
+
+    table = lines([record(s, similarity) for s, similarity in ((0.1, 0.3), (0.9, 0.95), (0.7, 0.2), (0.5, 0.91), (0.3, 0.4))])
+    # a smaller quantile clips more
+    assert [line.strength for line in table] == [0.9, 0.7, 0.5, 0.3, 0.1]
+    found = weakest_without_leak(table)
+    assert found is not None
+    assert (found.strength, found.most) == (0.3, pytest.approx(0.975))
+    assert weakest_without_leak(table[:3]) is None
+
+
+def test_the_bound_from_counting_is_that_of_the_formula() -> None:
+    """LeNet has 7,536 numbers of convolutions on MNIST, and 588 features that any of 10 classes shows."""
+    victims = Victims.build(SMALL)
+    for shape, wanted in (((1, 28, 28), 0.93), ((3, 32, 32), 0.71)):
+        own = replace(victims, module=build_model("lenet", shape, 10, 0), images=torch.zeros(1, *shape))
+        bound = counting_bound(own)
+        assert bound == pytest.approx(wanted, abs=0.01)
+        convolutions = sum(one.numel() for name, one in own.module.named_parameters() if not name.startswith("fc"))
+        features = own.module.fc.in_features
+        left = convolutions * (1 - bound) + features * (1 - bound**10) + 10 * (1 - bound ** (features + 1)) - 1
+        assert left == pytest.approx(torch.Size(shape).numel(), abs=0.01)
+    none = replace(victims, module=nn.Linear(1, 2), images=torch.zeros(1, 1, 28, 28))
+    assert counting_bound(none) == 0
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_example_runs_and_a_stopped_audit_goes_on_to_the_same_bytes(
+    example: tuple[Path, Path], run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = example
+    # two batches, so that one is done and one is not
+    monkeypatch.setattr(attacking, "_MOST_ROWS", 18)
+    code, printed = run("leak", config, "--out", out)
+    assert code == 0, printed
+    assert "attacker's best case" in printed
+    results = ("leak.csv", "leak.md", "curves.png", "faces.png")
+    before = {name: (out / name).read_bytes() for name in (VICTIMS, *results)}
+    with (out / "leak.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(line["obfuscation"], line["strength"], line["attacker"]) for line in table[:4]] == [
+        ("none", "0.0", "aware"), ("none", "0.0", "naive"), ("mask", "0.01", "aware"), ("mask", "0.9", "aware"),
+    ]  # fmt: skip
+    assert len(table) == 12
+    page = before["leak.md"].decode()
+    assert "| clip | naive | 0.9 | 70.8% |" in page
+    assert "Counting: a mask of more than 0.98 leaves" in page
+    code, printed = run("leak", config, "--out", out)
+    assert (code, "holds results already; go on with --resume" in printed) == (2, True)
+    # killed in the middle of the second batch, with half a line
+    whole = before[VICTIMS].splitlines(keepends=True)
+    (out / VICTIMS).write_bytes(b"".join(whole[:8]) + whole[8][:50])
+    attacks: list[int] = []
+    original = attacking.minimise
+    monkeypatch.setattr(attacking, "minimise", lambda *a, **k: attacks.append(len(a[1])) or original(*a, **k))
+    code, printed = run("leak", config, "--out", out, "--resume")
+    assert code == 0, printed
+    assert attacks == [18]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    config.write_text(config.read_text().replace("mask = [0.01, 0.9]", "mask = [0.01]"))
+    code, printed = run("leak", config, "--out", out, "--resume")
+    assert (code, "made with other settings (privacy); use another folder or --overwrite" in printed) == (2, True)
+    code, printed = run("leak", config, "--out", out, "--overwrite")
+    assert code == 0, printed
+    assert len(read_records(out)) == 10
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / VICTIMS).write_text('{"block": -1}\n')
+    with pytest.raises(
+        ValueError, match=r'victims.jsonl, line 1 must be .* whole number "block" of at least 0, got "block": -1'
+    ):
+        next(attack_all(SMALL, Victims.build(SMALL), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[leak]\nvictims = 0", "leak.victims must be at least 1, got 0"),
+        ("[leak]\nattackers = ['naiv']", r"leak.attackers must be one of .*, got 'naiv'; did you mean 'naive'"),
+        ("[leak]\nattackers = []", "leak.attackers must be a list of different names"),
+        ("[leak]\ntv = -1.0", "leak.tv must be finite and at least 0, got -1.0"),
+        ("[leak]\nside = -1", "leak.side must be a number of pixels"),
+        ("[privacy]\nmask = [1.0]", "privacy.mask must be above 0 and below 1, got 1.0"),
+        ("[privacy]\nclip = [0.0]", "privacy.clip must be above 0 and below 1, got 0.0"),
+        ("[privacy]\nnoise = [-0.1]", "privacy.noise must be above 0, got -0.1"),
+        ("[privacy]\nnoise = [nan]", "privacy.noise must be above 0, got nan"),
+        ("[privacy]\nprune = [0.5, 0.5]", "privacy.prune must be a list of different strengths"),
+        ("seed = -1", "seed must be between 0 and"),
+        ("[privacy]\nmaks = [0.5]", "unknown key privacy.maks; did you mean privacy.mask"),
+    ],
+)
+def test_a_wrong_setting_has_one_clear_error(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "leak.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_audit(tmp_path / "leak.toml")
+
+
+def test_what_cannot_be_attacked_is_refused_with_the_remedy() -> None:
+    for leak, message in (
+        (LeakConfig(victims=2000, side=12), "leak.victims must be at most 1437, the training images of 'digits', got 2000"),
+        (LeakConfig(victims=2), r"leak.side must be at least 11, .* for the images of \(8, 8\) pixels of 'digits', got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Victims.build(replace(SMALL, leak=leak))
+    audit = replace(SMALL, leak=LeakConfig(victims=2, side=12, attackers=("rank1",)))
+    with pytest.raises(ValueError, match=r"'lenet' must begin \(for leak.attackers 'rank1'\) with a linear layer, got Conv2d"):
+        check_attackers(audit, Victims.build(audit))
+    data = Victims.build(SMALL)
+    assert LeakData().dataset == "digits"
+
+    class Stepped(nn.Module):
+        """Its gradient is that of the sign of a pixel, which no small change of the image changes."""
+
+        def __init__(self, input_shape: tuple[int, ...], num_classes: int) -> None:
+            super().__init__()
+            self.fc = nn.Linear(torch.Size(input_shape).numel(), num_classes)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.fc((inputs.flatten(1) - 0.5).sign())
+
+    class Broken(Stepped):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs) * torch.nan
+
+    MODELS.register("stepped")(Stepped)
+    MODELS.register("broken")(Broken)
+    try:
+        stepped = replace(SMALL, model=ModelConfig(name="stepped"))
+        with pytest.raises(ValueError, match="'stepped' has no second derivative; take lenet"):
+            check_attackers(stepped, Victims.build(stepped))
+        with pytest.raises(ValueError, match=r"'broken' gives victims \[0, 1, 2\] a gradient with NaN or Inf"):
+            Victims.build(replace(SMALL, model=ModelConfig(name="broken")))
+    finally:
+        MODELS.remove("stepped")
+        MODELS.remove("broken")
+    assert RowGradients(data.module).num_params == data.gradients.shape[1]
+    assert json.dumps(SMALL.settings())
