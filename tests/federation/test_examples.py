@@ -18,8 +18,8 @@ from skymask_gpu.federation.playing import play
 from skymask_gpu.federation.rules import RULES
 from skymask_gpu.federation.simulation import Federation
 
-# these two are no runs, and have tests of their own
-OTHERS = ("board", "leak")
+# these are no runs; test_board.py and test_leak.py play them
+OTHERS = ("board", "leak", "leak_mnist")
 EXAMPLES = sorted(path.stem for path in (Path(__file__).parents[2] / "examples").glob("*.toml") if path.stem not in OTHERS)
 
 

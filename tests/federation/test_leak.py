@@ -14,7 +14,7 @@ from skymask_gpu.engine.inversion import Minimised, RowGradients
 from skymask_gpu.federation.config import ModelConfig
 from skymask_gpu.federation.leak import attacking
 from skymask_gpu.federation.leak.attacking import attacked, batches, check_attackers
-from skymask_gpu.federation.leak.config import Audit, LeakConfig, LeakData, PrivacyConfig, read_audit
+from skymask_gpu.federation.leak.config import ATTACKERS, Audit, LeakConfig, LeakData, PrivacyConfig, read_audit
 from skymask_gpu.federation.leak.judging import counting_bound, interval, lines, weakest_without_leak
 from skymask_gpu.federation.leak.obfuscation import METHODS, UNTOUCHED, Draws, Obfuscation
 from skymask_gpu.federation.leak.recording import VICTIMS, attack_all, read_records
@@ -199,6 +199,20 @@ def test_the_bound_from_counting_is_that_of_the_formula() -> None:
         assert left == pytest.approx(torch.Size(shape).numel(), abs=0.01)
     none = replace(victims, module=nn.Linear(1, 2), images=torch.zeros(1, 1, 28, 28))
     assert counting_bound(none) == 0
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def test_the_page_and_the_examples_have_files_that_can_be_read(checkout: Path, tmp_path: Path) -> None:
+    page = (checkout / "docs" / "privacy.md").read_text()
+    (tmp_path / "page.toml").write_text(page.split("```toml\n")[1].split("```")[0])
+    assert read_audit(tmp_path / "page.toml").privacy.obfuscations()[1] == Obfuscation("mask", 0.01)
+    for table, settings in SMALL.settings().items():
+        for key in settings if isinstance(settings, dict) else [table]:
+            assert f"{key} = " in page, key
+    assert all(f"`{attacker}`" in page for attacker in ATTACKERS)
+    assert read_audit(checkout / "examples" / "leak_mnist.toml").leak.victims == 16
 
 
 # --- the command ----------------------------------------------------------------------------------
