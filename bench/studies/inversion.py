@@ -1,0 +1,108 @@
+"""Reconstructions per CPU second: many victims in one batch, beside a plain loop over ``torch.optim.LBFGS``.
+
+``python -m skymask_gpu.bench.studies.inversion DIR`` prints the table of docs/privacy.md; DIR holds MNIST's files.
+The loop is DLG's: one image, a graph of its own, L-BFGS with learning rate 1. Both stop at a matching loss of 1e-6,
+attack the same victims from the same starts, and have their images compared before a ratio is printed. CPU seconds of
+all threads are counted, since wall times depend on what else runs. Loop and batch alternate.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skymask_gpu.bench.ratio import Ratio
+from skymask_gpu.engine.inversion import Known, Matching, RowGradients, minimise
+from skymask_gpu.engine.similarity import ssim
+from skymask_gpu.federation.leak.config import Audit, LeakConfig, LeakData
+from skymask_gpu.federation.leak.victims import Victims
+
+_ROWS = (32, 128)
+_REPEATS = 3
+# The loop attacks this many victims per repeat: it needs seconds for each.
+_LOOPED = 4
+_TARGET, _EVALUATIONS = 1e-6, 700
+# torch.optim.LBFGS takes this many steps per call by default.
+_INNER = 20
+
+
+def looped(victims: Victims, number: int, start_D: Tensor) -> Tensor:
+    """One victim's image by the published loop."""
+    module, parameters = victims.module, list(victims.module.parameters())
+    target = victims.gradients[number]
+    scale = 500.0 / target.square().sum()
+    point = start_D.view(1, *victims.images.shape[1:]).clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([point], lr=1, max_iter=_INNER)
+    calls, last = 0, torch.inf
+
+    def closure() -> Tensor:
+        nonlocal calls, last
+        calls += 1
+        optimiser.zero_grad()
+        loss = F.cross_entropy(module(point), victims.labels[number : number + 1])
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        distance = scale * (torch.cat([one.reshape(-1) for one in gradients]) - target).square().sum()
+        distance.backward(inputs=[point])
+        last = float(distance.detach())
+        return distance
+
+    while calls < _EVALUATIONS and last >= _TARGET:
+        before = calls
+        optimiser.step(closure)
+        # A step that evaluates once has met torch's own tolerance, or NaN: no later step goes on.
+        if calls - before <= 1:
+            break
+    return point.detach()
+
+
+def batched(victims: Victims, start_BD: Tensor) -> Tensor:
+    """The images of the first B victims in one batch."""
+    count = len(start_BD)
+    loss = Matching(
+        RowGradients(victims.module),
+        Known.exactly(victims.gradients[:count]),
+        victims.labels[:count],
+        tuple(victims.images.shape[1:]),
+    )
+    found = minimise(loss, start_BD, evaluations=_EVALUATIONS, target=_TARGET)
+    return found.points.view(count, *victims.images.shape[1:])
+
+
+def main(data_dir: Path) -> None:
+    audit = Audit(data=LeakData(dataset="mnist", data_dir=str(data_dir)), leak=LeakConfig(victims=max(_ROWS)))
+    victims = Victims.build(audit)
+    start_BD = torch.rand(max(_ROWS), victims.images[0].numel(), generator=torch.Generator().manual_seed(1))
+    ratios: dict[int, list[float]] = {rows: [] for rows in _ROWS}
+    print("| how | CPU s per image | leaked at SSIM 0.9 |\n| --- | --- | --- |", flush=True)
+    for repeat in range(_REPEATS):
+        own = range(repeat * _LOOPED, (repeat + 1) * _LOOPED)
+        begun = time.process_time()
+        images = torch.cat([looped(victims, number, start_BD[number]) for number in own])
+        loop = (time.process_time() - begun) / _LOOPED
+        _print("loop", loop, victims.images[own.start : own.stop], images)
+        for rows in _ROWS:
+            begun = time.process_time()
+            images = batched(victims, start_BD[:rows])
+            each = (time.process_time() - begun) / rows
+            _print(f"batch of {rows}", each, victims.images[:rows], images)
+            ratios[rows].append(loop / each)
+    for rows, repeats in ratios.items():
+        ratio = Ratio.of(repeats)
+        if ratio is not None:
+            print(
+                f"batch of {rows}: {ratio.value:.1f} ({ratio.low:.1f} to {ratio.high:.1f}) times as many images per CPU second"
+            )
+
+
+def _print(how: str, seconds: float, images: Tensor, found: Tensor) -> None:
+    leaked = float((ssim(images, torch.nan_to_num(found)) >= 0.9).double().mean())
+    print(f"| {how} | {seconds:.3f} | {leaked:.0%} |", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m skymask_gpu.bench.studies.inversion DIR, the folder of MNIST's files")
+    main(Path(sys.argv[1]))
