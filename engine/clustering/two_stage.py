@@ -1,6 +1,6 @@
-"""The two-stage rule: it first rejects copies of each other and one side of a cut, then outliers.
+"""The two-stage rule: it first rejects copies of each other or one side of a cut, then outliers.
 
-Where there are copies, the others are cut by a stricter test.
+Where many masks are copies, the others are not cut.
 
 Shapes: N clients, R = N + 1 rows, the root's row last.
 """
@@ -180,8 +180,8 @@ def _cut(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Which clients are kept, ``(N,)`` bool, if a cut on the first component decides; the facts.
 
-    Copies are on neither side. What they leave of each honest label group spreads less than the
-    groups lie apart, so where there are copies, a cut counts only if it is clean and astray.
+    Copies are on neither side. What many copies leave of each honest label group spreads less than
+    the groups lie apart. A cut would then separate honest clients, so there is none.
     """
     never = torch.zeros_like(apart, dtype=torch.bool)
     near_N, far_N = with_root_N & ~copy_N, ~with_root_N & ~copy_N
@@ -190,8 +190,9 @@ def _cut(
         # the root is on the wrong side
         swapped = (mean_of(alignment_N, near_N) < 0) & (mean_of(alignment_N, far_N) > 0)
         near_N, far_N = torch.where(swapped, far_N, near_N), torch.where(swapped, near_N, far_N)
-    possible = near_N.sum() >= smallest
-    wide = possible & (apart > SEPARATION) & ~copy_N.any()
+    many = copy_N.sum() > MANY_COPIES * len(copy_N)
+    possible = (near_N.sum() >= smallest) & ~many
+    wide = possible & (apart > SEPARATION)
     astray = never if alignment_N is None else possible & _is_clean_and_astray(x_N, alignment_N, near_N, far_N)
     facts = {"root alone": near_N.sum() == 0, "far": far_N.sum(), "wide": wide, "astray": astray, "swapped": swapped}
     return ~(far_N & (wide | astray)), facts

@@ -230,16 +230,22 @@ def test_decoys_hide_nobody(mask_matrices: Matrices) -> None:
         assert kept[1] <= kept[0], name
 
 
-def test_beside_many_copies_a_clean_cut_still_counts(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("num_copies", [10, 15])
+def test_a_tenth_of_copies_stops_no_cut_and_more_than_that_does(num_copies: int, generator: torch.Generator) -> None:
+    """What many copies leave of a label group could lie apart, so nobody is cut off beside them."""
     masks = torch.rand(101, 6000, generator=generator) < 0.5
     masks[:, :1000] = True
     masks[:20, :1000] = False
     masks[:, :1000] ^= torch.rand(101, 1000, generator=generator) < 0.02
-    masks[20:35] = masks[20]
+    masks[20 : 20 + num_copies] = masks[20]
     alignment = torch.where(torch.arange(100) < 20, -1.0, 1.0)
     clusters = cluster_masks(packed(masks.numpy()), 6000, alignment=alignment)
-    assert clusters.benign.tolist() == [False] * 35 + [True] * 65
-    assert clusters.reason.startswith("15 masks are copies of another's and 20 masks are cut off cleanly")
+    if num_copies == 10:
+        assert clusters.benign.tolist() == [False] * 20 + [True] * 80
+        assert clusters.reason.startswith("20 masks are cut off cleanly")
+    else:
+        assert clusters.benign.tolist() == [True] * 20 + [False] * 15 + [True] * 65
+        assert clusters.reason == "15 masks are copies of another's"
 
 
 def test_copies_around_the_root_do_not_make_outliers_of_honest_clients(generator: torch.Generator) -> None:
