@@ -88,7 +88,8 @@ def by_root(
 
     Args:
         distances: of R rows.
-        scores_R2: the principal scores of all rows, or None if they are not known.
+        scores_R2: the principal scores of all rows. None: they are computed of all rows but the
+            copies, which matters only where copies are few, since many stop any cut.
         alignment_N: see :func:`two_stage`.
         copy_N: the copies, ``(N,)`` bool. They are no evidence if hardly anyone is left without
             them.
@@ -98,9 +99,7 @@ def by_root(
     smallest = SMALLEST_SHARE * len(copy_N)
     copy_N = copy_N & ((~copy_N).sum() >= smallest)
     settled: Tensor | bool = True
-    # Without copies, the scores of all rows are those of the others. A host that must not wait
-    # cannot know whether there are copies, so it has the scores computed once more in any case.
-    if scores_R2 is None or not backend.waits or copy_N.any():
+    if scores_R2 is None:
         others = others_at_the_centroid(distances, torch.cat([~copy_N, copy_N.new_ones(1)]))
         scores_R2, settled = backend.principal_scores(others)
     x_R = scores_R2[:, 0].contiguous()
