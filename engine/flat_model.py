@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-__all__ = ["FlatModel", "fast_layout"]
+__all__ = ["FlatModel", "columns_of", "fast_layout"]
 
 Buffers = Literal["batch", "fixed"]
 
@@ -166,6 +166,20 @@ def _for_autograd(tensor: Tensor) -> Tensor:
     is copied.
     """
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def columns_of(shapes: Mapping[str, torch.Size]) -> dict[str, slice]:
+    """The columns that each parameter has in a flat vector, by the parameter's name.
+
+    Example:
+        >>> columns_of({"weight": torch.Size([3, 2]), "bias": torch.Size([3])})
+        {'weight': slice(0, 6, None), 'bias': slice(6, 9, None)}
+    """
+    columns, begin = {}, 0
+    for name, shape in shapes.items():
+        columns[name] = slice(begin, begin + math.prod(shape))
+        begin += math.prod(shape)
+    return columns
 
 
 def fast_layout(tensor: Tensor) -> Tensor:

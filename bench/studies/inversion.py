@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skymask_gpu.bench.ratio import Ratio
-from skymask_gpu.engine.inversion import Known, Matching, RowGradients, minimise
+from skymask_gpu.engine.inversion import SCALE, Known, Matching, RowGradients, minimise
 from skymask_gpu.engine.similarity import ssim
 from skymask_gpu.federation.leak.config import Audit, LeakConfig, LeakData
 from skymask_gpu.federation.leak.victims import Victims
@@ -33,7 +33,7 @@ def looped(victims: Victims, number: int, start_D: Tensor) -> Tensor:
     """One victim's image by the published loop."""
     module, parameters = victims.module, list(victims.module.parameters())
     target = victims.gradients[number]
-    scale = 500.0 / target.square().sum()
+    scale = SCALE / target.square().sum()
     point = start_D.view(1, *victims.images.shape[1:]).clone().requires_grad_()
     optimiser = torch.optim.LBFGS([point], lr=1, max_iter=_INNER)
     calls, last = 0, torch.inf

@@ -7,8 +7,8 @@ square roots of their eigenvalues are the PCA scores. There are three rules:
 
 * ``two-stage`` (default) keeps every client when nobody attacks, and is deterministic. First it
   rejects copies: a large group of masks that are nearer to each other than two models come that are
-  each trained on their own data. Then it rejects one side of a cut of the others, by a stricter
-  test where there are copies. Then it rejects outliers.
+  each trained on their own data. If there are no such copies, it rejects one side of a cut
+  instead. Then it rejects outliers.
 * ``signed`` rejects a group of clients that differs from the others in the cosine with the root
   direction, the keep share and the components of the masks taken together, and that is worse. The
   root's row has no say.

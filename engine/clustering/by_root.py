@@ -6,8 +6,12 @@ the two-stage rule, by the root's own row, among the clients that are not copies
 Shapes: N clients, R = N + 1 rows, root last.
 """
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
+from skymask_gpu.engine.clustering.among import others_at_the_centroid
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling
 from skymask_gpu.engine.clustering.two_stage import by_root, root_reason
@@ -21,7 +25,14 @@ def signed_by_root(distances: Distances, alignment_N: Tensor | None, copy_N: Ten
 
     ``copy_N`` marks the clients whose masks are copies of two others' masks or more.
     """
-    return by_root(distances, None, alignment_N, copy_N, backend, lambda facts: root_reason(facts, copies_reason(facts)))
+    others = others_at_the_centroid(distances, torch.cat([~copy_N, copy_N.new_ones(1)]))
+    scores_R2, settled = backend.principal_scores(others)
+    ruling = by_root(distances, others, scores_R2, alignment_N, copy_N, backend, _reason)
+    return replace(ruling, sure=settled)
+
+
+def _reason(facts: Facts) -> str:
+    return root_reason(facts, copies_reason(facts))
 
 
 def copies_reason(facts: Facts) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.clustering.among import others_at_the_centroid
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separation
 from skymask_gpu.engine.distances import Distances
@@ -73,12 +72,16 @@ def two_stage(distances: Distances, scores_R2: Tensor, alignment_N: Tensor | Non
     ``alignment_N``, float64, is the inner product of each client's update with the root direction,
     or None if it is not known.
     """
-    return by_root(distances, scores_R2, alignment_N, copies(distances), backend, _reason)
+    copy_N = copies(distances)
+    # Copies are no evidence if hardly anyone is left without them.
+    copy_N = copy_N & ((~copy_N).sum() >= SMALLEST_SHARE * len(copy_N))
+    return by_root(distances, distances, scores_R2, alignment_N, copy_N, backend, _reason)
 
 
 def by_root(
     distances: Distances,
-    scores_R2: Tensor | None,
+    others: Distances,
+    scores_R2: Tensor,
     alignment_N: Tensor | None,
     copy_N: Tensor,
     backend: Backend,
@@ -87,29 +90,28 @@ def by_root(
     """Reject copies, then what a cut by the root's own mask takes off the others, then outliers.
 
     Args:
-        distances: of R rows.
-        scores_R2: the principal scores of all rows. None: they are computed of all rows but the
-            copies, which matters only where copies are few, since many stop any cut.
+        distances: those of R rows.
+        others: the distances that the cut is looked for in; copies may stand at the centroid of
+            all other rows there.
+        scores_R2: the principal scores of ``others``.
         alignment_N: see :func:`two_stage`.
-        copy_N: the copies, ``(N,)`` bool. They are no evidence if hardly anyone is left without
-            them.
+        copy_N: the copies, ``(N,)`` bool.
         backend: computes scores and mixtures.
         reason: makes the sentence.
     """
     smallest = SMALLEST_SHARE * len(copy_N)
-    copy_N = copy_N & ((~copy_N).sum() >= smallest)
-    settled: Tensor | bool = True
-    if scores_R2 is None:
-        others = others_at_the_centroid(distances, torch.cat([~copy_N, copy_N.new_ones(1)]))
-        scores_R2, settled = backend.principal_scores(others)
+    many = copy_N.sum() > MANY_COPIES * len(copy_N)
     x_R = scores_R2[:, 0].contiguous()
     with_root_N = with_root(x_R, scores_R2, backend)
-    apart = separation(distances, torch.where(copy_N.any(), ~copy_N, with_root_N))
+    # Many copies are a side of their own.
+    apart = separation(others, torch.where(many, ~copy_N, with_root_N))
     cut_N, cut_facts = _cut(x_R[:-1], with_root_N, apart, alignment_N, copy_N, smallest)
-    kept_N = cut_N & ~copy_N
+    # What many copies leave of each honest label group spreads less than the groups lie apart. A
+    # cut would then separate honest clients, so there is none.
+    kept_N = ~copy_N & (cut_N | many)
     scattered_N, gap = scattered(path_maxima(distances.stored, kept_N, distances.unit), kept_N, smallest)
-    facts = {"copies": copy_N.sum(), **cut_facts, "scattered": scattered_N.sum(), "gap": gap}
-    return Ruling(kept_N & ~scattered_N, apart, reason, facts, sure=settled)
+    facts = {"copies": copy_N.sum(), "many": many, **cut_facts, "scattered": scattered_N.sum(), "gap": gap}
+    return Ruling(kept_N & ~scattered_N, apart, reason, facts)
 
 
 def with_root(x_R: Tensor, scores_R2: Tensor, backend: Backend) -> Tensor:
@@ -179,18 +181,16 @@ def _cut(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Which clients are kept, ``(N,)`` bool, if a cut on the first component decides; the facts.
 
-    Copies are on neither side. What many copies leave of each honest label group spreads less than
-    the groups lie apart. A cut would then separate honest clients, so there is none.
+    Copies are on neither side.
     """
     never = torch.zeros_like(apart, dtype=torch.bool)
     near_N, far_N = with_root_N & ~copy_N, ~with_root_N & ~copy_N
     swapped = never
     if alignment_N is not None:
-        # the root is on the wrong side
+        # The root is on the wrong side.
         swapped = (mean_of(alignment_N, near_N) < 0) & (mean_of(alignment_N, far_N) > 0)
         near_N, far_N = torch.where(swapped, far_N, near_N), torch.where(swapped, near_N, far_N)
-    many = copy_N.sum() > MANY_COPIES * len(copy_N)
-    possible = (near_N.sum() >= smallest) & ~many
+    possible = near_N.sum() >= smallest
     wide = possible & (apart > SEPARATION)
     astray = never if alignment_N is None else possible & _is_clean_and_astray(x_N, alignment_N, near_N, far_N)
     facts = {"root alone": near_N.sum() == 0, "far": far_N.sum(), "wide": wide, "astray": astray, "swapped": swapped}
@@ -232,8 +232,8 @@ def _reason(facts: Facts) -> str:
 def root_reason(facts: Facts, copies_reason: str) -> str:
     """The sentence on a verdict of :func:`by_root`; ``copies_reason`` is what it says of copies."""
     reasons = [copies_reason] if facts["copies"] else []
-    # a root alone is a reason for keeping everyone, which does not fit beside a rejection
-    if not (facts["root alone"] and (reasons or facts["scattered"])):
+    # A root alone is a reason for keeping everyone, which does not fit beside a rejection.
+    if not (facts["many"] or (facts["root alone"] and (reasons or facts["scattered"]))):
         reasons += _cut_reasons(facts)
     if facts["scattered"]:
         number, gap = int(facts["scattered"]), facts["gap"]

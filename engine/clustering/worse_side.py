@@ -46,8 +46,8 @@ FEW, FEW_FACTOR = 0.12, 1.3
 # honest label groups lie apart in that component.
 SECOND_DIRECTION = 2.0
 # The masks of the two sides must lie apart by this multiple of the variance within the sides (0.15
-# is the outermost value for the stored sets). At 0.1, up to 31 of 100 honest clients are rejected
-# without an attack, because label groups of a trained model follow the root data unequally. A cut
+# is the outermost value for the stored sets). At 0.1, more honest clients of a trained model are
+# rejected without an attack, because label groups follow the root data unequally. A cut
 # that uses no component of the masks needs no such distance if the near side clearly follows the
 # root direction.
 AT_ALL_APART = 0.15

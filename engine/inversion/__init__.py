@@ -16,11 +16,12 @@ an obfuscated entry is in ``objectives.py``.
 from skymask_gpu.engine.inversion.adam import minimise_by_sign
 from skymask_gpu.engine.inversion.labels import labels_from_gradients
 from skymask_gpu.engine.inversion.lbfgs import Minimised, minimise
-from skymask_gpu.engine.inversion.objectives import Known, Matching, total_variation
+from skymask_gpu.engine.inversion.objectives import SCALE, Known, Matching, total_variation
 from skymask_gpu.engine.inversion.rank_one import input_from_linear_layer
 from skymask_gpu.engine.inversion.rows import RowGradients
 
 __all__ = [
+    "SCALE",
     "Known",
     "Matching",
     "Minimised",

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from skymask_gpu.engine.inversion.rows import RowGradients
 
-__all__ = ["Known", "Matching", "total_variation"]
+__all__ = ["SCALE", "Known", "Matching", "total_variation"]
 
 # Wei et al. and Geiping et al. match with unlike scales. Ours is relative, since some victims'
 # gradients are 100 times shorter than others': a prior of fixed weight would drown them. With the
 # factor, the loss of a victim of usual length (23 on LeNet, squared about 500) is as large as
 # iDLG's absolute loss, whose stop at 1e-6 then means the same.
-_SCALE = 500.0
+SCALE = 500.0
 # Total variation is a sum of absolute differences, smoothed so that it has a second derivative.
 _SMOOTH = 1e-3
 
@@ -153,7 +153,7 @@ class Matching:
             loss_A = 1 - torch.nn.functional.cosine_similarity(gradients_AP, target_AP, dim=1, eps=1e-12)
         if self._has_prior:
             loss_A = loss_A + self._tv_B[rows_A] * total_variation(inputs)
-        return _SCALE * loss_A
+        return SCALE * loss_A
 
 
 def total_variation(images_BCHW: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from skymask_gpu.cli.console import console, extra_named, resumable
+from skymask_gpu.cli.console import console, extra_named, print_table, resumable
 from skymask_gpu.cli.federation import DataDir, Jobs, Overwrite, Resume, check_folders, given, played_cells, progress_bar
 from skymask_gpu.io.files import locked
 
@@ -63,22 +62,15 @@ def board(
         with console.status("judging ..."):
             judged, played = judge_sets(asked, folder / SETS), ended(asked, folder)
             written = write_board(config.stem, judged, played, folder)
-    _print_table(config.stem, SUMMARY, summary(judged))
+    print_table(config.stem, SUMMARY, summary(judged))
     console.print(LEGEND, style="dim")
     if played:
-        _print_table("whole runs", TRAJECTORIES, trajectory_summary(played))
+        print_table("whole runs", TRAJECTORIES, trajectory_summary(played))
     for path in written:
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)
     if failed:
         console.print(f"[red]{len(failed)} of {len(runs)} whole runs failed[/]; --resume tries them again", soft_wrap=True)
         raise typer.Exit(1)
-
-
-def _print_table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> None:
-    table = Table(*columns, title=escape(title))
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
 
 
 def _make(asked: "Board", folder: Path, config: Path, data_dir: Path | None, jobs: int) -> None:

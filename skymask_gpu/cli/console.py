@@ -3,14 +3,15 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-__all__ = ["UNCERTAIN", "console", "errors", "extra_named", "resumable", "warn"]
+__all__ = ["UNCERTAIN", "console", "errors", "extra_named", "print_table", "resumable", "warn"]
 
 # The exit code of --strict if everything was done and written, but there is something to warn of.
 UNCERTAIN = 3
@@ -45,6 +46,14 @@ def extra_named(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ValueError(f"this command needs {error.name}: pip install 'skymask-gpu[{extra}]'") from error
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of plain texts."""
+    table = Table(*columns, title=escape(title))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 @contextmanager

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from skymask_gpu.cli.console import console, extra_named, resumable
+from skymask_gpu.cli.console import console, extra_named, print_table, resumable
 from skymask_gpu.cli.federation import DataDir, Overwrite, Resume, check_folders, given, progress_bar
 from skymask_gpu.io.files import locked
 
@@ -53,10 +52,7 @@ def leak(
         records = read_records(folder)
         with console.status("drawing ..."):
             written = write_audit(config.stem, audit, victims, records, folder)
-    table = Table(*COLUMNS, title=escape(config.stem))
-    for line in lines(records):
-        table.add_row(*map(escape, row(line)))
-    console.print(table)
+    print_table(config.stem, COLUMNS, [row(line) for line in lines(records)])
     console.print(SCOPE, style="dim")
     for path in written:
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)

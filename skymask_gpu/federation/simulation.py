@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch.func import functional_call
 
 from skymask_gpu.defence import RootTraining, mean_buffer
 from skymask_gpu.engine import FlatModel
-from skymask_gpu.engine.flat_model import fast_layout
+from skymask_gpu.engine.flat_model import columns_of, fast_layout
 from skymask_gpu.federation.attacks import Attack, AttackContext, Threat, build_attack
 from skymask_gpu.federation.clients import LocalUpdates, draw_batches, train_clients
 from skymask_gpu.federation.config import RunConfig
@@ -67,12 +66,6 @@ class RoundResult:
     clients: Tensor
     rule_result: RuleResult
     seconds: dict[str, float]
-
-
-def _columns_of_layers(flat: FlatModel) -> dict[str, slice]:
-    """The columns that each parameter has in an update, by the parameter's name."""
-    ends = list(accumulate(flat.layer_sizes))
-    return {name: slice(end - size, end) for name, size, end in zip(flat.shapes, flat.layer_sizes, ends, strict=True)}
 
 
 def _shared_out(config: RunConfig, dataset: Dataset) -> list[Tensor]:
@@ -137,7 +130,7 @@ class Federation:
         module = module.to(device)
         root_inputs, root_labels = dataset.train_inputs[parts[-1]], dataset.train_labels[parts[-1]]
         flat = FlatModel(module, root_inputs, root_labels)
-        layers = _columns_of_layers(flat)
+        layers = columns_of(flat.shapes)
         attack_context = AttackContext(
             layers=layers,
             num_classes=dataset.num_classes,

@@ -1,6 +1,7 @@
 """Clustering: scikit-learn is the oracle, the stored mask matrices are the measure, and degenerate inputs are defined."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -230,22 +231,29 @@ def test_decoys_hide_nobody(mask_matrices: Matrices) -> None:
         assert kept[1] <= kept[0], name
 
 
-@pytest.mark.parametrize("num_copies", [10, 15])
-def test_a_tenth_of_copies_stops_no_cut_and_more_than_that_does(num_copies: int, generator: torch.Generator) -> None:
-    """What many copies leave of a label group could lie apart, so nobody is cut off beside them."""
+@pytest.mark.parametrize(("num_copies", "apart"), [(10, 1000), (10, 1200), (15, 1000), (15, 1200)])
+def test_a_tenth_of_copies_stops_no_cut_and_more_than_that_does(
+    num_copies: int, apart: int, generator: torch.Generator
+) -> None:
+    """What many copies leave of a label group could lie apart, so nobody is cut off beside them; outliers are still found."""
     masks = torch.rand(101, 6000, generator=generator) < 0.5
-    masks[:, :1000] = True
-    masks[:20, :1000] = False
-    masks[:, :1000] ^= torch.rand(101, 1000, generator=generator) < 0.02
+    masks[:, :apart] = True
+    masks[:20, :apart] = False
+    masks[:, :apart] ^= torch.rand(101, apart, generator=generator) < 0.02
     masks[20 : 20 + num_copies] = masks[20]
     alignment = torch.where(torch.arange(100) < 20, -1.0, 1.0)
     clusters = cluster_masks(packed(masks.numpy()), 6000, alignment=alignment)
     if num_copies == 10:
         assert clusters.benign.tolist() == [False] * 20 + [True] * 80
-        assert clusters.reason.startswith("20 masks are cut off cleanly")
-    else:
+        assert clusters.reason.startswith(
+            "20 masks are cut off cleanly" if apart == 1000 else "20 masks lie apart as one group"
+        )
+    elif apart == 1000:
         assert clusters.benign.tolist() == [True] * 20 + [False] * 15 + [True] * 65
         assert clusters.reason == "15 masks are copies of another's"
+    else:
+        assert clusters.benign.tolist() == [False] * 35 + [True] * 65
+        assert re.fullmatch("15 masks are copies of another's and 20 masks lie .* times further out .*", clusters.reason)
 
 
 def test_copies_around_the_root_do_not_make_outliers_of_honest_clients(generator: torch.Generator) -> None:
@@ -303,11 +311,13 @@ def test_outliers_lie_beyond_the_first_gap(seed: int) -> None:
 
 
 def test_outliers_silence_the_reason_for_keeping_all_but_not_for_rejecting() -> None:
-    facts = dict.fromkeys(("swapped", "copies", "root alone", "wide", "astray"), 0.0)
+    facts = dict.fromkeys(("swapped", "copies", "many", "root alone", "wide", "astray"), 0.0)
     facts |= {"scattered": 2.0, "gap": 1.5}
     outliers = "2 masks lie 1.50 times further out than honest ones from each other"
     assert _reason({**facts, "root alone": 1.0}) == outliers
     assert _reason({**facts, "copies": 3.0}) == f"3 masks are copies of another's and {outliers}"
+    # beside many copies nobody is cut off, however far the sides lie apart
+    assert _reason({**facts, "copies": 3.0, "many": 1.0, "wide": 1.0}) == f"3 masks are copies of another's and {outliers}"
 
 
 # --- degenerate sets ------------------------------------------------------------------------------------------------------

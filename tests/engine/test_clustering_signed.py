@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances
+from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances, cluster_masks, pack_bits
 from skymask_gpu.engine.clustering import cut_statistics
 from skymask_gpu.engine.clustering.among import others_at_the_centroid, scores_among
 from skymask_gpu.engine.clustering.backends import dense_backend
@@ -329,6 +329,19 @@ def test_one_that_hardly_follows_the_root_is_found_among_clients_that_clearly_do
     # where honest cosines spread as far as they lie above 0, the same difference tells nothing
     unsure = replace(flipped, malicious=0, alignment=torch.where(attacks, 0.0, 0.5) + 3 * spread)
     assert unsure.judge().benign.all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_few_copies_do_not_cut_label_groups_where_there_is_no_witness(seed: int) -> None:
+    """Five copies lie far from all others; whether two honest groups lie apart must not be measured by that."""
+    generator = torch.Generator().manual_seed(seed)
+    masks, common = (torch.rand(*shape, generator=generator) < 0.5 for shape in ((101, 4000), (4000,)))
+    masks[:, :2000] = common[:2000]
+    masks[:, 2000:2300] = common[2000:2300] ^ (torch.arange(101) >= 50)[:, None]
+    masks[3:8] = masks[3]
+    clusters = cluster_masks(pack_bits(masks), 4000, config=SIGNED)
+    assert clusters.benign.tolist() == [True] * 3 + [False] * 5 + [True] * 92
+    assert clusters.reason == "5 masks are copies of two others' or more"
 
 
 def test_copies_with_a_strange_keep_share_go_if_they_follow_the_root_less() -> None:

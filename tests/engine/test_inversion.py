@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.engine.inversion import (
+    SCALE,
     Known,
     Matching,
     RowGradients,
@@ -140,6 +141,11 @@ def test_safe_steps_never_lose_ground_and_a_row_that_breaks_leaves_the_others_al
     torch.testing.assert_close(found.points[:2, 0], torch.tensor([0.5**0.5, 3.0], dtype=torch.float64), rtol=1e-5, atol=0)
     assert found.reasons[2] == "diverged"
     assert (found.points[2, 0], found.losses[2]) == (1.0, torch.inf)
+    # steps three times too long are halved; without line search they lead further and further away
+    goal, start = generated(4, 5, seed=3), generated(4, 5)
+    bowl = lambda points, rows: (points - goal[rows]).square().sum(1)  # noqa: E731
+    assert (minimise(bowl, start, lr=3.0, evaluations=80).losses < 1e-9).all()
+    assert (minimise(bowl, start, lr=3.0, evaluations=80, mode="torch").losses > 1e-6).all()
     # a row without line search jumps over the cliff and says so
     assert minimise(loss, torch.tensor([[0.01]], dtype=torch.float64), mode="torch", lr=30.0).reasons == ["diverged"]
 
@@ -193,6 +199,20 @@ def test_each_row_has_its_own_prior_and_bound() -> None:
     bounds = sent.abs().amax(1, keepdim=True) * torch.tensor([[0.5], [1.0]])
     known = Known.clipped(sent.clamp(-bounds, bounds), bounds)
     assert torch.isinf(known.high - known.low).sum(1).tolist() == (sent.abs() >= bounds).sum(1).tolist()
+
+
+def test_the_cosine_looks_at_directions_of_known_entries_only(lenet: LeNet) -> None:
+    rows = RowGradients(lenet.double())
+    images, labels = generated(3, 1, 12, 12), torch.tensor([1, 2, 3])
+    true, numbers = rows(images, labels), torch.arange(3)
+    masked = torch.where(generated(*true.shape, seed=1) < 0.5, true, 0.0)
+    scaled = Matching(rows, Known.masked(7.0 * masked), labels, (1, 12, 12), distance="cosine")
+    assert (scaled(images.flatten(1), numbers) < 1e-9).all()
+    other = generated(3, 144, seed=2)
+    wanted = 1 - nn.functional.cosine_similarity(rows(other.view_as(images), labels) * (masked != 0), masked)
+    torch.testing.assert_close(scaled(other, numbers), SCALE * wanted, rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="distance must be 'l2' or 'cosine', got 'l1'"):
+        Matching(rows, Known.exactly(true), labels, (1, 12, 12), distance="l1")
 
 
 # --- images ---------------------------------------------------------------------------------------

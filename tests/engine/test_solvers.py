@@ -305,7 +305,7 @@ def linear(gradient_P: Tensor, params_P: Tensor) -> Tensor:
 
 
 def moved_by_rounding(updates_RP: Tensor, roundings: int) -> Iterator[Tensor]:
-    """The updates in float64, three times, each value moved at random by at most so many roundings to float32."""
+    """The updates in float64, three times; each value is moved at random by at most ``roundings`` roundings to float32."""
     for seed in range(3):
         noise_RP = torch.rand(updates_RP.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         yield updates_RP.double() * (1 + (2 * noise_RP - 1) * roundings * torch.finfo(torch.float32).eps / 2)
@@ -321,8 +321,8 @@ def assert_right_in_float32(updates_RP: Tensor, loss: FlatModel, solvers: list[s
 
     Each solver gets the gradients of a run in float64, for which `fused` must have been shown to be right. A bit may differ
     where the logit is as near the threshold as rounding moves logits. A term of the masked mean is rounded 8 times (its gate 5,
-    the gate's derivative, a difference, a product), and once more by each addition of a row. Three random draws do not meet the
-    largest effect of so many roundings: twice their effect is allowed.
+    the gate's derivative, a difference, a product), and once more by each addition of a row. Three random draws
+    are unlikely to have the largest effect that 8 + R roundings can have, so twice their largest effect is allowed.
     """
     start_P, config = loss.initial_params, MaskTraining(min_improvement=-1e9)
     exact = Recorder(loss.to(torch.float64))

@@ -228,7 +228,7 @@ def test_a_little_is_enough_goes_z_standard_deviations(num_clients: int, num_mal
 
 
 def test_the_backdoor_of_a_little_is_enough_stays_in_the_band() -> None:
-    """Of 50 clients, 12 malicious, as above: outside the band its nearest end, inside it the client's own value."""
+    """The first 12 of 50 clients attack, as above. A value outside the band becomes its nearest end; others stay."""
     updates = torch.randn(50, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     malicious = torch.arange(50) < 12
     honest, own = updates[~malicious], updates[malicious]

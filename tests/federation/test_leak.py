@@ -14,16 +14,17 @@ from skymask_gpu.engine.inversion import Minimised, RowGradients
 from skymask_gpu.federation.config import ModelConfig
 from skymask_gpu.federation.leak import attacking
 from skymask_gpu.federation.leak.attacking import attacked, batches, check_attackers
-from skymask_gpu.federation.leak.config import ATTACKERS, Audit, LeakConfig, LeakData, PrivacyConfig, read_audit
+from skymask_gpu.federation.leak.config import ATTACKERS, Audit, LeakConfig, LeakData, Strengths, read_audit
 from skymask_gpu.federation.leak.judging import counting_bound, interval, lines, weakest_without_leak
-from skymask_gpu.federation.leak.obfuscation import METHODS, UNTOUCHED, Draws, Obfuscation
+from skymask_gpu.federation.leak.obfuscation import METHODS, UNTOUCHED, Obfuscation
 from skymask_gpu.federation.leak.recording import VICTIMS, attack_all, read_records
 from skymask_gpu.federation.leak.victims import Victims
 from skymask_gpu.federation.models import MODELS, build_model
+from skymask_gpu.federation.transforms.obfuscation import OBFUSCATIONS, Clip, Draws, Mask, Noise, Prune
 
 SMALL = Audit(
     leak=LeakConfig(victims=3, side=12, evaluations=120),
-    privacy=PrivacyConfig(mask=(0.9,), clip=(0.9,)),
+    privacy=Strengths(mask=(0.9,), clip=(0.9,)),
 )
 
 
@@ -39,42 +40,37 @@ def example(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder / "leak.toml", folder / "out"
 
 
-def draws(rows: int, num_params: int) -> Draws:
-    return Draws.of([torch.Generator().manual_seed(seed) for seed in range(rows)], num_params)
-
-
 # --- obfuscation ----------------------------------------------------------------------------------
 
+LAYERS = {"weight": slice(0, 100), "bias": slice(100, 300)}
 
-def test_obfuscations_do_what_their_names_say_and_stronger_ones_contain_weaker_ones() -> None:
-    rows, sizes = torch.randn(4, 3000, generator=torch.Generator().manual_seed(9)), [1000, 2000]
-    drawn = draws(4, 3000)
-    weak, strong = (Obfuscation("mask", p).sent(rows, drawn, sizes) for p in (0.3, 0.7))
-    assert ((strong == 0) | (strong == weak)).all()
-    assert ((weak == 0) | (weak == rows)).all()
-    # four standard deviations of a share of 12,000 draws
-    for masked, p in ((weak, 0.3), (strong, 0.7)):
-        assert abs(float((masked == 0).double().mean()) - p) < 4 * (p * (1 - p) / masked.numel()) ** 0.5
-    clipped = Obfuscation("clip", 0.9).sent(rows, drawn, sizes)
-    bound = clipped.abs().amax(1, keepdim=True)
-    assert torch.equal(clipped, rows.clamp(-bound, bound))
-    assert (clipped.abs() == bound).sum(1).tolist() == [301] * 4
-    pruned = Obfuscation("prune", 0.4).sent(rows, drawn, sizes)
-    for part, before in zip(pruned.split(sizes, 1), rows.split(sizes, 1), strict=True):
-        assert (part == 0).sum(1).tolist() == [round(0.4 * part.shape[1])] * 4
-        gone = before.abs().where(part == 0, 0.0).amax(1)
-        assert (gone <= part.abs().where(part != 0, torch.inf).amin(1)).all()
-    noise = [Obfuscation("noise", s).sent(rows, drawn, sizes) - rows for s in (0.1, 0.2)]
-    torch.testing.assert_close(noise[1], 2 * noise[0], rtol=1e-3, atol=1e-5)
-    assert UNTOUCHED.sent(rows, drawn, sizes) is rows
+
+def gradients() -> Tensor:
+    return torch.randn(4, 300, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("mask", Mask(strength=0.4)),
+        ("clip", Clip(strength=0.4, relative=True)),
+        ("prune", Prune(strength=0.4)),
+        ("noise", Noise(strength=0.4, relative=True)),
+    ],
+)
+def test_victims_send_what_clients_of_a_run_send(method: str, settings: object) -> None:
+    rows, draws = gradients(), Draws(3, 0, torch.arange(4))
+    sent = Obfuscation(method, 0.4).sent(rows, draws, LAYERS)
+    assert torch.equal(rows, gradients()), "the gradients are needed for other strengths"
+    assert torch.equal(sent, OBFUSCATIONS[method](rows, draws, LAYERS, settings))
+    assert UNTOUCHED.sent(rows, draws, LAYERS) is rows
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_aware_attacker_knows_is_true(method: str) -> None:
-    rows, sizes = torch.randn(4, 300, generator=torch.Generator().manual_seed(9)), [100, 200]
-    obfuscation = Obfuscation(method, 0.5)
-    sent = obfuscation.sent(rows, draws(4, 300), sizes)
-    known = obfuscation.known(sent, sizes)
+    rows, obfuscation = gradients(), Obfuscation(method, 0.5)
+    sent = obfuscation.sent(rows, Draws(3, 0, torch.arange(4)), LAYERS)
+    known = obfuscation.known(sent, [100, 200])
     if method == "noise":
         assert torch.equal(known.low, sent)
     else:
@@ -135,7 +131,7 @@ def test_the_best_restart_is_chosen_by_its_matching_loss() -> None:
 
 def test_restarts_and_small_batches_give_a_line_per_victim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attacking, "_MOST_ROWS", 4)
-    audit = replace(SMALL, leak=LeakConfig(victims=3, side=12, evaluations=5, restarts=2), privacy=PrivacyConfig(mask=(0.5,)))
+    audit = replace(SMALL, leak=LeakConfig(victims=3, side=12, evaluations=5, restarts=2), privacy=Strengths(mask=(0.5,)))
     victims = Victims.build(audit)
     made = batches(audit, victims)
     assert [[(piece.block, list(piece.victims)) for piece in batch] for batch in made] == [
@@ -149,7 +145,7 @@ def test_restarts_and_small_batches_give_a_line_per_victim(monkeypatch: pytest.M
 
 def test_a_linear_first_layer_needs_no_search() -> None:
     leak = LeakConfig(victims=4, side=12, attackers=("rank1",))
-    audit = replace(SMALL, model=ModelConfig(name="mlp"), leak=leak, privacy=PrivacyConfig(mask=(0.5,)))
+    audit = replace(SMALL, model=ModelConfig(name="mlp"), leak=leak, privacy=Strengths(mask=(0.5,)))
     victims = Victims.build(audit)
     check_attackers(audit, victims)
     records = [record for batch in batches(audit, victims) for record in attacked(audit, victims, batch)]

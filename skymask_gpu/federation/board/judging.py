@@ -19,12 +19,12 @@ from skymask_gpu.engine.distances import Distances
 from skymask_gpu.federation.board.config import CLUSTERINGS, Board, SetKey, name_of
 from skymask_gpu.federation.board.mask_set import MaskSet, check_settings, set_settings
 
-__all__ = ["ALL", "HONEST", "Judged", "Line", "auc", "judge_sets", "lines", "verdict"]
+__all__ = ["ALL", "HONEST", "ONE_POINT", "Judged", "Line", "auc", "judge_sets", "lines", "mean_of_known", "verdict"]
 
 # Every set knows the accuracy after these steps, besides those of the rules.
 ALL, HONEST = "mean of all", "mean of the honest"
-# A step is worse than FedAvg's if its test accuracy is lower by this much.
-_WORSE = 0.01
+# One model is worse than another if its test accuracy is lower by more than this.
+ONE_POINT = 0.01
 
 
 def verdict(made: MaskSet, clustering: str) -> Tensor:
@@ -87,7 +87,7 @@ class Judged:
 
     @property
     def worse_than_fedavg(self) -> bool | None:
-        return None if self.accuracy is None else self.accuracy < self.accuracy_fedavg - _WORSE
+        return None if self.accuracy is None else self.accuracy < self.accuracy_fedavg - ONE_POINT
 
 
 def judge_sets(board: Board, folder: Path) -> list[Judged]:
@@ -199,6 +199,11 @@ def lines(judged: list[Judged]) -> list[Line]:
             )
         )
     return found
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are known; None if none is."""
+    return _known(statistics.fmean, values)
 
 
 def _known(summary: Callable[[Any], Any], values: Iterable[Any]) -> Any:

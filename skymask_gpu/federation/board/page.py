@@ -1,17 +1,15 @@
 """A board's results for people: ``board.csv``, ``board.md``, and ``board.html`` with heat maps."""
 
-import csv
 import html
-import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-from skymask_gpu.federation.board.judging import Judged, Line, lines
+from skymask_gpu.federation.board.judging import Judged, Line, lines, mean_of_known
 from skymask_gpu.federation.board.trajectories import Ended
 from skymask_gpu.io.files import write_text
+from skymask_gpu.io.text_tables import csv_table, markdown_table
 
 __all__ = ["COLUMNS", "LEGEND", "SUMMARY", "TRAJECTORIES", "summary", "trajectory_summary", "write_board"]
 
@@ -55,13 +53,13 @@ def write_board(title: str, judged: list[Judged], played: list[Ended], folder: P
         raise ValueError(f"{folder} holds no mask set of this board; make them first, without --judge-only")
     table = lines(judged)
     rows = [_row(line) for line in table]
-    text = f"# {title}\n\n{_markdown(SUMMARY, summary(judged))}\n{LEGEND}\n\n{_markdown(COLUMNS, rows)}"
+    text = f"# {title}\n\n{markdown_table(SUMMARY, summary(judged))}\n{LEGEND}\n\n{markdown_table(COLUMNS, rows)}"
     failed = _failed(judged)
     text += "".join(f"\n{sentence}" for sentence in failed)
     whole_runs = [_run_row(one) for one in played]
     if played:
-        text += f"\n## Whole runs\n\n{_markdown(TRAJECTORIES, trajectory_summary(played))}\n{_TRAJECTORY_LEGEND}\n\n"
-        text += _markdown(_WHOLE_RUNS, whole_runs)
+        text += f"\n## Whole runs\n\n{markdown_table(TRAJECTORIES, trajectory_summary(played))}\n{_TRAJECTORY_LEGEND}\n\n"
+        text += markdown_table(_WHOLE_RUNS, whole_runs)
     maps = "".join(f"<h2>{html.escape(rule)}</h2>\n{_heat_map(rule, table)}\n" for rule in dict.fromkeys(x.rule for x in table))
     page = (
         f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
@@ -72,9 +70,9 @@ def write_board(title: str, judged: list[Judged], played: list[Ended], folder: P
     if played:
         page += f"<h2>Whole runs</h2>\n{_html(TRAJECTORIES, trajectory_summary(played))}"
         page += f"<p>{html.escape(_TRAJECTORY_LEGEND)}</p>\n{_html(_WHOLE_RUNS, whole_runs)}"
-    contents = {"board.csv": _csv(Line, table), "board.md": text, "board.html": page + "</body>\n</html>\n"}
+    contents = {"board.csv": csv_table(Line, table), "board.md": text, "board.html": page + "</body>\n</html>\n"}
     if played:
-        contents["trajectories.csv"] = _csv(Ended, played)
+        contents["trajectories.csv"] = csv_table(Ended, played)
     for name, content in contents.items():
         write_text(folder / name, content)
     return [folder / name for name in contents]
@@ -95,7 +93,7 @@ def summary(judged: list[Judged]) -> list[list[str]]:
                 str(good),
                 str(sum(bool(one.wrong_side) for one in own)),
                 f"{sum(known)} of {len(known)}",
-                _percent(_mean(one.fpr for one in own)),
+                _percent(mean_of_known(one.fpr for one in own)),
             ]
         )
     return rows
@@ -115,8 +113,8 @@ def trajectory_summary(played: list[Ended]) -> list[list[str]]:
                 f"{sum(within)} of {len(within)}",
                 f"{sum(worse)} of {len(worse)}",
                 _percent(max((one.attack_success for one in own if one.attack_success is not None), default=None)),
-                _percent(_mean(one.fpr for one in own)),
-                _percent(_mean(one.fnr for one in own)),
+                _percent(mean_of_known(one.fpr for one in own)),
+                _percent(mean_of_known(one.fnr for one in own)),
             ]
         )
     return rows
@@ -125,11 +123,6 @@ def trajectory_summary(played: list[Ended]) -> list[list[str]]:
 def _run_row(one: Ended) -> list[str]:
     rates = (one.fpr, one.fnr, one.accuracy, one.accuracy_fedavg, one.accuracy_unattacked, one.attack_success)
     return [one.recipe, str(one.seed), one.attack, one.rule, *map(_percent, rates)]
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _percent(value: float | None) -> str:
@@ -151,19 +144,6 @@ def _row(line: Line) -> list[str]:
         return _percent(value) if isinstance(value, float) else str(value)
 
     return [shown(field.name, value) for field, value in zip(fields(line), astuple(line), strict=True)]
-
-
-def _csv(kind: type[Line] | type[Ended], table: Sequence[Line | Ended]) -> str:
-    file = io.StringIO()
-    rows = csv.writer(file, lineterminator="\n")
-    rows.writerow([field.name for field in fields(kind)])
-    rows.writerows(astuple(line) for line in table)
-    return file.getvalue()
-
-
-def _markdown(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    texts = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in texts)
 
 
 def _html(columns: tuple[str, ...], rows: list[list[str]]) -> str:

@@ -9,19 +9,17 @@ attack.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from skymask_gpu.federation.attacks import AttackConfig
 from skymask_gpu.federation.board.config import Board, SetKey, Trajectories
+from skymask_gpu.federation.board.judging import ONE_POINT, mean_of_known
 from skymask_gpu.federation.config import DefenceConfig, RunConfig
 from skymask_gpu.federation.run_folder import METRICS
 from skymask_gpu.federation.sweep import cell_folder
 from skymask_gpu.io.files import read_lines
 
-__all__ = ["WITHIN", "Ended", "ended", "trajectory_runs"]
+__all__ = ["Ended", "ended", "trajectory_runs"]
 
-# A run is as good as the one it is compared with if its final accuracy is at most this much lower.
-WITHIN = 0.01
 _FEDAVG = "fedavg"
 
 
@@ -53,12 +51,12 @@ class Ended:
     @property
     def within(self) -> bool | None:
         """Whether it ends within one point of the run without attack."""
-        return None if self.accuracy_unattacked is None else self.accuracy >= self.accuracy_unattacked - WITHIN
+        return None if self.accuracy_unattacked is None else self.accuracy >= self.accuracy_unattacked - ONE_POINT
 
     @property
     def worse_than_fedavg(self) -> bool | None:
         """Whether it ends more than one point below FedAvg under the same attack."""
-        return None if self.accuracy_fedavg is None else self.accuracy < self.accuracy_fedavg - WITHIN
+        return None if self.accuracy_fedavg is None else self.accuracy < self.accuracy_fedavg - ONE_POINT
 
 
 def trajectory_runs(board: Board) -> list[RunConfig]:
@@ -92,8 +90,8 @@ def ended(board: Board, folder: Path) -> list[Ended]:
             key.seed,
             key.attack,
             rule,
-            _mean(played, "false_positive_rate"),
-            _mean(played, "false_negative_rate"),
+            mean_of_known(record["false_positive_rate"] for record in played),
+            mean_of_known(record["false_negative_rate"] for record in played),
             float(played[-1]["accuracy"]),
             accuracy(key, _FEDAVG),
             accuracy(replace(key, attack=_unattacked(board)), _FEDAVG),
@@ -128,8 +126,3 @@ def _run(board: Board, asked: Trajectories, key: SetKey, rule: str) -> RunConfig
         attack=board.attacks.get(key.attack, AttackConfig()),
         defence=asked.rules.get(rule, DefenceConfig(rule=_FEDAVG)),
     )
-
-
-def _mean(records: list[dict[str, Any]], key: str) -> float | None:
-    rates = [record[key] for record in records if record[key] is not None]
-    return sum(rates) / len(rates) if rates else None

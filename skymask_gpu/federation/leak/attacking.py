@@ -25,6 +25,7 @@ from skymask_gpu.engine.similarity import ssim
 from skymask_gpu.federation.leak.config import Audit
 from skymask_gpu.federation.leak.obfuscation import Obfuscation
 from skymask_gpu.federation.leak.victims import Victims, normalised
+from skymask_gpu.federation.transforms.obfuscation import Draws
 
 __all__ = ["FACES", "Batch", "Piece", "attacked", "batches", "check_attackers"]
 
@@ -116,7 +117,7 @@ def attacked(audit: Audit, victims: Victims, batch: Batch, tick: Callable[[], No
     Returns:
         A record per piece, which JSON can hold. Similarities do not choose among the restarts.
     """
-    sent = [_sent(victims, piece) for piece in batch]
+    sent = [_sent(audit, victims, piece) for piece in batch]
     guessed = [_labels(audit, victims, one) for one in sent]
     if batch[0].attacker == "rank1":
         found = [_in_closed_form(audit, victims, one) for one in sent]
@@ -158,10 +159,9 @@ def _compared(victims: Victims, own: Tensor, shown: Tensor) -> dict[str, list[An
     }
 
 
-def _sent(victims: Victims, piece: Piece) -> Tensor:
-    own = slice(piece.victims.start, piece.victims.stop)
-    draws = type(victims.draws)(victims.draws.uniform[own], victims.draws.normal[own])
-    return piece.obfuscation.sent(victims.gradients[own], draws, victims.sizes)
+def _sent(audit: Audit, victims: Victims, piece: Piece) -> Tensor:
+    own = torch.tensor(piece.victims)
+    return piece.obfuscation.sent(victims.gradients[own], Draws(audit.seed, 0, own), victims.layers)
 
 
 def _layer(audit: Audit, victims: Victims, number: int, position: str) -> tuple[str, nn.Linear]:

@@ -11,7 +11,7 @@ from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.federation.leak.obfuscation import METHODS, UNTOUCHED, Obfuscation
 from skymask_gpu.federation.tables import as_table, read_table
 
-__all__ = ["ATTACKERS", "Audit", "LeakConfig", "LeakData", "PrivacyConfig", "read_audit"]
+__all__ = ["ATTACKERS", "Audit", "LeakConfig", "LeakData", "Strengths", "read_audit"]
 
 ATTACKERS = ("naive", "aware", "rank1")
 
@@ -69,7 +69,7 @@ class LeakConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyConfig:
+class Strengths:
     """``[privacy]``: the strengths of each obfuscation. No obfuscation at all is always audited.
 
     Attributes:
@@ -112,7 +112,7 @@ class Audit:
     data: LeakData = field(default_factory=LeakData)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name="lenet"))
     leak: LeakConfig = field(default_factory=LeakConfig)
-    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    privacy: Strengths = field(default_factory=Strengths)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:

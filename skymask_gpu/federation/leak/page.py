@@ -1,8 +1,5 @@
 """An audit's results for people: ``leak.csv``, ``leak.md``, ``curves.png`` and ``faces.png``."""
 
-import csv
-import io
-from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from skymask_gpu.federation.leak.judging import Line, counting_bound, lines, wea
 from skymask_gpu.federation.leak.obfuscation import METHODS, Obfuscation
 from skymask_gpu.federation.leak.victims import Victims
 from skymask_gpu.io.files import write_text
+from skymask_gpu.io.text_tables import csv_table, markdown_table
 
 __all__ = ["COLUMNS", "SCOPE", "row", "write_audit"]
 
@@ -27,7 +25,7 @@ COLUMNS = (
 )  # fmt: skip
 SCOPE = (
     "Scope: one gradient of one image at a freshly initialised model, which is the attacker's best case. What a client "
-    "sends after several steps on batches leaks less."
+    "sends after several steps on batches should leak less, which is not measured."
 )
 _THRESHOLDS = ("obfuscation", "attacker", "weakest strength without a leak", "leak share there is at most")
 _LEGEND = (
@@ -43,7 +41,7 @@ _LEGEND = (
 def write_audit(title: str, audit: Audit, victims: Victims, records: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write what a finished audit found into ``folder``, each file as a whole."""
     table = lines(records)
-    write_text(folder / "leak.csv", _csv(table))
+    write_text(folder / "leak.csv", csv_table(Line, table))
     write_text(folder / "leak.md", _text(title, audit, victims, table))
     _plot_curves(audit, table, folder / "curves.png")
     _plot_faces(audit, victims, records, folder / "faces.png")
@@ -75,8 +73,8 @@ def _text(title: str, audit: Audit, victims: Victims, table: list[Line]) -> str:
         f"with {victims.gradients.shape[1]:,} parameters, seed {audit.seed}. Starts per victim: {leak.restarts}, each of at "
         f"most {leak.evaluations} evaluations. Total variation of the aware attacker: {leak.tv:g}.\n\n"
     )
-    text += f"{_markdown(COLUMNS, [row(line) for line in table])}\n{_LEGEND.format(pool=len(victims.pool))}\n"
-    text += f"\n## The weakest strength without a leak\n\n{_markdown(_THRESHOLDS, _thresholds(table))}"
+    text += f"{markdown_table(COLUMNS, [row(line) for line in table])}\n{_LEGEND.format(pool=len(victims.pool))}\n"
+    text += f"\n## The weakest strength without a leak\n\n{markdown_table(_THRESHOLDS, _thresholds(table))}"
     if audit.privacy.mask:
         text += (
             f"\nCounting: a mask of more than {counting_bound(victims):.2f} leaves fewer independent numbers than an image has "
@@ -97,18 +95,6 @@ def _thresholds(table: list[Line]) -> list[list[str]]:
                 )
                 rows.append([method, attacker, *end])
     return rows
-
-
-def _csv(table: list[Line]) -> str:
-    file = io.StringIO()
-    rows = csv.writer(file, lineterminator="\n")
-    rows.writerow([field.name for field in fields(Line)])
-    rows.writerows(astuple(line) for line in table)
-    return file.getvalue()
-
-
-def _markdown(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(one)} |\n" for one in (columns, ["---"] * len(columns), *rows))
 
 
 def _plot_curves(audit: Audit, table: list[Line], path: Path) -> None:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from skymask_gpu.engine.flat_model import columns_of
 from skymask_gpu.engine.inversion import RowGradients
 from skymask_gpu.federation.datasets import Dataset, load_dataset
 from skymask_gpu.federation.leak.config import Audit
-from skymask_gpu.federation.leak.obfuscation import Draws
 from skymask_gpu.federation.models import build_model
-from skymask_gpu.federation.transforms import client_generators
 
 __all__ = ["Victims"]
 
@@ -33,11 +32,10 @@ class Victims:
         labels: ``(V,)`` int64.
         gradients: ``(V, P)``, one step of SGD on the image alone, divided by the negative learning
             rate.
-        draws: what the obfuscations of each victim are drawn from.
         others: ``(V,)``, for each victim the number of another one, of the same class if there is
             one; None if there is one victim only.
         pool: ``(M, C * H * W)``, images with mean 0 and length 1. The victims' own come first.
-        sizes: how many columns each parameter tensor has, in order.
+        layers: each parameter's columns, by name, in order.
     """
 
     module: nn.Module
@@ -45,10 +43,9 @@ class Victims:
     images: Tensor
     labels: Tensor
     gradients: Tensor
-    draws: Draws
     others: Tensor | None
     pool: Tensor
-    sizes: list[int]
+    layers: dict[str, slice]
 
     @classmethod
     def build(cls, audit: Audit, dataset: Dataset | None = None) -> "Victims":
@@ -94,10 +91,13 @@ class Victims:
             raise ValueError(
                 f"model.name {audit.model.name!r} gives victims {bad[:5]} a gradient with NaN or Inf; take another"
             )
-        draws = Draws.of(client_generators(audit.seed, 0, torch.arange(count)), rows.num_params)
-        sizes = [shape.numel() for shape in rows.shapes.values()]
         pool = normalised(shown.flatten(1))
-        return cls(module, order[:count], images, labels, gradients, draws, _others(labels), pool, sizes)
+        return cls(module, order[:count], images, labels, gradients, _others(labels), pool, columns_of(rows.shapes))
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of columns of each parameter, in order."""
+        return [columns.stop - columns.start for columns in self.layers.values()]
 
 
 def normalised(rows: Tensor) -> Tensor:
