@@ -1,4 +1,8 @@
-"""The evidence of a verdict: the layers in which a client's mask differs from the benign ones."""
+"""The evidence of a verdict, by layer.
+
+It tells in which layers a client's mask differs from the benign ones, and in which the root data
+refuse the client's parameters.
+"""
 
 from dataclasses import dataclass
 
@@ -17,18 +21,22 @@ _TILE_BITS = 2**24
 
 @dataclass(frozen=True)
 class Evidence:
-    """How far each client's mask is from the benign majority's, by layer.
+    """How far each client's mask is from the benign majority's, and what it keeps, by layer.
 
     Attributes:
         shares: ``(K, L)`` float64, for each client and layer: among the layer's bits in which any
             two rows differ, the share in which the client differs from the majority of the benign
             clients. It is 0 if a layer has no such bit.
+        keep_share: ``(K, L)`` float64, among the same bits of each layer, the share of ones in the
+            client's mask: how much of the layer's update the root data want. It is 0 if a layer has
+            no such bit.
         clients: the K clients' numbers.
         layers: the names of the L parameters.
         varying: for each layer, the number of bits in which any two rows differ.
     """
 
     shares: Tensor
+    keep_share: Tensor
     clients: list[int]
     layers: list[str]
     varying: list[int]
@@ -62,12 +70,17 @@ def layer_evidence(
         tensor([[0., 0.],
                 [0., 0.],
                 [1., 1.]], dtype=torch.float64)
+        >>> evidence.keep_share
+        tensor([[0.6667, 0.0000],
+                [0.6667, 0.0000],
+                [0.3333, 1.0000]], dtype=torch.float64)
         >>> evidence.varying
         [3, 1]
     """
     shards = shards or ColumnShards(sum(layers.values()))
     num_clients = len(benign)
     differing_KL = torch.zeros(num_clients, len(layers), dtype=torch.float64, device=bits.device)
+    ones_KL = torch.zeros_like(differing_KL)
     varying_L = torch.zeros(len(layers), dtype=torch.float64, device=bits.device)
     offset = 0
     for layer, size in enumerate(shards.own_sizes(list(layers.values()))):
@@ -79,10 +92,12 @@ def layer_evidence(
             flags_RV = flags_RT[:, (ones_T > 0) & (ones_T < len(flags_RT))]
             majority_V = 2 * flags_RV[:-1][benign].sum(0) > benign.sum()
             differing_KL[:, layer] += (flags_RV[:-1] != majority_V).sum(1)
+            ones_KL[:, layer] += flags_RV[:-1].sum(1)
             varying_L[layer] += flags_RV.shape[1]
 
         in_column_tiles(add, size, tile=max(SMALLEST_TILE, _TILE_BITS // len(bits)))
         offset += size
-    shards.sum(differing_KL)
-    shards.sum(varying_L)
-    return Evidence(differing_KL / varying_L.clamp_min(1), clients, list(layers), varying_L.long().tolist())
+    for counts in (differing_KL, ones_KL, varying_L):
+        shards.sum(counts)
+    some_L = varying_L.clamp_min(1)
+    return Evidence(differing_KL / some_L, ones_KL / some_L, clients, list(layers), varying_L.long().tolist())

@@ -132,7 +132,8 @@ def test_aggregate_takes_folders_and_stacked_files_alike(files: Files, tmp_path:
     cosines, shares = ([report["clients"][f"client{i:02}"][key] for i in range(16)] for key in ("cosine", "keep_share"))
     assert max(cosines[:4]) < 0 < min(cosines[4:]), "the first four flip the sign"
     assert all(0 <= share <= 1 for share in shares)
-    assert set(report["clients"]["client00"]["evidence"]) == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
+    for name in ("evidence", "keep_share_by_layer"):
+        assert set(report["clients"]["client00"][name]) == {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
     assert_is_mean_of_honest(state, files, "updates")
     assert state["1.running_mean"].tolist() == [sum(range(4, 16)) / 12] * 16, "9.5, which needs no rounding"
     start, stacked = load_file(files["global"]), load_file(files["stacked"])["updates"]
@@ -258,10 +259,10 @@ def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: P
     assert str(out / "report.html") in printed
     for name in ("FedAvg", "SkyMask"):
         assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 3
-    for picture in ("rounds.png", "masks.png", "evidence.png"):
+    for picture in ("rounds.png", "masks.png", "witnesses.png", "evidence.png"):
         assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert "http" not in page
     assert "sign-flip 4/20" in page
 

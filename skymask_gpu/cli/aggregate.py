@@ -235,8 +235,10 @@ def _verdict_json(result: Aggregation, sent: UserUpdates) -> str:
         for client, (name, good) in enumerate(zip(sent.names, result.benign.tolist(), strict=True))
     }
     evidence = result.evidence()
-    for client, shares in zip(evidence.clients, evidence.shares.tolist(), strict=True):
-        clients[sent.names[client]]["evidence"] = dict(zip(evidence.layers, shares, strict=True))
+    by_layer = {"evidence": evidence.shares, "keep_share_by_layer": evidence.keep_share}
+    for name, shares_KL in by_layer.items():
+        for client, shares in zip(evidence.clients, shares_KL.tolist(), strict=True):
+            clients[sent.names[client]][name] = dict(zip(evidence.layers, shares, strict=True))
     facts = {"keep_share": result.keep_share, "cosine": result.cosines, "factor": result.factors}
     for name, values in facts.items():
         for client, value in zip(evidence.clients, values.tolist(), strict=True):

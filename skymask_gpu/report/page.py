@@ -11,7 +11,7 @@ import jinja2
 import torch
 
 from skymask_gpu.io.files import write_text
-from skymask_gpu.report.plots import plot_evidence, plot_masks, plot_rates, plot_rounds
+from skymask_gpu.report.plots import plot_evidence, plot_masks, plot_rates, plot_rounds, plot_witnesses
 from skymask_gpu.report.summary import COLUMNS, NOTE, FinishedRun, failed_cells, percent
 from skymask_gpu.report.sweep import Sweep, arrange
 from skymask_gpu.report.tables import LEGEND, block_tables, csv_text, latex_text, markdown_text
@@ -33,6 +33,7 @@ class Report:
     rates_by_share: Path | None
     rates_by_clients: Path | None
     masks: Path | None
+    witnesses: Path | None
     evidence: Path | None
     page: Path
 
@@ -48,8 +49,8 @@ def write_report(title: str, runs: list[FinishedRun], folder: Path) -> Report:
     Each file is written whole or not at all. There are always ``report.html``, ``tables.md``,
     ``tables.csv``, ``tables.tex`` and ``rounds.png``. ``rates_by_share.png`` and
     ``rates_by_clients.png`` are there if a setting was run with two shares of attackers or two
-    numbers of clients, ``masks.png`` and ``evidence.png`` if a run made masks. A picture of an
-    earlier report that is not made now is removed.
+    numbers of clients, ``masks.png``, ``witnesses.png`` and ``evidence.png`` if a run made masks. A
+    picture of an earlier report that is not made now is removed.
 
     Args:
         title: the heading of the page and the tables.
@@ -73,14 +74,15 @@ def write_report(title: str, runs: list[FinishedRun], folder: Path) -> Report:
 
 def _write_pictures(runs: list[FinishedRun], sweep: Sweep, folder: Path) -> dict[str, Any]:
     """Write the pictures; their paths by name, None for a picture that has nothing to show."""
-    names = ("rounds", "rates_by_share", "rates_by_clients", "masks", "evidence")
-    rounds, by_share, by_clients, masks, evidence = paths = [folder / f"{name}.png" for name in names]
+    names = ("rounds", "rates_by_share", "rates_by_clients", "masks", "witnesses", "evidence")
+    rounds, by_share, by_clients, masks, witnesses, evidence = paths = [folder / f"{name}.png" for name in names]
     plot_rounds(runs, sweep, rounds)
     made = [
         True,
         plot_rates(sweep, "share", by_share),
         plot_rates(sweep, "clients", by_clients),
         plot_masks(runs, masks),
+        plot_witnesses(runs, witnesses),
         plot_evidence(runs, evidence),
     ]
     for path, is_made in zip(paths, made, strict=True):

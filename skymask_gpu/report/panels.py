@@ -171,12 +171,13 @@ def axis_values(blocks: list[Block], axis: Axis) -> list[float]:
     return [unit * block.values[key] for block in blocks]
 
 
-def mask_panels(runs: list[FinishedRun]) -> tuple[list[FinishedRun], int]:
-    """The runs that a picture of masks shows, and the number of runs that have masks.
+def mask_panels(runs: list[FinishedRun], needed: set[str]) -> tuple[list[FinishedRun], int]:
+    """The runs that a picture of masks shows, and the number of runs that have what it needs.
 
-    If they are too many, there is one run per attack, that of the lowest seed.
+    If they are too many, there is one run per attack, that of the lowest seed. ``needed`` are the
+    names of the tensors. Rules other than SkyMask may store others, and so did older versions.
     """
-    masked = [run for run in runs if _has_masks(run)]
+    masked = [run for run in runs if _stored(run) >= needed]
     if len(masked) <= _MASK_PANELS:
         return masked, len(masked)
     first: dict[str, FinishedRun] = {}
@@ -185,10 +186,10 @@ def mask_panels(runs: list[FinishedRun]) -> tuple[list[FinishedRun], int]:
     return [first[attack] for attack in sorted(first)][:_MASK_PANELS], len(masked)
 
 
-def _has_masks(run: FinishedRun) -> bool:
-    """Whether the run's rule stored masks; a rule other than SkyMask may store something else."""
+def _stored(run: FinishedRun) -> set[str]:
+    """The names of the tensors that the run's rule stored."""
     path = run.folder / MASKS
-    return path.exists() and {"scores", "evidence", "clients", "benign", "malicious"} <= read_tensors(path)[0].keys()
+    return set(read_tensors(path)[0]) if path.exists() else set()
 
 
 def _judges(block: Block, rule: str) -> bool:

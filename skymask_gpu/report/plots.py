@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -32,7 +34,7 @@ from skymask_gpu.report.panels import (
 from skymask_gpu.report.summary import FinishedRun
 from skymask_gpu.report.sweep import Block, Sweep, rule_order
 
-__all__ = ["plot_evidence", "plot_masks", "plot_rates", "plot_rounds"]
+__all__ = ["plot_evidence", "plot_masks", "plot_rates", "plot_rounds", "plot_witnesses"]
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":")
@@ -75,7 +77,7 @@ def plot_masks(runs: list[FinishedRun], path: Path) -> bool:
     Returns:
         False, with nothing written, if no run has masks.
     """
-    return _plot_masked(runs, _scatter_masks, 4.5, "masks", path)
+    return _plot_masked(runs, _scatter_masks, {"scores"}, 4.5, "masks", path)
 
 
 def plot_evidence(runs: list[FinishedRun], path: Path) -> bool:
@@ -84,7 +86,16 @@ def plot_evidence(runs: list[FinishedRun], path: Path) -> bool:
     Returns:
         False, with nothing written, if no run has masks.
     """
-    return _plot_masked(runs, _show_evidence, 5.5, "evidence", path)
+    return _plot_masked(runs, _show_evidence, {"evidence"}, 5.5, "evidence", path)
+
+
+def plot_witnesses(runs: list[FinishedRun], path: Path) -> bool:
+    """Plot each client's keep share and cosine in the last round, coloured by client kind.
+
+    Returns:
+        False, with nothing written, if no run has masks.
+    """
+    return _plot_masked(runs, _scatter_witnesses, {"keep_share", "cosine"}, 4.5, "witnesses", path)
 
 
 def _lines_by_run(runs: list[FinishedRun]) -> Figure:
@@ -215,17 +226,18 @@ def _legend(figure: Figure, styles: dict[str, dict[str, Any]], note: str) -> Non
 def _plot_masked(
     runs: list[FinishedRun],
     draw: Callable[[Axes, dict[str, Tensor], dict[str, str]], None],
+    needed: set[str],
     height: float,
     what: str,
     path: Path,
 ) -> bool:
-    """One panel per run that has masks, each filled by ``draw(axes, tensors, metadata)``."""
-    shown, num_masked = mask_panels(runs)
+    """One panel per run that has the needed tensors, filled by ``draw(axes, tensors, metadata)``."""
+    shown, num_masked = mask_panels(runs, needed | {"clients", "benign", "malicious"})
     if not shown:
         return False
     num_columns = min(_MASK_PANELS_PER_ROW, len(shown))
     num_rows = math.ceil(len(shown) / num_columns)
-    with styled(grid=draw is _scatter_masks):
+    with styled(grid=draw is not _show_evidence):
         figure = Figure(figsize=(5.5 * num_columns, height * num_rows), layout="constrained")
         grid = figure.subplots(num_rows, num_columns, squeeze=False)
         for axes in grid.flat[len(shown) :]:
@@ -241,20 +253,36 @@ def _plot_masked(
 
 
 def _scatter_masks(axes: Axes, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    scores, malicious, benign = (tensors[name].numpy() for name in ("scores", "malicious", "benign"))
+    scores = tensors["scores"].numpy()
+    _scatter_clients(axes, scores[:-1], tensors)
+    axes.scatter(scores[-1, 0], scores[-1, 1], s=130, c=COLOURS[2], marker="*", label="root model")
+    axes.set(xlabel="first principal component", ylabel="second principal component")
+    _legend_below(axes)
+
+
+def _scatter_witnesses(axes: Axes, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    _scatter_clients(axes, torch.stack([tensors["keep_share"], tensors["cosine"]], 1).numpy(), tensors)
+    axes.axhline(0, color="grey", lw=0.8)
+    axes.set(xlabel="keep share: ones among the bits that vary", ylabel="cosine with the root direction")
+    _legend_below(axes)
+
+
+def _scatter_clients(axes: Axes, points: np.ndarray, tensors: dict[str, Tensor]) -> None:
+    """A point per client, ``points`` ``(K, 2)``: colour and marker tell its kind, a ring that it is rejected."""
+    malicious, rejected = tensors["malicious"].numpy(), ~tensors["benign"].numpy()
     for kind, chosen, colour, marker in (
         ("honest client", ~malicious, COLOURS[0], "o"),
         ("attacker", malicious, COLOURS[1], "^"),
     ):
         if chosen.any():
-            x, y = scores[:-1][chosen].T
-            axes.scatter(x, y, s=26, c=colour, marker=marker, alpha=0.7, lw=0, label=f"{kind} ({int(chosen.sum())})")
-    rejected = ~benign
+            label = f"{kind} ({int(chosen.sum())})"
+            axes.scatter(points[chosen, 0], points[chosen, 1], s=26, c=colour, marker=marker, alpha=0.7, lw=0, label=label)
     if rejected.any():
-        x, y = scores[:-1][rejected].T
-        axes.scatter(x, y, s=70, facecolors="none", edgecolors="black", lw=0.8, label=f"rejected ({int(rejected.sum())})")
-    axes.scatter(scores[-1, 0], scores[-1, 1], s=130, c=COLOURS[2], marker="*", label="root model")
-    axes.set(xlabel="first principal component", ylabel="second principal component")
+        label = f"rejected ({int(rejected.sum())})"
+        axes.scatter(points[rejected, 0], points[rejected, 1], s=70, facecolors="none", edgecolors="black", lw=0.8, label=label)
+
+
+def _legend_below(axes: Axes) -> None:
     axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4, columnspacing=0.8)
 
 

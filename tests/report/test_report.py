@@ -15,7 +15,7 @@ import pytest
 import torch
 from matplotlib import image
 
-from skymask_gpu.io.files import write_tensors
+from skymask_gpu.io.files import read_tensors, write_tensors
 from skymask_gpu.report import COLUMNS, FinishedRun, failed_cells, load_run, load_runs, write_report
 from skymask_gpu.report.sweep import arrange
 from skymask_gpu.report.tables import block_tables, latex_text, markdown_text
@@ -81,6 +81,8 @@ def write_masks(folder: Path, malicious: int = 4, clients: int = 20) -> None:
     scores[:clients][bad] += 6
     tensors = {
         "evidence": torch.rand(clients, 3, generator=generator) * 0.4 + 0.5 * bad[:, None],
+        "keep_share": torch.rand(clients, generator=generator) * 0.2 + 0.4 * ~bad,
+        "cosine": torch.rand(clients, generator=generator) - bad.float(),
         "clients": torch.arange(clients),
         "scores": scores,
         "malicious": bad,
@@ -440,17 +442,17 @@ def test_report_of_a_single_run(tmp_path: Path) -> None:
     names = {name: path.name for name, path in report.paths().items()}
     assert names == {
         "markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "rounds": "rounds.png", "masks": "masks.png",
-        "evidence": "evidence.png", "page": "report.html",
+        "witnesses": "witnesses.png", "evidence": "evidence.png", "page": "report.html",
     }  # fmt: skip
     page = report.page.read_text(encoding="utf-8")
     assert "<b>$" not in page
     assert f"<h1>{ODD.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')}&#39;s</h1>" in page
     assert "<td>50.0%</td>" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert "http" not in page
     # well-formed, so nothing of a name is taken for markup
     ET.fromstring(re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", page.removeprefix("<!doctype html>")))
-    for name in ("rounds", "masks", "evidence"):
+    for name in ("rounds", "masks", "witnesses", "evidence"):
         assert_picture(tmp_path / f"{name}.png")
 
 
@@ -498,11 +500,13 @@ def test_report_of_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "cells" / "broken" / "error.txt").write_text("ValueError: <no> data_dir\n")
     report = write_report("sweep", load_runs(tmp_path), tmp_path)
     pictures = [path for path in report.paths().values() if path.suffix == ".png"]
-    assert sorted(path.stem for path in pictures) == ["evidence", "masks", "rates_by_clients", "rates_by_share", "rounds"]
+    assert sorted(path.stem for path in pictures) == [
+        "evidence", "masks", "rates_by_clients", "rates_by_share", "rounds", "witnesses"
+    ]  # fmt: skip
     for path in pictures:
         assert_picture(path)
     page = report.page.read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert "36 runs; <code>tables.csv</code>" in page
     assert "<details>" not in page, "with so many runs there is no part for each"
     assert "<caption>Accuracy (%), mean ± sample standard deviation over 2 seeds</caption>" in page
@@ -614,6 +618,27 @@ def test_no_rates_without_two_values_of_one_setting(tmp_path: Path, figures: dic
     ]
     assert not plot_rates(arrange(medians), "share", tmp_path / "share.png")
     assert figures == {}
+
+
+def test_witnesses_are_drawn_per_client_with_the_rejected_ones_ringed(tmp_path: Path, figures: dict[str, Any]) -> None:
+    from skymask_gpu.report.plots import plot_masks, plot_witnesses
+
+    write_masks(write_run(tmp_path / "a", config(), [0, 0, 0.5]))
+    runs = load_runs(tmp_path)
+    assert plot_witnesses(runs, tmp_path / "witnesses.png")
+    (axes,) = figures["witnesses"].axes
+    stored, _ = read_tensors(tmp_path / "a" / "masks.safetensors")
+    points = torch.stack([stored["keep_share"], stored["cosine"]], 1)
+    honest, attackers, rejected = (torch.from_numpy(drawn.get_offsets().data) for drawn in axes.collections)
+    torch.testing.assert_close(honest.float(), points[~stored["malicious"]])
+    torch.testing.assert_close(attackers.float(), points[stored["malicious"]])
+    torch.testing.assert_close(rejected.float(), points[~stored["benign"]])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["honest client (16)", "attacker (4)", "rejected (4)"]
+    # older versions stored no witnesses: the picture of the masks is still made
+    old = {name: value for name, value in stored.items() if name not in ("keep_share", "cosine")}
+    write_tensors(tmp_path / "a" / "masks.safetensors", old, {"round": "2"})
+    assert not plot_witnesses(runs, tmp_path / "witnesses.png")
+    assert plot_masks(runs, tmp_path / "masks.png")
 
 
 def test_masks_of_many_runs_are_one_per_attack_of_the_lowest_seed(tmp_path: Path, figures: dict[str, Any]) -> None:

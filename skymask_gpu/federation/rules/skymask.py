@@ -81,10 +81,25 @@ class SkyMaskRule:
                 "solver": result.masks.solver,
                 "mask_steps": result.masks.steps,
                 "root_losses": result.masks.losses,
+                **_witnesses(result),
             },
             seconds=result.seconds,
             tensors=lambda: _tensors(result, info.clients),
         )
+
+
+def _witnesses(result: Aggregation) -> dict[str, list[float | None]]:
+    """Keep share and cosine of each client that takes part, in their order, with four decimals.
+
+    A client whose update cannot be used has neither.
+    """
+    lists: dict[str, list[float | None]] = {}
+    rows = result.clients.tolist()
+    for name, values_K in (("keep_share", result.keep_share), ("cosine", result.cosines)):
+        lists[name] = [None] * len(result.benign)
+        for row, value in zip(rows, values_K.tolist(), strict=True):
+            lists[name][row] = round(value, 4)
+    return lists
 
 
 def _tensors(result: Aggregation, clients_M: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -92,6 +107,8 @@ def _tensors(result: Aggregation, clients_M: Tensor) -> tuple[dict[str, Tensor],
     evidence = result.evidence()
     tensors = {
         "evidence": evidence.shares,
+        "keep_share": result.keep_share,
+        "cosine": result.cosines,
         "clients": clients_M[result.clients.cpu()],
         "scores": result.clusters.scores,
         "benign": result.clusters.benign,
