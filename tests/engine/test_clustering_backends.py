@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from skymask_gpu.engine.clustering import BACKENDS, spectrum, why_not_backend
 from skymask_gpu.engine.clustering.backends import pick_backend
 from skymask_gpu.engine.clustering.k_means import starting_centres
 from skymask_gpu.engine.distances import Distances
+from tests.stored_masks import stored_sets
 
 NUM_STORED_PARAMS = 139_960
 OTHERS = [name for name in BACKENDS if name != "torch"]
@@ -53,6 +55,24 @@ def random_masks(seed: int) -> np.ndarray:
 
 def hamming_distances(masks: np.ndarray) -> Tensor:
     return torch.from_numpy((masks[:, None] != masks[None]).mean(-1))
+
+
+def test_the_signed_rule_gives_the_same_labels_on_real_masks(other: str, data_dir: Path) -> None:
+    sets = stored_sets(data_dir / "masks", "recipes")
+    for name in sorted(sets)[::9]:
+        masks = sets[name]
+        here, there = (
+            cluster_distances(
+                masks.distances.to("cuda" if backend == "cuml" else "cpu"),
+                alignment=masks.alignment,
+                keep_share=masks.keep_share,
+                norms=masks.norms,
+                config=Clustering(rule="signed", backend=backend),  # type: ignore[arg-type]
+            )
+            for backend in ("torch", other)
+        )
+        assert torch.equal(here.benign.cpu(), there.benign.cpu()), name
+        assert here.reason == there.reason, name
 
 
 # --- the contract -------------------------------------------------------------------------------------------------------

@@ -364,6 +364,28 @@ def test_copies_with_a_strange_keep_share_go_if_they_follow_the_root_less() -> N
         assert benign[:4].tolist() == [not goes] * 4
 
 
+@pytest.mark.parametrize(("copies", "lower", "goes"), [(4, 2.0, True), (4, 1.0, False), (3, 2.0, False)])
+def test_many_copies_go_if_they_follow_the_root_clearly_less(copies: int, lower: float, goes: bool) -> None:
+    """One update that more than a tenth of the clients send moves the mean far, so less evidence is enough."""
+    num_clients = 30
+    masks = few_clients(num_clients, 0, 0)
+    spread = torch.from_numpy(np.random.default_rng(1).normal(size=num_clients))
+    assert masks.keep_share is not None
+    honest = torch.arange(num_clients) >= copies
+    spread = (spread - spread[honest].mean()) / spread[honest].std(correction=0)
+    masks = replace(
+        masks,
+        malicious=copies,
+        alignment=torch.where(honest, 0.4 + 0.05 * spread, 0.4 - 0.05 * lower),
+        keep_share=torch.where(honest, masks.keep_share[:-1], masks.keep_share[:-1][honest].mean()),
+    )
+    for client in range(1, copies):
+        masks = masks.with_copy(of=0, at=client)
+    benign = masks.judge().benign
+    assert benign[copies:].all()
+    assert benign[:copies].tolist() == [not goes] * copies
+
+
 def test_degenerate_sets_are_defined() -> None:
     for num_clients in (1, 2):
         few = few_clients(num_clients, 0, 0)
