@@ -24,7 +24,7 @@ Every kernel has a folder of its own, which holds all of its files:
 | ``dispatch.py`` | which compiled code runs on which device, or why none can |
 | ``anywhere.py`` | the kernels of clustering and averaging on any device, by twins if need be |
 | ``shared/`` | what the kernels share: checks, the training step, threads, vectors |
-| ``offline.py`` | compiles all Triton kernels without a GPU, for the tests and the benchmark |
+| ``offline.py`` | compiles all Triton kernels without a GPU, and counts their code |
 
 Where kernels run: a public function runs compiled code (CUDA: Triton, CPU: Numba) or raises a
 ValueError that says why it cannot. It never falls back on its own. Callers that prefer a slow

@@ -8,6 +8,5 @@
 | ``costs`` | the constants by which ``solver="auto"`` chooses |
 | ``inversion`` | docs/privacy.md: images per CPU second, in one batch or one by one |
 | ``local_training`` | docs/federation.md: clients side by side or one by one |
-| ``roofline`` | docs/performance.md: what the Triton kernels need at least on an H200 |
 | ``real_updates`` | no table: the attacked MNIST updates that the first two rest on |
 """
