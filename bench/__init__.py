@@ -7,6 +7,6 @@
 | ``points``, ``checking``, ``run``, ``measure``, ``ratio`` | the runner: order and limits, checks, times, intervals |
 | ``table``, ``summary``, ``plots`` | rows and their CSV file, Markdown, PNG |
 | ``against`` | two revisions side by side |
-| ``gpu``, ``gpu_figures``, ``kernel_checks`` | what the owner of a GPU runs |
+| ``gpu``, ``gpu_figures`` | what the owner of a GPU runs |
 | ``studies/`` | a command per table of the docs |
 """

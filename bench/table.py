@@ -77,7 +77,7 @@ class Row:
     """One measurement. Seconds, bytes and ratios are None unless the status is ``"ok"``.
 
     Attributes:
-        what: ``"solvers"``, ``"rules"``, or ``"kernel"`` for one that is only checked.
+        what: ``"solvers"``, ``"rules"``, or nothing for one that is only checked.
         provider: what was measured.
         status: ok, wrong (the result is wrong), skipped, no check, out of memory, or failed.
         detail: why the status is not ok.

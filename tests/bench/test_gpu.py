@@ -1,6 +1,6 @@
 """The benchmark of a GPU, played on a CPU: what is wrong gets no time, and an interrupted run goes on."""
 
-import subprocess
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -138,86 +138,83 @@ def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
-    """The command with a GPU that is a CPU, its parts in this process, a copy and a mean instead of all figures."""
+def played(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """The command with a GPU that is a CPU, its points in this process, a copy and a mean instead of all figures."""
     monkeypatch.setattr(gpu, "_gpu", lambda: (CPU, "NVIDIA Test 1"))
     figures = gpu.figures(LOGREG)[:2]
     monkeypatch.setattr(gpu, "figures", lambda case: figures)
-    monkeypatch.setattr(gpu, "CHECKS", {"next_step": None})
-    monkeypatch.setattr(gpu, "wrong_with", lambda name, device: None)
+    monkeypatch.setattr(gpu, "KERNEL_TESTS", tmp_path / "kernels")
+    (tmp_path / "kernels").mkdir()
 
-    def run_part(command: list[str], check: bool) -> subprocess.CompletedProcess:
-        return subprocess.CompletedProcess(command, gpu.main(command[4:]))
+    def measured_alone(model: str, clients: int, folder: Path) -> int:
+        return gpu.main(["--out", str(folder), "--point", f"{model}-{clients}"])
 
-    monkeypatch.setattr(subprocess, "run", run_part)
+    monkeypatch.setattr(gpu, "_measured_alone", measured_alone)
     monkeypatch.setattr(gpu, "conditions", lambda device, seed: {"device": "NVIDIA Test 1"})
     monkeypatch.setattr("skymask_gpu.bench.run.conditions", lambda device, seed: {"device": "NVIDIA Test 1"})
-    return gpu.main
+    return lambda *arguments: gpu.main(["--out", str(tmp_path), *arguments])
 
 
-def test_without_a_gpu_one_line_says_so(
+def test_without_a_gpu_or_a_checkout_one_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--out", str(tmp_path)]) == 2
     assert capsys.readouterr().out == "no CUDA GPU is present: nothing is measured\n"
+    monkeypatch.setattr(gpu, "_gpu", lambda: (CPU, "NVIDIA Test 1"))
+    monkeypatch.setattr(gpu, "KERNEL_TESTS", tmp_path / "kernels")
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    needed = f"the kernels are checked by {tmp_path}/kernels: this needs a checkout, and in it pip install -e '.[test]'\n"
+    assert capsys.readouterr().out == needed
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_goes_on_where_it_was_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: Callable[[list[str]], int]
-) -> None:
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, played: Callable[..., int]) -> None:
+    (tmp_path / "kernels" / "test_step.py").write_text("def test_it() -> None: pass")
     path = tmp_path / "test-1.csv"
-    assert played(["--out", str(tmp_path), "--seconds", "-1"]) == 3
-    assert played(["--out", str(tmp_path)]) == 0
+    assert played("--seconds", "-1") == 3
+    assert [(row.provider, row.status) for row in read_rows(path)] == [("test_step", "ok")]
+    assert played() == 0
     rows = {(row.clients, row.provider): row for row in read_rows(path)}
     names = [figure.name for figure in gpu.figures(LOGREG)]
-    assert set(rows) == {(0, "next_step"), *((n, name) for n in (20, 500) for name in names)}
+    assert set(rows) == {(0, "test_step"), *((n, name) for n in (20, 500) for name in names)}
     assert rows[20, "copy"].to_500 == rows[20, "copy"].median_s / rows[500, "copy"].median_s
     # stopped within the second point: its rows are measured again, the first point's stay
     write_rows(path, [row for key, row in rows.items() if key != (500, names[-1])])
-    assert played(["--out", str(tmp_path)]) == 0
+    assert played() == 0
     again = {(row.clients, row.provider): row for row in read_rows(path)}
     assert set(again) == set(rows)
     assert again[20, "copy"].median_s == rows[20, "copy"].median_s
     assert again[500, "copy"].median_s != rows[500, "copy"].median_s
 
 
-def test_a_wrong_or_failing_kernel_is_a_row_and_the_rest_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: Callable[[list[str]], int]
+def test_a_wrong_kernel_is_a_row_and_the_rest_goes_on(tmp_path: Path, played: Callable[..., int]) -> None:
+    (tmp_path / "kernels" / "test_step.py").write_text("def test_it() -> None: pass")
+    (tmp_path / "kernels" / "test_mean.py").write_text("def test_it() -> None:\n    assert 'off' == 'by one'")
+    (tmp_path / "kernels" / "test_tree.py").write_text("import no_such_module")
+    assert played() == 1
+    rows = {row.provider: row for row in read_rows(tmp_path / "test-1.csv")}
+    assert (rows["test_mean"].case, rows["test_mean"].status) == ("kernels", "wrong")
+    assert re.match(r"1 failed in .*; FAILED test_mean.py::test_it - AssertionError", rows["test_mean"].detail)
+    assert (rows["test_tree"].status, rows["test_step"].status) == ("failed", "ok")
+    assert "1 error in" in rows["test_tree"].detail
+    assert rows["test_step"].compared_with.startswith("its tests: 1 passed")
+    assert (rows["copy"].status, rows["copy"].detail) == ("ok", "")
+
+
+def test_a_process_that_ends_early_is_a_row_until_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: Callable[..., int]
 ) -> None:
-    def wrong_with(name: str, device: torch.device) -> str:
-        if name == "replay":
-            return "logits are off"
-        raise RuntimeError("no such instruction")
-
-    monkeypatch.setattr(gpu, "CHECKS", {"replay": None, "mean": None})
-    monkeypatch.setattr(gpu, "wrong_with", wrong_with)
-    assert played(["--out", str(tmp_path)]) == 1
-    rows = {row.provider: (row.status, row.detail) for row in read_rows(tmp_path / "test-1.csv")}
-    assert rows["replay"] == ("wrong", "logits are off")
-    assert rows["mean"] == ("failed", "RuntimeError: no such instruction")
-    assert rows["copy"] == ("ok", "")
-
-
-def test_a_process_that_ends_early_is_a_row_and_a_lost_gpu_gets_a_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: Callable[[list[str]], int]
-) -> None:
-    codes = {gpu.KERNELS: iter([-11]), "logreg": iter([4, 4, 0])}
-    parts: list[str] = []
-
-    def run_part(command: list[str], check: bool) -> subprocess.CompletedProcess:
-        parts.append(command[command.index("--part") + 1])
-        return subprocess.CompletedProcess(command, next(codes[parts[-1]]))
-
-    monkeypatch.setattr(subprocess, "run", run_part)
-    assert played(["--out", str(tmp_path)]) == 1
-    assert parts == [gpu.KERNELS, "logreg", "logreg", "logreg"]
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "_measured_alone", lambda model, clients, folder: -11 if clients == 20 else 0)
+        assert played() == 1
     (row,) = read_rows(tmp_path / "test-1.csv")
-    assert (row.case, row.status, row.detail) == ("kernels", "failed", "its process ended with exit code -11: start again")
+    assert (row.case, row.clients, row.provider, row.status) == ("logreg", 20, "process", "failed")
+    assert row.detail == "its process ended with exit code -11: start again"
+    assert played() == 0
 
 
-def test_another_files_columns_are_refused(tmp_path: Path, played: Callable[[list[str]], int]) -> None:
+def test_another_files_columns_are_refused(tmp_path: Path, played: Callable[..., int]) -> None:
     (tmp_path / "test-1.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"test-1\.csv has other columns than this benchmark writes"):
-        played(["--out", str(tmp_path)])
+        played()

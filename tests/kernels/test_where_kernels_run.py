@@ -1,12 +1,16 @@
 """Where kernels run, the same for all of them: compiled or a ValueError with the reason; a twin only for who asks for it."""
 
+import importlib
 import importlib.util
+import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from skymask_gpu import kernels
 from skymask_gpu.kernels import anywhere, bins, cuts, hamming, mask_step, mean, mixture, tree
 
 META = torch.device("meta")
@@ -75,3 +79,14 @@ def test_anywhere_takes_the_twin_only_where_no_kernel_can_run(name: str, monkeyp
     # each is made of its own kernel and twin
     pair = {cell.cell_contents.__name__ for cell in getattr(anywhere, name).__closure__}
     assert pair == {name, f"{name}_reference"}
+
+
+def test_every_kernel_with_a_twin_is_tested_against_it() -> None:
+    """These tests are all that compares the kernels on a GPU before ``bench/gpu.py`` times anything there."""
+    modules = [
+        importlib.import_module(f"skymask_gpu.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__) if m.ispkg
+    ]
+    twins = {name for module in modules for name in getattr(module, "__all__", ()) if name.endswith("_reference")}
+    assert len(twins) >= 15
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert not [twin for twin in twins if f"{twin}(" not in tests]
