@@ -4,7 +4,7 @@
 | --- | --- |
 | ``cases`` | models, root samples and updates of any number of clients |
 | ``providers``, ``rules``, ``solvers`` | what is timed, and how its result is checked |
-| ``points``, ``checking``, ``run``, ``measure``, ``ratio`` | the runner: order and limits, checks, times, intervals |
+| ``points``, ``run``, ``measure``, ``ratio`` | the runner: order and limits, checks, times, intervals |
 | ``table``, ``summary``, ``plots`` | rows and their CSV file, Markdown, PNG |
 | ``against`` | two revisions side by side |
 | ``gpu``, ``gpu_figures`` | what the owner of a GPU runs |

@@ -169,12 +169,13 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # in a new worktree every kernel is compiled anew within a first call
     runner, case = Runner(Limits(left_out=tuple(left_out), call_seconds=120.0), device), CASES[name]
-    problem, rows, calls = runner.problem(case, int(clients), dtype), [], {}
-    for provider, columns, call in runner.checked(problem):
-        rows.append(runner.row(case, int(clients), dtype, provider, **{"status": "ok", **columns}))
-        if call is not None:
-            calls[provider.name] = call
-            write_tensors(Path(folder) / f"{provider.name}.safetensors", _tensors(call()))
+    rows, calls = [], {}
+    for trial in runner.trials(runner.problem(case, int(clients), dtype)):
+        rows.append(trial.row)
+        if trial.call is not None:
+            trial.row.status = "ok"
+            calls[trial.row.provider] = trial.call
+            write_tensors(Path(folder) / f"{trial.row.provider}.safetensors", _tensors(trial.call()))
     print(json.dumps([asdict(row) for row in rows]), flush=True)
     for line in sys.stdin:
         print(sample(calls[line.strip()], device), flush=True)

@@ -1,23 +1,31 @@
 """The runner: cases x clients x providers. Each result is checked before it is timed; each measurement is a row."""
 
+import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import FrameType
 from typing import Any
 
 import torch
 
 from skymask_gpu.bench.cases import Case, Model, Problem
-from skymask_gpu.bench.checking import Checker
 from skymask_gpu.bench.measure import Floor, Measured, StoppedError, free_memory, limited_memory, measure_steadily
 from skymask_gpu.bench.points import Limits, points
-from skymask_gpu.bench.providers import Provider, providers
+from skymask_gpu.bench.providers import Call, Provider, Truth, establish_truth, providers
 from skymask_gpu.bench.ratio import Ratio
 from skymask_gpu.bench.table import CannotRunError, Row, conditions, status_of
+from skymask_gpu.engine import TrainedMasks
 from skymask_gpu.engine.numerics import without_tf32
+from skymask_gpu.engine.peak_memory import give_back_freed
 
-__all__ = ["Runner", "count_rows", "measure_cases"]
+__all__ = ["Runner", "Trial", "count_rows", "measure_cases"]
 
 _SEED = 0
+# A first call may compile, so it is stopped only after this multiple of the longest call that is allowed.
+_STOPPED_AFTER = 3
 
 
 def measure_cases(limits: Limits, device: torch.device, started: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
@@ -29,6 +37,65 @@ def measure_cases(limits: Limits, device: torch.device, started: Callable[[str],
 
 def count_rows(limits: Limits) -> int:
     return sum(len(providers(case)) for case, _, _ in points(limits))
+
+
+class SlowError(BaseException):
+    """The call takes too long. It is not an Exception because torch.compile catches those."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Stop what takes longer, between two lines of Python."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise SlowError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass
+class Trial:
+    """A provider on a problem, and its row, which is filled as more is known.
+
+    Attributes:
+        call: what is timed; None if it may not be.
+        result: that of the first call, until it is checked.
+    """
+
+    problem: Problem
+    provider: Provider
+    row: Row
+    call: Call | None = None
+    result: Any = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.row.case}, N = {self.row.clients:,}, {self.row.dtype}: {self.row.provider}"
+
+    def give_up(self, status: str, detail: str) -> None:
+        self.call, self.result = None, None
+        self.row.status, self.row.detail, self.row.first_s, self.row.compared_with = status, detail, None, ""
+
+    def fill(self, measured: Measured, reference: Measured | Exception | None) -> None:
+        """The columns of what was timed."""
+        row, provider = self.row, self.provider
+        row.status = "ok"
+        row.median_s, row.p20_s, row.p80_s = (measured.quantile(share) for share in (0.5, 0.2, 0.8))
+        row.repeats, row.peak_bytes = len(measured.seconds), measured.peak_bytes
+        for baseline in provider.baselines:
+            row.set_ratio(baseline, Ratio.of(measured.ratios.get(baseline, [])))
+        if provider.baseline:
+            row.set_ratio(provider.baseline, Ratio(1.0, 1.0, 1.0))
+        else:
+            row.set_ratio("to_reference", _to_reference(measured, reference))
+        if provider.moved_bytes is not None:
+            row.moved_bytes = provider.moved_bytes(self.problem)
 
 
 class Runner:
@@ -44,30 +111,32 @@ class Runner:
         self.limits, self.device, self.started = limits, device, started
         self._providers_of = providers_of or providers
         self._models: dict[str, Model] = {}
-        self._checker = Checker(limits, device)
+        # by case, dtype and provider: the number of clients, and the seconds of a call
+        self._paces: dict[tuple[str, str, str], tuple[int, float]] = {}
+        self._begin = time.monotonic()
         self._conditions = conditions(device, _SEED)
 
     def point(self, case: Case, num_clients: int, dtype: str) -> Iterator[Row]:
         """All rows of a case with this number of clients and updates of this type."""
-        self.started(f"{_point(case, num_clients, dtype)}: updates")
+        self.started(f"{case.name}, N = {num_clients:,}, {dtype}: updates")
         try:
             problem = self.problem(case, num_clients, dtype)
         except Exception as error:
             for provider in self._providers_of(case):
-                yield self.row(case, num_clients, dtype, provider, **status_of(error))
+                yield self._row(case, num_clients, dtype, provider, **status_of(error))
             return
         floors: dict[str, Floor] = {}
-        known: list[tuple[Provider, dict[str, Any], Callable[[], Any] | None]] = []
-        for provider, columns, call in self.checked(problem):
-            known.append((provider, columns, call))
-            if call is not None and provider.baseline:
-                floors[provider.baseline] = Floor(call, provider.parts(problem))
+        trials: list[Trial] = []
+        for trial in self.trials(problem):
+            trials.append(trial)
+            if trial.call is not None and trial.provider.baseline:
+                floors[trial.provider.baseline] = Floor(trial.call, trial.provider.parts(problem))
             if not self.limits.side_by_side:
-                yield from self._timed_rows(problem, known, floors)
-                known = []
+                yield from self._timed(trials, floors)
+                trials = []
             # what one provider holds must not be in the way of the next
-            del call
-        yield from self._timed_rows(problem, known, floors)
+            del trial
+        yield from self._timed(trials, floors)
 
     def problem(self, case: Case, num_clients: int, dtype: str) -> Problem:
         """The updates, and the model, which is made once per case.
@@ -75,81 +144,17 @@ class Runner:
         Raises:
             NotTimedError: the time is over, or the updates are too large.
         """
-        self._checker.give_back()
-        if self._checker.is_over():
-            raise CannotRunError(self._checker.over())
-        with limited_memory(self.device), without_tf32():
+        self._give_back()
+        if self._is_over():
+            raise CannotRunError(self._over())
+        with self._guarded():
             if case.name not in self._models:
                 self._models[case.name] = Model.build(case, self.device)
             # on a GPU, running out of memory is an error like any other
             free = free_memory(self.device) if self.device.type == "cpu" else None
             return Problem.build(case, self._models[case.name], num_clients, _SEED, free).to(dtype)
 
-    def checked(self, problem: Problem) -> Iterator[tuple[Provider, dict[str, Any], Callable[[], Any] | None]]:
-        """Each provider, the columns that are known before it is timed, and the call if it may be timed."""
-        chosen = self._providers_of(problem.case)
-        truth, firsts = self._checker.truth(problem, chosen)
-        for provider in chosen:
-            self.started(f"{_point(problem.case, problem.num_clients, problem.dtype)}: {provider.name}")
-            yield provider, *self._checker.checked(problem, provider, firsts.pop(provider.name, None), truth)
-
-    def _timed_rows(
-        self,
-        problem: Problem,
-        known: list[tuple[Provider, dict[str, Any], Callable[[], Any] | None]],
-        floors: Mapping[str, Floor],
-    ) -> Iterator[Row]:
-        """Time those that may be timed side by side; then the rows of all."""
-        calls = {provider.name: call for provider, _, call in known if call is not None}
-        stopped: StoppedError | None = None
-        measured: Mapping[str, Measured | Exception]
-        point = _point(problem.case, problem.num_clients, problem.dtype)
-        try:
-            with limited_memory(self.device), without_tf32():
-                measured = measure_steadily(
-                    calls,
-                    self.device,
-                    self.limits.repeat_seconds,
-                    floors if calls else {},
-                    is_over=self._checker.is_over,
-                    started=lambda name: self.started(f"{point}: {name}"),
-                )
-        except StoppedError as reason:
-            measured, stopped = reason.measured, reason
-        except Exception as error:  # of a floor
-            measured = dict.fromkeys(calls, error)
-        for provider, columns, call in known:
-            row = self.row(problem.case, problem.num_clients, problem.dtype, provider, **columns)
-            if call is not None and provider.name in measured:
-                self._fill(row, provider, problem, measured)
-            elif call is not None:
-                row.status, row.detail = "skipped", "stopped" if stopped else self._checker.over()
-            yield row
-        if stopped is not None:
-            raise stopped
-
-    def _fill(self, row: Row, provider: Provider, problem: Problem, of_all: Mapping[str, Measured | Exception]) -> None:
-        """The columns of a provider that was timed."""
-        measured, reference = of_all[provider.name], of_all.get("reference")
-        if isinstance(measured, Exception):
-            row.first_s, row.compared_with = None, ""
-            for column, text in status_of(measured).items():
-                setattr(row, column, text)
-            return
-        self._checker.note_pace(problem, provider, measured.median)
-        row.status = "ok"
-        row.median_s, row.p20_s, row.p80_s = (measured.quantile(share) for share in (0.5, 0.2, 0.8))
-        row.repeats, row.peak_bytes = len(measured.seconds), measured.peak_bytes
-        for baseline in provider.baselines:
-            row.set_ratio(baseline, Ratio.of(measured.ratios.get(baseline, [])))
-        if provider.baseline:
-            row.set_ratio(provider.baseline, Ratio(1.0, 1.0, 1.0))
-        else:
-            row.set_ratio("to_reference", _to_reference(measured, reference))
-        if provider.moved_bytes is not None:
-            row.moved_bytes = provider.moved_bytes(problem)
-
-    def row(self, case: Case, num_clients: int, dtype: str, provider: Provider, **columns: Any) -> Row:
+    def _row(self, case: Case, num_clients: int, dtype: str, provider: Provider, **columns: Any) -> Row:
         model = self._models.get(case.name)
         return Row(
             case=case.name,
@@ -166,9 +171,154 @@ class Runner:
             **self._conditions,
         )
 
+    # --- first calls and checks -----------------------------------------------------------------------------------------
 
-def _point(case: Case, num_clients: int, dtype: str) -> str:
-    return f"{case.name}, N = {num_clients:,}, {dtype}"
+    def trials(self, problem: Problem) -> Iterator[Trial]:
+        """Each provider, checked."""
+        case, clients, dtype = problem.case, problem.num_clients, problem.dtype
+        chosen = self._providers_of(case)
+        waiting = {one.name: Trial(problem, one, self._row(case, clients, dtype, one)) for one in chosen}
+
+        def first_result(name: str) -> TrainedMasks | None:
+            if name not in waiting:
+                return None
+            self._call_first(waiting[name])
+            return waiting[name].result
+
+        try:
+            with self._guarded():
+                truth = establish_truth(problem, first_result)
+        except Exception as error:
+            truth = Truth(error=error)
+        for name in list(waiting):
+            trial = waiting.pop(name)
+            self.started(trial.label)
+            if trial.call is None and not trial.row.status:
+                self._call_first(trial)
+            if trial.call is not None:
+                self._check(trial, truth)
+            yield trial
+
+    def _call_first(self, trial: Trial) -> None:
+        clients, seconds = self._paces.get(_key(trial), (1, 0.0))
+        expected, limit = seconds * trial.problem.num_clients / clients, self.limits.call_seconds
+        if trial.provider.name in self.limits.left_out:
+            trial.give_up("skipped", "it takes too long for a quick run")
+        elif self._is_over():
+            trial.give_up("skipped", self._over())
+        elif expected > limit:
+            wanted = f"about {expected:.2g} s a call expected from N = {clients:,}"
+            trial.give_up("skipped", f"{wanted}, the limit is {limit:g} s")
+        else:
+            with self._failures_noted(trial):
+                trial.call = trial.provider.prepare(trial.problem)
+                trial.result, trial.row.first_s = self._timed_call(trial.call)
+                self._note_pace(trial, trial.row.first_s)
+
+    def _check(self, trial: Trial, truth: Truth) -> None:
+        """Compare the first result; then find out whether the call is short enough to be timed."""
+        provider, limit = trial.provider, self.limits.call_seconds
+        with self._failures_noted(trial):
+            trial.row.compared_with = provider.check(trial.problem, trial.result, truth)
+            trial.result = None
+            seconds = trial.row.first_s or 0.0
+            if provider.timed is not None:
+                trial.call = provider.timed(trial.problem)
+                seconds = self._timed_call(trial.call)[1]
+            # the first call may have compiled
+            if seconds > limit:
+                seconds = self._timed_call(trial.call)[1]
+            self._note_pace(trial, seconds)
+            if seconds > limit:
+                raise CannotRunError(f"{seconds:.2g} s a call, the limit is {limit:g} s")
+
+    @contextmanager
+    def _failures_noted(self, trial: Trial) -> Iterator[None]:
+        try:
+            with self._guarded():
+                yield
+        except SlowError:
+            stopped = _STOPPED_AFTER * self.limits.call_seconds
+            self._note_pace(trial, stopped)
+            trial.give_up("skipped", f"stopped after {stopped:g} s")
+        except Exception as error:
+            trial.give_up(**status_of(error))
+
+    def _timed_call(self, call: Any) -> tuple[Any, float]:
+        """A call's result and its seconds.
+
+        Raises:
+            SlowError: it takes too long.
+        """
+        self._give_back()
+        start = time.perf_counter()
+        with _at_most(_STOPPED_AFTER * self.limits.call_seconds):
+            result = call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        return result, time.perf_counter() - start
+
+    def _note_pace(self, trial: Trial, seconds: float) -> None:
+        self._paces[_key(trial)] = (trial.problem.num_clients, seconds)
+
+    # --- times ----------------------------------------------------------------------------------------------------------
+
+    def _timed(self, trials: list[Trial], floors: Mapping[str, Floor]) -> Iterator[Row]:
+        """Time those that may be timed side by side; then the rows of all."""
+        labels = {trial.provider.name: trial.label for trial in trials}
+        calls = {trial.provider.name: trial.call for trial in trials if trial.call is not None}
+        stopped: StoppedError | None = None
+        measured: Mapping[str, Measured | Exception]
+        try:
+            with self._guarded():
+                measured = measure_steadily(
+                    calls,
+                    self.device,
+                    self.limits.repeat_seconds,
+                    floors if calls else {},
+                    is_over=self._is_over,
+                    started=lambda name: self.started(labels[name]),
+                )
+        except StoppedError as reason:
+            measured, stopped = reason.measured, reason
+        except Exception as error:  # of a floor
+            measured = dict.fromkeys(calls, error)
+        for trial in trials:
+            own = measured.get(trial.provider.name)
+            if isinstance(own, Measured):
+                self._note_pace(trial, own.median)
+                trial.fill(own, measured.get("reference"))
+            elif own is not None:
+                trial.give_up(**status_of(own))
+            elif trial.call is not None:
+                trial.row.status, trial.row.detail = "skipped", "stopped" if stopped else self._over()
+            yield trial.row
+        if stopped is not None:
+            raise stopped
+
+    # --- memory and time ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """What takes too much memory fails, and nothing is computed in TF32."""
+        with limited_memory(self.device), without_tf32():
+            yield
+
+    def _give_back(self) -> None:
+        """Free memory goes back to the system: in pieces it might not do for the next call where memory is short."""
+        give_back_freed()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _is_over(self) -> bool:
+        return time.monotonic() - self._begin > self.limits.total_seconds
+
+    def _over(self) -> str:
+        return f"the {self.limits.total_seconds:g} s of this run were spent"
+
+
+def _key(trial: Trial) -> tuple[str, str, str]:
+    return trial.row.case, trial.row.dtype, trial.row.provider
 
 
 def _to_reference(measured: Measured, reference: Measured | Exception | None) -> Ratio | None:

@@ -55,7 +55,7 @@ def few_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"skymask_gpu.bench.measure.{name}", value)
     monkeypatch.setattr("skymask_gpu.bench.measure._empty_caches", lambda device: None)
     monkeypatch.setattr("skymask_gpu.bench.measure.start_peak", lambda device: None)
-    monkeypatch.setattr("skymask_gpu.bench.checking.give_back_freed", lambda: None)
+    monkeypatch.setattr("skymask_gpu.bench.run.give_back_freed", lambda: None)
 
 
 @pytest.fixture

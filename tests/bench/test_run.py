@@ -195,7 +195,7 @@ def test_freed_memory_is_given_back_before_each_table_and_first_call(
 ) -> None:
     """With what was freed and kept in pieces, a call that takes most of the memory would fail."""
     events: list[str] = []
-    monkeypatch.setattr("skymask_gpu.bench.checking.give_back_freed", lambda: events.append("given back"))
+    monkeypatch.setattr("skymask_gpu.bench.run.give_back_freed", lambda: events.append("given back"))
     play(a=lambda problem: events.append("a"), b=lambda problem: events.append("b"))
     small.rows(small.limits(5))
     assert events[:5] == ["given back", "given back", "a", "given back", "b"]
