@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.bench.solvers import honest_rows, make_model
-from skymask_gpu.bench.table import NotTimedError
+from skymask_gpu.bench.table import SEED, NotTimedError
 from skymask_gpu.engine import FlatModel, MaskTraining
 from skymask_gpu.federation.attacks import AttackConfig, Threat, attack
 from skymask_gpu.federation.models import build_model
@@ -112,7 +112,6 @@ class Problem:
     dtype: str
     updates: Tensor
     exact_updates: Tensor
-    seed: int
     training: MaskTraining = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +119,7 @@ class Problem:
         self.training = MaskTraining(steps=self.case.mask_steps, min_improvement=-1e9)
 
     @classmethod
-    def build(cls, case: Case, model: Model, num_clients: int, seed: int, free_bytes: int | None = None) -> Self:
+    def build(cls, case: Case, model: Model, num_clients: int, free_bytes: int | None = None) -> Self:
         """The float32 problem, made on the model's device.
 
         Raises:
@@ -132,7 +131,7 @@ class Problem:
                 f"the updates alone take {num_bytes / 2**30:,.1f} of {free_bytes / 2**30:,.1f} GiB; solvers need several times "
                 f"as much, so at most {_UPDATES_SHARE:.0%} is tried"
             )
-        rows_RP = honest_rows(model.loss, num_clients + 1, seed)
+        rows_RP = honest_rows(model.loss, num_clients + 1, SEED)
         malicious_N = torch.arange(num_clients, device=rows_RP.device) < num_clients // 5
         for part_RC in rows_RP.split(max(1, _ATTACKED_VALUES // num_clients), dim=1):
             part_RC[:-1] = attack(part_RC[:-1], malicious_N, Threat(AttackConfig(name="lie", share=0.2)))
@@ -140,7 +139,7 @@ class Problem:
             # Different, unevenly spaced lengths: otherwise rounding would decide whose neighbours are nearest, and
             # which of two copies is nearer to the median.
             rows_RP[:-1] *= torch.linspace(0.9, 1.1, num_clients, device=rows_RP.device).square()[:, None]
-        return cls(case, model, "float32", rows_RP, rows_RP, seed)
+        return cls(case, model, "float32", rows_RP, rows_RP)
 
     def to(self, dtype: str) -> "Problem":
         return replace(self, dtype=dtype, updates=self.exact_updates.to(DTYPES[dtype]))

@@ -62,7 +62,7 @@ class _File:
 
     def add_untimed(self, case: str, clients: int, provider: str, **state: Any) -> None:
         empty: dict[str, Any] = {"what": "", "model": "", "params": None, "dtype": "", "mask_steps": 0, "root_samples": 0}
-        self.add(Row(case=case, clients=clients, provider=provider, **empty, **state, **conditions(self._device, 0)))
+        self.add(Row(case=case, clients=clients, provider=provider, **empty, **state, **conditions(self._device)))
 
     def is_complete(self, case: str, clients: int, names: set[str]) -> bool:
         return {row.provider for row in self.rows if (row.case, row.clients) == (case, clients)} >= names

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.bench.cases import Case, Model, Problem
-from skymask_gpu.bench.providers import FEW_CLIENTS, Call, Provider, Truth, check_gradient, providers, solver
-from skymask_gpu.bench.rules import mean_of_kept, some_columns
+from skymask_gpu.bench.providers import FEW_CLIENTS, Call, Provider, Truth, check_gradient, check_rule, providers, solver
+from skymask_gpu.bench.rules import some_columns
 from skymask_gpu.bench.solvers import MOST_DIFFERING, MOST_LOSS_ERROR, differing_share, disagreement
-from skymask_gpu.bench.table import COPY, CannotRunError, WrongResultError
+from skymask_gpu.bench.table import COPY, SEED, CannotRunError, WrongResultError
 from skymask_gpu.defence import RootTraining, SkyMask, mean_of_rows, root_direction
 from skymask_gpu.engine import ClientBlocks, Clustering, FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks
 from skymask_gpu.engine.numerics import deterministic_convolutions, with_tf32
@@ -111,7 +111,7 @@ def _passes_in_tf32(problem: Problem) -> Call:
 def _step_inputs(problem: Problem) -> tuple[Tensor, Tensor]:
     """Slope and mean of a step ``(P,)``; some of the steps are clipped."""
     rows_RP = problem.updates
-    generator = torch.Generator(rows_RP.device).manual_seed(problem.seed)
+    generator = torch.Generator(rows_RP.device).manual_seed(SEED)
     slope_P = torch.randn(rows_RP.shape[1], device=rows_RP.device, generator=generator)
     return slope_P / rows_RP.std(0).clamp_min(1e-12), rows_RP.mean(0)
 
@@ -180,7 +180,7 @@ def _demand_captured(masks: TrainedMasks) -> None:
 @cache
 def _wrong_when_captured(model: Model, case: Case, solver: str) -> str | None:
     """In what captured steps differ from launched ones by more than launched ones from themselves, with few clients."""
-    problem = Problem.build(case, model, FEW_CLIENTS, seed=0)
+    problem = Problem.build(case, model, FEW_CLIENTS)
 
     def waiting(params_P: Tensor) -> Tensor:
         value = model.loss(params_P)
@@ -230,7 +230,7 @@ def _check_judging(problem: Problem, judged: tuple[RuleResult, TrainedMasks, Ten
         on_cpu = cluster_masks(masks.bits.cpu(), masks.num_params, alignment=alignment_N.cpu(), config=Clustering())
         if result.kept is None or not torch.equal(on_cpu.benign, result.kept.cpu()):
             raise WrongResultError("labels differ from those of the CPU")
-    return _check_mean(problem, result) + f", a CPU's labels up to N = {most_clients}"
+    return check_rule("fedavg", problem, result, truth) + f", a CPU's labels up to N = {most_clients}"
 
 
 def _aggregate(problem: Problem) -> Call:
@@ -247,11 +247,4 @@ def _aggregate(problem: Problem) -> Call:
 
 def _check_aggregate(problem: Problem, result: RuleResult, truth: Truth) -> str:
     truth.known()
-    return _check_mean(problem, result)
-
-
-def _check_mean(problem: Problem, result: RuleResult) -> str:
-    wrong = mean_of_kept(problem, result)
-    if wrong is not None:
-        raise WrongResultError(wrong)
-    return "the mean in float64"
+    return check_rule("fedavg", problem, result, truth)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +24,9 @@ __all__ = [
     "free_memory",
     "freed_memory_kept",
     "limited_memory",
-    "measure",
     "measure_steadily",
     "sample",
 ]
-
-T = TypeVar("T")
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -85,19 +81,6 @@ class StoppedError(KeyboardInterrupt):
     def __init__(self, measured: "dict[str, Measured | Exception]") -> None:
         super().__init__()
         self.measured = measured
-
-
-def measure(call: Callable[[], T], repeats: int, device: torch.device) -> tuple[T, Measured]:
-    """The result of the last call, and what the calls cost. Warm up first, and check the result before using the times."""
-    seconds = []
-    held = start_peak(device)
-    for _ in range(repeats):
-        _synchronise(device)
-        start = time.perf_counter()
-        result = call()
-        _synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return result, Measured(seconds, _peak_above(held, device))
 
 
 def measure_steadily(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.bench.cases import Case, Model, Problem
-from skymask_gpu.bench.rules import BYZFL, CHECKS, byzfl_aggregator, make_context, make_info, make_settings
+from skymask_gpu.bench.rules import BYZFL, CHECKS, byzfl_aggregator, make_info, make_rule
 from skymask_gpu.bench.solvers import differing_share, disagreement
 from skymask_gpu.bench.table import CannotRunError, NoCheckError, WrongResultError
 from skymask_gpu.engine import TrainedMasks, train_masks, why_not_solver
 from skymask_gpu.engine.solvers import reference
-from skymask_gpu.federation.rules import RULES, RuleResult, build_rule
+from skymask_gpu.federation.rules import RULES, RuleResult
 
 __all__ = [
     "COMPILED",
@@ -26,6 +26,7 @@ __all__ = [
     "Provider",
     "Truth",
     "check_gradient",
+    "check_rule",
     "establish_truth",
     "providers",
     "solver",
@@ -98,7 +99,7 @@ class Provider:
 def providers(case: Case) -> list[Provider]:
     """The two baselines, then the solvers or the rules."""
     baselines = [
-        Provider(MEAN, _prepare_mean, _rule_check("fedavg"), ("to_mean",), "to_mean"),
+        Provider(MEAN, _prepare_mean, partial(check_rule, "fedavg"), ("to_mean",), "to_mean"),
         Provider(PASSES, _prepare_passes, check_gradient, ("to_mean",), "to_passes", lambda problem: problem.case.mask_steps),
     ]
     return baselines + (_solvers() if case.what == "solvers" else _rules())
@@ -161,7 +162,7 @@ def establish_truth(problem: Problem, first_result: Callable[[str], TrainedMasks
 @cache
 def _wrong_with_few_clients(case: Case, model: Model, dtype: str) -> str | None:
     """In what fused differs from reference."""
-    problem = Problem.build(case, model, FEW_CLIENTS, seed=0).to(dtype)
+    problem = Problem.build(case, model, FEW_CLIENTS).to(dtype)
     truth, masks = (train(problem, name) for name in ("reference", "fused"))
     try:
         _check_solver("fused", problem, masks, Truth(truth, "reference"))
@@ -254,38 +255,26 @@ def _is_rounding(name: str, problem: Problem, masks: TrainedMasks, truth: Truth)
 
 
 def _rules() -> list[Provider]:
+    prepared = {name: partial(_prepare_rule, name) for name in sorted(RULES)}
+    prepared |= {f"ByzFL {name}": partial(_prepare_byzfl, name) for name in BYZFL}
     # only SkyMask runs the model
     baselines = {"skymask": ("to_mean", "to_passes")}
-    ours = [
-        Provider(name, partial(_prepare_rule, name), _rule_check(name), baselines.get(name, ("to_mean",)))
-        for name in sorted(RULES)
-    ]
-    peers = [
-        Provider(f"ByzFL {name}", partial(_prepare_byzfl, name), _rule_check(name, peer=True), ("to_mean",)) for name in BYZFL
-    ]
-    return ours + peers
+    return [Provider(name, x, partial(check_rule, name), baselines.get(name, ("to_mean",))) for name, x in prepared.items()]
 
 
 def _prepare_rule(name: str, problem: Problem) -> Call:
     if name not in CHECKS:
         raise NoCheckError("its result is not checked here, so it is not timed")
-    rule, info, rows_NP = (
-        build_rule(name, make_context(problem), make_settings(name, problem)),
-        make_info(problem),
-        problem.updates[:-1],
-    )
+    rule, info, rows_NP = make_rule(name, problem), make_info(problem), problem.updates[:-1]
     return lambda: rule(rows_NP, info)
 
 
-def _rule_check(name: str, peer: bool = False) -> Callable[[Problem, RuleResult, Truth], str]:
-    def check(problem: Problem, result: RuleResult, truth: Truth) -> str:
-        wrong, compared_with = BYZFL[name][1:] if peer else CHECKS[name]
-        reason = wrong(problem, result)
-        if reason is not None:
-            raise WrongResultError(reason)
-        return compared_with
-
-    return check
+def check_rule(name: str, problem: Problem, result: RuleResult, truth: Truth) -> str:
+    wrong, compared_with = CHECKS[name]
+    reason = wrong(problem, result)
+    if reason is not None:
+        raise WrongResultError(reason)
+    return compared_with
 
 
 def _prepare_byzfl(name: str, problem: Problem) -> Call:

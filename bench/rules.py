@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.bench.cases import Problem
+from skymask_gpu.bench.table import SEED
 from skymask_gpu.defence import RootTraining, SkyMask
 from skymask_gpu.engine import MaskTraining
-from skymask_gpu.federation.rules import RoundInfo, RuleContext, RuleResult, SkyMaskSettings, reference
+from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, SkyMaskSettings, build_rule, reference
 
 __all__ = [
     "BYZFL",
     "CHECKS",
     "Check",
     "byzfl_aggregator",
-    "make_context",
     "make_info",
-    "make_settings",
-    "mean_of_kept",
+    "make_rule",
     "some_columns",
 ]
 
@@ -48,26 +47,22 @@ class _AllSteps(SkyMaskSettings):
         return replace(super().training, min_improvement=-1e9)
 
 
-def make_settings(name: str, problem: Problem, solver: str = "auto") -> SkyMaskSettings | None:
-    """The settings of the rule called ``name``; None: its defaults."""
-    return _AllSteps(solver=solver, mask_steps=problem.training.steps) if name == "skymask" else None
-
-
-def make_context(problem: Problem) -> RuleContext:
-    """What a rule is built from; the root direction is trained for as long as in a run."""
-    return RuleContext(
+def make_rule(name: str, problem: Problem) -> Rule:
+    """The rule called ``name``; the root direction is trained for as long as in a run."""
+    context = RuleContext(
         module=problem.model.module,
         root_inputs=problem.model.inputs,
         root_labels=problem.model.labels,
         num_clients=problem.num_clients,
         root_training=RootTraining(),
-        seed=problem.seed,
+        seed=SEED,
     )
+    return build_rule(name, context, _AllSteps(mask_steps=problem.training.steps) if name == "skymask" else None)
 
 
 def make_info(problem: Problem) -> RoundInfo:
     clients_M = torch.arange(problem.num_clients, device=problem.updates.device)
-    generator = torch.Generator().manual_seed(problem.seed)
+    generator = torch.Generator().manual_seed(SEED)
     params_P, root_P = problem.model.loss.initial_params, problem.updates[-1]
     return RoundInfo(params_P, root_P, clients_M, problem.num_malicious, generator)
 
@@ -102,7 +97,7 @@ def _coordinatewise(of_columns: Callable[[np.ndarray, Problem], np.ndarray]) -> 
     return check
 
 
-def mean_of_kept(problem: Problem, result: RuleResult) -> str | None:
+def _mean_of_kept(problem: Problem, result: RuleResult) -> str | None:
     """The mean of the kept clients, or of all, in 500 columns."""
     rows_NC = some_columns(problem.updates[:-1])
     rows_NC = rows_NC if result.kept is None else rows_NC[result.kept]
@@ -126,19 +121,11 @@ def _three_weiszfeld_steps(problem: Problem, result: RuleResult) -> str | None:
     return _difference(problem, result.update, point_P)
 
 
-def _krum(extra_neighbours: int = 0) -> Check:
+def _krum(*, multi: bool, extra_neighbours: int = 0) -> Check:
     def check(problem: Problem, result: RuleResult) -> str | None:
         ranking = reference.krum_ranking(problem.squared_distances, problem.num_malicious, extra_neighbours)
-        return _difference(problem, result.update, _float64(problem.updates[ranking[0]]))
-
-    return check
-
-
-def _multi_krum(extra_neighbours: int = 0) -> Check:
-    def check(problem: Problem, result: RuleResult) -> str | None:
-        ranking = reference.krum_ranking(problem.squared_distances, problem.num_malicious, extra_neighbours)
-        best = sorted(ranking[: problem.num_clients - problem.num_malicious])
-        if result.kept is not None and result.kept.nonzero().flatten().tolist() != best:
+        best = sorted(ranking[: problem.num_clients - problem.num_malicious if multi else 1])
+        if multi and result.kept is not None and result.kept.nonzero().flatten().tolist() != best:
             return "other clients are kept"
         return _difference(problem, result.update, np.mean([_float64(problem.updates[i]) for i in best], 0))
 
@@ -171,12 +158,12 @@ def _skymask(problem: Problem, result: RuleResult) -> str | None:
 
 CHECKS: dict[str, tuple[Check, str]] = {
     "bulyan": (_bulyan, "a loop over the rounds of the choice, 500 columns"),
-    "fedavg": (mean_of_kept, "NumPy's mean, 500 columns"),
+    "fedavg": (_mean_of_kept, "NumPy's mean, 500 columns"),
     "fltrust": (_fltrust, "a loop over the clients"),
     "geometric-median": (_geometric_median, "its defining property"),
-    "krum": (_krum(), "a loop over the clients"),
+    "krum": (_krum(multi=False), "a loop over the clients"),
     "median": (_coordinatewise(lambda values_NC, _: reference.median(values_NC)), "a loop over 500 columns"),
-    "multi-krum": (_multi_krum(), "a loop over the clients"),
+    "multi-krum": (_krum(multi=True), "a loop over the clients"),
     "skymask": (_skymask, "the same round with solver reference"),
     "trimmed-mean": (
         _coordinatewise(lambda values_NC, problem: reference.trimmed_mean(values_NC, problem.num_malicious)),
@@ -184,14 +171,15 @@ CHECKS: dict[str, tuple[Check, str]] = {
     ),
 }
 
-# ByzFL's aggregators by class name: whether they take f, and the check against ByzFL's own definition.
-BYZFL: dict[str, tuple[bool, Check, str]] = {
-    "Average": (False, *CHECKS["fedavg"]),
-    "Median": (False, *CHECKS["median"]),
-    "TrMean": (True, *CHECKS["trimmed-mean"]),
-    "GeometricMedian": (False, _three_weiszfeld_steps, "three steps, one client at a time"),
-    "Krum": (True, _krum(1), "a loop over the clients, n - f - 1 neighbours"),
-    "MultiKrum": (True, _multi_krum(1), "a loop over the clients, n - f - 1 neighbours"),
+# ByzFL's aggregators by class name, and whether they take f. They are checked against ByzFL's own definitions.
+BYZFL = {"Average": False, "Median": False, "TrMean": True, "GeometricMedian": False, "Krum": True, "MultiKrum": True}
+CHECKS |= {
+    "ByzFL Average": CHECKS["fedavg"],
+    "ByzFL Median": CHECKS["median"],
+    "ByzFL TrMean": CHECKS["trimmed-mean"],
+    "ByzFL GeometricMedian": (_three_weiszfeld_steps, "three steps, one client at a time"),
+    "ByzFL Krum": (_krum(multi=False, extra_neighbours=1), "a loop over the clients, n - f - 1 neighbours"),
+    "ByzFL MultiKrum": (_krum(multi=True, extra_neighbours=1), "a loop over the clients, n - f - 1 neighbours"),
 }
 
 
@@ -209,4 +197,4 @@ def byzfl_aggregator(name: str, num_malicious: int) -> Callable[[Tensor], Tensor
         package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
         sys.modules["byzfl"] = package
     aggregators: Any = importlib.import_module("byzfl.aggregators")
-    return getattr(aggregators, name)(f=num_malicious) if BYZFL[name][0] else getattr(aggregators, name)()
+    return getattr(aggregators, name)(f=num_malicious) if BYZFL[name] else getattr(aggregators, name)()

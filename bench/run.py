@@ -23,7 +23,6 @@ from skymask_gpu.engine.peak_memory import give_back_freed
 
 __all__ = ["Runner", "Trial", "count_rows", "measure_cases"]
 
-_SEED = 0
 # A first call may compile, so it is stopped only after this multiple of the longest call that is allowed.
 _STOPPED_AFTER = 3
 
@@ -114,7 +113,7 @@ class Runner:
         # by case, dtype and provider: the number of clients, and the seconds of a call
         self._paces: dict[tuple[str, str, str], tuple[int, float]] = {}
         self._begin = time.monotonic()
-        self._conditions = conditions(device, _SEED)
+        self._conditions = conditions(device)
 
     def point(self, case: Case, num_clients: int, dtype: str) -> Iterator[Row]:
         """All rows of a case with this number of clients and updates of this type."""
@@ -152,7 +151,7 @@ class Runner:
                 self._models[case.name] = Model.build(case, self.device)
             # on a GPU, running out of memory is an error like any other
             free = free_memory(self.device) if self.device.type == "cpu" else None
-            return Problem.build(case, self._models[case.name], num_clients, _SEED, free).to(dtype)
+            return Problem.build(case, self._models[case.name], num_clients, free).to(dtype)
 
     def _row(self, case: Case, num_clients: int, dtype: str, provider: Provider, **columns: Any) -> Row:
         model = self._models.get(case.name)

@@ -19,6 +19,7 @@ from skymask_gpu.io.files import write_text
 __all__ = [
     "COPY",
     "RATIOS",
+    "SEED",
     "CannotRunError",
     "NoCheckError",
     "NotTimedError",
@@ -32,6 +33,8 @@ __all__ = [
 
 # On a GPU, the provider whose bandwidth ``of_copy`` is relative to.
 COPY = "copy"
+# All that is random in a run follows from it.
+SEED = 0
 RATIOS = ("to_reference", "to_passes", "to_mean")
 
 
@@ -185,14 +188,14 @@ def _parsed(text: str, kind: Any) -> Any:
     return float(text) if kind == float | None else int(text)
 
 
-def conditions(device: torch.device, seed: int) -> dict[str, Any]:
+def conditions(device: torch.device) -> dict[str, Any]:
     """The columns that are the same for all rows of a run."""
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "versions": ", ".join(f"{name} {number}" for name, number in versions() if number != "not installed"),
         "commit": _commit(),
-        "seed": seed,
+        "seed": SEED,
     }
 
 

@@ -7,6 +7,7 @@ agree, in float64: where max pooling or ReLU switch, rounding to float32 can cha
 
 import argparse
 import copy
+import statistics
 import sys
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skymask_gpu.bench.measure import measure
+from skymask_gpu.bench.measure import sample
 from skymask_gpu.federation.clients import Batches, LocalTraining, batching_for, draw_batches, train_clients
 from skymask_gpu.federation.models import build_model
 
@@ -75,7 +76,8 @@ def compare(case: str, num_clients: int, repeats: int, device: torch.device) -> 
     seconds = {}
     for way in WAYS:
         train(way, module, inputs, few)  # warms up
-        seconds[way] = measure(partial(train, way, module, inputs, batches), repeats, device)[1].median
+        call = partial(train, way, module, inputs, batches)
+        seconds[way] = statistics.median(sample(call, device) for _ in range(repeats))
     return seconds, error
 
 

@@ -20,7 +20,7 @@ class Small:
     """Problems, limits and runs of a model with 3,372 parameters."""
 
     def problem(self, case: Case = CASES["logreg"], num_clients: int = 30) -> Problem:
-        return Problem.build(case, Model.build(case, CPU), num_clients, seed=0)
+        return Problem.build(case, Model.build(case, CPU), num_clients)
 
     def limits(self, *clients: int, case: str = "logreg", **settings: Any) -> Limits:
         return Limits(clients, (case,), ("float32",), repeat_seconds=0.0, left_out=(COMPILED,), **settings)

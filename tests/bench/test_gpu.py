@@ -114,7 +114,7 @@ def test_a_wrong_average_or_label_is_found(small: Any) -> None:
     def check(result: RuleResult) -> str:
         return gpu_figures._check_judging(problem, (result, masks, alignment_N), truth)
 
-    assert check(result).startswith("the mean in float64")
+    assert check(result) == "NumPy's mean, 500 columns, a CPU's labels up to N = 500"
     with pytest.raises(WrongResultError, match="the update is off"):
         check(replace(result, update=1.01 * result.update))
     with pytest.raises(WrongResultError, match="labels differ from those of the CPU"):
@@ -150,8 +150,8 @@ def played(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int
         return gpu.main(["--out", str(folder), "--point", f"{model}-{clients}"])
 
     monkeypatch.setattr(gpu, "_measured_alone", measured_alone)
-    monkeypatch.setattr(gpu, "conditions", lambda device, seed: {"device": "NVIDIA Test 1"})
-    monkeypatch.setattr("skymask_gpu.bench.run.conditions", lambda device, seed: {"device": "NVIDIA Test 1"})
+    monkeypatch.setattr(gpu, "conditions", lambda device: {"device": "NVIDIA Test 1"})
+    monkeypatch.setattr("skymask_gpu.bench.run.conditions", lambda device: {"device": "NVIDIA Test 1"})
     return lambda *arguments: gpu.main(["--out", str(tmp_path), *arguments])
 
 

@@ -203,7 +203,7 @@ def test_freed_memory_is_given_back_before_each_table_and_first_call(
 
 def test_updates_that_leave_no_room_are_not_made() -> None:
     with pytest.raises(TooLargeError, match=r"the updates alone take 1,256.2 of 1.0 GiB"):
-        Problem.build(CASES["logreg"], Model.build(CASES["logreg"], CPU), 10**8, seed=0, free_bytes=2**30)
+        Problem.build(CASES["logreg"], Model.build(CASES["logreg"], CPU), 10**8, free_bytes=2**30)
 
 
 def test_points_come_in_the_order_that_a_reader_needs_them() -> None:
