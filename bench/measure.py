@@ -105,48 +105,31 @@ def measure_steadily(
     Raises:
         StoppedError: a Ctrl-C meanwhile.
     """
-    timings = {name: _Timing(call, device) for name, call in calls.items()}
+    timings: dict[str, _Timing] = {}
 
     def measured() -> dict[str, Measured | Exception]:
         begun = {name: t for name, t in timings.items() if t.error or t.seconds}
         return {name: t.error or Measured(t.seconds, t.peak, t.ratios) for name, t in begun.items()}
 
     try:
-        _repeat_in_rounds(timings, device, seconds, floors, is_over, started)
+        timed = [_TimedFloor(name, floor, device) for name, floor in floors.items()]
+        yardsticks = [floor for floor in timed if floor.is_yardstick]
+        for name, call in calls.items():
+            if not is_over():
+                started(name)
+                timings[name] = _Timing(call, device, yardsticks)
+                timings[name].begin()
+        seconds = max([seconds, *(timing.first for timing in timings.values())])
+        while (active := [name for name, timing in timings.items() if timing.wants_more(seconds)]) and not is_over():
+            for name in active:
+                if not is_over():
+                    started(name)
+                    timings[name].repeat()
+        for floor in yardsticks:
+            floor.settle()
     except KeyboardInterrupt:
         raise StoppedError(measured()) from None
     return measured()
-
-
-def _repeat_in_rounds(
-    timings: "dict[str, _Timing]",
-    device: torch.device,
-    seconds: float,
-    floors: Mapping[str, Floor],
-    is_over: Callable[[], bool],
-    started: Callable[[str], None],
-) -> None:
-    timed = [_TimedFloor(name, floor, device) for name, floor in floors.items()]
-    yardsticks = [floor for floor in timed if floor.is_yardstick]
-
-    def note(timing: _Timing, taken: float | None) -> None:
-        if taken is not None:
-            for floor in yardsticks:
-                floor.note(timing, taken)
-
-    for name, timing in timings.items():
-        if not is_over():
-            started(name)
-            note(timing, timing.begin())
-    seconds = max([seconds, *(timing.first for timing in timings.values())])
-    while (active := [name for name, timing in timings.items() if timing.wants_more(seconds)]) and not is_over():
-        for name in active:
-            if is_over():
-                break
-            started(name)
-            note(timings[name], timings[name].repeat())
-    for floor in yardsticks:
-        floor.settle()
 
 
 @dataclass
@@ -155,6 +138,7 @@ class _Timing:
 
     call: Callable[[], object]
     device: torch.device
+    yardsticks: "list[_TimedFloor]"
     first: float = 0.0
     peak: int | None = None
     spent: float = 0.0
@@ -162,34 +146,35 @@ class _Timing:
     ratios: dict[str, list[float]] = field(default_factory=dict)
     error: Exception | None = None
 
-    def begin(self) -> float | None:
+    def begin(self) -> None:
         """The first call, which measures the peak of memory.
 
-        It also pays for the pages that were given back before, so only the time of a long call counts and is returned.
+        It also pays for the pages that were given back before, so only the time of a long call counts.
         """
         try:
             _empty_caches(self.device)
             held = start_peak(self.device)
             self.first = _time(self.call, self.device)
-            self.peak = _peak_above(held, self.device)
+            self.peak = None if held is None else max(0, peak_bytes(self.device) - held)
         except Exception as error:
             self.error = error
-            return None
-        if self.first <= _LONG:
-            return None
-        self.seconds.append(self.first)
-        return self.first
+        if self.first > _LONG:
+            self._note(self.first)
 
-    def repeat(self) -> float | None:
+    def repeat(self) -> None:
         start = time.perf_counter()
         try:
             taken = sample(self.call, self.device)
         except Exception as error:
             self.error = error
-            return None
-        self.seconds.append(taken)
+            return
         self.spent += time.perf_counter() - start
-        return taken
+        self._note(taken)
+
+    def _note(self, taken: float) -> None:
+        self.seconds.append(taken)
+        for floor in self.yardsticks:
+            floor.note(self, taken)
 
     def wants_more(self, seconds: float) -> bool:
         if self.error is not None:
@@ -325,7 +310,3 @@ def _time(call: Callable[[], object], device: torch.device, calls: int = 1) -> f
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _peak_above(held: int | None, device: torch.device) -> int | None:
-    return None if held is None else max(0, peak_bytes(device) - held)

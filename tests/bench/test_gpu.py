@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from skymask_gpu.bench import gpu, gpu_figures, run
-from skymask_gpu.bench.cases import CASES, Problem
+from skymask_gpu.bench.cases import CASES
 from skymask_gpu.bench.points import Limits
 from skymask_gpu.bench.providers import Truth, WrongResultError
 from skymask_gpu.bench.table import Row, read_rows, write_rows
@@ -121,19 +121,6 @@ def test_a_wrong_average_or_label_is_found(small: Any) -> None:
         check(replace(result, kept=~result.kept))
 
 
-def test_out_of_memory_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("no more")
-
-    monkeypatch.setattr(gpu_figures, "first_step", exhausted)
-    rows = measured()
-    assert (rows["next_step"].status, rows["next_step"].detail) == ("out of memory", "no more")
-    assert rows["collapsed"].status == "ok"
-    monkeypatch.setattr(Problem, "build", exhausted)
-    rows = measured()
-    assert {(row.status, row.detail) for row in rows.values()} == {("out of memory", "no more")}
-
-
 # --- the command --------------------------------------------------------------------------------------------------------
 
 
@@ -212,9 +199,3 @@ def test_a_process_that_ends_early_is_a_row_until_it_is_tried_again(
     assert (row.case, row.clients, row.provider, row.status) == ("logreg", 20, "process", "failed")
     assert row.detail == "its process ended with exit code -11: start again"
     assert played() == 0
-
-
-def test_another_files_columns_are_refused(tmp_path: Path, played: Callable[..., int]) -> None:
-    (tmp_path / "test-1.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"test-1\.csv has other columns than this benchmark writes"):
-        played()

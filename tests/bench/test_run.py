@@ -24,6 +24,11 @@ def fail(problem: Problem) -> None:
     raise IndexError("no such thing")
 
 
+def exhaust(*_: Any) -> None:
+    """As a GPU does."""
+    raise torch.OutOfMemoryError("no more")
+
+
 @pytest.mark.usefixtures("few_repeats")
 def test_results_are_checked_and_timed_without_tf32(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     convolutions, seen = torch.backends.cudnn.conv, []
@@ -59,13 +64,22 @@ def test_what_fails_or_runs_out_of_memory_is_a_row_and_the_next_goes_on(small: A
     play(
         greedy=lambda problem: torch.empty(all_that_is_free, dtype=torch.uint8),
         failing=fail,
+        exhausting=exhaust,
         modest=lambda problem: torch.empty(2**20),
     )
     rows = small.rows(small.limits(5))
     assert rows[5, "greedy"].status == "out of memory"
     assert "allocate" in rows[5, "greedy"].detail
     assert (rows[5, "failing"].status, rows[5, "failing"].detail) == ("failed", "IndexError: no such thing")
+    assert (rows[5, "exhausting"].status, rows[5, "exhausting"].detail) == ("out of memory", "no more")
     assert rows[5, "modest"].status == "ok"
+
+
+def test_without_updates_every_row_says_why(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Problem, "build", exhaust)
+    rows = small.rows(small.limits(5))
+    assert len(rows) == run.count_rows(small.limits(5))
+    assert {(row.status, row.detail) for row in rows.values()} == {("out of memory", "no more")}
 
 
 @pytest.mark.usefixtures("few_repeats")
