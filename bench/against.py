@@ -135,8 +135,7 @@ def _time(row: Row, today: _Side, before: _Side, seconds: float) -> None:
         ratio = Ratio.of(ratios)
         if len(ratios) >= _LEAST_REPEATS and ratio is not None and ratio.is_within(_KNOWN_WITHIN):
             break
-    row.median_s, row.p20_s, row.p80_s = (float(np.quantile(own, share)) for share in (0.5, 0.2, 0.8))
-    row.repeats = len(own)
+    row.set_times(own)
     row.set_ratio("to_before", Ratio.of(ratios))
 
 

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
 import torch
 
 from skymask_gpu.bench.ratio import Ratio
@@ -58,13 +57,6 @@ class Measured:
     seconds: list[float]
     peak_bytes: int | None
     ratios: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def median(self) -> float:
-        return self.quantile(0.5)
-
-    def quantile(self, share: float) -> float:
-        return float(np.quantile(self.seconds, share))
 
 
 @dataclass(frozen=True)

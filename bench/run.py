@@ -1,6 +1,7 @@
 """The runner: cases x clients x providers. Each result is checked before it is timed; each measurement is a row."""
 
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,8 +86,8 @@ class Trial:
         """The columns of what was timed."""
         row, provider = self.row, self.provider
         row.status = "ok"
-        row.median_s, row.p20_s, row.p80_s = (measured.quantile(share) for share in (0.5, 0.2, 0.8))
-        row.repeats, row.peak_bytes = len(measured.seconds), measured.peak_bytes
+        row.set_times(measured.seconds)
+        row.peak_bytes = measured.peak_bytes
         for baseline in provider.baselines:
             row.set_ratio(baseline, Ratio.of(measured.ratios.get(baseline, [])))
         if provider.baseline:
@@ -285,7 +286,7 @@ class Runner:
         for trial in trials:
             own = measured.get(trial.provider.name)
             if isinstance(own, Measured):
-                self._note_pace(trial, own.median)
+                self._note_pace(trial, statistics.median(own.seconds))
                 trial.fill(own, measured.get("reference"))
             elif own is not None:
                 trial.give_up(**status_of(own))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from skymask_gpu.bench.ratio import Ratio
@@ -138,6 +139,10 @@ class Row:
     commit: str = ""
     seed: int | None = None
     time: str = ""
+
+    def set_times(self, seconds: list[float]) -> None:
+        self.median_s, self.p20_s, self.p80_s = (float(np.quantile(seconds, share)) for share in (0.5, 0.2, 0.8))
+        self.repeats = len(seconds)
 
     def ratio(self, name: str) -> Ratio | None:
         """A ratio (``"to_mean"``) with its interval."""

@@ -47,6 +47,12 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
         read_rows(tmp_path / "other.csv")
 
 
+def test_times_are_the_median_and_the_20th_and_80th_percentile() -> None:
+    row = made_rows()[0]
+    row.set_times([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+    assert (row.median_s, row.p20_s, row.p80_s, row.repeats) == (3.5, 2.0, 5.0, 6)
+
+
 def test_the_summary_has_every_row_with_a_time_or_a_reason(tmp_path: Path) -> None:
     write_summary(made_rows(), tmp_path / "summary.md")
     text = (tmp_path / "summary.md").read_text()
