@@ -139,18 +139,13 @@ def measure_points(file: _File, end: float) -> bool:
             continue
         if time.monotonic() > end:
             return False
-        code = _measured_alone(model, clients, file.path.parent)
+        command = [sys.executable, "-P", "-m", "skymask_gpu.bench.gpu", "--out", str(file.path.parent)]
+        code = subprocess.run([*command, "--point", f"{model}-{clients}"], check=False).returncode
         file.read()
         if code:
             detail = f"its process ended with exit code {code}: start again"
             file.add_untimed(model, clients, "process", status="failed", detail=detail)
     return True
-
-
-def _measured_alone(model: str, clients: int, folder: Path) -> int:
-    """The exit code of a process that measures a point."""
-    command = [sys.executable, "-P", "-m", "skymask_gpu.bench.gpu", "--out", str(folder), "--point", f"{model}-{clients}"]
-    return subprocess.run(command, check=False).returncode
 
 
 def measure(file: _File, model: str, clients: int, device: torch.device) -> None:

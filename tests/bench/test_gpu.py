@@ -1,6 +1,8 @@
 """The benchmark of a GPU, played on a CPU: what is wrong gets no time, and an interrupted run goes on."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -133,10 +135,14 @@ def played(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int
     monkeypatch.setattr(gpu, "KERNEL_TESTS", tmp_path / "kernels")
     (tmp_path / "kernels").mkdir()
 
-    def measured_alone(model: str, clients: int, folder: Path) -> int:
-        return gpu.main(["--out", str(folder), "--point", f"{model}-{clients}"])
+    honest = subprocess.run
 
-    monkeypatch.setattr(gpu, "_measured_alone", measured_alone)
+    def run_here(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
+        if command[:4] != [sys.executable, "-P", "-m", "skymask_gpu.bench.gpu"]:
+            return honest(command, **settings)
+        return subprocess.CompletedProcess(command, gpu.main(command[4:]))
+
+    monkeypatch.setattr(subprocess, "run", run_here)
     monkeypatch.setattr(gpu, "conditions", lambda device: {"device": "NVIDIA Test 1"})
     monkeypatch.setattr("skymask_gpu.bench.run.conditions", lambda device: {"device": "NVIDIA Test 1"})
     return lambda *arguments: gpu.main(["--out", str(tmp_path), *arguments])
@@ -193,7 +199,8 @@ def test_a_process_that_ends_early_is_a_row_until_it_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: Callable[..., int]
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(gpu, "_measured_alone", lambda model, clients, folder: -11 if clients == 20 else 0)
+        ended = lambda command, **_: subprocess.CompletedProcess(command, -11 if "logreg-20" in command else 0)  # noqa: E731
+        patched.setattr(subprocess, "run", ended)
         assert played() == 1
     (row,) = read_rows(tmp_path / "test-1.csv")
     assert (row.case, row.clients, row.provider, row.status) == ("logreg", 20, "process", "failed")
