@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of DEVICE.csv")
     parser.add_argument("--seconds", type=float, default=480.0, help="after this time, no further point begins")
     points = {f"{model}-{clients}": (model, clients) for model, clients in product(MODELS, CLIENTS)}
-    parser.add_argument("--point", choices=points, help="only this point, in this process")
+    parser.add_argument("--point", metavar="MODEL-CLIENTS", choices=points, help="only this point, in this process")
     options = parser.parse_args(arguments)
     console = Console()
     found = _gpu()
