@@ -89,7 +89,7 @@ def test_attackers_are_rejected_and_the_rest_averaged() -> None:
     result = defence().aggregate(updates_NP)
     assert result.benign.tolist() == [False] * 5 + [True] * 15
     assert sorted(result.rejected) == [0, 1, 2, 3, 4]
-    assert all("masks lie" in reason for reason in result.rejected.values())
+    assert all("keep share" in reason for reason in result.rejected.values())
     assert_is_mean_rounded_once(result.update, updates_NP[5:])
     assert result.factors.tolist() == [0.0] * 5 + [1.0] * 15
     assert torch.equal(updates_NP, before), "the caller's tensor must stay as it is"

@@ -5,13 +5,12 @@ which they differ, which is the squared distance of two 0/1 vectors, per bit. Wi
 matrix, K = -1/2 J D J is the Gram matrix of the centred masks. Its leading eigenvectors times the
 square roots of their eigenvalues are the PCA scores. There are three rules:
 
-* ``two-stage`` (default) keeps every client when nobody attacks, and is deterministic. First it
-  rejects copies: a large group of masks that are nearer to each other than two models come that are
-  each trained on their own data. If there are no such copies, it rejects one side of a cut
-  instead. Then it rejects outliers.
-* ``signed`` rejects a group of clients that differs from the others in the cosine with the root
-  direction, the keep share and the components of the masks taken together, and that is worse. The
-  root's row has no say.
+* ``signed`` (default) rejects a group of clients that differs from the others in the cosine with
+  the root direction, the keep share and the components of the masks taken together, and that is
+  worse. The root's row has no say.
+* ``two-stage`` trusts the root's row. First it rejects copies: a large group of masks that are
+  nearer to each other than two models come that are each trained on their own data. If there are no
+  such copies, it rejects one side of a cut instead. Then it rejects outliers.
 * ``published`` is PCA to two dimensions and a Gaussian mixture of two components (SkyMask, ECCV
   2024, arXiv 2312.12484, section 4.3). It always makes two clusters, so without an attack it
   rejects a third of the honest clients.
@@ -20,7 +19,7 @@ square roots of their eigenvalues are the PCA scores. There are three rules:
 | --- | --- |
 | ``config.py`` | ``Clustering``: which rule, which library |
 | ``verdict.py`` | ``cluster_masks``, ``cluster_distances``, ``ClusteredMasks``: checks, the rule, the one look from the host |
-| ``two_stage.py``, ``signed.py``, ``published.py`` | the rules |
+| ``signed.py``, ``two_stage.py``, ``published.py`` | the rules; all but the last are deterministic |
 | ``worse_side.py``, ``cut_statistics.py`` | the signed rule's cut: which one counts; the formulas |
 | ``witnesses.py``, ``among.py``, ``by_root.py`` | the signed rule: what it sees, some clients only, no witness |
 | ``ruling.py`` | what a rule hands over, and the separation of two sides |

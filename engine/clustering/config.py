@@ -13,7 +13,7 @@ class Clustering:
     """How masks are clustered.
 
     Attributes:
-        rule: ``"two-stage"``, ``"signed"`` or ``"published"``.
+        rule: ``"signed"``, ``"two-stage"`` or ``"published"``; the package says what each one does.
         seed: seed of the k-means start of the published rule; the other rules are deterministic.
         backend: the library that computes the principal scores, the k-means start and the mixture.
             ``"torch"`` is this package's code, on the device of the masks. ``"sklearn"`` is
@@ -25,7 +25,7 @@ class Clustering:
         ValueError: there is no such rule or backend, or the backend cannot run here.
     """
 
-    rule: Literal["two-stage", "signed", "published"] = "two-stage"
+    rule: Literal["two-stage", "signed", "published"] = "signed"
     seed: int = 0
     backend: Literal["torch", "sklearn", "cuml"] = "torch"
 

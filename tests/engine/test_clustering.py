@@ -20,6 +20,7 @@ from skymask_gpu.engine.distances import Distances, mask_distances
 from skymask_gpu.kernels.tree import path_maxima
 
 Matrices = Iterator[tuple[str, dict, np.ndarray, np.ndarray]]
+TWO_STAGE = Clustering(rule="two-stage")
 NUM_STORED_PARAMS = 139_960
 
 
@@ -90,7 +91,7 @@ def test_path_maxima_leave_out_who_is_not_kept() -> None:
 def test_many_rows_get_the_same_scores_and_verdict_as_few(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = packed(random_masks(151, 2000, groups, groups=groups))
     exact_scores = principal_scores(mask_distances(masks, 2000))
-    exact = cluster_masks(masks, 2000)
+    exact = cluster_masks(masks, 2000, config=TWO_STAGE)
     assert (exact.num_clusters == 1) == (groups == 1)
     monkeypatch.setattr("skymask_gpu.engine.clustering.spectrum._DENSE_ROWS", 10)
     scores = principal_scores(mask_distances(masks, 2000))
@@ -100,7 +101,7 @@ def test_many_rows_get_the_same_scores_and_verdict_as_few(groups: int, monkeypat
     rounded = mask_distances(masks, 100_000)
     assert rounded.stored.dtype == torch.uint16
     assert rounded.unit == 2 / 100_000
-    many = cluster_masks(masks, 2000)
+    many = cluster_masks(masks, 2000, config=TWO_STAGE)
     assert torch.equal(many.benign, exact.benign)
     assert many.reason == exact.reason
 
@@ -119,7 +120,7 @@ def verdicts(mask_matrices: Matrices, config: Clustering) -> dict[str, tuple[Ten
 
 
 def test_two_stage_on_the_stored_masks(mask_matrices: Matrices) -> None:
-    judged = verdicts(mask_matrices, Clustering())
+    judged = verdicts(mask_matrices, TWO_STAGE)
     assert len(judged) == 87
     exact = [name for name, (benign, honest) in judged.items() if torch.equal(benign, honest)]
     print(f"two-stage: {len(exact)} of 87 exact; not: {sorted(set(judged) - set(exact))}")
@@ -146,12 +147,12 @@ def test_the_veto_swaps_sides_only_when_the_root_opposes_its_own_direction() -> 
     masks = random_masks(31, 900, 0, groups=2)  # rows 0, 2, ..., 30 (the root) in one group
     with_root = torch.arange(30) % 2 == 0
     agrees = torch.where(with_root, 1.0, -1.0)
-    kept = cluster_masks(packed(masks), 900, alignment=agrees)
+    kept = cluster_masks(packed(masks), 900, alignment=agrees, config=TWO_STAGE)
     assert torch.equal(kept.benign, with_root)
-    swapped = cluster_masks(packed(masks), 900, alignment=-agrees)
+    swapped = cluster_masks(packed(masks), 900, alignment=-agrees, config=TWO_STAGE)
     assert torch.equal(swapped.benign, ~with_root)
     assert "root direction" in swapped.reason
-    assert torch.equal(cluster_masks(packed(masks), 900, alignment=torch.full((30,), -1.0)).benign, with_root)
+    assert torch.equal(cluster_masks(packed(masks), 900, alignment=torch.full((30,), -1.0), config=TWO_STAGE).benign, with_root)
 
 
 @pytest.mark.parametrize("spread", [0, 1], ids=["one-update", "almost-one"])
@@ -161,7 +162,7 @@ def test_copies_in_the_middle_of_honest_masks_are_rejected(spread: int, generato
     masks[:10] = masks.float().mean(0) > 0.5
     for row in range(10):
         masks[row, torch.randperm(4000, generator=generator)[:spread]] ^= True
-    clusters = cluster_masks(packed(masks.numpy()), 4000)
+    clusters = cluster_masks(packed(masks.numpy()), 4000, config=TWO_STAGE)
     assert clusters.benign.tolist() == [False] * 10 + [True] * 40
     assert clusters.reason == "10 masks are copies of another's"
 
@@ -173,12 +174,12 @@ def test_copies_are_no_evidence_where_the_scale_is_not_honest(generator: torch.G
     many[:43] = many.float().mean(0) > 0.5
     pairs = masks.clone()
     pairs[0:50:2] = pairs[1:50:2]
-    assert cluster_masks(packed(many.numpy()), 4000).benign.all()
-    assert cluster_masks(packed(pairs.numpy()), 4000).benign.all()
+    assert cluster_masks(packed(many.numpy()), 4000, config=TWO_STAGE).benign.all()
+    assert cluster_masks(packed(pairs.numpy()), 4000, config=TWO_STAGE).benign.all()
     base = torch.rand(4000, generator=generator) < 0.5
     close = base ^ (torch.rand(51, 4000, generator=generator) < 0.01)
     close[-1] = masks[-1]
-    assert cluster_masks(packed(close.numpy()), 4000).benign.all()
+    assert cluster_masks(packed(close.numpy()), 4000, config=TWO_STAGE).benign.all()
 
 
 def distances_with(nearest: list[float], root: float) -> Distances:
@@ -225,7 +226,9 @@ def test_decoys_hide_nobody(mask_matrices: Matrices) -> None:
             counts[:decoys, :decoys] = 0
             alignment[:decoys] = alignment[0]
             clusters = cluster_distances(
-                torch.from_numpy(counts / NUM_STORED_PARAMS), alignment=torch.from_numpy(alignment).double()
+                torch.from_numpy(counts / NUM_STORED_PARAMS),
+                alignment=torch.from_numpy(alignment).double(),
+                config=TWO_STAGE,
             )
             kept.append(int(clusters.benign[: fact["malicious"]].sum()))
         assert kept[1] <= kept[0], name
@@ -242,7 +245,7 @@ def test_a_tenth_of_copies_stops_no_cut_and_more_than_that_does(
     masks[:, :apart] ^= torch.rand(101, apart, generator=generator) < 0.02
     masks[20 : 20 + num_copies] = masks[20]
     alignment = torch.where(torch.arange(100) < 20, -1.0, 1.0)
-    clusters = cluster_masks(packed(masks.numpy()), 6000, alignment=alignment)
+    clusters = cluster_masks(packed(masks.numpy()), 6000, alignment=alignment, config=TWO_STAGE)
     if num_copies == 10:
         assert clusters.benign.tolist() == [False] * 20 + [True] * 80
         assert clusters.reason.startswith(
@@ -262,7 +265,7 @@ def test_copies_around_the_root_do_not_make_outliers_of_honest_clients(generator
     masks[:12] = masks.float().mean(0) > 0.5
     masks[-1] = masks[0]
     masks[-1, torch.randperm(4000, generator=generator)[:60]] ^= True
-    clusters = cluster_masks(packed(masks.numpy()), 4000)
+    clusters = cluster_masks(packed(masks.numpy()), 4000, config=TWO_STAGE)
     assert clusters.benign.tolist() == [False] * 12 + [True] * 38
 
 
@@ -274,8 +277,8 @@ def test_a_clean_cut_counts_if_its_far_side_is_astray(astray: float | None, gene
     masks[:20, :1000] = False
     masks[:, :1000] ^= torch.rand(101, 1000, generator=generator) < 0.02
     alignment = None if astray is None else torch.where(torch.arange(100) < 20, astray, 1.0)
-    clusters = cluster_masks(packed(masks.numpy()), 6000, alignment=alignment)
-    assert 0.3 < cluster_masks(packed(masks.numpy()), 6000).separation < 1
+    clusters = cluster_masks(packed(masks.numpy()), 6000, alignment=alignment, config=TWO_STAGE)
+    assert 0.3 < cluster_masks(packed(masks.numpy()), 6000, config=TWO_STAGE).separation < 1
     rejected = astray is not None and astray < 0.4
     assert clusters.benign.tolist() == [not rejected] * 20 + [True] * 80
     assert ("cut off cleanly, and their clients hardly follow the root direction" in clusters.reason) == rejected
@@ -284,7 +287,7 @@ def test_a_clean_cut_counts_if_its_far_side_is_astray(astray: float | None, gene
 def test_a_cut_that_is_not_clean_does_not_count(generator: torch.Generator) -> None:
     masks = torch.rand(101, 6000, generator=generator) < 0.5
     alignment = torch.where(torch.arange(100) < 20, -1.0, 1.0)
-    assert cluster_masks(packed(masks.numpy()), 6000, alignment=alignment).benign.all()
+    assert cluster_masks(packed(masks.numpy()), 6000, alignment=alignment, config=TWO_STAGE).benign.all()
 
 
 def first_gap(heights: list[float], smallest: float) -> tuple[list[bool], float]:

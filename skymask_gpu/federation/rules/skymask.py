@@ -28,7 +28,7 @@ class SkyMaskSettings:
     """
 
     solver: str = "auto"
-    clustering: str = "two-stage"
+    clustering: str = "signed"
     mask_steps: int = 20
     mask_lr: float = 1e7
     mask_grad_clip: float = 1e-7
