@@ -361,3 +361,13 @@ def test_the_example_reads_and_names_most_attacks(checkout: Path) -> None:
     assert list(board.recipes) == ["few", "noclip", "epoch", "momentum", "dirichlet", "iid"]
     assert {attack.name for attack in board.attacks.values()} == {*ATTACKS} - {"layers"}
     assert len(list(board.set_keys())) == 6 * 3 * len(board.attacks)
+
+
+def test_the_smaller_examples_read(checkout: Path) -> None:
+    digits = read_board(checkout / "examples" / "board_digits.toml")
+    assert {run.data.clients for run in digits.recipes.values()} == {10, 20, 50, 100}
+    assert len(list(digits.set_keys())) == 16 * 10 * 4
+    whole = read_board(checkout / "examples" / "board_trajectories.toml")
+    assert whole.trajectories is not None
+    assert whole.trajectories.rounds == 10
+    assert len(whole.trajectories.attacks) == 24
