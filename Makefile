@@ -5,12 +5,13 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+FLOWER := .venv-flower
 # `python -m` must not find the checkout's own skymask_gpu/ before the installed one.
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo leak test test-slow test-portable portable-plain portable-avx2 portable-native test-oldest \
-	lint typecheck bench wheel clean
+	test-flower lint typecheck bench wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +36,13 @@ $(OLDEST)/.test: setup.py Makefile
 	$(OLDEST)/bin/pip install -q $$(grep -oE '[a-z][a-z0-9-]+>=[0-9.]+' setup.py | sed 's/>=/==/' \
 		| grep -vE '^(torchvision|cuml-cu13|ruff|mypy|build)==')
 	$(OLDEST)/bin/pip install -q --no-deps -e .
+	@touch $@
+
+# Flower demands older versions of our requirements than the newest, so it has an environment of its own.
+$(FLOWER)/.test: setup.py Makefile
+	@$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/pip install -q $(TORCH)
+	$(FLOWER)/bin/pip install -q -e '.[run,flower]' 'pytest>=8.4' 'pytest-xdist>=3.5'
 	@touch $@
 
 install: $(VENV)/.run  ## make .venv with everything `skymask-gpu` needs
@@ -82,6 +90,9 @@ portable-native: $(VENV)/.dev
 test-oldest: $(OLDEST)/.test  ## kernels and engine with the oldest versions that setup.py admits, in .venv-oldest
 	$(OLDEST)/bin/pytest -q -n auto --dist worksteal -m 'not slow' tests/kernels tests/engine
 
+test-flower: $(FLOWER)/.test  ## the Flower strategies, in .venv-flower
+	$(FLOWER)/bin/pytest -q -n auto --dist worksteal tests/integrations tests/test_examples_in_docstrings.py -k flower
+
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,5 +108,5 @@ wheel: $(VENV)/.dev  ## sdist and wheel in dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(OLDEST) build dist demo-out leak-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(FLOWER) build dist demo-out leak-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,6 +28,9 @@ DATA = ["torchvision>=0.26"]
 PRIVACY = ["scikit-image>=0.26"]
 # `Clustering(backend="cuml")`, beside a CUDA 13 build of torch; beside a CUDA 12 build install cuml-cu12 instead.
 CUML = ["cuml-cu13>=26.10; platform_system == 'Linux'"]
+# `skymask_gpu.integrations.flower`. No part of DEV: it demands older versions of typer and rich than the newest, with which
+# the tests shall run.
+FLOWER = ["flwr[simulation]>=1.42"]
 # Without a GPU, Triton is needed only by the tests (interpreter and offline compile).
 TEST = [
     *RUN,
@@ -52,6 +55,6 @@ setup(
     ],
     package_data={"skymask_gpu": ["py.typed"], "skymask_gpu.report": ["*.html.j2"]},
     install_requires=REQUIRED,
-    extras_require={"run": RUN, "data": DATA, "privacy": PRIVACY, "cuml": CUML, "test": TEST, "dev": DEV},
+    extras_require={"run": RUN, "data": DATA, "privacy": PRIVACY, "cuml": CUML, "flower": FLOWER, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["skymask-gpu=skymask_gpu.__main__:main"]},
 )

@@ -107,6 +107,11 @@ class SkyMask:
             profile=profile,
         )
 
+    @property
+    def settings(self) -> Settings:
+        """What this object was made with."""
+        return self._settings
+
     def __repr__(self) -> str:
         settings = self._settings
         where = "where the updates are" if settings.device is None else settings.device

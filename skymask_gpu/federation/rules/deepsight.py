@@ -5,7 +5,7 @@ from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.rules.clustering import hdbscan_labels
-from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult, needs_root_data
 from skymask_gpu.federation.rules.last_layer import LastLayer
 from skymask_gpu.federation.rules.rows import clipped_mean, cosine_distances, inner_products, row_norms
 
@@ -22,6 +22,7 @@ _LARGEST_LOG_RATIO = 60.0
 
 
 @RULES.register("deepsight")
+@needs_root_data
 class DeepSight:
     """DeepSight (Rieger et al., NDSS 2022).
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleResult, needs_root_data
 from skymask_gpu.federation.rules.rows import row_norms, weighted_sum
 
 __all__ = ["fltrust"]
@@ -12,6 +12,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 @RULES.register("fltrust")
+@needs_root_data
 def fltrust(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
     """FLTrust (Cao et al., NDSS 2021).
 

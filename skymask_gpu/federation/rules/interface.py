@@ -10,7 +10,18 @@ from torch import Tensor, nn
 from skymask_gpu.defence import RootTraining
 from skymask_gpu.federation.choices import Choices
 
-__all__ = ["RULES", "RoundInfo", "Rule", "RuleContext", "RuleResult", "clients_per_malicious", "needs_clients", "takes_any_row"]
+__all__ = [
+    "RULES",
+    "RoundInfo",
+    "Rule",
+    "RuleContext",
+    "RuleResult",
+    "clients_per_malicious",
+    "needs_clients",
+    "needs_root_data",
+    "takes_any_row",
+    "uses_root_data",
+]
 
 # Every rule by name. An entry is a function of one round, rule(updates_MP, info[, settings]) ->
 # RuleResult, or a class, which is made once per run as rule(context[, settings]) and then called as
@@ -43,6 +54,17 @@ def needs_clients(per_malicious: int) -> Callable[[Entry], Entry]:
 def clients_per_malicious(name: str) -> int | None:
     """``per_malicious`` of :func:`needs_clients`; None if any number of clients will do."""
     return getattr(RULES[name], "_per_malicious", None)
+
+
+def needs_root_data(rule: Entry) -> Entry:
+    """A decorator for a rule that looks at the server's samples, or at what was learnt on them."""
+    setattr(rule, "_needs_root_data", True)  # noqa: B010
+    return rule
+
+
+def uses_root_data(name: str) -> bool:
+    """Whether a rule is marked by :func:`needs_root_data`."""
+    return getattr(RULES[name], "_needs_root_data", False)
 
 
 @dataclass(frozen=True, kw_only=True)

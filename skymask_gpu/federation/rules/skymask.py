@@ -9,7 +9,7 @@ from skymask_gpu.defence import Aggregation, SkyMask
 from skymask_gpu.defence.means import NORM_BOUND_NAMES
 from skymask_gpu.engine import SOLVERS, Clustering, MaskTraining
 from skymask_gpu.engine.registry import one_of
-from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult, takes_any_row
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult, needs_root_data, takes_any_row
 
 __all__ = ["SkyMaskRule", "SkyMaskSettings"]
 
@@ -50,6 +50,7 @@ class SkyMaskSettings:
 
 
 @RULES.register("skymask", settings=SkyMaskSettings)
+@needs_root_data
 @takes_any_row
 class SkyMaskRule:
     """SkyMask (Yan et al., ECCV 2024) with its root model trained like a client.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.rules.clustering import best_cut
-from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult
+from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult, needs_root_data
 from skymask_gpu.federation.rules.last_layer import LastLayer
 from skymask_gpu.federation.rules.rows import inner_products, mean_of_kept
 
@@ -16,6 +16,7 @@ __all__ = ["Tolpegin"]
 
 
 @RULES.register("tolpegin")
+@needs_root_data
 class Tolpegin:
     """The defence of Tolpegin et al. (ESORICS 2020), with a verdict in place of a look at the plot.
 
