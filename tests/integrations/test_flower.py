@@ -12,6 +12,7 @@ import random
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 pytest.importorskip("flwr", reason="Flower is not installed here; `make test-flower` runs this in an environment that has it")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import strategy as strategies
 from flwr.supercore.task_identity import TaskIdentity
 
 from skymask_gpu import SkyMask
@@ -29,6 +31,7 @@ from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.rules import RULES, RoundInfo, RuleContext, build_rule
 from skymask_gpu.integrations.flower import RuleStrategy, SkyMaskStrategy
 from skymask_gpu.integrations.flower.arrays import UnusableReplyError, read_array
+from skymask_gpu.io.text_tables import markdown_table
 
 NUM_CLIENTS, NUM_ATTACKERS = 50, 3
 # node ids as Flower draws them: random, up to 64 bits, not in the order of the clients
@@ -62,7 +65,8 @@ class FakeGrid:
         return list(self.clients)
 
     def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> list[Message]:
-        replies = [self.clients[message.metadata.dst_node_id](message) for message in messages]
+        by_node = sorted(messages, key=lambda message: message.metadata.dst_node_id)
+        replies = [self.clients[message.metadata.dst_node_id](message) for message in by_node]
         self.rng.shuffle(replies)
         return [reply for reply in replies if reply is not None]
 
@@ -191,7 +195,7 @@ def with_array(change: Callable[[Array], Array]) -> Reply:
     def reply(message: Message) -> Message:
         arrays = ArrayRecord(message.content["arrays"].to_torch_state_dict())
         arrays["0.weight"] = change(arrays["0.weight"])
-        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+        return Message(RecordDict({**content({}), "arrays": arrays}), reply_to=message)
 
     return reply
 
@@ -227,7 +231,7 @@ class Unreadable(RecordDict):
 
 
 WEIGHT = torch.zeros(32, 20)
-HUGE = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2147483648,), }\n"
+HUGE = b"{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,), }\n"
 # kind -> (what the client sends, what the reason must say)
 MALFORMED: dict[str, tuple[Reply, str]] = {
     "a name is missing": (edited(lambda s: {k: v for k, v in s.items() if k != "0.bias"}), "lacks 0.bias"),
@@ -254,10 +258,10 @@ MALFORMED: dict[str, tuple[Reply, str]] = {
         with_data(npy(np.zeros((32, 20), np.float32)) + b"x"),
         "must have 2560 bytes after its header, got 2561",
     ),
-    "a forged header": (with_data(with_header(HUGE)), "shape '2147483648,' in its bytes"),
+    "a forged header": (with_data(with_header(HUGE)), "shape '10000000000000,' in its bytes"),
     "a header that is code": (with_data(with_header(b"[0] * 10**10\n")), "has no .npy header"),
     "a header that is nested": (with_data(with_header(b"(" * 9000)), "has no .npy header"),
-    "a number of many digits": (with_data(with_header(HUGE.replace(b"2147483648", b"9" * 60000))), "in its bytes"),
+    "a number of many digits": (with_data(with_header(HUGE.replace(b"10000000000000", b"9" * 60000))), "in its bytes"),
     "no ArrayRecord": (replied(lambda m: Message(RecordDict(), reply_to=m)), "must hold an ArrayRecord 'arrays', got NoneType"),
     "metrics as arrays": (
         replied(lambda m: Message(RecordDict({"arrays": MetricRecord({"a": 1})}), reply_to=m)),
@@ -539,3 +543,51 @@ def test_buffers_with_nan_reject_a_node_and_the_others_are_averaged() -> None:
     means = torch.stack([state["1.running_mean"] for state in sent_states(module, {NODES[10]})])
     torch.testing.assert_close(new["1.running_mean"], means.mean(0))
     assert int(new["1.num_batches_tracked"]) == 10
+
+
+# Flower's own strategies beside the same replies: the table of docs/flower.md, which this test prints with -s.
+OWN = {
+    "FedAvg": strategies.FedAvg,
+    "FedMedian": strategies.FedMedian,
+    "FedTrimmedAvg": strategies.FedTrimmedAvg,
+    "Krum": functools.partial(strategies.Krum, num_malicious_nodes=NUM_ATTACKERS),
+    "MultiKrum": functools.partial(strategies.MultiKrum, num_malicious_nodes=NUM_ATTACKERS, num_nodes_to_select=20),
+}
+TABLED = [
+    "a name is missing",
+    "another shape",
+    "NaN",
+    "float64",
+    "complex numbers",
+    "garbage",
+    "a pickle",
+    "a forged header",
+    "no ArrayRecord",
+    "a crash",
+]
+
+
+def outcome(strategy: strategies.Strategy, kind: str) -> str:
+    """What one reply of this kind among 50 does to a round, in a word or two."""
+    module = make_module()
+    try:
+        with np.errstate(all="ignore"):
+            new, _ = play(strategy, make_grid(module, n10=MALFORMED[kind][0]), module)
+    except Exception as error:
+        return f"ends: {type(error).__name__}"
+    if not all(torch.isfinite(value).all() for value in new.values() if not value.is_complex()):
+        return "model NaN"
+    changed = [str(value.dtype).removeprefix("torch.") for value in new.values() if value.dtype != torch.float32]
+    return f"model {changed[0]}" if changed else "goes on"
+
+
+def test_what_flowers_own_strategies_do_with_malformed_replies(checkout: Path) -> None:
+    makers = {
+        "`SkyMaskStrategy`": functools.partial(make_strategy, "skymask", make_module()),
+        **{f"`{name}`": make for name, make in OWN.items()},
+    }
+    rows = [[kind, *(outcome(make(), kind) for make in makers.values())] for kind in TABLED]
+    table = markdown_table(["one reply among 50", *makers], rows)
+    print(f"\n{table}")
+    assert {row[1] for row in rows} == {"goes on"}
+    assert table in (checkout / "docs" / "flower.md").read_text()
