@@ -6,6 +6,7 @@
 | ``many_clients`` | docs/collapsed.md: the learning rate and the number of clients |
 | ``large`` | docs/collapsed.md: 20,000 clients from disk |
 | ``costs`` | the constants by which ``solver="auto"`` chooses |
+| ``flower`` | docs/flower.md: a Flower strategy beside the judgement itself |
 | ``inversion`` | docs/privacy.md: images per CPU second, in one batch or one by one |
 | ``local_training`` | docs/federation.md: clients side by side or one by one |
 | ``real_updates`` | no table: the attacked MNIST updates that the first two rest on |

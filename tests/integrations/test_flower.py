@@ -26,6 +26,8 @@ from flwr.serverapp import strategy as strategies
 from flwr.supercore.task_identity import TaskIdentity
 
 from skymask_gpu import SkyMask
+from skymask_gpu.bench import solvers
+from skymask_gpu.bench.studies import flower as study
 from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.rules import RULES, RoundInfo, RuleContext, build_rule
@@ -179,13 +181,15 @@ def test_the_model_is_that_of_aggregate_bit_for_bit(batch_norm: bool) -> None:
     assert (metrics["clients-kept"], metrics["clients-rejected"]) == (47, 3)
 
 
-def test_replies_in_another_order_give_the_same_bits() -> None:
+@pytest.mark.parametrize("rule", ["skymask", "fedavg"])
+def test_replies_in_another_order_give_the_same_bits(rule: str) -> None:
     module = make_module()
     news = []
     for seed in (0, 1):
-        grid = make_grid(module)
+        grid, strategy = make_grid(module), make_strategy(rule, module)
         grid.rng.seed(seed)
-        news.append(play(make_strategy("skymask", module), grid, module)[0])
+        news.append(play(strategy, grid, module)[0])
+        assert list(strategy.verdicts[1].kept) == sorted(strategy.verdicts[1].kept)
     assert same(*news)
 
 
@@ -591,3 +595,19 @@ def test_what_flowers_own_strategies_do_with_malformed_replies(checkout: Path) -
     print(f"\n{table}")
     assert {row[1] for row in rows} == {"goes on"}
     assert table in (checkout / "docs" / "flower.md").read_text()
+
+
+def test_the_study_of_costs_times_only_what_gives_the_same_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "make_model", lambda: solvers.make_model("logreg", (561,), 6, num_samples=20))
+    assert study.main(["--clients", "20", "--repeats", "3"]) == 0
+    assert "state dicts" in capsys.readouterr().out
+
+    class Other(SkyMaskStrategy):
+        def aggregate_train(self, server_round, replies):
+            return ArrayRecord({name: torch.zeros(2) for name in "ab"}), None
+
+    monkeypatch.setattr(study, "SkyMaskStrategy", Other)
+    assert study.main(["--clients", "20", "--repeats", "3"]) == 1
+    assert "wrong" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """The server: it judges every reply on 100 images of its own, and prints a table per round."""
 
-import torch
 from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Krum, Strategy
@@ -62,7 +61,6 @@ def main(grid: Grid, context: Context) -> None:
         print(f"round {server_round}: accuracy {found:.3f}", flush=True)
         return MetricRecord({"accuracy": found})
 
-    torch.set_num_threads(1)
     initial = ArrayRecord(make_model().state_dict())
     strategy.start(grid, initial, num_rounds=config["num-server-rounds"], evaluate_fn=evaluate)
     print("the run is complete", flush=True)

@@ -104,6 +104,7 @@ def decode(
     asked: set[int],
     sent: SentModel,
     record_key: str,
+    memory: np.ndarray,
     check_more: Callable[[RecordDict], object] = lambda content: None,
 ) -> Decoded:
     """Read what each node sent.
@@ -113,6 +114,7 @@ def decode(
         asked: the ids of the nodes that were asked.
         sent: what the server sent them.
         record_key: the key of the arrays in a reply.
+        memory: ``(A, P)`` float32 for A asked nodes; the updates are written to its first rows.
         check_more: it raises UnusableReplyError for contents that lack something else.
     """
     by_node, malformed = _by_node(replies, asked)
@@ -131,7 +133,7 @@ def decode(
             malformed[node] = str(error)
         except Exception as error:
             malformed[node] = f"its reply cannot be read: {type(error).__name__}: {shown(str(error))}"
-    updates_KP = np.empty((len(arrays), sent.num_params), np.float32)
+    updates_KP = memory[: len(arrays)]
     for row_P, found in zip(updates_KP, arrays.values(), strict=True):
         _subtract(found, sent, row_P)
     return Decoded(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from logging import INFO, WARNING, getLogger
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -61,6 +62,8 @@ class JudgingStrategy(FedAvg):
         self._module = module
         self._sent: SentModel | None = None
         self._asked: set[int] = set()
+        # Kept between rounds, because fresh memory for all updates costs more than decoding them.
+        self._memory = np.empty((0, 0), np.float32)
 
     @abstractmethod
     def judge(self, server_round: int, sent: SentModel, decoded: Decoded) -> Judgement:
@@ -83,6 +86,9 @@ class JudgingStrategy(FedAvg):
         self._sent = SentModel.of(arrays, self._module)
         messages = list(super().configure_train(server_round, arrays, config, grid))
         self._asked = {message.metadata.dst_node_id for message in messages}
+        shape = (len(self._asked), self._sent.num_params)
+        if self._memory.shape != shape:
+            self._memory = np.empty(shape, np.float32)
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -95,7 +101,7 @@ class JudgingStrategy(FedAvg):
         if not self._asked:
             return None, None
         sent = self._sent
-        decoded = decode(replies, self._asked, sent, self.arrayrecord_key, self.check_more)
+        decoded = decode(replies, self._asked, sent, self.arrayrecord_key, self._memory, self.check_more)
         judgement, note = self._judged(server_round, sent, decoded)
         unusable = {**decoded.malformed, **decoded.silent}
         if judgement is None:
