@@ -91,7 +91,7 @@ test-oldest: $(OLDEST)/.test  ## kernels and engine with the oldest versions tha
 	$(OLDEST)/bin/pytest -q -n auto --dist worksteal -m 'not slow' tests/kernels tests/engine
 
 test-flower: $(FLOWER)/.test  ## the Flower strategies, in .venv-flower
-	$(FLOWER)/bin/pytest -q -n auto --dist worksteal tests/integrations tests/test_examples_in_docstrings.py -k flower
+	$(FLOWER)/bin/pytest -q -n auto --dist worksteal -m 'not slow' tests/integrations tests/test_examples_in_docstrings.py -k flower
 
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .
