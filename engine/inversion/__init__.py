@@ -8,8 +8,10 @@ an obfuscated entry is in ``objectives.py``.
 | file | what |
 | --- | --- |
 | ``rows.py`` | ``RowGradients``: each row's gradient, differentiable once more |
+| ``chain.py`` | the same by hand for layers that follow each other, which is several times as fast |
 | ``objectives.py`` | ``Known``, ``Matching``: what an attacker knows, and how far a candidate is from it |
 | ``lbfgs.py``, ``adam.py`` | minimisers of many rows: L-BFGS; Adam on the gradient's sign |
+| ``curvature.py`` | what the last steps of L-BFGS taught each row about its curvature |
 | ``labels.py``, ``rank_one.py`` | what needs no search: a sample's label; the input of a linear layer |
 """
 

@@ -5,14 +5,16 @@ and curvature there, and none would converge as it does alone. Here every scalar
 a vector over rows. In each turn all rows that still run are evaluated together; rows that are done
 are taken out of the batch every few turns.
 
-Shapes: B rows of D values; A rows that still run; entries of the history are (s, y, 1 / y.s).
+Shapes: B rows of D values; A rows that still run.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from skymask_gpu.engine.inversion.curvature import Curvature
 
 __all__ = ["Minimised", "Objective", "minimise"]
 
@@ -46,19 +48,6 @@ class Minimised:
 
 
 @dataclass
-class _Entry:
-    """What one turn taught the rows about their curvature.
-
-    ``inverse`` is 0 for a row that learnt nothing.
-    """
-
-    s: Tensor
-    y: Tensor
-    inverse: Tensor
-    number: Tensor
-
-
-@dataclass
 class _State:
     """All rows that still run.
 
@@ -72,17 +61,15 @@ class _State:
     direction: Tensor
     step: Tensor
     slope: Tensor
-    scale: Tensor
-    updates: Tensor
     halvings: Tensor
     fresh: Tensor
-    entries: list[_Entry] = field(default_factory=list)
+    curvature: Curvature
 
     def kept(self, keep_A: Tensor) -> None:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value[keep_A])
-        self.entries = [_Entry(e.s[keep_A], e.y[keep_A], e.inverse[keep_A], e.number[keep_A]) for e in self.entries]
+        self.curvature.keep(keep_A)
 
 
 def minimise(
@@ -161,19 +148,20 @@ class _Run:
         tolerance_grad: float,
         tolerance_change: float,
     ) -> None:
-        self._objective, self._safe, self._history, self._lr, self._target = objective, safe, history, lr, target
+        self._objective, self._safe, self._lr, self._target = objective, safe, lr, target
         self._tolerance_grad, self._tolerance_change = tolerance_grad, tolerance_change
         rows = torch.arange(len(start), device=start.device)
         point = start.detach().clone()
         loss, grad = self._evaluated(point, rows)
-        zeros, counts = torch.zeros_like(loss), torch.zeros_like(rows)
+        zeros = torch.zeros_like(loss)
         finite = torch.isfinite(loss)
         self.best = torch.where(finite[:, None], point, start)
         self.best_loss = torch.where(finite, loss, torch.inf)
         self.evaluations = torch.ones_like(rows)
         self.reason: list[str] = ["evaluations"] * len(start)
         self.done = torch.zeros_like(rows, dtype=torch.bool)
-        self.state = _State(rows, point, loss, grad, -grad, zeros, zeros, torch.ones_like(loss), counts, counts, ~self.done)
+        curvature = Curvature(grad, history)
+        self.state = _State(rows, point, loss, grad, -grad, zeros, zeros, torch.zeros_like(rows), ~self.done, curvature)
         self._stop(~finite | ~torch.isfinite(grad).all(1), "diverged")
         self._stop(loss < target, "target")
         self._stop(grad.abs().amax(1) <= tolerance_grad, "gradient")
@@ -244,8 +232,7 @@ class _Run:
         self._stop(stuck & s.fresh, "stalled")
         again = stuck & ~s.fresh
         if again.any():
-            for entry in s.entries:
-                entry.inverse = torch.where(again, 0.0, entry.inverse)
+            s.curvature.forget(again)
             s.fresh = s.fresh | again
             self._begin(again)
 
@@ -253,26 +240,14 @@ class _Run:
         """Enter what the accepted step says about the curvature."""
         s = self.state
         moved, turned = point - s.point, grad - s.grad
-        product = (moved * turned).sum(1)
-        learnt = accepted & (product > _CURVATURE)
-        inverse = torch.where(learnt, 1 / product, 0.0)
-        s.updates = s.updates + learnt
-        s.scale = torch.where(learnt, product / turned.square().sum(1), s.scale)
-        column = learnt[:, None]
-        entry = _Entry(torch.where(column, moved, 0.0), torch.where(column, turned, 0.0), inverse, s.updates.clone())
-        if learnt.any():
-            s.entries.append(entry)
+        learnt = accepted & ((moved * turned).sum(1) > _CURVATURE)
+        s.curvature.learn(moved, turned, grad, accepted, learnt)
         s.fresh = s.fresh & ~accepted
-        # each row has its own last entries: older ones no longer count
-        for old in s.entries[: max(0, len(s.entries) - self._history)]:
-            old.inverse = torch.where(old.number > s.updates - self._history, old.inverse, 0.0)
-        while s.entries and not s.entries[0].inverse.any():
-            s.entries.pop(0)
 
     def _begin(self, which: Tensor) -> None:
         """A new direction and step for these rows."""
         s = self.state
-        direction = torch.where(s.fresh[:, None], -s.grad, self._two_loops())
+        direction = torch.where(s.fresh[:, None], -s.grad, s.curvature.direction(s.grad))
         first = (1 / s.grad.abs().sum(1)).clamp_max(1.0) * self._lr
         step = torch.where(s.fresh, first, self._lr)
         slope = (s.grad * direction).sum(1)
@@ -285,17 +260,3 @@ class _Run:
         s.direction = torch.where(which[:, None], direction, s.direction)
         s.step, s.slope = torch.where(which, step, s.step), torch.where(which, slope, s.slope)
         s.halvings = torch.where(which, 0, s.halvings)
-
-    def _two_loops(self) -> Tensor:
-        """The inverse Hessian's estimate times the negative gradient, ``(A, D)``."""
-        s = self.state
-        direction, factors = -s.grad, []
-        for entry in reversed(s.entries):
-            factor = (entry.s * direction).sum(1) * entry.inverse
-            direction = torch.addcmul(direction, factor[:, None], entry.y, value=-1)
-            factors.append(factor)
-        direction = direction * s.scale[:, None]
-        for entry, factor in zip(s.entries, reversed(factors), strict=True):
-            back = (entry.y * direction).sum(1) * entry.inverse
-            direction = torch.addcmul(direction, (factor - back)[:, None], entry.s)
-        return direction

@@ -89,7 +89,8 @@ class Known:
 
     def of(self, rows: Tensor) -> "Known":
         """The same for some of the rows, by their numbers."""
-        return Known(self.low[rows], self.high[rows])
+        low = self.low[rows]
+        return Known(low, low if self.low is self.high else self.high[rows])
 
     def squared_length(self) -> Tensor:
         """The sum of squares of the entries that are known exactly, ``(B,)``."""
@@ -138,13 +139,16 @@ class Matching:
         self._has_prior = bool(self._tv_B.any())
         length_B = known.squared_length()
         self._length_B = torch.where(length_B > 0, length_B, 1.0)
+        self._is_exact = known.low is known.high
 
     def __call__(self, points_AD: Tensor, rows_A: Tensor) -> Tensor:
         inputs = points_AD.view(len(points_AD), *self._shape)
         gradients_AP = self._gradients.of(rows_A)(inputs, self._labels[rows_A])
         known = self._known.of(rows_A)
         if self._distance == "l2":
-            outside_AP = gradients_AP - torch.minimum(torch.maximum(gradients_AP, known.low), known.high)
+            # while a gradient moves outside of its interval, the nearest bound stays the same
+            nearest_AP = known.low if self._is_exact else gradients_AP.detach().clamp(known.low, known.high)
+            outside_AP = gradients_AP - nearest_AP
             loss_A = outside_AP.square().sum(1) / self._length_B[rows_A]
         else:
             exact_AP = known.low == known.high

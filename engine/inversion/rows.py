@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from skymask_gpu.engine.flat_model import columns_of
+from skymask_gpu.engine.inversion.chain import Chain
+
 __all__ = ["RowGradients"]
 
 
@@ -15,7 +18,9 @@ class RowGradients:
 
     A row is one sample at one model. Its gradient is what a client with this single sample would
     send after one step of SGD, divided by the negative learning rate. All rows are computed at
-    once by ``torch.func.vmap``; the result is differentiable in the inputs and in soft labels.
+    once: by ``chain.py`` if the model's layers follow each other, are of the kinds that it knows,
+    and labels are classes; else by ``torch.func.vmap``. The result is differentiable in the inputs,
+    and in soft labels.
 
     Args:
         module: the model; it is not modified. The P columns are its trainable parameters in the
@@ -50,6 +55,13 @@ class RowGradients:
         self.params = params.detach()
         self._frozen: dict[str, Tensor] = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
         self._frozen |= {name: buffer.detach() for name, buffer in module.named_buffers()}
+        is_shared = self.params.dim() == 1 and not self._frozen
+        self._chain = Chain.of(module, self.unflatten(self.params), columns_of(self.shapes)) if is_shared else None
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether gradients at classes as labels are computed without autograd."""
+        return self._chain is not None
 
     def of(self, rows: Tensor) -> "RowGradients":
         """The same for some rows, by their numbers; it matters if each has its own parameters."""
@@ -68,6 +80,8 @@ class RowGradients:
             inputs: ``(B, *sample)``.
             labels: ``(B,)`` int64 classes, or ``(B, C)`` probabilities.
         """
+        if self._chain is not None and inputs.dim() == 4 and labels.dim() == 1:
+            return self._chain(inputs, labels)
         own = 0 if self.params.dim() == 2 else None
         gradients: Mapping[str, Tensor] = vmap(grad(self._loss), in_dims=(own, 0, 0))(
             self.unflatten(self.params), inputs, labels

@@ -16,6 +16,7 @@ from skymask_gpu.engine.inversion import (
     minimise,
     minimise_by_sign,
 )
+from skymask_gpu.engine.inversion.curvature import Curvature
 from skymask_gpu.engine.similarity import ssim
 from skymask_gpu.federation.models.lenet import LeNet
 
@@ -37,15 +38,30 @@ def generated(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) ->
 @pytest.mark.parametrize("soft", [False, True])
 def test_rows_are_the_gradients_of_autograd_and_so_are_theirs(lenet: LeNet, own_params: bool, soft: bool) -> None:
     module = lenet.double()
-    inputs = generated(4, 1, 12, 12).requires_grad_()
+    inputs = generated(4, 1, 12, 12)
     labels = generated(4, 10, seed=1).softmax(1) if soft else torch.tensor([3, 0, 9, 3])
     rows = RowGradients(module)
+    assert rows.by_hand
     if own_params:
         rows = RowGradients(module, rows.params + 0.1 * generated(4, rows.num_params, seed=2))
+    check_rows(module, rows, inputs, labels)
+
+
+def started(module: nn.Module) -> nn.Module:
+    """The module in float64, with the same parameters in each run."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.double().parameters():
+        nn.init.uniform_(parameter.data, -0.5, 0.5, generator=generator)
+    return module
+
+
+def check_rows(module: nn.Module, rows: RowGradients, inputs: Tensor, labels: Tensor) -> None:
+    """Gradients, and what they change with the inputs, are those of autograd, one row at a time."""
+    inputs = inputs.detach().requires_grad_()
     got_BP = rows(inputs, labels)
-    weights_BP = generated(4, rows.num_params, seed=3)
+    weights_BP = generated(len(inputs), rows.num_params, seed=3)
     (second,) = torch.autograd.grad((got_BP * weights_BP).sum(), inputs)
-    for b in range(4):
+    for b in range(len(inputs)):
         params = {
             name: value.requires_grad_() for name, value in rows.unflatten(rows.of(torch.tensor([b])).params.view(-1)).items()
         }
@@ -57,6 +73,75 @@ def test_rows_are_the_gradients_of_autograd_and_so_are_theirs(lenet: LeNet, own_
         torch.testing.assert_close(
             second[b : b + 1], torch.autograd.grad((flat_P * weights_BP[b]).sum(), one)[0], rtol=1e-10, atol=1e-12
         )
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        # strides that leave a rest, kernels and paddings that are no squares
+        [nn.Conv2d(2, 3, (3, 2), (2, 3), (1, 0)), nn.Sigmoid(), nn.Flatten(), nn.Linear(3 * 5 * 3, 4)],
+        # a layer without bias, one without activation, and two linear layers
+        [nn.Conv2d(2, 3, 4, 3, bias=False), nn.Conv2d(3, 2, 2), nn.Flatten(), nn.Linear(2, 5), nn.Sigmoid(), nn.Linear(5, 4)],
+        # nothing but a linear layer, without bias; an activation before anything else
+        [nn.Flatten(), nn.Linear(2 * 9 * 8, 4, bias=False)],
+        [nn.Sigmoid(), nn.Flatten(), nn.Sigmoid(), nn.Linear(2 * 9 * 8, 4)],
+    ],
+)
+def test_layers_that_follow_each_other_need_no_autograd(layers: list[nn.Module]) -> None:
+    module = started(nn.Sequential(*layers))
+    rows = RowGradients(module)
+    assert rows.by_hand
+    check_rows(module, rows, generated(3, 2, 9, 8), torch.tensor([3, 0, 1]))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(2 * 9 * 8, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.fc(torch.flatten(inputs + torch.sigmoid(self.body(inputs)), 1))
+
+
+class Branching(Residual):
+    """Its way depends on values, so that it cannot be traced."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) == 0:
+            return inputs
+        return self.fc(torch.flatten(self.body(inputs), 1))
+
+
+def twice() -> nn.Module:
+    one = nn.Conv2d(2, 2, 3, padding=1)
+    return nn.Sequential(one, nn.Sigmoid(), one, nn.Flatten(), nn.Linear(2 * 9 * 8, 4))
+
+
+def frozen() -> nn.Module:
+    module = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(2 * 7 * 6, 4))
+    module[0].bias.requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Residual,
+        Branching,
+        twice,
+        frozen,
+        lambda: nn.Sequential(nn.Conv2d(2, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(2 * 7 * 6, 4)),
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(4 * 7 * 6, 4)),
+        lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(2 * 9 * 8, 4)),
+        lambda: nn.Sequential(nn.Linear(8, 3), nn.Flatten(), nn.Linear(2 * 9 * 3, 4)),
+        lambda: nn.Sequential(nn.Conv2d(2, 4, (9, 8)), nn.Flatten()),
+    ],
+)
+def test_other_models_are_left_to_autograd(build: Callable[[], nn.Module]) -> None:
+    module = started(build())
+    rows = RowGradients(module)
+    assert not rows.by_hand
+    check_rows(module, rows, generated(3, 2, 9, 8), torch.tensor([3, 0, 1]))
 
 
 # --- L-BFGS ---------------------------------------------------------------------------------------
@@ -89,6 +174,52 @@ def alone(loss: Callable[[Tensor, Tensor], Tensor], row: int, start_D: Tensor, s
 
     optimiser.step(closure)
     return point.detach()[0], calls
+
+
+def two_loops(pairs: list[tuple[Tensor, Tensor]], grad: Tensor) -> Tensor:
+    """The plain recursion of Nocedal (1980) for one row, from its (step, turn) pairs, the oldest first."""
+    direction, factors = -grad, []
+    for step, turn in reversed(pairs):
+        factors.append(step @ direction / (step @ turn))
+        direction = direction - factors[-1] * turn
+    step, turn = pairs[-1]
+    direction = direction * (step @ turn) / (turn @ turn)
+    for (step, turn), factor in zip(pairs, reversed(factors), strict=True):
+        direction = direction + (factor - turn @ direction / (step @ turn)) * step
+    return direction
+
+
+def test_directions_are_those_of_the_two_loops() -> None:
+    """Rows refuse points, learn nothing from some, forget all, and leave; more pairs come than there is room for."""
+    num_rows, values, history = 5, 12, 4
+    bend = generated(values, values) - 0.5
+    hessian = bend @ bend.T + torch.eye(values, dtype=torch.float64)
+    grad = torch.zeros(num_rows, values, dtype=torch.float64)
+    curvature = Curvature(grad, history)
+    pairs: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(num_rows)]
+    left = torch.arange(num_rows)
+    for turn in range(15):
+        step = generated(num_rows, values, seed=turn)[left] - 0.5
+        luck = generated(num_rows, seed=100 + turn)[left]
+        accepted = luck > 0.2
+        learnt = accepted & (luck > 0.4)
+        reached = grad + step @ hessian
+        curvature.learn(step, step @ hessian, reached, accepted, learnt)
+        grad = torch.where(accepted[:, None], reached, grad)
+        for row in learnt.nonzero()[:, 0].tolist():
+            pairs[left[row]].append((step[row], step[row] @ hessian))
+        if turn == 8:
+            curvature.forget(left == 1)
+            pairs[1].clear()
+        if turn == 9:
+            stays = left != 3
+            curvature.keep(stays)
+            left, grad = left[stays], grad[stays]
+        for row, direction in zip(left.tolist(), curvature.direction(grad), strict=True):
+            if pairs[row]:
+                wanted = two_loops(pairs[row][-history:], grad[(left == row).nonzero()[0, 0]])
+                torch.testing.assert_close(direction, wanted, rtol=1e-9, atol=1e-9)
+    assert min(len(one) for number, one in enumerate(pairs) if number not in (1, 3)) > history
 
 
 @pytest.mark.parametrize("history", [100, 5])
