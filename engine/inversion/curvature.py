@@ -73,9 +73,9 @@ class Curvature:
         self._steps_AMD[rows, slots], self._turns_AMD[rows, slots] = step, turn
         self._along_steps_AM[rows, slots], self._along_turns_AM[rows, slots] = (step * grad).sum(1), (turn * grad).sum(1)
         self._products_AM[rows, slots], self._scale_A[rows] = product, product / square
-        # the oldest pair leaves: without its row and column, the inverse is that of what is left
+        # the oldest pair leaves: the inverse of a triangular matrix, without its first row, is that
+        # of what is left, and its first column holds nothing else
         self._inverse_AMM[rows, slots] = 0
-        self._inverse_AMM[rows, :, slots] = 0
         if used:
             entered = _product(across_AM, self._inverse_AMM[:, :used, :used].transpose(1, 2))[rows]
             self._inverse_AMM[rows, :used, slots] = -entered / product[:, None]

@@ -119,7 +119,7 @@ def minimise(
         raise ValueError(f"start must be a floating tensor (B, D), got {start.dtype} {tuple(start.shape)}")
     if evaluations < 1 or history < 1:
         raise ValueError(f"evaluations and history must be at least 1, got {evaluations} and {history}")
-    run = _Run(objective, start, mode == "safe", history, lr, target, tolerance_grad, tolerance_change)
+    run = _Run(objective, start, mode == "safe", min(history, evaluations), lr, target, tolerance_grad, tolerance_change)
     for turn in range(evaluations):
         if turn:
             run.turn()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from skymask_gpu.engine.inversion.rows import RowGradients
 
@@ -139,25 +140,30 @@ class Matching:
         self._has_prior = bool(self._tv_B.any())
         length_B = known.squared_length()
         self._length_B = torch.where(length_B > 0, length_B, 1.0)
-        self._is_exact = known.low is known.high
+        self._last: tuple[Tensor, Known] | None = None
 
     def __call__(self, points_AD: Tensor, rows_A: Tensor) -> Tensor:
         inputs = points_AD.view(len(points_AD), *self._shape)
         gradients_AP = self._gradients.of(rows_A)(inputs, self._labels[rows_A])
-        known = self._known.of(rows_A)
+        known = self._known_of(rows_A)
         if self._distance == "l2":
             # while a gradient moves outside of its interval, the nearest bound stays the same
-            nearest_AP = known.low if self._is_exact else gradients_AP.detach().clamp(known.low, known.high)
-            outside_AP = gradients_AP - nearest_AP
-            loss_A = outside_AP.square().sum(1) / self._length_B[rows_A]
+            nearest_AP = known.low if known.low is known.high else gradients_AP.detach().clamp(known.low, known.high)
+            loss_A = F.mse_loss(gradients_AP, nearest_AP, reduction="none").sum(1) / self._length_B[rows_A]
         else:
             exact_AP = known.low == known.high
             target_AP = torch.where(exact_AP, known.low, 0.0)
             gradients_AP = torch.where(exact_AP, gradients_AP, 0.0)
-            loss_A = 1 - torch.nn.functional.cosine_similarity(gradients_AP, target_AP, dim=1, eps=1e-12)
+            loss_A = 1 - F.cosine_similarity(gradients_AP, target_AP, dim=1, eps=1e-12)
         if self._has_prior:
             loss_A = loss_A + self._tv_B[rows_A] * total_variation(inputs)
         return SCALE * loss_A
+
+    def _known_of(self, rows_A: Tensor) -> Known:
+        """What is known about some rows; minimisers ask for the same ones many times."""
+        if self._last is None or self._last[0] is not rows_A:
+            self._last = rows_A, self._known.of(rows_A)
+        return self._last[1]
 
 
 def total_variation(images_BCHW: Tensor) -> Tensor:

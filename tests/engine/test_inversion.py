@@ -123,6 +123,12 @@ def frozen() -> nn.Module:
     return module
 
 
+def stretched() -> nn.Module:
+    """Its weight is no parameter, but made of two before each call."""
+    with pytest.warns(FutureWarning):
+        return nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(2 * 9 * 8, 4)))
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -130,10 +136,12 @@ def frozen() -> nn.Module:
         Branching,
         twice,
         frozen,
+        stretched,
         lambda: nn.Sequential(nn.Conv2d(2, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(2 * 7 * 6, 4)),
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(4 * 7 * 6, 4)),
         lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(2 * 9 * 8, 4)),
         lambda: nn.Sequential(nn.Linear(8, 3), nn.Flatten(), nn.Linear(2 * 9 * 3, 4)),
+        lambda: nn.Sequential(nn.Flatten(2), nn.Linear(72, 4), nn.Flatten(), nn.Linear(8, 4)),
         lambda: nn.Sequential(nn.Conv2d(2, 4, (9, 8)), nn.Flatten()),
     ],
 )
@@ -316,6 +324,24 @@ def test_what_is_known_holds_for_the_true_gradient_and_costs_nothing() -> None:
     gone[0, 25:] = 0
     assert torch.isinf(Known.pruned(gone, sizes).high[0, 25:]).all()
     assert not torch.isnan(Known.pruned(gone, sizes).low).any()
+
+
+def test_the_distance_is_how_far_a_gradient_lies_outside_of_its_interval(lenet: LeNet) -> None:
+    """The loss and its slope are those of the plain formula, and so they stay when some rows leave."""
+    rows = RowGradients(lenet.double())
+    labels, points = torch.tensor([1, 2, 3]), generated(3, 144, seed=2)
+    sent = rows(generated(3, 1, 12, 12), labels)
+    for known in (Known.exactly(sent), Known.clipped(sent.clamp(-0.1, 0.1), 0.1)):
+        matching = Matching(rows, known, labels, (1, 12, 12))
+        for numbers in (torch.arange(3), torch.tensor([2, 0])):
+            point = points[numbers].requires_grad_()
+            gradient = rows(point.view(-1, 1, 12, 12), labels[numbers])
+            outside = (known.low[numbers] - gradient).clamp_min(0) + (gradient - known.high[numbers]).clamp_min(0)
+            wanted = SCALE * outside.square().sum(1) / known.squared_length()[numbers]
+            got = matching(point, numbers)
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=0)
+            slopes = [torch.autograd.grad(one.sum(), point, retain_graph=True)[0] for one in (got, wanted)]
+            torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
 
 
 def test_each_row_has_its_own_prior_and_bound() -> None:
