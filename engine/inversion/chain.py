@@ -332,9 +332,8 @@ class _Convolution:
         parts = patches_ALK.view(-1, lines, places, self._kernel[0], self._kernel[1] * channels)
         padded = self._padded(len(patches_ALK), channels)
         tall = padded.new_zeros(len(padded), padded.shape[1], places, parts.shape[4])
-        for y in range(self._kernel[0]):
-            tall[:, y : y + down * lines : down][:, :lines] += parts[:, :, :, y]
-        parts = tall.unflatten(3, (self._kernel[1], channels))
-        for x in range(self._kernel[1]):
-            padded[:, :, x : x + across * places : across][:, :, :places] += parts[:, :, :, x]
+        for y, part in enumerate(parts.unbind(3)):
+            tall[:, y : y + down * (lines - 1) + 1 : down].add_(part)
+        for x, part in enumerate(tall.unflatten(3, (self._kernel[1], channels)).unbind(3)):
+            padded[:, :, x : x + across * (places - 1) + 1 : across].add_(part)
         return self._inside(padded)
