@@ -1,7 +1,7 @@
 """The command ``skymask-gpu leak``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -31,9 +31,9 @@ def leak(
     with extra_named("run"):
         from skymask_gpu.federation.leak.attacking import check_attackers
         from skymask_gpu.federation.leak.config import read_audit
-        from skymask_gpu.federation.leak.judging import lines
-        from skymask_gpu.federation.leak.page import COLUMNS, SCOPE, row, write_audit
+        from skymask_gpu.federation.leak.page import write_audit
         from skymask_gpu.federation.leak.recording import VICTIMS, check_settings, read_records
+        from skymask_gpu.federation.leak.tables import SCOPE
         from skymask_gpu.federation.leak.victims import Victims
 
     audit = read_audit(config).with_data(data_dir)
@@ -52,19 +52,39 @@ def leak(
         records = read_records(folder)
         with console.status("drawing ..."):
             written = write_audit(config.stem, audit, victims, records, folder)
-    print_table(config.stem, COLUMNS, [row(line) for line in lines(records)])
+    _print(config.stem, audit, victims, records)
     console.print(SCOPE, style="dim")
     for path in written:
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 
 def _attack(audit: "Audit", victims: "Victims", folder: Path) -> None:
-    from skymask_gpu.federation.leak.attacking import batches
     from skymask_gpu.federation.leak.recording import attack_all
 
-    total, each = len(batches(audit, victims)), audit.leak.evaluations
     with progress_bar("{task.description}") as progress:
-        task = progress.add_task(f"{total} batches, evaluations", total=total * each, status="")
-        for number, batch in attack_all(audit, victims, folder, lambda: progress.advance(task)):
+        task = progress.add_task("", status="")
+        for step in attack_all(audit, victims, folder, lambda: progress.advance(task)):
             # Most batches end before their last evaluation.
-            progress.update(task, completed=(number + 1) * each, status=escape(f"{batch[-1].obfuscation.label} done"))
+            total, done = (count * audit.leak.evaluations for count in (step.batches, step.number))
+            name = f"step {step.turn} of the search" if step.turn else "first strengths"
+            progress.update(
+                task,
+                description=f"{name}: {step.batches} batches, evaluations",
+                total=total,
+                completed=done,
+                status=escape(step.batch[-1].obfuscation.label),
+            )
+
+
+def _print(title: str, audit: "Audit", victims: "Victims", records: list[dict[str, Any]]) -> None:
+    from skymask_gpu.federation.leak.judging import lines
+    from skymask_gpu.federation.leak.tables import COLUMNS, THRESHOLD_COLUMNS, row, threshold_row
+    from skymask_gpu.federation.leak.thresholds import counting_bound, thresholds
+
+    table = lines(records)
+    # A search tries dozens of strengths.
+    if not audit.privacy.searched():
+        print_table(title, COLUMNS, [row(line) for line in table])
+    found = thresholds(table, counting_bound(victims))
+    if found:
+        print_table(f"{title}: the weakest strengths without a leak", THRESHOLD_COLUMNS, [threshold_row(one) for one in found])

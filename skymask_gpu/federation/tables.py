@@ -8,6 +8,7 @@ that it chooses beside its own keys. Where a file makes several runs that choose
 import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from skymask_gpu.federation.choices import Choice, own_fields
@@ -62,6 +63,11 @@ def _made(kind: type, values: Table, source: str, prefix: str) -> Any:
 
 def _value(name: str, value: Any, wanted: Any, source: str, tables: type) -> Any:
     """Convert a TOML value to a field's type: an integer to a float, a list to a tuple."""
+    if isinstance(wanted, UnionType):
+        # a string in the place of a list; the dataclass checks which
+        (wanted,) = (one for one in get_args(wanted) if one is not str)
+        if isinstance(value, str):
+            return value
     if get_origin(wanted) is tuple:
         (item, *_) = get_args(wanted)
         if not isinstance(value, list) or (isinstance(item, type) and not all(_fits(one, item) for one in value)):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from skymask_gpu.io.text_tables import latex_escaped, latex_row
 from skymask_gpu.report.summary import FinishedRun, flat_settings
 from skymask_gpu.report.sweep import Block, Sweep, differing_keys
 
@@ -124,13 +125,13 @@ def latex_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> str:
             lines += [r"\clearpage", ""]
         for table in block_tables(block):
             wide = _width(table) > _LATEX_CHARACTERS
-            lines += [r"\begin{table}[htbp]", r"\centering", rf"\caption{{{_latex(f'{table.caption}: {block.title}')}}}"]
+            lines += [r"\begin{table}[htbp]", r"\centering", rf"\caption{{{latex_escaped(f'{table.caption}: {block.title}')}}}"]
             lines += [r"\resizebox{\linewidth}{!}{%"] * wide
             lines += [rf"\begin{{tabular}}{{l{'r' * len(table.rules)}}}", r"\toprule"]
-            lines += [_latex_row(["attack", *map(_latex, table.rules)]), r"\midrule"]
+            lines += [latex_row(["attack", *map(latex_escaped, table.rules)]), r"\midrule"]
             for attack, cells in table.rows:
-                shown = [rf"\textbf{{{_latex(cell.text)}}}" if cell.best else _latex(cell.text) for cell in cells]
-                lines.append(_latex_row([_latex(attack), *shown]))
+                shown = [rf"\textbf{{{latex_escaped(cell.text)}}}" if cell.best else latex_escaped(cell.text) for cell in cells]
+                lines.append(latex_row([latex_escaped(attack), *shown]))
             lines += [r"\bottomrule", r"\end{tabular}" + "}" * wide, r"\end{table}", ""]
     lines += [_comment(f"left out: {name}: {why}") for name, why in sweep.left_out]
     lines += [_comment(f"failed: {name}: {why}") for name, why in failed]
@@ -255,27 +256,10 @@ def _markdown_row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "#": r"\#", "$": r"\$", "%": r"\%", "&": r"\&", "_": r"\_",
-        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-        "±": r"$\pm$",
-    }
-)  # fmt: skip
-
-
 def _width(table: ResultTable) -> int:
     """The width of a table in characters."""
     rows = [["attack", *table.rules], *([attack, *(cell.text for cell in cells)] for attack, cells in table.rows)]
     return sum(2 + max(map(len, column)) for column in zip(*rows, strict=True))
-
-
-def _latex(text: str) -> str:
-    return " ".join(text.split()).translate(_LATEX)
-
-
-def _latex_row(cells: list[str]) -> str:
-    return " & ".join(cells) + r" \\"
 
 
 def _comment(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +13,19 @@ from torch import Tensor, nn
 
 from skymask_gpu.engine.inversion import Minimised, RowGradients
 from skymask_gpu.federation.config import ModelConfig
-from skymask_gpu.federation.leak import attacking
-from skymask_gpu.federation.leak.attacking import attacked, batches, check_attackers
+from skymask_gpu.federation.leak import attacking, recording
+from skymask_gpu.federation.leak.attacking import Batch, attacked, batches, check_attackers, first_trials
 from skymask_gpu.federation.leak.config import ATTACKERS, Audit, LeakConfig, LeakData, Strengths, read_audit
-from skymask_gpu.federation.leak.judging import counting_bound, interval, lines, weakest_without_leak
+from skymask_gpu.federation.leak.judging import Line, interval, lines
 from skymask_gpu.federation.leak.obfuscation import METHODS, UNTOUCHED, Obfuscation
 from skymask_gpu.federation.leak.recording import VICTIMS, attack_all, read_records
+from skymask_gpu.federation.leak.thresholds import STEPS, bound_of_none, counting_bound, next_trials, thresholds
 from skymask_gpu.federation.leak.victims import Victims
 from skymask_gpu.federation.models import MODELS, build_model
 from skymask_gpu.federation.transforms.obfuscation import OBFUSCATIONS, Clip, Draws, Mask, Noise, Prune
 
 SMALL = Audit(
-    leak=LeakConfig(victims=3, side=12, evaluations=120),
+    leak=LeakConfig(victims=3, side=12, evaluations=120, attackers=("naive", "aware")),
     privacy=Strengths(mask=(0.9,), clip=(0.9,)),
 )
 
@@ -38,6 +40,10 @@ def example(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         text = text.replace(long, short)
     (folder / "leak.toml").write_text(text)
     return folder / "leak.toml", folder / "out"
+
+
+def planned(audit: Audit, victims: Victims) -> list[Batch]:
+    return batches(audit, victims, first_trials(audit))
 
 
 # --- obfuscation ----------------------------------------------------------------------------------
@@ -86,7 +92,7 @@ def test_who_knows_the_mask_sees_what_the_naive_attacker_does_not() -> None:
     victims = Victims.build(SMALL)
     check_attackers(SMALL, victims)
     ticks: list[None] = []
-    (batch,) = batches(SMALL, victims)
+    (batch,) = planned(SMALL, victims)
     records = attacked(SMALL, victims, batch, lambda: ticks.append(None))
     table = {(line.setting.label, line.attacker): line for line in lines(records)}
     assert len(ticks) == 120
@@ -119,6 +125,22 @@ def test_the_images_are_pixels_and_their_gradients_those_of_autograd() -> None:
     assert Victims.build(replace(SMALL, leak=LeakConfig(victims=1, side=12))).others is None
 
 
+def test_who_sees_no_gradient_finds_a_smooth_image_of_no_victim() -> None:
+    audit = replace(SMALL, leak=replace(SMALL.leak, attackers=("prior",), tv=1e-3))
+    victims = Victims.build(audit)
+    check_attackers(audit, victims)
+    assert first_trials(audit) == [(UNTOUCHED, "prior")], "no obfuscation changes what it finds"
+    (batch,) = planned(audit, victims)
+    (record,) = attacked(audit, victims, batch)
+    # other gradients change nothing
+    others = replace(victims, gradients=victims.gradients.flip(1))
+    assert attacked(audit, others, batch) == [record]
+    (line,) = lines([record])
+    assert (line.leaked, line.labels) == (0, 0)
+    image = torch.tensor(record["victims"][0]["image"]).view(12, 12)
+    assert image.diff(dim=0).abs().mean() < 0.05 < victims.images[0, 0].diff(dim=0).abs().mean()
+
+
 def test_the_best_restart_is_chosen_by_its_matching_loss() -> None:
     points = torch.arange(8.0).view(4, 2)
     losses = torch.tensor([3.0, 1.0, torch.inf, torch.inf])
@@ -131,9 +153,10 @@ def test_the_best_restart_is_chosen_by_its_matching_loss() -> None:
 
 def test_restarts_and_small_batches_give_a_line_per_victim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attacking, "_MOST_ROWS", 4)
-    audit = replace(SMALL, leak=LeakConfig(victims=3, side=12, evaluations=5, restarts=2), privacy=Strengths(mask=(0.5,)))
+    leak = replace(SMALL.leak, evaluations=5, restarts=2)
+    audit = replace(SMALL, leak=leak, privacy=Strengths(mask=(0.5,)))
     victims = Victims.build(audit)
-    made = batches(audit, victims)
+    made = planned(audit, victims)
     assert [[(piece.block, list(piece.victims)) for piece in batch] for batch in made] == [
         *[[(0, [0, 1])]] * 4,
         *[[(1, [2])]] * 4,
@@ -148,7 +171,7 @@ def test_a_linear_first_layer_needs_no_search() -> None:
     audit = replace(SMALL, model=ModelConfig(name="mlp"), leak=leak, privacy=Strengths(mask=(0.5,)))
     victims = Victims.build(audit)
     check_attackers(audit, victims)
-    records = [record for batch in batches(audit, victims) for record in attacked(audit, victims, batch)]
+    records = [record for batch in planned(audit, victims) for record in attacked(audit, victims, batch)]
     assert all(row["mse"] < 1e-9 and row["end"] == "closed form" for record in records for row in record["victims"])
 
 
@@ -167,19 +190,75 @@ def test_the_interval_leaves_out_what_has_a_chance_of_less_than_a_fortieth() -> 
             assert binom.cdf(hits, trials, most) == pytest.approx(0.025)
 
 
-def test_the_weakest_strength_has_no_leak_above_it() -> None:
-    def record(strength: float, similarity: float) -> dict:
-        row = {"ssim": similarity, "ssim_wrong": None, "mse": 0.0, "identified": False, "label": 1, "label_found": 1}
-        row |= {"evaluations": 1, "end": "change"}
-        return {"obfuscation": "clip", "strength": strength, "attacker": "naive", "victims": [row]}
+def trial(method: str, strength: float, leaks: bool, attacker: str = "naive") -> dict:
+    """What one victim's attack writes."""
+    row = {"ssim": 0.91 if leaks else 0.3, "ssim_wrong": None, "mse": 0.0, "identified": False, "label": 1}
+    row |= {"label_found": 1, "evaluations": 1, "end": "change"}
+    return {"obfuscation": method, "strength": strength, "attacker": attacker, "victims": [row]}
 
-    table = lines([record(s, similarity) for s, similarity in ((0.1, 0.3), (0.9, 0.95), (0.7, 0.2), (0.5, 0.91), (0.3, 0.4))])
+
+def judged(trials: list[dict]) -> list[Line]:
+    return lines([trial("none", 0.0, True), *trials])
+
+
+def test_the_weakest_strength_has_no_leak_above_it() -> None:
+    trials = [trial("clip", s, leaks) for s, leaks in ((0.1, False), (0.9, True), (0.7, False), (0.5, True), (0.3, False))]
+    table = judged(trials)
     # a smaller quantile clips more
-    assert [line.strength for line in table] == [0.9, 0.7, 0.5, 0.3, 0.1]
-    found = weakest_without_leak(table)
-    assert found is not None
-    assert (found.strength, found.most) == (0.3, pytest.approx(0.975))
-    assert weakest_without_leak(table[:3]) is None
+    assert [line.strength for line in table[1:]] == [0.9, 0.7, 0.5, 0.3, 0.1]
+    (found,) = thresholds(table, 0.93)
+    assert (found.leaks_at, found.strength, found.undefended, found.counting) == (0.5, 0.3, 1.0, None)
+    assert found.at_most == pytest.approx(0.95)
+    (found,) = thresholds(judged(trials[1:4]), 0.93)
+    assert (found.leaks_at, found.strength, found.at_most) == (0.5, None, None)
+    (found,) = thresholds(judged([trial("mask", 0.01, False)]), 0.93)
+    assert (found.leaks_at, found.strength, found.counting) == (None, 0.01, 0.93)
+
+
+def test_the_bound_of_none_is_what_none_would_have_a_chance_of_one_in_twenty_at() -> None:
+    from scipy.stats import binom
+
+    for trials in (1, 32, 128):
+        assert binom.pmf(0, trials, bound_of_none(trials)) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.51, 0.99, 1.0])
+def test_a_search_ends_at_the_strength_that_stops_leaks(method: str, share: float) -> None:
+    """The pretended leak stops at a strength that lies at this share of the way along the grid."""
+    grid = METHODS[method].grid
+    weak, strong = (Obfuscation(method, grid[at]) for at in (0, -1))
+    ends = [one.strength for one in (weak, strong)]
+    stop = ends[0] * (ends[1] / ends[0]) ** share if METHODS[method].is_log else ends[0] + share * (ends[1] - ends[0])
+    stops = Obfuscation(method, stop)
+    audit = replace(SMALL, leak=LeakConfig(attackers=("naive",)), privacy=Strengths(**{method: "search"}))
+    tried = [one for one, _ in first_trials(audit)]
+    assert tried == [UNTOUCHED, *(Obfuscation(method, one) for one in grid)]
+    steps = 0
+    while trials := next_trials(audit, judged([trial(method, one.strength, one < stops) for one in tried[1:]])):
+        ((middle, attacker),) = trials
+        assert attacker == "naive"
+        assert middle not in tried
+        tried, steps = [*tried, middle], steps + 1
+    (found,) = thresholds(judged([trial(method, one.strength, one < stops) for one in tried[1:]]), 0.0)
+    assert steps <= STEPS
+    if share == 0:
+        assert (steps, found.leaks_at, found.strength) == (0, None, grid[0])
+    else:
+        assert found.leaks_at is not None
+        assert found.strength is not None
+        assert Obfuscation(method, found.leaks_at) < stops <= Obfuscation(method, found.strength)
+        near = found.leaks_at / found.strength if METHODS[method].is_log else found.leaks_at - found.strength
+        assert 1 / 1.05 < near < 1.05 if METHODS[method].is_log else abs(near) < 0.0025
+
+
+def test_a_search_stops_where_all_strengths_leak_and_asks_for_each_attacker_alone() -> None:
+    audit = replace(SMALL, privacy=Strengths(mask="search", noise=(0.1, 0.2)))
+    grid = METHODS["mask"].grid
+    trials = [trial("mask", one, True, "aware") for one in grid]
+    trials += [trial("mask", one, one < 0.1, "naive") for one in grid] + [trial("none", 0.0, True, "aware")]
+    trials += [trial("noise", one, one < 0.15, name) for one in (0.1, 0.2) for name in ("naive", "aware")]
+    assert next_trials(audit, judged(trials)) == [(Obfuscation("mask", 0.125), "naive")]
 
 
 def test_the_bound_from_counting_is_that_of_the_formula() -> None:
@@ -208,7 +287,8 @@ def test_the_page_and_the_examples_have_files_that_can_be_read(checkout: Path, t
         for key in settings if isinstance(settings, dict) else [table]:
             assert f"{key} = " in page, key
     assert all(f"`{attacker}`" in page for attacker in ATTACKERS)
-    assert read_audit(checkout / "examples" / "leak_mnist.toml").leak.victims == 16
+    for name in ("leak_mnist", "leak_thresholds"):
+        read_audit(checkout / "examples" / f"{name}.toml")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -219,21 +299,21 @@ def test_the_example_runs_and_a_stopped_audit_goes_on_to_the_same_bytes(
 ) -> None:
     config, out = example
     # two batches, so that one is done and one is not
-    monkeypatch.setattr(attacking, "_MOST_ROWS", 18)
+    monkeypatch.setattr(attacking, "_MOST_ROWS", 21)
     code, printed = run("leak", config, "--out", out)
     assert code == 0, printed
     assert "attacker's best case" in printed
-    results = ("leak.csv", "leak.md", "curves.png", "faces.png")
+    results = ("leak.csv", "leak.md", "thresholds.csv", "thresholds.md", "thresholds.tex", "curves.png", "faces.png")
     before = {name: (out / name).read_bytes() for name in (VICTIMS, *results)}
     with (out / "leak.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [(line["obfuscation"], line["strength"], line["attacker"]) for line in table[:4]] == [
-        ("none", "0.0", "aware"), ("none", "0.0", "naive"), ("mask", "0.01", "aware"), ("mask", "0.9", "aware"),
+        ("none", "0.0", "aware"), ("none", "0.0", "naive"), ("none", "0.0", "prior"), ("mask", "0.01", "aware"),
     ]  # fmt: skip
-    assert len(table) == 12
-    page = before["leak.md"].decode()
-    assert "| clip | naive | 0.9 | 70.8% |" in page
-    assert "Counting: a mask of more than 0.98 leaves" in page
+    assert len(table) == 13
+    page = before["thresholds.md"].decode()
+    assert re.search(r"\| clip \| naive \| [\d.]+% \| none \| 0.9 \| 63.2% \|", page), "0.632 is 1 minus the third root of 0.05"
+    assert re.search(r"\| mask \| naive \| .* \| 100.0% \| 0.98 \|", page)
     code, printed = run("leak", config, "--out", out)
     assert (code, "holds results already; go on with --resume" in printed) == (2, True)
     # killed in the middle of the second batch, with half a line
@@ -251,7 +331,36 @@ def test_the_example_runs_and_a_stopped_audit_goes_on_to_the_same_bytes(
     assert (code, "made with other settings (privacy); use another folder or --overwrite" in printed) == (2, True)
     code, printed = run("leak", config, "--out", out, "--overwrite")
     assert code == 0, printed
-    assert len(read_records(out)) == 10
+    assert len(read_records(out)) == 11
+
+
+def test_a_stopped_search_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is stopped. The pretended leaks end at a mask of 0.6 (naive) and 0.97 (aware)."""
+    audit = replace(SMALL, privacy=Strengths(mask="search", clip=(0.9,)))
+    victims = Victims.build(audit)
+    stops = {"naive": 0.6, "aware": 0.97}
+
+    def pretended(audit: Audit, victims: Victims, batch: Batch, tick: object) -> list[dict]:
+        one = {piece.key: trial("mask", 0.5, piece.obfuscation.strength < stops[piece.attacker]) for piece in batch}
+        # how many are attacked together shows in the results, as rounding would
+        return [piece.record([row | {"mse": len(batch)} for row in one[piece.key]["victims"]]) for piece in batch]
+
+    monkeypatch.setattr(recording, "attacked", pretended)
+    monkeypatch.setattr(attacking, "_MOST_ROWS", 12)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    steps = list(attack_all(audit, victims, whole))
+    assert [step.turn for step in steps] == [0] * 5 + [1, 2, 3, 4, 5, 6, 7]
+    found = {one.attacker: one for one in thresholds(lines(read_records(whole)), 0.0) if one.obfuscation == "mask"}
+    assert (found["naive"].leaks_at, found["naive"].strength) == (0.5985, 0.6008)
+    assert (found["aware"].leaks_at, found["aware"].strength) == (0.9675, 0.97)
+    content = (whole / VICTIMS).read_bytes()
+    for size in range(0, len(content), len(content) // 7):
+        part = tmp_path / str(size)
+        part.mkdir()
+        (part / VICTIMS).write_bytes(content[:size])
+        list(attack_all(audit, victims, part))
+        assert (part / VICTIMS).read_bytes() == content, size
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
@@ -274,6 +383,8 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         ("[privacy]\nclip = [0.0]", "privacy.clip must be above 0 and below 1, got 0.0"),
         ("[privacy]\nnoise = [-0.1]", "privacy.noise must be above 0, got -0.1"),
         ("[privacy]\nnoise = [nan]", "privacy.noise must be above 0, got nan"),
+        ("[privacy]\nclip = 'serach'", "privacy.clip must be a list of strengths, or 'search', got 'serach'"),
+        ("[privacy]\nclip = 0.5", "privacy.clip must be a list of numbers, got 0.5"),
         ("[privacy]\nprune = [0.5, 0.5]", "privacy.prune must be a list of different strengths"),
         ("seed = -1", "seed must be between 0 and"),
         ("[privacy]\nmaks = [0.5]", "unknown key privacy.maks; did you mean privacy.mask"),

@@ -11,7 +11,8 @@ restarts are the rows of one batch.
 | ``obfuscation.py`` | what a client does to its gradient before it sends it |
 | ``victims.py`` | ``Victims``: private images, their gradients, and the images they are told from |
 | ``attacking.py`` | ``batches``, ``attacked``: from obfuscated gradients to images, and how alike these are |
+| ``judging.py`` | ``lines``: shares of images that leaked, with intervals |
+| ``thresholds.py`` | the weakest strength without a leak, and its search; the bound from counting |
 | ``recording.py`` | ``attack_all``: the file of results, and how a stopped audit goes on |
-| ``judging.py`` | ``lines``: shares of images that leaked, with intervals; the bound from counting |
-| ``page.py`` | the results as CSV, Markdown, curves and faces |
+| ``tables.py``, ``pictures.py``, ``page.py`` | the results for people |
 """

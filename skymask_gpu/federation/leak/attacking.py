@@ -23,11 +23,14 @@ from skymask_gpu.engine.inversion import (
 )
 from skymask_gpu.engine.similarity import ssim
 from skymask_gpu.federation.leak.config import Audit
-from skymask_gpu.federation.leak.obfuscation import Obfuscation
+from skymask_gpu.federation.leak.obfuscation import UNTOUCHED, Obfuscation
 from skymask_gpu.federation.leak.victims import Victims, normalised
 from skymask_gpu.federation.transforms.obfuscation import Draws
 
-__all__ = ["FACES", "Batch", "Piece", "attacked", "batches", "check_attackers"]
+__all__ = ["FACES", "Batch", "Piece", "Trial", "attacked", "batches", "check_attackers", "first_trials"]
+
+# What is attacked, and by whom; all victims share it.
+Trial = tuple[Obfuscation, str]
 
 # The number of victims whose reconstructions are stored, to be shown.
 FACES = 8
@@ -45,7 +48,7 @@ _TARGET = 1e-6
 
 @dataclass(frozen=True)
 class Piece:
-    """One line of the results: a block of victims, an obfuscation and an attacker."""
+    """One line of the results: a block of victims under one trial."""
 
     block: int
     victims: range
@@ -65,8 +68,17 @@ class Piece:
 Batch = list[Piece]
 
 
-def batches(audit: Audit, victims: Victims) -> list[Batch]:
-    """All pieces of an audit, in the groups that are attacked together."""
+def first_trials(audit: Audit) -> list[Trial]:
+    """The trials that do not depend on the results of others.
+
+    The attacker ``"prior"`` sees no gradient, so no obfuscation changes what it finds.
+    """
+    pairs = [(one, name) for one in audit.privacy.obfuscations() for name in audit.leak.attackers]
+    return [(one, name) for one, name in pairs if name != "prior" or one == UNTOUCHED]
+
+
+def batches(audit: Audit, victims: Victims, trials: list[Trial]) -> list[Batch]:
+    """All pieces of some trials, in the groups that are attacked together."""
     leak, num_params, values = audit.leak, victims.gradients.shape[1], victims.images[0].numel()
     row_bytes = 4 * (2 * _HISTORY * values + _COPIES * num_params)
     rows = max(1, min(_MOST_ROWS, _BATCH_BYTES // row_bytes))
@@ -75,7 +87,7 @@ def batches(audit: Audit, victims: Victims) -> list[Batch]:
     made = []
     for block, first in enumerate(range(0, leak.victims, per_block)):
         own = range(first, min(first + per_block, leak.victims))
-        pieces = [Piece(block, own, one, name) for one in audit.privacy.obfuscations() for name in leak.attackers]
+        pieces = [Piece(block, own, one, name) for one, name in trials]
         # The closed form needs no search, so it does not wait for one.
         searched = [piece for piece in pieces if piece.attacker != "rank1"]
         made += [searched[at : at + pieces_per_batch] for at in range(0, len(searched), pieces_per_batch)]
@@ -126,7 +138,11 @@ def attacked(audit: Audit, victims: Victims, batch: Batch, tick: Callable[[], No
     own = torch.cat([torch.tensor(piece.victims) for piece in batch])
     shown = torch.cat([one.images for one in found]).view(-1, *victims.images.shape[1:])
     columns = _compared(victims, own, shown)
-    columns["label_found"] = torch.cat(guessed).tolist()
+    columns["label_found"] = [
+        None if piece.attacker == "prior" else label
+        for piece, labels in zip(batch, guessed, strict=True)
+        for label in labels.tolist()
+    ]
     for name in ("loss", "evaluations", "end"):
         columns[name] = [value for one in found for value in getattr(one, name)]
     rows: list[dict[str, Any]] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -216,15 +232,14 @@ def _by_search(
     audit: Audit, victims: Victims, batch: Batch, sent: list[Tensor], guessed: list[Tensor], tick: Callable[[], None]
 ) -> list[_Found]:
     count, shape = audit.leak.restarts, tuple(victims.images.shape[1:])
-    known = [
-        piece.obfuscation.known(one, victims.sizes) if piece.attacker == "aware" else Known.exactly(one)
-        for piece, one in zip(batch, sent, strict=True)
-    ]
+    known = [_known(victims, piece, one) for piece, one in zip(batch, sent, strict=True)]
     # a victim's restarts share its bounds, label and prior
     low, high = (torch.cat([getattr(one, name) for one in known]).repeat_interleave(count, 0) for name in ("low", "high"))
     labels = torch.cat(guessed).repeat_interleave(count)
-    prior = torch.tensor([audit.leak.tv if piece.attacker == "aware" else 0.0 for piece in batch for _ in piece.victims])
-    loss = Matching(RowGradients(victims.module), Known(low, high), labels, shape, tv=prior.repeat_interleave(count))
+    smooth = [audit.leak.tv if piece.attacker in ("aware", "prior") else 0.0 for piece in batch for _ in piece.victims]
+    loss = Matching(
+        RowGradients(victims.module), Known(low, high), labels, shape, tv=torch.tensor(smooth).repeat_interleave(count)
+    )
 
     def counted(points: Tensor, rows: Tensor) -> Tensor:
         tick()
@@ -238,6 +253,12 @@ def _by_search(
         found.append(_Found(best.images[own], best.loss[own], best.evaluations[own], best.end[own]))
         first = own.stop
     return found
+
+
+def _known(victims: Victims, piece: Piece, sent_VP: Tensor) -> Known:
+    if piece.attacker == "prior":
+        return Known(torch.full_like(sent_VP, -torch.inf), torch.full_like(sent_VP, torch.inf))
+    return piece.obfuscation.known(sent_VP, victims.sizes) if piece.attacker == "aware" else Known.exactly(sent_VP)
 
 
 def _best(found: Minimised, count: int) -> _Found:

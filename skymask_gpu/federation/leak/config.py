@@ -11,9 +11,11 @@ from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.federation.leak.obfuscation import METHODS, UNTOUCHED, Obfuscation
 from skymask_gpu.federation.tables import as_table, read_table
 
-__all__ = ["ATTACKERS", "Audit", "LeakConfig", "LeakData", "Strengths", "read_audit"]
+__all__ = ["ATTACKERS", "SEARCH", "Audit", "LeakConfig", "LeakData", "Strengths", "read_audit"]
 
-ATTACKERS = ("naive", "aware", "rank1")
+ATTACKERS = ("naive", "aware", "rank1", "prior")
+# What stands in the place of a list of strengths if the weakest one without a leak is wanted.
+SEARCH = "search"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +42,17 @@ class LeakConfig:
         victims: the number of private images, drawn from the training data.
         attackers: ``"naive"`` takes what was sent for the gradient, as iDLG does; ``"aware"`` knows
             the obfuscation, and that images are smooth; ``"rank1"`` solves a linear first layer in
-            closed form.
+            closed form; ``"prior"`` is a control that sees no gradient, and knows only that images
+            are smooth.
         restarts: the number of starts per image; the one with the smallest matching loss counts.
         evaluations: the largest number of evaluations of the loss per start.
-        tv: the weight of the aware attacker's total variation beside the relative matching loss.
+        tv: the weight of total variation beside the relative matching loss, for the attackers
+            ``"aware"`` and ``"prior"``.
         side: images are resized to this height and width; 0 leaves them as they are.
     """
 
     victims: int = 32
-    attackers: tuple[str, ...] = ("naive", "aware")
+    attackers: tuple[str, ...] = ("naive", "aware", "prior")
     restarts: int = 1
     evaluations: int = 900
     tv: float = 2e-7
@@ -72,6 +76,9 @@ class LeakConfig:
 class Strengths:
     """``[privacy]``: the strengths of each obfuscation. No obfuscation at all is always audited.
 
+    ``"search"`` in the place of a list tries eight strengths, and then looks for the weakest one
+    without a leak, for each attacker.
+
     Attributes:
         mask: the probability that an entry is set to 0.
         clip: the quantile of the client's magnitudes that its entries are clipped at; smaller is
@@ -80,22 +87,35 @@ class Strengths:
         noise: the standard deviation of normal noise, per root mean square of the gradient.
     """
 
-    mask: tuple[float, ...] = ()
-    clip: tuple[float, ...] = ()
-    prune: tuple[float, ...] = ()
-    noise: tuple[float, ...] = ()
+    mask: tuple[float, ...] | str = ()
+    clip: tuple[float, ...] | str = ()
+    prune: tuple[float, ...] | str = ()
+    noise: tuple[float, ...] | str = ()
 
     def __post_init__(self) -> None:
         for name in METHODS:
             strengths = getattr(self, name)
-            if len(set(strengths)) < len(strengths):
+            if isinstance(strengths, str):
+                if strengths != SEARCH:
+                    raise ValueError(f"privacy.{name} must be a list of strengths, or {SEARCH!r}, got {strengths!r}")
+            elif len(set(strengths)) < len(strengths):
                 raise ValueError(f"privacy.{name} must be a list of different strengths, got {list(strengths)}")
-            for strength in strengths:
-                Obfuscation(name, strength)
+        self.obfuscations()
+
+    def searched(self) -> list[str]:
+        """The methods whose weakest strength without a leak is searched for."""
+        return [name for name in METHODS if getattr(self, name) == SEARCH]
 
     def obfuscations(self) -> list[Obfuscation]:
-        """All obfuscations, each method's from weak to strong; none at all comes first."""
-        return [UNTOUCHED, *sorted(Obfuscation(name, one) for name in METHODS for one in getattr(self, name))]
+        """The strengths of the file, or a search's first ones, each method's from weak to strong.
+
+        No obfuscation at all comes first.
+        """
+        return [UNTOUCHED, *sorted(Obfuscation(name, one) for name in METHODS for one in self._first(name))]
+
+    def _first(self, name: str) -> tuple[float, ...]:
+        strengths: tuple[float, ...] | str = getattr(self, name)
+        return METHODS[name].grid if isinstance(strengths, str) else strengths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,11 @@
-"""How much leaked: shares of images with their intervals, and how much an attacker can count on."""
+"""How much leaked: shares of images with their intervals."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from skymask_gpu.federation.leak.obfuscation import Obfuscation
-from skymask_gpu.federation.leak.victims import Victims
 
-__all__ = ["THRESHOLDS", "Line", "counting_bound", "interval", "lines", "weakest_without_leak"]
+__all__ = ["THRESHOLDS", "Line", "interval", "lines"]
 
 # An image has leaked if its adjusted similarity is at least this: nearly the same, or recognisable.
 THRESHOLDS = (0.9, 0.5)
@@ -110,55 +107,3 @@ def interval(hits: int, trials: int) -> tuple[float, float]:
     least = float(beta.ppf(0.025, hits, trials - hits + 1)) if hits else 0.0
     most = float(beta.ppf(0.975, hits + 1, trials - hits)) if hits < trials else 1.0
     return least, most
-
-
-def weakest_without_leak(own: list[Line]) -> Line | None:
-    """The weakest strength from which on no image leaked at 0.9.
-
-    Args:
-        own: the lines of one method and one attacker, from weak to strong.
-
-    Returns:
-        None if images leaked at the strongest one, too.
-    """
-    found = None
-    for line in reversed(own):
-        if line.leaked:
-            break
-        found = line
-    return found
-
-
-def counting_bound(victims: Victims) -> float:
-    """The mask beyond which fewer numbers are left than an image has values.
-
-    A linear layer's gradient is the product of its input and its output's error. An attacker sees
-    one of these if any entry that it is a factor of is left, so a mask of probability p leaves
-    ``inputs (1 - p^outputs) + outputs (1 - p^inputs)`` numbers, with the bias as one more input; of
-    the last layer's errors one follows from the others. Other layers are counted by entry. An
-    attacker without a prior cannot do without as many numbers as there are values.
-
-    Returns:
-        The probability; 0 if even the whole gradient has fewer numbers.
-    """
-    wanted = victims.images[0].numel()
-    layers = [one for one in victims.module.modules() if list(one.parameters(recurse=False))]
-
-    def left(p: float) -> float:
-        total = -1.0
-        for layer in layers:
-            if isinstance(layer, nn.Linear):
-                inputs, outputs = layer.in_features, layer.out_features
-                has_bias = layer.bias is not None
-                total += inputs * (1 - p**outputs) + outputs * (1 - p ** (inputs + has_bias))
-            else:
-                total += (1 - p) * sum(one.numel() for one in layer.parameters(recurse=False))
-        return total
-
-    low, high = 0.0, 1.0
-    if left(low) < wanted:
-        return 0.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if left(middle) >= wanted else (low, middle)
-    return low

@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from skymask_gpu.federation.leak.attacking import Batch, attacked, batches
+from skymask_gpu.federation.leak.attacking import Batch, attacked, batches, first_trials
 from skymask_gpu.federation.leak.config import Audit
+from skymask_gpu.federation.leak.judging import lines
+from skymask_gpu.federation.leak.thresholds import next_trials
 from skymask_gpu.federation.leak.victims import Victims
 from skymask_gpu.io.files import append_line, read_lines, write_text
 
-__all__ = ["SETTINGS", "VICTIMS", "attack_all", "check_settings", "read_records"]
+__all__ = ["SETTINGS", "VICTIMS", "Step", "attack_all", "check_settings", "read_records"]
 
 VICTIMS, SETTINGS = "victims.jsonl", "settings.json"
 
@@ -41,10 +44,28 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder / VICTIMS, "block")
 
 
-def attack_all(
-    audit: Audit, victims: Victims, folder: Path, tick: Callable[[], None] = lambda: None
-) -> Iterator[tuple[int, Batch]]:
+@dataclass(frozen=True)
+class Step:
+    """A batch that is about to be attacked.
+
+    Attributes:
+        turn: 0 for the first trials, then the number of the search's step.
+        number: the number of the batch within the turn.
+        batches: how many the turn has.
+        batch: what is attacked.
+    """
+
+    turn: int
+    number: int
+    batches: int
+    batch: Batch
+
+
+def attack_all(audit: Audit, victims: Victims, folder: Path, tick: Callable[[], None] = lambda: None) -> Iterator[Step]:
     """Attack what is not in the folder yet.
+
+    The trials of a turn follow from the results of the turns before it alone, so a stopped audit
+    goes on with the same ones.
 
     Args:
         audit: the settings, which :func:`check_settings` has compared with those of the folder.
@@ -53,19 +74,25 @@ def attack_all(
         tick: is called after every evaluation of the loss.
 
     Yields:
-        The number of each batch and the batch, once its lines are written.
+        Each batch before it is attacked. When the next one comes, its lines are written.
     """
-    done = {_key(record) for record in read_records(folder)}
+    done = {_key(record): record for record in read_records(folder)}
     _drop_half_a_line(folder / VICTIMS)
     write_text(folder / SETTINGS, json.dumps(audit.settings(), indent=1) + "\n")
-    for number, batch in enumerate(batches(audit, victims)):
-        # A batch of which a line is missing is attacked as a whole: with fewer rows, its sums would
-        # be rounded in another way.
-        if any(piece.key not in done for piece in batch):
-            for record in attacked(audit, victims, batch, tick):
-                if _key(record) not in done:
-                    append_line(folder / VICTIMS, record)
-        yield number, batch
+    trials, before, turn = first_trials(audit), [], 0
+    while trials:
+        groups = batches(audit, victims, trials)
+        for number, batch in enumerate(groups):
+            yield Step(turn, number, len(groups), batch)
+            # A batch of which a line is missing is attacked as a whole: with fewer rows, its sums
+            # would be rounded in another way.
+            if any(piece.key not in done for piece in batch):
+                for record in attacked(audit, victims, batch, tick):
+                    if _key(record) not in done:
+                        append_line(folder / VICTIMS, record)
+                        done[_key(record)] = record
+            before += [done[piece.key] for piece in batch]
+        trials, turn = next_trials(audit, lines(before)), turn + 1
 
 
 def _key(record: dict[str, Any]) -> tuple[int, str, float, str]:
