@@ -19,8 +19,9 @@ from skymask_gpu.federation.rules import RULES
 from skymask_gpu.federation.simulation import Federation
 
 # these are no runs; test_board.py and test_leak.py play them
-OTHERS = ("board", "leak", "leak_mnist", "leak_thresholds")
-EXAMPLES = sorted(path.stem for path in (Path(__file__).parents[2] / "examples").glob("*.toml") if path.stem not in OTHERS)
+OTHERS = ("board", "leak")
+EXAMPLES = [path.stem for path in sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))]
+EXAMPLES = [name for name in EXAMPLES if not name.startswith(OTHERS)]
 
 
 def read_runs(path: Path) -> list[RunConfig]:

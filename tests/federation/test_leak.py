@@ -16,7 +16,7 @@ from skymask_gpu.federation.config import ModelConfig
 from skymask_gpu.federation.leak import attacking, recording
 from skymask_gpu.federation.leak.attacking import Batch, attacked, batches, check_attackers, first_trials
 from skymask_gpu.federation.leak.config import ATTACKERS, Audit, LeakConfig, LeakData, Strengths, read_audit
-from skymask_gpu.federation.leak.judging import Line, interval, lines
+from skymask_gpu.federation.leak.judging import Line, interval, lines, lookalikes
 from skymask_gpu.federation.leak.obfuscation import METHODS, UNTOUCHED, Obfuscation
 from skymask_gpu.federation.leak.recording import VICTIMS, attack_all, read_records
 from skymask_gpu.federation.leak.thresholds import STEPS, bound_of_none, counting_bound, next_trials, thresholds
@@ -190,6 +190,16 @@ def test_the_interval_leaves_out_what_has_a_chance_of_less_than_a_fortieth() -> 
             assert binom.cdf(hits, trials, most) == pytest.approx(0.025)
 
 
+def test_a_wrong_image_may_be_a_leak_without_any_attack() -> None:
+    victims = Victims.build(SMALL)
+    assert victims.others is not None
+    assert lookalikes(victims) == []
+    images = victims.images.clone()
+    images[victims.others[1]] = 0.5 * images[1] + 0.1
+    assert 1 in lookalikes(replace(victims, images=images))
+    assert lookalikes(replace(victims, images=images, others=None)) == []
+
+
 def trial(method: str, strength: float, leaks: bool, attacker: str = "naive") -> dict:
     """What one victim's attack writes."""
     row = {"ssim": 0.91 if leaks else 0.3, "ssim_wrong": None, "mse": 0.0, "identified": False, "label": 1}
@@ -287,8 +297,8 @@ def test_the_page_and_the_examples_have_files_that_can_be_read(checkout: Path, t
         for key in settings if isinstance(settings, dict) else [table]:
             assert f"{key} = " in page, key
     assert all(f"`{attacker}`" in page for attacker in ATTACKERS)
-    for name in ("leak_mnist", "leak_thresholds"):
-        read_audit(checkout / "examples" / f"{name}.toml")
+    for path in (checkout / "examples").glob("leak*.toml"):
+        read_audit(path)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -311,6 +321,9 @@ def test_the_example_runs_and_a_stopped_audit_goes_on_to_the_same_bytes(
         ("none", "0.0", "aware"), ("none", "0.0", "naive"), ("none", "0.0", "prior"), ("mask", "0.01", "aware"),
     ]  # fmt: skip
     assert len(table) == 13
+    page = before["leak.md"].decode()
+    assert "who sees no gradient, reaches a similarity of 0.9 for 0.0% of the images" in page
+    assert "has a similarity of 0.9 with the right one for 0 of 3 victims: a perfect" in page
     page = before["thresholds.md"].decode()
     assert re.search(r"\| clip \| naive \| [\d.]+% \| none \| 0.9 \| 63.2% \|", page), "0.632 is 1 minus the third root of 0.05"
     assert re.search(r"\| mask \| naive \| .* \| 100.0% \| 0.98 \|", page)

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
+from skymask_gpu.engine.similarity import ssim
 from skymask_gpu.federation.leak.obfuscation import Obfuscation
+from skymask_gpu.federation.leak.victims import Victims
 
-__all__ = ["THRESHOLDS", "Line", "interval", "lines"]
+__all__ = ["THRESHOLDS", "Line", "interval", "lines", "lookalikes"]
 
 # An image has leaked if its adjusted similarity is at least this: nearly the same, or recognisable.
 THRESHOLDS = (0.9, 0.5)
@@ -107,3 +109,14 @@ def interval(hits: int, trials: int) -> tuple[float, float]:
     least = float(beta.ppf(0.025, hits, trials - hits + 1)) if hits else 0.0
     most = float(beta.ppf(0.975, hits + 1, trials - hits)) if hits < trials else 1.0
     return least, most
+
+
+def lookalikes(victims: Victims) -> list[int]:
+    """The victims whose wrong image is a leak of theirs before anybody attacks.
+
+    Where they are, reconstructions that reach 0.9 beside a wrong image are no fault of the attack.
+    """
+    if victims.others is None:
+        return []
+    similar = ssim(victims.images[victims.others], victims.images)
+    return [victim for victim, value in enumerate(similar.tolist()) if value >= THRESHOLDS[0]]

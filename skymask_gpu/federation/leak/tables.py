@@ -1,7 +1,9 @@
-"""An audit's results as text: the lines of ``leak.md`` and of the thresholds, and what they mean."""
+"""An audit's results as text: the lines of ``leak.md`` and of the thresholds, and their legends."""
+
+from collections import Counter
 
 from skymask_gpu.federation.leak.config import Audit
-from skymask_gpu.federation.leak.judging import Line
+from skymask_gpu.federation.leak.judging import Line, lookalikes
 from skymask_gpu.federation.leak.thresholds import Threshold
 from skymask_gpu.federation.leak.victims import Victims
 from skymask_gpu.io.text_tables import latex_table, markdown_table
@@ -26,7 +28,7 @@ _LEGEND = (
     "Leaked: images whose reconstruction has a structural similarity of at least 0.9 (Gaussian window of 11 pixels, sigma "
     "1.5, data range 1, no padding), at its best contrast and brightness; with the Clopper-Pearson interval. Recognised: "
     "at least 0.5. Wrong image: reconstructions that reach 0.9 beside another victim's image, of the same class if "
-    "there is one; where this is not near 0, the threshold says little. Identified: reconstructions that correlate more "
+    "there is one. Identified: reconstructions that correlate more "
     "with their own image than with any other of {pool:,} (chance: one in {pool:,}). Label found: by iDLG's rule. "
     "Evaluations: of the matching loss, per victim."
 )
@@ -76,7 +78,7 @@ def threshold_row(one: Threshold) -> list[str]:
 def leak_text(title: str, audit: Audit, victims: Victims, table: list[Line]) -> str:
     """All lines as a Markdown page."""
     return (
-        f"# {title}\n\n{SCOPE}\n\n{_setting(audit, victims)}\n\n"
+        f"# {title}\n\n{SCOPE}\n\n{_setting(audit, victims)} {_control(table)} {_lookalikes(victims)}\n\n"
         f"{markdown_table(COLUMNS, [row(line) for line in table])}\n{_LEGEND.format(pool=len(victims.pool))}\n"
     )
 
@@ -105,11 +107,23 @@ def _setting(audit: Audit, victims: Victims) -> str:
 
 
 def _control(table: list[Line]) -> str:
-    """What an attacker without a gradient finds, which calibrates the similarity that counts as a leak."""
+    """What an attacker without a gradient finds; the similarity of a leak must be out of reach."""
     control = next((line for line in table if line.attacker == "prior"), None)
     if control is None:
         return "The control, an attacker who sees no gradient, was not asked for (attackers: prior)."
     return (
         "The control, an attacker who sees no gradient, reaches a similarity of 0.9 for "
         f"{control.leaked:.1%} of the images and 0.5 for {control.recognised:.1%}."
+    )
+
+
+def _lookalikes(victims: Victims) -> str:
+    """How often the wrong image is like the right one without any attack."""
+    if victims.others is None:
+        return "With one victim, there is no wrong image to compare with."
+    alike = lookalikes(victims)
+    classes = ", ".join(f"{count} of class {label}" for label, count in sorted(Counter(victims.labels[alike].tolist()).items()))
+    return (
+        f"The wrong image itself, without any attack, has a similarity of 0.9 with the right one for {len(alike)} of "
+        f"{len(victims.images)} victims{f' ({classes})' if classes else ''}: a perfect reconstruction reaches 0.9 beside both."
     )

@@ -1,8 +1,8 @@
 """The weakest strength without a leak: how it is searched for, and what it is worth.
 
-A search tries a grid of strengths, then the middle between the weakest one without a leak and the
-next weaker one, which leaked, until the two are near to each other. Strengths from a file are judged
-in the same way, without that search.
+A search tries a grid of strengths, then the middle between the strongest one that leaked and the
+next one, until the two are near to each other. Strengths from a file are judged in the same way,
+without that search.
 """
 
 from dataclasses import dataclass
