@@ -3,6 +3,7 @@
 | file | what |
 | --- | --- |
 | ``page.py``, ``page.html.j2`` | ``write_report``: all files of a report, and the HTML page |
+| ``html.py``, ``base.html.j2`` | what all HTML pages share; ``leak.html.j2`` is that of a privacy audit |
 | ``summary.py`` | ``FinishedRun``: a run as it lies on disk, and its row in every table |
 | ``sweep.py`` | runs sorted into blocks, rows and columns |
 | ``tables.py`` | the tables as Markdown, LaTeX and CSV |

@@ -1,16 +1,12 @@
 """``write_report``: tables as Markdown, CSV and LaTeX, pictures, and a self-contained HTML page."""
 
-import base64
 import json
-import platform
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import torch
-
 from skymask_gpu.io.files import write_text
+from skymask_gpu.report.html import page
 from skymask_gpu.report.plots import plot_evidence, plot_masks, plot_rates, plot_rounds, plot_witnesses
 from skymask_gpu.report.summary import COLUMNS, NOTE, FinishedRun, failed_cells, percent
 from skymask_gpu.report.sweep import Sweep, arrange
@@ -63,13 +59,13 @@ def write_report(title: str, runs: list[FinishedRun], folder: Path) -> Report:
     if not runs:
         raise ValueError("runs must hold one run at least, got none; see load_runs")
     sweep, failed = arrange(runs), failed_cells(folder)
-    page, markdown, csv, latex = (folder / name for name in ("report.html", "tables.md", "tables.csv", "tables.tex"))
+    html, markdown, csv, latex = (folder / name for name in ("report.html", "tables.md", "tables.csv", "tables.tex"))
     write_text(markdown, markdown_text(title, sweep, failed))
     write_text(csv, csv_text(runs, folder))
     write_text(latex, latex_text(title, sweep, failed))
     pictures = _write_pictures(runs, sweep, folder)
-    write_text(page, _page(title, runs, sweep, failed, pictures))
-    return Report(markdown, csv, latex, page=page, **pictures)
+    write_text(html, _page(title, runs, sweep, failed, pictures))
+    return Report(markdown, csv, latex, page=html, **pictures)
 
 
 def _write_pictures(runs: list[FinishedRun], sweep: Sweep, folder: Path) -> dict[str, Any]:
@@ -99,12 +95,11 @@ def _page(
     pictures: dict[str, Path | None],
 ) -> str:
     """The HTML page, with its pictures inside."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("skymask_gpu", "report"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     in_detail = runs if len(runs) <= _RUNS_IN_DETAIL else []
-    return environment.get_template("page.html.j2").render(
-        title=title,
+    return page(
+        "page.html.j2",
+        title,
+        {name: path for name, path in pictures.items() if path is not None},
         num_runs=len(runs),
         columns=COLUMNS,
         rows=[run.row() for run in in_detail],
@@ -113,13 +108,6 @@ def _page(
         blocks=[(block.title, block_tables(block)) for block in sweep.blocks],
         left_out=sweep.left_out,
         failed=failed,
-        pictures={name: _data_uri(path) for name, path in pictures.items() if path is not None},
         runs=[{"name": run.name, "config": json.dumps(run.config, indent=2), "records": run.records} for run in in_detail],
         percent=percent,
-        versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
     )
-
-
-def _data_uri(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

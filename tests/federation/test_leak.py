@@ -313,7 +313,16 @@ def test_the_example_runs_and_a_stopped_audit_goes_on_to_the_same_bytes(
     code, printed = run("leak", config, "--out", out)
     assert code == 0, printed
     assert "attacker's best case" in printed
-    results = ("leak.csv", "leak.md", "thresholds.csv", "thresholds.md", "thresholds.tex", "curves.png", "faces.png")
+    results = (
+        "leak.csv",
+        "leak.md",
+        "thresholds.csv",
+        "thresholds.md",
+        "thresholds.tex",
+        "curves.png",
+        "faces.png",
+        "leak.html",
+    )
     before = {name: (out / name).read_bytes() for name in (VICTIMS, *results)}
     with (out / "leak.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -321,6 +330,11 @@ def test_the_example_runs_and_a_stopped_audit_goes_on_to_the_same_bytes(
         ("none", "0.0", "aware"), ("none", "0.0", "naive"), ("none", "0.0", "prior"), ("mask", "0.01", "aware"),
     ]  # fmt: skip
     assert len(table) == 13
+    page = before["leak.html"].decode()
+    assert page.count('src="data:image/png;base64,') == 2
+    assert not re.search(r'(?:src|href)="(?!data:)', page), "the page needs no other file"
+    for text in ("attacker&#39;s best case", "<td>mask 0.9</td><td>aware</td>", "<th>strongest leak</th>", "max-width: 72rem"):
+        assert text in page
     page = before["leak.md"].decode()
     assert "who sees no gradient, reaches a similarity of 0.9 for 0.0% of the images" in page
     assert "has a similarity of 0.9 with the right one for 0 of 3 victims: a perfect" in page

@@ -1,6 +1,8 @@
 """An audit's results as text: the lines of ``leak.md`` and of the thresholds, and their legends."""
 
+import json
 from collections import Counter
+from typing import Any
 
 from skymask_gpu.federation.leak.config import Audit
 from skymask_gpu.federation.leak.judging import Line, lookalikes
@@ -9,7 +11,8 @@ from skymask_gpu.federation.leak.victims import Victims
 from skymask_gpu.io.text_tables import latex_table, markdown_table
 
 __all__ = [
-    "COLUMNS", "SCOPE", "THRESHOLD_COLUMNS", "leak_text", "row", "threshold_row", "thresholds_latex", "thresholds_text",
+    "COLUMNS", "SCOPE", "THRESHOLD_COLUMNS", "html_values", "leak_text", "row", "threshold_row", "thresholds_latex",
+    "thresholds_text",
 ]  # fmt: skip
 
 COLUMNS = (
@@ -95,6 +98,20 @@ def thresholds_latex(title: str, audit: Audit, victims: Victims, found: list[Thr
     """The same as a LaTeX table."""
     caption = f"The weakest strengths without a leak: {title}. {_setting(audit, victims)} {_THRESHOLD_LEGEND} {SCOPE}"
     return latex_table(caption, THRESHOLD_COLUMNS, [threshold_row(one) for one in found])
+
+
+def html_values(audit: Audit, victims: Victims, table: list[Line], found: list[Threshold]) -> dict[str, Any]:
+    """What the template of the audit's page shows, besides pictures."""
+    return {
+        "notes": [SCOPE, f"{_setting(audit, victims)} {_control(table)} {_lookalikes(victims)}"],
+        "threshold_columns": THRESHOLD_COLUMNS,
+        "thresholds": [threshold_row(one) for one in found],
+        "threshold_legend": _THRESHOLD_LEGEND,
+        "columns": COLUMNS,
+        "rows": [row(line) for line in table],
+        "legend": _LEGEND.format(pool=len(victims.pool)),
+        "settings": json.dumps(audit.settings(), indent=2),
+    }
 
 
 def _setting(audit: Audit, victims: Victims) -> str:
