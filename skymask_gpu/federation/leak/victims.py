@@ -75,7 +75,8 @@ class Victims:
         shown = (pixels[order] - low) / (high - low)
         side = audit.leak.side
         if side:
-            shown = F.interpolate(shown, (side, side), mode="bilinear", align_corners=False)
+            # Without antialiasing, an image that is made much smaller loses most of its pixels.
+            shown = F.interpolate(shown, (side, side), mode="bilinear", align_corners=False, antialias=True)
         if min(shown.shape[2:]) < _LEAST_SIDE:
             raise ValueError(
                 f"leak.side must be at least {_LEAST_SIDE}, the window of the structural similarity, for the images of "
