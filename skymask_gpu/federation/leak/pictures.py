@@ -20,6 +20,8 @@ __all__ = ["plot_curves", "plot_faces"]
 
 # With more strengths than this, their labels need to stand upright.
 _UPRIGHT = 8
+# The number of white pixels between two images.
+_GAP = 2
 
 
 def plot_curves(audit: Audit, table: list[Line], path: Path) -> None:
@@ -48,7 +50,7 @@ def plot_curves(audit: Audit, table: list[Line], path: Path) -> None:
 
 
 def plot_faces(audit: Audit, victims: Victims, records: list[dict[str, Any]], found: list[Threshold], path: Path) -> None:
-    """The first victims' images, and below each its reconstructions, as they are and adjusted."""
+    """The first victims' images, and below them their reconstructions: as found, and adjusted."""
     stored: dict[tuple[Obfuscation, str], list[Tensor]] = {}
     for record in records:
         images = [torch.tensor(one["image"]) for one in record["victims"] if "image" in one]
@@ -57,10 +59,10 @@ def plot_faces(audit: Audit, victims: Victims, records: list[dict[str, Any]], fo
             stored.setdefault(key, []).extend(images)
     count = min(map(len, stored.values()))
     originals = victims.images[:count]
-    rows: list[tuple[str, Tensor]] = [("original", originals)]
-    for (obfuscation, attacker), images in sorted(stored.items(), key=lambda item: item[0]):
+    rows = [("original", originals, originals)]
+    for (obfuscation, attacker), images in sorted(stored.items(), key=lambda item: (item[0][1] == "prior", item[0])):
         shown = torch.stack(images).view_as(originals)
-        rows += [(f"{obfuscation.label}, {attacker}", shown.clamp(0, 1)), ("adjusted", brightness_adjusted(originals, shown))]
+        rows.append((f"{obfuscation.label}, {attacker}", shown.clamp(0, 1), brightness_adjusted(originals, shown)))
     _draw_sheet(rows, path)
 
 
@@ -72,18 +74,27 @@ def _is_shown(audit: Audit, obfuscation: Obfuscation, attacker: str, found: list
     return obfuscation.strength in ends[0]
 
 
-def _draw_sheet(rows: list[tuple[str, Tensor]], path: Path) -> None:
+def _draw_sheet(rows: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
     """One picture of all images side by side: an axis for each would take minutes to lay out."""
-    count = len(rows[0][1])
-    sheet = torch.cat([torch.cat([F.pad(image, (0, 2, 0, 2), value=1.0) for image in shown], 2) for _, shown in rows], 1)
+    count, width = len(rows[0][1]), rows[0][1].shape[3] + _GAP
+    parts = []
+    for _, *groups in rows:
+        padded = [F.pad(image, (0, _GAP, 0, _GAP), value=1.0) for group in groups for image in group]
+        # a wider gap between the two groups
+        padded[count - 1] = F.pad(padded[count - 1], (0, width // 2, 0, 0), value=1.0)
+        parts.append(torch.cat(padded, 2))
+    sheet = torch.cat(parts, 1)
     height = sheet.shape[1] // len(rows)
     grey = sheet.shape[0] == 1
     with styled(grid=False):
-        figure = Figure(figsize=(2.2 + 0.8 * count, 0.85 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(2.6 + 1.25 * count, 0.6 * len(rows) + 0.4), layout="constrained")
         axes = figure.subplots()
-        axes.imshow(sheet[0] if grey else sheet.movedim(0, 2), cmap="gray" if grey else None, vmin=0, vmax=1)
-        axes.set_xticks([])
-        axes.set_yticks([height * (number + 0.5) for number in range(len(rows))], [label for label, _ in rows])
+        # Smoothed pixels would hide noise, and their file is several times as large.
+        shown = sheet[0] if grey else sheet.movedim(0, 2)
+        axes.imshow(shown, cmap="gray" if grey else None, vmin=0, vmax=1, interpolation="nearest")
+        middles = [count * width / 2, (1.5 * count + 0.5) * width]
+        axes.set_xticks(middles, ["as found", "at its best contrast and brightness"])
+        axes.set_yticks([height * (number + 0.5) for number in range(len(rows))], [label for label, *_ in rows])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         save(figure, path)
