@@ -87,7 +87,7 @@ def _draw_sheet(rows: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
     height = sheet.shape[1] // len(rows)
     grey = sheet.shape[0] == 1
     with styled(grid=False):
-        figure = Figure(figsize=(2.6 + 1.25 * count, 0.6 * len(rows) + 0.4), layout="constrained")
+        figure = Figure(figsize=(2.3 + 1.25 * count, 0.6 * len(rows) + 0.4), layout="constrained")
         axes = figure.subplots()
         # Smoothed pixels would hide noise, and their file is several times as large.
         shown = sheet[0] if grey else sheet.movedim(0, 2)
