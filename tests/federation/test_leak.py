@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from skymask_gpu.engine.inversion import Minimised, RowGradients
 from skymask_gpu.federation.config import ModelConfig
-from skymask_gpu.federation.leak import attacking, recording
+from skymask_gpu.federation.leak import attacking, pictures, recording
 from skymask_gpu.federation.leak.attacking import Batch, attacked, batches, check_attackers, first_trials
 from skymask_gpu.federation.leak.config import ATTACKERS, Audit, LeakConfig, LeakData, Strengths, read_audit
 from skymask_gpu.federation.leak.judging import Line, interval, lines, lookalikes
@@ -263,7 +263,9 @@ def test_a_search_ends_at_the_strength_that_stops_leaks(method: str, share: floa
 
 
 def test_a_search_stops_where_all_strengths_leak_and_asks_for_each_attacker_alone() -> None:
-    audit = replace(SMALL, privacy=Strengths(mask="search", noise=(0.1, 0.2)))
+    # the control sees no mask, so none is searched for it
+    audit = replace(SMALL, leak=LeakConfig(), privacy=Strengths(mask="search", noise=(0.1, 0.2)))
+    assert "prior" in audit.leak.attackers
     grid = METHODS["mask"].grid
     trials = [trial("mask", one, True, "aware") for one in grid]
     trials += [trial("mask", one, one < 0.1, "naive") for one in grid] + [trial("none", 0.0, True, "aware")]
@@ -390,6 +392,25 @@ def test_a_stopped_search_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch:
         (part / VICTIMS).write_bytes(content[:size])
         list(attack_all(audit, victims, part))
         assert (part / VICTIMS).read_bytes() == content, size
+
+
+def test_faces_of_a_search_are_those_that_it_ended_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = replace(SMALL, leak=replace(SMALL.leak, attackers=ATTACKERS), privacy=Strengths(mask="search", noise=(0.1,)))
+    victims = Victims.build(audit)
+    trials = [trial("mask", one, one < 0.1) for one in METHODS["mask"].grid]
+    trials += [trial("mask", one, True, "aware") for one in METHODS["mask"].grid]
+    trials += [trial("none", 0.0, True, name) for name in ("naive", "aware", "prior")] + [trial("noise", 0.1, True)]
+    for one in trials:
+        one["victims"][0]["image"] = victims.images[0].flatten().tolist()
+    shown: list[str] = []
+    monkeypatch.setattr(pictures, "_draw_sheet", lambda rows, path: shown.extend(label for label, *_ in rows))
+    table = lines(trials)
+    pictures.plot_faces(audit, victims, trials, thresholds(table, 0.0), tmp_path / "faces.png")
+    strengths = ["mask 0.05, naive", "mask 0.2, naive", "mask 0.999, aware", "noise 0.1, naive"]
+    assert shown == ["original", "none, aware", "none, naive", *strengths, "none, prior"]
+    # strengths that only one attacker faced are no hole in the curves
+    pictures.plot_curves(audit, [*table, *lines([trial("mask", 0.125, False)])], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ without that search.
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from torch import nn
 
@@ -94,7 +95,7 @@ def _bracket(own: list[Line]) -> tuple[Line | None, Line | None]:
         own: the lines of one method and one attacker, from weak to strong.
     """
     leaking, free = None, own[0] if own else None
-    for line, stronger in zip(own, [*own[1:], None], strict=True):
+    for line, stronger in zip_longest(own, own[1:]):
         if line.leaked:
             leaking, free = line, stronger
     return leaking, free
