@@ -74,6 +74,7 @@ def _attack(audit: "Audit", victims: "Victims", folder: Path) -> None:
                 completed=done,
                 status=escape(step.batch[-1].obfuscation.label),
             )
+        progress.update(task, completed=progress.tasks[task].total, status="")
 
 
 def _print(title: str, audit: "Audit", victims: "Victims", records: list[dict[str, Any]]) -> None:

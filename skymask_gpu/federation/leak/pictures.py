@@ -22,6 +22,8 @@ __all__ = ["plot_curves", "plot_faces"]
 _UPRIGHT = 8
 # The number of white pixels between two images.
 _GAP = 2
+# How high a row of images is, and how wide a letter of its label.
+_ROW_INCHES, _LETTER_INCHES = 0.6, 0.09
 
 
 def plot_curves(audit: Audit, table: list[Line], path: Path) -> None:
@@ -87,7 +89,9 @@ def _draw_sheet(rows: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
     height = sheet.shape[1] // len(rows)
     grey = sheet.shape[0] == 1
     with styled(grid=False):
-        figure = Figure(figsize=(2.3 + 1.25 * count, 0.6 * len(rows) + 0.4), layout="constrained")
+        letters = max(len(label) for label, *_ in rows)
+        size = _ROW_INCHES * sheet.shape[2] / height + _LETTER_INCHES * letters + 0.3, _ROW_INCHES * len(rows) + 0.4
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         # Smoothed pixels would hide noise, and their file is several times as large.
         shown = sheet[0] if grey else sheet.movedim(0, 2)
@@ -96,5 +100,6 @@ def _draw_sheet(rows: list[tuple[str, Tensor, Tensor]], path: Path) -> None:
         axes.set_xticks(middles, ["as found", "at its best contrast and brightness"])
         axes.set_yticks([height * (number + 0.5) for number in range(len(rows))], [label for label, *_ in rows])
         axes.tick_params(length=0)
+        axes.set_anchor("E")
         axes.spines[:].set_visible(False)
         save(figure, path)
