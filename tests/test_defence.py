@@ -197,21 +197,21 @@ def test_each_clients_keep_share_and_cosine_with_the_root_direction_are_told() -
 
 
 def test_the_root_direction_goes_through_its_batches_in_turn() -> None:
-    inputs, labels = toy_data(65, 1)
+    inputs, labels = toy_data(155, 1)
     loss, settings = FlatModel(MODULE, inputs, labels), RootTraining(steps=13)
-    order = torch.randperm(65, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(155, generator=torch.Generator().manual_seed(0))
     params_P = loss.initial_params
-    # 65 samples give three batches of at least 20
-    parts = (order[:22], order[22:44], order[44:])
+    # 155 samples give three batches of at least 50
+    parts = (order[:52], order[52:104], order[104:])
     for part in (*parts, *parts, parts[0]):
         leaf_P = params_P.clone().requires_grad_()
         (grad_P,) = torch.autograd.grad(FlatModel(MODULE, inputs[part], labels[part])(leaf_P), leaf_P)
-        params_P = params_P - settings.lr / 2 * grad_P.clamp(-settings.grad_clip, settings.grad_clip)
+        params_P = params_P - settings.lr * grad_P.clamp(-settings.grad_clip, settings.grad_clip)
     direction_P = root_direction(loss, loss.initial_params, settings, small_batches=True)
     torch.testing.assert_close(direction_P, params_P - loss.initial_params)
 
 
-def test_with_a_root_update_a_round_costs_the_mask_steps_and_four_passes() -> None:
+def test_with_a_root_update_a_round_costs_the_mask_steps_and_ten_passes() -> None:
     passed: list[int] = []
 
     class Counting(nn.Sequential):
@@ -223,7 +223,7 @@ def test_with_a_root_update_a_round_costs_the_mask_steps_and_four_passes() -> No
     passed.clear()
     assert skymask.aggregate(HONEST_NP, root_update=local_update(MODULE, 1)).masks.steps == 4
     # 20 small batches for the root direction, and every sample in each mask step
-    assert passed == 20 * [20] + 4 * [100]
+    assert passed == 20 * [50] + 4 * [100]
     passed.clear()
     skymask.aggregate(HONEST_NP)
     assert passed == 40 * [100] + 4 * [100]
