@@ -1,4 +1,4 @@
-"""The tables of docs/clustering.md that stored masks give: `pytest -m slow -s tests/engine/test_clustering_tables.py`."""
+"""The tables of docs/verdict.md that stored masks give: `pytest -m slow -s tests/engine/test_clustering_tables.py`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
