@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from skymask_gpu.defence.aggregation import Aggregation, VerdictWarning
 from skymask_gpu.defence.arguments import check_same_device, checked_weights, flat_state
 from skymask_gpu.defence.clock import Clock
-from skymask_gpu.defence.means import NormBound, mean_buffers, mean_of_rows, shares
+from skymask_gpu.defence.means import Mean, NormBound, Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
 from skymask_gpu.defence.parse import Clients, Updates, check_form, parse
 from skymask_gpu.defence.root import RootTraining, root_direction
 from skymask_gpu.defence.screen import Screened, culprits, screen
@@ -54,6 +54,7 @@ class Settings:
     clustering: Clustering
     root_training: RootTraining
     norm_bound: NormBound
+    mean: Mean
     solver: str
     device: torch.device | None
     profile: bool
@@ -281,7 +282,7 @@ def _average(
     clients, benign_K = screened.clients, verdict.clusters.benign
     weights_K = None if weights is None else _weights_of_kept(weights, clients, benign_K)
     counts = shares(benign_K, screened.norms, weights_K=weights_K, norm_bound=this.settings.norm_bound)
-    update_P = this.shards.gather(mean_of_rows(clients.rows, benign_K, counts.factors))
+    update_P = this.shards.gather(_mean_update(this, clients, benign_K, counts, masks))
     buffers = mean_buffers(clients.buffers, benign_K, None if weights_K is None else counts.weights)
     if not (clients.rows.in_memory or torch.isfinite(update_P).all()):
         raise ValueError("updates: some became NaN or Inf after they were first read; read the same in every pass")
@@ -305,6 +306,16 @@ def _average(
         device=this.device,
         shards=this.shards,
     )
+
+
+def _mean_update(this: _Round, clients: Clients, benign_K: Tensor, counts: Shares, masks: TrainedMasks) -> Tensor:
+    """This rank's own columns of the mean update, ``(L,)`` float32."""
+    if this.settings.mean == "kept":
+        return mean_of_rows(clients.rows, benign_K, counts.factors)
+    masked_L = masked_mean_of_rows(clients.rows, masks.bits[:-1], benign_K, counts)
+    if this.settings.mean == "masked":
+        return masked_L
+    return (masked_L + mean_of_rows(clients.rows, benign_K, counts.factors)) / 2
 
 
 def _weights_of_kept(weights: Tensor | Sequence[float], clients: Clients, benign_K: Tensor) -> Tensor:

@@ -2,20 +2,38 @@
 
 Every mean is one of updates, or of buffers (batch-norm statistics). A client counts by its weight,
 such as the size of its data set, and with a bound no client counts for much more than another one:
-an update that is longer than the bound is shortened, and a weight above the bound is lowered.
+an update that is longer than the bound is shortened, and a weight above the bound is lowered. In
+the masked mean, a client counts only in the parameters that its mask keeps.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine import ClientBlocks
+from skymask_gpu.engine import ClientBlocks, unpack_bits
+from skymask_gpu.engine.memory import SMALLEST_TILE, in_column_tiles
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.kernels.anywhere import chosen_mean
 
-__all__ = ["NORM_BOUND_NAMES", "NormBound", "Shares", "mean_buffer", "mean_buffers", "mean_of_rows", "shares"]
+__all__ = [
+    "MEANS",
+    "NORM_BOUND_NAMES",
+    "Mean",
+    "NormBound",
+    "Shares",
+    "masked_mean_of_rows",
+    "mean_buffer",
+    "mean_buffers",
+    "mean_of_rows",
+    "shares",
+]
+
+Mean = Literal["kept", "masked", "half"]
+MEANS: tuple[Mean, ...] = get_args(Mean)
+# The masked mean works on this number of elements at a time.
+_TILE_ELEMENTS = 2**24
 
 NormBound = Literal["median"] | None
 # The bounds as they are called where there is no None, in a TOML file or on the command line.
@@ -107,6 +125,54 @@ def mean_of_rows(rows: ClientBlocks, chosen_K: Tensor, factors_K: Tensor | None 
             with phase("average", num_chosen * block[0].nbytes):
                 total_P += chosen_mean(block, chosen, factors) * num_chosen
     return (total_P / chosen_K.sum()).float()
+
+
+def masked_mean_of_rows(rows: ClientBlocks, bits: Tensor, kept_K: Tensor, counts: Shares) -> Tensor:
+    """The mean of each parameter over the clients whose masks keep it, ``(P,)`` float32.
+
+    Mask training ends with such a mean, with soft masks (SkyMask, ECCV 2024, equation 2). Here the
+    masks are bits, and only kept clients enter. A parameter that no kept client's mask keeps does
+    not move.
+
+    Args:
+        rows: K rows.
+        bits: ``(K, ceil(P / 8))`` uint8, the clients' packed masks.
+        kept_K: ``(K,)`` bool, which clients are kept; the others leave no trace.
+        counts: how much each of them counts, from :func:`shares`.
+
+    Example:
+        >>> from skymask_gpu.engine import pack_bits
+        >>> rows = ClientBlocks([torch.tensor([[1.0, 2.0, 5.0], [3.0, 4.0, 6.0]])])
+        >>> bits = pack_bits(torch.tensor([[True, True, False], [True, False, False]]))
+        >>> kept = torch.tensor([True, True])
+        >>> masked_mean_of_rows(rows, bits, kept, shares(kept, torch.ones(2)))
+        tensor([2., 2., 0.])
+    """
+    total_P = torch.zeros(rows.num_params, dtype=torch.float64, device=rows.device)
+    weight_P = torch.zeros_like(total_P)
+    # In the units of the factors: without a bound of norms, the two are equal.
+    weights_K = counts.weights / counts.weights.sum() * kept_K.sum()
+    parts = zip(
+        rows, bits.split(rows.sizes), counts.factors.double().split(rows.sizes), weights_K.split(rows.sizes), strict=True
+    )
+    for block, own_bits, factors, weights in parts:
+
+        def add(
+            begin: int,
+            end: int,
+            block: Tensor = block,
+            own: Tensor = own_bits,
+            factors: Tensor = factors,
+            weights: Tensor = weights,
+        ) -> None:
+            flags = unpack_bits(own[:, begin // 8 : -(-end // 8)], end - begin).double()
+            kept, weight = factors @ (flags * block[:, begin:end]), weights @ flags
+            total_P[begin:end] += kept
+            weight_P[begin:end] += weight
+
+        with phase("average", block.nbytes):
+            in_column_tiles(add, rows.num_params, tile=max(SMALLEST_TILE, _TILE_ELEMENTS // len(block)))
+    return torch.where(weight_P > 0, total_P / weight_P, 0.0).float()
 
 
 def mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor, weights_K: Tensor | None = None) -> dict[str, Tensor]:

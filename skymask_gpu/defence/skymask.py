@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from skymask_gpu.defence.aggregation import Aggregation
 from skymask_gpu.defence.arguments import check_kind, check_loss, usable_device
 from skymask_gpu.defence.judge import Call, Settings, judge
-from skymask_gpu.defence.means import NORM_BOUND_NAMES, NormBound
+from skymask_gpu.defence.means import MEANS, NORM_BOUND_NAMES, Mean, NormBound
 from skymask_gpu.defence.parse import Updates
 from skymask_gpu.defence.root import RootTraining
 from skymask_gpu.engine import Clustering, FlatModel, MaskTraining
 from skymask_gpu.engine.choice import check_solver
+from skymask_gpu.engine.registry import one_of
 
 __all__ = ["SkyMask"]
 
@@ -36,6 +37,10 @@ class SkyMask:
             the kept clients' median weight is lowered to it. Whoever gets past the verdict then
             counts for no more than an honest client does. None: no bound. What the bound costs
             without an attack is in ``docs/averaging.md``.
+        mean: ``"kept"``: the mean of the kept updates. ``"masked"``: in each parameter, the mean
+            over those kept clients whose mask keeps it, so that what the root data refuse does not
+            enter, even from attackers that the verdict misses. ``"half"``: halfway between the two.
+            What they are for is in ``docs/averaging.md``.
         solver: see :func:`skymask_gpu.engine.train_masks`.
         device: where to work. None means: on the device of each call's updates, and for state dicts
             on that of the module. ``"cuda"`` means the GPU that is current now.
@@ -74,6 +79,7 @@ class SkyMask:
         clustering: Clustering = Clustering(),
         root_training: RootTraining = RootTraining(),
         norm_bound: NormBound = None,
+        mean: Mean = "kept",
         solver: str = "auto",
         device: torch.device | str | None = None,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
@@ -87,6 +93,7 @@ class SkyMask:
         check_kind("root_training", root_training, RootTraining)
         if norm_bound not in NORM_BOUND_NAMES.values():
             raise ValueError(f"norm_bound must be 'median' or None (no bound), got {norm_bound!r}")
+        one_of("mean", mean, MEANS)
         where = None if device is None else usable_device(device)
         flat = FlatModel(module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers, compile=compile)
         flat = flat if flat.initial_params.dtype == torch.float32 else flat.to(torch.float32)
@@ -102,6 +109,7 @@ class SkyMask:
             clustering=clustering,
             root_training=root_training,
             norm_bound=norm_bound,
+            mean=mean,
             solver=solver,
             device=where,
             profile=profile,

@@ -231,7 +231,7 @@ def _plot_masked(
     what: str,
     path: Path,
 ) -> bool:
-    """One panel per run that has the needed tensors, filled by ``draw(axes, tensors, metadata)``."""
+    """One panel per run that has these tensors, filled by ``draw(axes, tensors, metadata)``."""
     shown, num_masked = mask_panels(runs, needed | {"clients", "benign", "malicious"})
     if not shown:
         return False
@@ -268,7 +268,7 @@ def _scatter_witnesses(axes: Axes, tensors: dict[str, Tensor], metadata: dict[st
 
 
 def _scatter_clients(axes: Axes, points: np.ndarray, tensors: dict[str, Tensor]) -> None:
-    """A point per client, ``points`` ``(K, 2)``: colour and marker tell its kind, a ring that it is rejected."""
+    """One of the ``(K, 2)`` points per client, coloured by its kind; a ring says it is rejected."""
     malicious, rejected = tensors["malicious"].numpy(), ~tensors["benign"].numpy()
     for kind, chosen, colour, marker in (
         ("honest client", ~malicious, COLOURS[0], "o"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from skymask_gpu.defence import Aggregation, SkyMask
-from skymask_gpu.defence.means import NORM_BOUND_NAMES
+from skymask_gpu.defence.means import MEANS, NORM_BOUND_NAMES
 from skymask_gpu.engine import SOLVERS, Clustering, MaskTraining
 from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult, needs_root_data, takes_any_row
@@ -25,6 +25,7 @@ class SkyMaskSettings:
         mask_lr: the learning rate of mask training.
         mask_grad_clip: the bound on each element of the masks' gradient.
         norm_bound: ``"median"`` bounds what is averaged, see :class:`SkyMask`; ``"none"`` does not.
+        mean: what the kept updates become, see :class:`SkyMask`.
     """
 
     solver: str = "auto"
@@ -33,10 +34,12 @@ class SkyMaskSettings:
     mask_lr: float = 1e7
     mask_grad_clip: float = 1e-7
     norm_bound: str = "none"
+    mean: str = "kept"
 
     def __post_init__(self) -> None:
         one_of("defence.solver", self.solver, ("auto", *SOLVERS))
         one_of("defence.norm_bound", self.norm_bound, NORM_BOUND_NAMES)
+        one_of("defence.mean", self.mean, MEANS)
         # What is out of range raises an error now, not after the first round.
         _ = self.training, self.clustering_config
 
@@ -67,6 +70,7 @@ class SkyMaskRule:
             clustering=settings.clustering_config,
             root_training=context.root_training,
             norm_bound=NORM_BOUND_NAMES[settings.norm_bound],
+            mean=settings.mean,  # type: ignore[arg-type]  # checked by the settings
             solver=settings.solver,
         )
 
