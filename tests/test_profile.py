@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from skymask_gpu import Aggregation, SkyMask
 from skymask_gpu.cli import app
 from skymask_gpu.cli import profile as cli_profile
-from skymask_gpu.engine import MaskTraining, profiling
+from skymask_gpu.engine import Clustering, MaskTraining, profiling
 from skymask_gpu.engine.profiling import OTHER, Recording, recording
 from skymask_gpu.federation.attacks import AttackConfig
 from skymask_gpu.federation.clients import LocalTraining
@@ -37,7 +38,7 @@ def small() -> tuple[Federation, FirstRound]:
     return play(RunConfig(data=DataConfig(clients=20, root_samples=50), local=local, attack=attack))
 
 
-def judge(small: tuple[Federation, FirstRound], **options: bool) -> Aggregation:
+def judge(small: tuple[Federation, FirstRound], **options: Any) -> Aggregation:
     federation, sent = small
     root, labels = federation.parts[-1], federation.dataset.train_labels
     inputs = federation.dataset.train_inputs[root]
@@ -65,7 +66,8 @@ def test_the_average_reads_the_rows_that_are_kept(
     small: tuple[Federation, FirstRound], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(profiling, "_COPY_BYTES", 2**20)
-    result = judge(small, profile=True)
+    # This rule finds the four, which send the same.
+    result = judge(small, profile=True, clustering=Clustering(rule="two-stage"))
     assert result.profile is not None
     assert 0 < int(result.benign.sum()) < 20
     assert result.profile.phases["average"].num_bytes == int(result.benign.sum()) * 4810 * 4

@@ -470,9 +470,14 @@ def test_cuts_say_what_the_bits_are(mnist_updates: tuple[Tensor, FlatModel]) -> 
 
 MEASURE_MEMORY = """
 import json, torch
-from skymask_gpu.bench.measure import measure
 from skymask_gpu.bench.solvers import honest_rows, make_model
 from skymask_gpu.engine import FlatModel, MaskTraining, train_masks
+from skymask_gpu.engine.peak_memory import peak_bytes, start_peak
+
+def peak_of(call):
+    held = start_peak(cpu)
+    result = call()
+    return result, None if held is None else peak_bytes(cpu) - held
 
 def model_passes():
     for _ in range(20):
@@ -485,10 +490,10 @@ loss = FlatModel(*make_model())
 rows_RP = honest_rows(loss, 501, seed=0)
 train = lambda: train_masks(rows_RP, loss.initial_params, loss, solver="collapsed")
 train()
-_, passes = measure(model_passes, 1, cpu)
-masks, measured = measure(train, 1, cpu)
+_, passes = peak_of(model_passes)
+masks, measured = peak_of(train)
 allowed = 4 * MaskTraining().bins * loss.num_params * 4 + masks.bits.numel()
-print(json.dumps([measured.peak_bytes, passes.peak_bytes, allowed, rows_RP.numel() * 4]))
+print(json.dumps([measured, passes, allowed, rows_RP.numel() * 4]))
 """
 
 
