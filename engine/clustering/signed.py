@@ -49,8 +49,8 @@ SECOND_CUT = 2.0
 # clipped gradients).
 ODD = 5.0
 # Copies that make up more than this share of the clients go if their cosine lies this number of
-# spreads below the mean of the clients kept (-1 to -2 finds Min-Max, Min-Sum and Krum as copies in
-# each of twelve rounds of the demo; without the rule they are kept in some).
+# spreads below the mean of the clients kept. Without this, Min-Max and Krum, sent as copies, are
+# kept in some rounds of the demo's federation.
 MANY, MANY_Z = 0.1, -1.5
 # The names of the witnesses in the reasons. The agreement is the cosine times the length of the
 # root direction.
