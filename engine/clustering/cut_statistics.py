@@ -142,7 +142,11 @@ def apart(distances: Distances, far_SN: Tensor, in_N: Tensor) -> Tensor:
     near_SN, far_SN = in_N * ~far_SN, in_N * far_SN
     root_S = in_N.new_zeros(len(far_SN), 1)
     near_SR, far_SR = torch.cat([near_SN, root_S], 1), torch.cat([far_SN, root_S], 1)
-    to_near_SR, to_far_SR = distances.times(torch.cat([near_SR, far_SR]).T.contiguous()).T.split(len(far_SN))
+    # The matrix of all pairs is read once, and multiplied with as few columns as possible, since
+    # nothing else costs as much with many thousands of clients.
+    to_all_and_far = distances.times(torch.cat([far_SR, (near_SR + far_SR)[:1]]).T.contiguous()).T
+    to_far_SR = to_all_and_far[:-1]
+    to_near_SR = to_all_and_far[-1] - to_far_SR
     num_near_S, num_far_S = near_SN.sum(1), far_SN.sum(1)
     # the sums of squares around the centroids
     squares_near_S = (near_SR * to_near_SR).sum(1) / (2 * num_near_S)

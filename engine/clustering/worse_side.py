@@ -127,8 +127,7 @@ def worse_side(distances: Distances, scores_N2: Tensor, witnesses: Witnesses, am
     witness_F = torch.arange(num + 2, device=in_N.device)
     used_SF = torch.cat([(witness_F < number).expand(len(start_SN), -1) for number, start_SN in plan])
     split_SN = em(white_FN, used_SF, torch.cat([start_SN for _, start_SN in plan]), in_N)
-    # Either side may be the worse one, so both are tried as the far side.
-    sides = _Sides.measured(torch.cat([split_SN, ~split_SN]) & among_N, distances, witnesses, in_N)
+    sides = _Sides.measured(split_SN, distances, witnesses, in_N)
     used_SF = torch.cat([used_SF, used_SF])
     used_S = used_SF.sum(1)
     nats_S = nats(sides.far_SN.to(torch.float64), white_FN, used_SF, in_N)
@@ -163,12 +162,15 @@ class _Sides:
     follows_S: Tensor
 
     @classmethod
-    def measured(cls, far_SN: Tensor, distances: Distances, witnesses: Witnesses, in_N: Tensor) -> "_Sides":
+    def measured(cls, split_SN: Tensor, distances: Distances, witnesses: Witnesses, in_N: Tensor) -> "_Sides":
+        """Both sides of each split, since either may be the worse one: first all that split off."""
+        far_SN = torch.cat([split_SN, ~split_SN]) & (in_N > 0)
         agreement_N, keep_N, cosine_N = witnesses.agreement, witnesses.keep_share, witnesses.cosine
         nothing_S = in_N.new_zeros(len(far_SN))
         agreement_z_S = nothing_S if agreement_N is None else effect(agreement_N, far_SN, in_N)
         keep_z_S = nothing_S if keep_N is None else effect(keep_N, far_SN, in_N)
-        apart_S = apart(distances, far_SN, in_N)
+        # The distance of two sides is the same from either.
+        apart_S = apart(distances, split_SN, in_N).repeat(2)
         share_S = shares(far_SN.to(torch.float64), in_N)
         minority_S = share_S <= 0.5
         z_S = keep_z_S if cosine_N is None else keep_z_S + agreement_z_S

@@ -33,7 +33,7 @@ __all__ = [
 Mean = Literal["kept", "masked", "half"]
 MEANS: tuple[Mean, ...] = get_args(Mean)
 # The masked mean works on this number of elements at a time.
-_TILE_ELEMENTS = 2**24
+_TILE_ELEMENTS = 2**22
 
 NormBound = Literal["median"] | None
 # The bounds as they are called where there is no None, in a TOML file or on the command line.
@@ -130,7 +130,7 @@ def mean_of_rows(rows: ClientBlocks, chosen_K: Tensor, factors_K: Tensor | None 
 def masked_mean_of_rows(rows: ClientBlocks, bits: Tensor, kept_K: Tensor, counts: Shares) -> Tensor:
     """The mean of each parameter over the clients whose masks keep it, ``(P,)`` float32.
 
-    Mask training ends with such a mean, with soft masks (SkyMask, ECCV 2024, equation 2). Here the
+    Mask training ends with such a mean, with soft masks (SkyMask, Yan et al., ECCV 2024). Here the
     masks are bits, and only kept clients enter. A parameter that no kept client's mask keeps does
     not move.
 

@@ -2,7 +2,7 @@
 
 If there is no other root update, the direction is the root model's row, too, and is trained on all
 root data in every step. Otherwise clients are only compared with it. It is then trained in small
-batches, which costs a quarter of the passes over the root data.
+batches, which costs a quarter of the passes over 100 root samples, and fewer over more.
 """
 
 import math

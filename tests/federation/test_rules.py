@@ -884,3 +884,21 @@ def test_most_rules_remember_nothing(name: str) -> None:
     assert rule.state() == {}
     rule.restore({})
     assert torch.equal(rule(updates, make_info(updates, 1)).update, first.update)
+
+
+def test_skymask_records_keep_share_and_cosine_of_every_client_that_takes_part() -> None:
+    """In the clients' order, with a gap for a client whose update cannot be used."""
+    updates = random_updates(12, seed=5)
+    updates[4] = torch.nan
+    result = apply("skymask", updates, root_update=direction())
+    assert result.kept is not None
+    assert not result.kept[4]
+    assert result.tensors is not None
+    tensors, _ = result.tensors()
+    for name in ("keep_share", "cosine"):
+        recorded = result.record[name]
+        assert len(recorded) == 12
+        assert recorded[4] is None
+        used = [value for client, value in enumerate(recorded) if client != 4]
+        assert used == [round(value, 4) for value in tensors[name].tolist()]
+        assert len(set(used)) > 6, "the clients differ"
