@@ -29,7 +29,7 @@ Shapes: N clients, R = N + 1 rows, root last.
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.clustering.among import scores_among
+from skymask_gpu.engine.clustering.among import has_room, scores_among
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.by_root import copies_reason, signed_by_root
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separation
@@ -69,9 +69,11 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
         return signed_by_root(distances, witnesses.alignment, copy_N, backend)
     once_N = kept_N = ~copy_N & ~idle_N
     sure: Tensor | bool = True
-    cuts = []
+    cuts: list[Cut] = []
+    scores_N2, settled = scores_among(distances, kept_N, backend)
     for factor in (1.0, SECOND_CUT):
-        scores_N2, settled = scores_among(distances, kept_N, backend)
+        if cuts and has_room(distances):
+            scores_N2, settled = scores_among(distances, kept_N, backend)
         cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)

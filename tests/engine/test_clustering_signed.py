@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances, cluster_masks, pack_bits
-from skymask_gpu.engine.clustering import cut_statistics
+from skymask_gpu.engine.clustering import among, cut_statistics, signed
 from skymask_gpu.engine.clustering.among import others_at_the_centroid, scores_among
 from skymask_gpu.engine.clustering.backends import dense_backend
 from skymask_gpu.engine.clustering.spectrum import dense_principal_scores
@@ -384,6 +384,23 @@ def test_many_copies_go_if_they_follow_the_root_clearly_less(copies: int, lower:
     benign = masks.judge().benign
     assert benign[copies:].all()
     assert benign[:copies].tolist() == [not goes] * copies
+
+
+@pytest.mark.parametrize(("rows_to_place", "times"), [(4096, 2), (10, 1)])
+def test_scores_are_computed_anew_only_where_others_can_be_moved(
+    rows_to_place: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more rows the scores of any choice are the same, and computing them is most of the work."""
+    called: list[int] = []
+
+    def counting(*arguments: object) -> object:
+        called.append(1)
+        return scores_among(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(among, "_ROWS_TO_PLACE", rows_to_place)
+    monkeypatch.setattr(signed, "scores_among", counting)
+    few_clients(20, 0, 0).judge()
+    assert len(called) == times
 
 
 def test_degenerate_sets_are_defined() -> None:
