@@ -25,7 +25,7 @@ RUN = ["scikit-learn>=1.4", "matplotlib>=3.8", "jinja2>=3.1"]
 # `skymask-gpu data`: downloads. Beside a CPU build of torch its registry wheel does not work.
 DATA = ["torchvision>=0.26"]
 # Faces that a leaky gradient gives away: data set `lfw` is in scikit-image; Pillow reads `lfw-people` and `orl`.
-PRIVACY = ["scikit-image>=0.26", "pillow>=10"]
+PRIVACY = ["scikit-image>=0.26", "pillow>=10.1"]
 # `Clustering(backend="cuml")`, beside a CUDA 13 build of torch; beside a CUDA 12 build install cuml-cu12 instead.
 CUML = ["cuml-cu13>=26.10; platform_system == 'Linux'"]
 # `skymask_gpu.integrations.flower`. No part of DEV: it demands older versions of typer and rich than the newest, with which
