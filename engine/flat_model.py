@@ -144,6 +144,12 @@ class FlatModel:
         other._outputs = _outputs
         return other
 
+    def starting_at(self, params_P: Tensor) -> Self:
+        """The same loss with other ``initial_params``, ``(P,)``; its module is this one's own."""
+        other = copy.copy(self)
+        other.initial_params = params_P
+        return other
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """A copy on another device or in another dtype, with the arguments of ``nn.Module.to``."""
         other = copy.copy(self)

@@ -57,6 +57,11 @@ class ColumnShards:
         first = self._rank * self._width
         self.columns = slice(first, min(first + self._width, num_params))
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that speaks for all of them."""
+        return self._rank == 0
+
     def own(self, vector_P: Tensor) -> Tensor:
         """This rank's part, ``(L,)``, of a ``(P,)`` vector that every rank holds."""
         return vector_P[self.columns]
@@ -117,7 +122,7 @@ class ColumnShards:
         # fails, it is sent all the same, so that no rank waits for something that never comes.
         message = like.new_zeros(len(like) + 1)
         error: Exception | None = None
-        if self._rank == 0:
+        if self.is_first:
             try:
                 message[:-1] = compute()
                 message[-1] = 1

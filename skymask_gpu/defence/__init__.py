@@ -4,11 +4,13 @@
 | --- | --- |
 | ``skymask.py`` | ``SkyMask``, which users call, with its settings and their ranges |
 | ``judge.py`` | one round from top to bottom |
-| ``parse.py`` | from a tensor, blocks or state dicts to rows; malformed clients are rejected |
+| ``forms.py`` | the forms in which updates may come: tensors, arrays, state dicts, lists |
+| ``parse.py`` | from any of these forms to rows; malformed clients are rejected |
 | ``root.py`` | the root direction, which the server itself trains |
 | ``screen.py`` | finds rows that are not finite, local models, and rows that break the loss |
 | ``means.py`` | means over the clients that are kept, and how much each of them counts |
 | ``aggregation.py`` | ``Aggregation``, the result of a round |
+| ``suspicion.py`` | a score per client |
 | ``arguments.py`` | checks of the arguments |
 | ``clock.py`` | wall time by phase |
 """

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from skymask_gpu.defence.suspicion import suspicion
 from skymask_gpu.engine import ClusteredMasks, Evidence, TrainedMasks, layer_evidence
 from skymask_gpu.engine.profiling import Profile
 from skymask_gpu.engine.sharding import ColumnShards
@@ -44,7 +45,9 @@ class Aggregation:
         keep_share: ``(K,)`` float64, for each of these clients the share of ones in its mask, among
             the columns in which masks differ. It says how much of the update the root data want;
             honest clients have the larger shares.
-        cosines: ``(K,)`` float64, the cosine of each of their updates with the root direction.
+        cosines: ``(K,)`` float64, the cosine of each of their updates with the root direction: how
+            well it is aligned with what the server itself would do.
+        norms: ``(K,)`` float32, the Euclidean norms of their updates.
         factors: ``(K,)`` float32, what each of their updates was multiplied by before the mean over
             the benign clients was taken: 1, unless there are weights or the update was longer than
             the bound; 0 for a client that is not benign. See
@@ -86,6 +89,7 @@ class Aggregation:
     clients: Tensor
     keep_share: Tensor
     cosines: Tensor
+    norms: Tensor
     factors: Tensor
     buffers: dict[str, Tensor]
     seconds: dict[str, float]
@@ -109,6 +113,17 @@ class Aggregation:
             return "no verdict"
         return "most rejected" if 2 * len(self.rejected) > len(self.benign) else "judged"
 
+    @property
+    def suspicion(self) -> Tensor:
+        """A score per client, ``(N,)`` float64, that orders all clients by how suspicious they are.
+
+        :func:`skymask_gpu.defence.suspicion.suspicion` defines it. It is infinite for a client that
+        has no mask, because its update could not be used.
+        """
+        scores_N = torch.full((len(self.benign),), torch.inf, dtype=torch.float64, device=self.benign.device)
+        scores_N[self.clients] = suspicion(self.keep_share, self.cosines, self.clusters.benign)
+        return scores_N
+
     def evidence(self) -> Evidence:
         """In which layers each client's mask differs from that of the benign majority.
 
@@ -118,16 +133,20 @@ class Aggregation:
         benign_K = self.clusters.benign
         return layer_evidence(self.masks.bits, benign_K, self.clients.tolist(), self.layers, self.shards)
 
-    def summary(self) -> str:
-        """Five lines: who is kept and why, how the masks were trained, and what it took."""
+    def headline(self) -> str:
+        """The first line of the summary: how many clients are kept, and who is not."""
         num_clients, num_rejected = len(self.benign), len(self.rejected)
         names = ", ".join(map(str, list(self.rejected)[:_NAMED])) + (", ..." if num_rejected > _NAMED else "")
+        kept = f"{num_clients - num_rejected} of {num_clients} clients kept, {num_rejected} rejected"
+        return f"SkyMask, {self.verdict}: {kept}" + (f" ({names})" if names else "")
+
+    def summary(self) -> str:
+        """Five lines: who is kept and why, how the masks were trained, and what it took."""
         times = ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items() if name != "total")
-        unusable = num_clients - len(self.clients)
+        unusable = len(self.benign) - len(self.clients)
         return "\n".join(
             [
-                f"SkyMask, {self.verdict}: {num_clients - num_rejected} of {num_clients} clients kept, {num_rejected} rejected"
-                + (f" ({names})" if names else ""),
+                self.headline(),
                 f"reason: {self.clusters.reason}" + (f"; {unusable} sent an unusable update" if unusable else ""),
                 f"masks: {_loss_line(self.masks)}",
                 f"solver: {self.masks.solver} ({self.masks.solver_reason})",

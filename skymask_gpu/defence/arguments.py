@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from skymask_gpu.defence.forms import named_values, stacked_rows
 from skymask_gpu.engine import FlatModel
 
-__all__ = ["check_kind", "check_loss", "check_same_device", "checked_weights", "flat_state", "usable_device"]
+__all__ = ["check_kind", "check_loss", "check_same_device", "checked_weights", "flat_vector", "usable_device"]
 
 
 def check_kind(name: str, setting: object, kind: type) -> None:
@@ -45,19 +47,36 @@ def check_loss(loss: FlatModel) -> None:
         raise ValueError("loss_fn must be differentiable in the outputs, got a value without a gradient; no .item(), .detach()")
 
 
-def flat_state(state: Mapping[str, Tensor], loss: FlatModel) -> Tensor:
-    """A state dict's parameters as one ``(P,)`` vector, in the dtype and on the device of ``loss``.
+def flat_vector(name: str, given: object, loss: FlatModel, module: nn.Module) -> Tensor:
+    """Parameters or an update as one ``(P,)`` vector, in the dtype and on the device of ``loss``.
+
+    Args:
+        name: what errors call it.
+        given: a ``(P,)`` tensor or array, a state dict, of which only the trainable parameters are
+            taken, or a list of arrays in the order of these parameters.
+        loss: it tells names and shapes.
+        module: the module of ``loss``.
 
     Raises:
-        ValueError: a parameter is missing, has another shape or is no tensor.
+        ValueError: it is none of these forms, or a parameter is missing, has another shape or is no
+            tensor.
     """
-    strangers = [name for name in loss.shapes if name in state and not isinstance(state[name], Tensor)]
+    if not isinstance(given, Mapping | list | tuple):
+        if not isinstance(given, Tensor | np.ndarray) or tuple(given.shape) != (loss.num_params,):
+            got = tuple(given.shape) if isinstance(given, Tensor | np.ndarray) else type(given).__name__
+            raise ValueError(f"{name} must have shape ({loss.num_params},), one value per trainable parameter, got {got}")
+        row = given if isinstance(given, Tensor) else stacked_rows(name, given)
+        return row.detach().to(loss.initial_params)
+    values = named_values(given, loss, module.state_dict())
+    if isinstance(values, str):
+        raise ValueError(f"{name}: {values}")
+    strangers = [key for key in loss.shapes if key in values and not isinstance(values[key], Tensor)]
     if strangers:
-        raise ValueError(f"global_params: {strangers[0]} must be a tensor, got a {type(state[strangers[0]]).__name__}")
+        raise ValueError(f"{name}: {strangers[0]} must be a tensor, got a {type(values[strangers[0]]).__name__}")
     try:
-        return loss.flatten({name: state[name].to(loss.initial_params) for name in loss.shapes if name in state})
+        return loss.flatten({key: values[key].to(loss.initial_params) for key in loss.shapes if key in values})
     except ValueError as error:
-        raise ValueError(f"global_params as a state dict: {error}") from error
+        raise ValueError(f"{name} as a state dict: {error}") from error
 
 
 def checked_weights(weights: object, num_clients: int) -> Tensor:

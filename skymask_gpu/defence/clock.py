@@ -1,5 +1,6 @@
-"""``Clock``: the wall time of each phase of a round, which is also recorded for the profile."""
+"""``Clock``: the wall time of each phase of a round, which is logged and recorded for the profile."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field
 from skymask_gpu.engine.profiling import phase
 
 __all__ = ["Clock"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,7 +28,9 @@ class Clock:
         """Time what runs inside, without making it a phase of the profile."""
         start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        _log.debug("%s: %.3f s", name, took)
 
     @contextmanager
     def phase(self, name: str, num_bytes: int = 0) -> Iterator[None]:

@@ -5,17 +5,20 @@ Read ``_judge`` from top to bottom; its steps are:
 parse -> root direction -> screen -> masks -> distances -> verdict -> mean of the kept clients
 """
 
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from skymask_gpu.defence.aggregation import Aggregation, VerdictWarning
-from skymask_gpu.defence.arguments import check_same_device, checked_weights, flat_state
+from skymask_gpu.defence.arguments import check_same_device, checked_weights, flat_vector
 from skymask_gpu.defence.clock import Clock
+from skymask_gpu.defence.forms import Form, stacked_rows
 from skymask_gpu.defence.means import Mean, NormBound, Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
 from skymask_gpu.defence.parse import Clients, Updates, check_form, parse
 from skymask_gpu.defence.root import RootTraining, root_direction
@@ -38,7 +41,9 @@ from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.profiling import copy_bandwidth, recording
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss, own_columns
 
-__all__ = ["Call", "Settings", "judge"]
+__all__ = ["Call", "Settings", "judge", "params_of"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +70,8 @@ class Call:
     """The arguments of one :meth:`skymask_gpu.SkyMask.aggregate`, as the caller gave them."""
 
     updates: Updates
-    global_params: Tensor | Mapping[str, Tensor] | None
-    root_update: Tensor | None = None
+    global_params: Form | None
+    root_update: Form | None = None
     local_models: bool = False
     weights: Tensor | Sequence[float] | None = None
 
@@ -98,6 +103,8 @@ def judge(settings: Settings, call: Call) -> Aggregation:
 
     :meth:`skymask_gpu.SkyMask.aggregate` describes arguments, errors and warnings.
     """
+    if isinstance(call.updates, np.ndarray):
+        call = replace(call, updates=stacked_rows("updates", call.updates))
     shards, own_updates = own_columns(call.updates, settings.flat.num_params)
     check_form(call.updates, settings.flat.num_params)
     weights_N = None if call.weights is None else checked_weights(call.weights, len(call.updates))
@@ -111,6 +118,8 @@ def judge(settings: Settings, call: Call) -> Aggregation:
         if record is not None:
             result = replace(result, profile=record.profile(copy_bandwidth(device)))
     _warn_of_doubtful(result)
+    if shards.is_first:
+        _log.info("%s, in %.2f s on %s: %s", result.headline(), result.seconds["total"], device, result.clusters.reason)
     return result
 
 
@@ -135,6 +144,7 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
             screened = screen(clients, direction_P, this.global_params_P, this.own_loss, shards, local_models=call.local_models)
             root_row_P = _root_row(this, call.root_update, direction_P, screened)
         masks, screened = _train(this, screened, root_row_P)
+        _log.debug("%s", masks)
         with clock.phase("clustering", 4 * len(masks.bits) ** 2):
             verdict = _verdict(this, masks, screened, direction_P)
         with clock.phase("average"):
@@ -150,31 +160,18 @@ def _device(settings: Settings, updates: Updates, shards: ColumnShards) -> torch
     return device
 
 
-def _begin(
-    settings: Settings,
-    global_params: Tensor | Mapping[str, Tensor] | None,
-    shards: ColumnShards,
-    device: torch.device,
-    clock: Clock,
-) -> _Round:
+def _begin(settings: Settings, global_params: Form | None, shards: ColumnShards, device: torch.device, clock: Clock) -> _Round:
     loss = settings.flat.to(device)
-    params_P = _global_params(global_params, loss, settings.device)
+    params_P = loss.initial_params if global_params is None else params_of(global_params, loss, settings)
     own_loss = loss if shards.group is None else ShardedLoss(loss, shards)
     return _Round(settings, shards, device, clock, loss, own_loss, params_P, shards.own(params_P))
 
 
-def _global_params(
-    global_params: Tensor | Mapping[str, Tensor] | None, loss: FlatModel, asked_for: torch.device | None
-) -> Tensor:
-    if global_params is None:
-        return loss.initial_params
-    if isinstance(global_params, Mapping):
-        return flat_state(global_params, loss)
-    if not isinstance(global_params, Tensor) or tuple(global_params.shape) != (loss.num_params,):
-        got = tuple(global_params.shape) if isinstance(global_params, Tensor) else type(global_params).__name__
-        raise ValueError(f"global_params must have shape ({loss.num_params},), one value per trainable parameter, got {got}")
-    check_same_device("global_params", global_params, loss, asked_for)
-    return global_params.detach().to(loss.initial_params.device, torch.float32)
+def params_of(global_params: Form, loss: FlatModel, settings: Settings) -> Tensor:
+    """Global parameters in any of their forms as a ``(P,)`` float32 vector on the device of ``loss``."""
+    if isinstance(global_params, Tensor):
+        check_same_device("global_params", global_params, loss, settings.device)
+    return flat_vector("global_params", global_params, loss, settings.module)
 
 
 def _direction(this: _Round, small_batches: bool) -> Tensor:
@@ -189,7 +186,7 @@ def _direction(this: _Round, small_batches: bool) -> Tensor:
     )
 
 
-def _root_row(this: _Round, root_update: Tensor | None, direction_P: Tensor, screened: Screened) -> Tensor:
+def _root_row(this: _Round, root_update: Form | None, direction_P: Tensor, screened: Screened) -> Tensor:
     """The root model's row, ``(P,)``.
 
     It is the update that the caller passed, or else the root direction, scaled to the median norm
@@ -200,16 +197,9 @@ def _root_row(this: _Round, root_update: Tensor | None, direction_P: Tensor, scr
         length = torch.linalg.vector_norm(direction_P)
         scale = screened.norms.median() / length if length > 0 else 0.0
         return (direction_P * scale).to(rows.dtype)
-    if not isinstance(root_update, Tensor) or root_update.shape != direction_P.shape:
-        got = tuple(root_update.shape) if isinstance(root_update, Tensor) else type(root_update).__name__
-        raise ValueError(
-            f"root_update must have shape {tuple(direction_P.shape)}, one value per trainable parameter, got {got}"
-        )
-    if this.settings.device is None and root_update.device != direction_P.device:
-        raise ValueError(
-            f"root_update must be on {direction_P.device} like updates, got {root_update.device}; move it with .to()"
-        )
-    row_P = root_update.detach().to(rows.device, rows.dtype)
+    if isinstance(root_update, Tensor):
+        check_same_device("root_update", root_update, this.loss, this.settings.device)
+    row_P = flat_vector("root_update", root_update, this.loss, this.settings.module).to(rows.dtype)
     if not torch.isfinite(row_P).all():
         raise ValueError("root_update must be finite, got NaN or Inf; without a trusted root there is no verdict")
     return row_P
@@ -299,6 +289,7 @@ def _average(
         clients=clients.numbers,
         keep_share=verdict.keep_share,
         cosines=verdict.cosines,
+        norms=screened.norms,
         factors=counts.factors,
         buffers=buffers,
         seconds={},

@@ -7,8 +7,9 @@ batches, which costs a quarter of the passes over 100 root samples, and fewer ov
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ _FEWEST_SAMPLES = 50
 
 @dataclass(frozen=True, kw_only=True)
 class RootTraining:
-    """How the server trains the root direction: full-batch SGD on the whole root set.
+    """How the server trains the root direction: full-batch steps on the whole root set.
 
     This is the clients' local recipe with more steps, so that the direction can be trusted. Use the
     clients' own learning rate and clip. A root model that is trained otherwise has a mask of
@@ -41,18 +42,25 @@ class RootTraining:
         steps: the number of SGD steps, at least 1.
         lr: the learning rate, above 0.
         grad_clip: the bound on each element of the gradient, above 0; ``inf`` for no clipping.
+        optimizer: the clients' optimizer, made anew in each round by ``optimizer([params], lr=lr)``,
+            such as ``torch.optim.Adam``; ``functools.partial`` gives it more arguments. It steps
+            with the clipped gradient. ``params`` is one ``(P,)`` vector of all parameters, so that
+            the optimizer must treat each element by itself. None means plain SGD. What does not
+            fit this form can be trained by the caller and passed as ``root_update=``.
 
     Raises:
         ValueError: a setting is out of its range.
 
     Example:
         >>> RootTraining(lr=0.05, grad_clip=float("inf"))
-        RootTraining(steps=40, lr=0.05, grad_clip=inf)
+        RootTraining(steps=40, lr=0.05, grad_clip=inf, optimizer=None)
+        >>> adam = RootTraining(lr=1e-3, grad_clip=float("inf"), optimizer=torch.optim.Adam)
     """
 
     steps: int = 40
     lr: float = 0.1
     grad_clip: float = 1e-2
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
@@ -61,6 +69,18 @@ class RootTraining:
             raise ValueError(f"RootTraining.lr must be a finite number above 0, got {self.lr!r}")
         if not self.grad_clip > 0:
             raise ValueError(f"RootTraining.grad_clip must be above 0 (inf: no clipping), got {self.grad_clip!r}")
+        if self.optimizer is not None and not _makes_optimizers(self.optimizer, self.lr):
+            raise ValueError(
+                f"RootTraining.optimizer must make an optimizer from ([params], lr=lr), got {self.optimizer!r}; pass "
+                "torch.optim.Adam, for instance, or functools.partial(...) of it"
+            )
+
+
+def _makes_optimizers(make: Any, lr: float) -> bool:
+    try:
+        return isinstance(make([torch.zeros(1, requires_grad=True)], lr=lr), torch.optim.Optimizer)
+    except TypeError:
+        return False
 
 
 @without_tf32()
@@ -110,21 +130,26 @@ def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining,
 
 
 def _descend(batches: list[FlatModel], steps: int, params: Tensor, config: RootTraining) -> tuple[Tensor, Tensor]:
-    """Take steps of SGD from ``params``, each on the next of the batches, which are used in turn.
+    """Take steps from ``params``, each on the next of the batches, which are used in turn.
 
     Returns:
         How far the parameters moved, ``(P,)``, and the mean of the losses before the steps, ``()``.
         Either may be NaN or Inf.
     """
     # A copy, because autograd cannot work with a tensor that was made under inference_mode.
-    params_P, losses = params.detach().clone(), []
+    leaf_P, losses = params.detach().clone().requires_grad_(), []
+    optimizer = None if config.optimizer is None else config.optimizer([leaf_P], lr=config.lr)
     for step in range(steps):
-        leaf_P = params_P.detach().requires_grad_()
         value = batches[step % len(batches)](leaf_P)
         (grad_P,) = torch.autograd.grad(value, leaf_P)
-        params_P = params_P - config.lr * grad_P.clamp(-config.grad_clip, config.grad_clip)
+        clipped_P = grad_P.clamp(-config.grad_clip, config.grad_clip)
+        if optimizer is None:
+            leaf_P = (leaf_P.detach() - config.lr * clipped_P).requires_grad_()
+        else:
+            leaf_P.grad = clipped_P
+            optimizer.step()
         losses.append(value.detach().reshape(()))
-    return params_P - params, torch.stack(losses).mean()
+    return leaf_P.detach() - params, torch.stack(losses).mean()
 
 
 def _batches(loss: FlatModel, steps: int) -> list[FlatModel]:

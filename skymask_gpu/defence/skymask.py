@@ -1,6 +1,7 @@
 """``SkyMask``: from clients' updates to the benign ones' mean and a verdict on each client."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -9,7 +10,8 @@ from torch.nn import functional as F
 
 from skymask_gpu.defence.aggregation import Aggregation
 from skymask_gpu.defence.arguments import check_kind, check_loss, usable_device
-from skymask_gpu.defence.judge import Call, Settings, judge
+from skymask_gpu.defence.forms import Form
+from skymask_gpu.defence.judge import Call, Settings, judge, params_of
 from skymask_gpu.defence.means import MEANS, NORM_BOUND_NAMES, Mean, NormBound
 from skymask_gpu.defence.parse import Updates
 from skymask_gpu.defence.root import RootTraining
@@ -128,19 +130,49 @@ class SkyMask:
             f"{settings.clustering.rule!r}, {settings.training.steps} mask steps, solver {settings.solver!r}, device: {where})"
         )
 
-    def __call__(self, updates: Updates, global_params: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
+    def update_global(self, global_params: nn.Module | Form) -> None:
+        """Set the global parameters at which clients are judged from now on.
+
+        Calls that pass ``global_params`` themselves are not affected. Frozen parameters and buffers
+        stay as they were when this object was made.
+
+        Args:
+            global_params: a module like the one of this object, or its trainable parameters in a
+                form that :meth:`aggregate` takes. They are copied.
+
+        Raises:
+            ValueError: they do not fit the module.
+
+        Example:
+            >>> module = torch.nn.Linear(20, 5)
+            >>> defence = SkyMask(module, torch.randn(100, 20), torch.arange(100) % 5)
+            >>> updates = 0.01 * torch.randn(20, 105)
+            >>> new_params = defence.settings.flat.initial_params + defence(updates)
+            >>> defence.update_global(new_params)
+            >>> bool((defence.settings.flat.initial_params == new_params).all())
+            True
+        """
+        settings = self._settings
+        if isinstance(global_params, nn.Module):
+            # Only the trainable parameters are looked at, which may lie on another device.
+            global_params = dict(global_params.named_parameters())
+        params_P = params_of(global_params, settings.flat, replace(settings, device=settings.flat.initial_params.device))
+        self._settings = replace(settings, flat=settings.flat.starting_at(params_P.clone()))
+
+    def __call__(self, updates: Updates, global_params: Form | None = None) -> Tensor:
         """Only the aggregated update, ``(N, P) -> (P,)``, as ByzFL's aggregators return it.
 
-        Pass ``global_params`` in every round but the first. Without it, the clients are judged at
-        the parameters that the module had when this object was made.
+        Pass ``global_params`` in every round but the first, or call :meth:`update_global` after
+        each. Otherwise the clients are judged at the parameters that the module had when this
+        object was made.
         """
         return judge(self._settings, Call(updates, global_params)).update
 
     def aggregate(
         self,
         updates: Updates,
-        global_params: Tensor | Mapping[str, Tensor] | None = None,
-        root_update: Tensor | None = None,
+        global_params: Form | None = None,
+        root_update: Form | None = None,
         *,
         local_models: bool = False,
         weights: Tensor | Sequence[float] | None = None,
@@ -151,20 +183,25 @@ class SkyMask:
             updates: what N clients sent, local minus global parameters; it is not modified. It is
                 one of these:
 
-                * an ``(N, P)`` tensor in float32 or bfloat16;
-                * a list of N state dicts, with updates of the parameters. Buffers, which a client
-                  may leave out, are sent as they are. From a sequence other than a list or tuple,
-                  each state dict is read anew whenever it is needed;
+                * an ``(N, P)`` tensor in float32 or bfloat16, or such an array; float64 arrays are
+                  rounded to float32;
+                * a list with one entry per client: a state dict; a ``(P,)`` tensor; or a list of
+                  tensors in the order of ``named_parameters()``, or in that of the module's state
+                  dict. Each tensor may be a NumPy array. They are made float32. A state dict may
+                  also hold the module's buffers, which are sent as they are, and may have the names
+                  that PEFT saves (without the adapter's name). From a sequence other than a list or
+                  tuple, each entry is read anew whenever it is needed;
                 * :class:`ClientBlocks`, whose rows may stay on disk;
                 * for several GPUs or machines, a ``torch.distributed.tensor.DTensor`` ``(N, P)``
                   with placements ``[Shard(1)]`` over a 1-D ``DeviceMesh``, passed on every rank.
                   Each rank then works on its own columns; all but the masks is the same on each.
 
-            global_params: the model before the round, ``(P,)`` or a state dict from which the
-                trainable parameters are taken. None means the module's parameters when this object
-                was made, so pass it in every round but the first.
-            root_update: ``(P,)``, the root model's row: an update that was trained on the root data
-                like a client's. None means the root direction, scaled to the clients' median norm.
+            global_params: the model before the round: a ``(P,)`` tensor or array, a list of arrays
+                as above, or a state dict from which the trainable parameters are taken. None means
+                those of the last :meth:`update_global`, or else the module's when this object was
+                made, so pass it in every round but the first.
+            root_update: the root model's row, in any form of ``global_params``: an update that was
+                trained on the root data like a client's. None means the root direction, scaled to the clients' median norm.
             local_models: whether ``updates`` are the clients' models after training;
                 ``root_update`` is an update all the same. The global parameters are then
                 subtracted: from a tensor or blocks in memory in one float32 copy, from other rows

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from skymask_gpu.defence.parse import check_form, raise_none_left, state_dict_fault
+from skymask_gpu.defence.forms import client_state
+from skymask_gpu.defence.parse import check_form, raise_none_left
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.sharding import ColumnShards
 from skymask_gpu.io.user_files import UserUpdates, load_updates
@@ -118,10 +119,10 @@ def _from_state_dicts(
     names: list[str] = []
     faults: dict[str, str] = {}
     buffers: list[dict[str, Tensor]] = []
-    for name, state in zip(sent.names, sent.updates, strict=True):
-        fault = state_dict_fault(state, model, known)
-        if fault is not None:
-            faults[name] = fault
+    for name, update in zip(sent.names, sent.updates, strict=True):
+        state = client_state(update, model, known)
+        if isinstance(state, str):
+            faults[name] = state
             continue
         own_NL[len(names)] = _own_part(state, model, shards).to(device)
         names.append(name)
