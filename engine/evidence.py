@@ -4,6 +4,7 @@ It tells in which layers a client's mask differs from the benign ones, and in wh
 refuse the client's parameters.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +31,14 @@ class Evidence:
         keep_share: ``(K, L)`` float64, among the same bits of each layer, the share of ones in the
             client's mask: how much of the layer's update the root data want. It is 0 if a layer has
             no such bit.
-        clients: the K clients' numbers.
+        clients: the K clients' names or numbers.
         layers: the names of the L parameters.
         varying: for each layer, the number of bits in which any two rows differ.
     """
 
     shares: Tensor
     keep_share: Tensor
-    clients: list[int]
+    clients: list[int | str]
     layers: list[str]
     varying: list[int]
 
@@ -51,7 +52,7 @@ class Evidence:
 
 
 def layer_evidence(
-    bits: Tensor, benign: Tensor, clients: list[int], layers: dict[str, int], shards: ColumnShards | None = None
+    bits: Tensor, benign: Tensor, clients: Sequence[int | str], layers: dict[str, int], shards: ColumnShards | None = None
 ) -> Evidence:
     """Compare each client's packed mask bits with those of the benign majority, layer by layer.
 
@@ -100,4 +101,4 @@ def layer_evidence(
     for counts in (differing_KL, ones_KL, varying_L):
         shards.sum(counts)
     some_L = varying_L.clamp_min(1)
-    return Evidence(differing_KL / some_L, ones_KL / some_L, clients, list(layers), varying_L.long().tolist())
+    return Evidence(differing_KL / some_L, ones_KL / some_L, list(clients), list(layers), varying_L.long().tolist())

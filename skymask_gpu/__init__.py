@@ -9,15 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skymask_gpu.defence import Aggregation, RootTraining, SkyMask
+    from skymask_gpu.defence import Aggregation, ClientHistory, RootTraining, SkyMask
     from skymask_gpu.engine import ClientBlocks, Clustering, MaskTraining
 
 __version__ = "0.1.0"
-__all__ = ["Aggregation", "ClientBlocks", "Clustering", "MaskTraining", "RootTraining", "SkyMask", "__version__"]
+__all__ = [
+    "Aggregation",
+    "ClientBlocks",
+    "ClientHistory",
+    "Clustering",
+    "MaskTraining",
+    "RootTraining",
+    "SkyMask",
+    "__version__",
+]
 
 _HOMES = {
     "Aggregation": "skymask_gpu.defence",
     "ClientBlocks": "skymask_gpu.engine",
+    "ClientHistory": "skymask_gpu.defence",
     "Clustering": "skymask_gpu.engine",
     "MaskTraining": "skymask_gpu.engine",
     "RootTraining": "skymask_gpu.defence",

@@ -19,6 +19,8 @@ ordinary recipes it often lies with the attackers.
    chance (``worse_side.py``). A majority is rejected only if its cosine is next to nothing and both
    witnesses are clearly lower.
 3. The second step is done once more among the clients that are kept, for a second direction.
+4. Where cosines are means over several rounds, their errors are known. A client whose mean cosine
+   lies clearly below 0 opposes the root data steadily and is rejected, unless most clients do.
 
 Where neither keep shares nor cosines are known, nothing but the root's own row tells which side is
 better (``by_root.py``).
@@ -52,6 +54,9 @@ ODD = 5.0
 # spreads below the mean of the clients kept. Without this, Min-Max and Krum, sent as copies, are
 # kept in some rounds of the demo's federation.
 MANY, MANY_Z = 0.1, -1.5
+# A client opposes the root data steadily if its mean cosine lies this number of standard errors
+# below 0. At 2, one honest client in a hundred of the demo's federation does so without an attack.
+STEADY = 2.0
 # The names of the witnesses in the reasons. The agreement is the cosine times the length of the
 # root direction.
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
@@ -77,12 +82,14 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
         cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)
+    opposed_N = kept_N & _steadily_opposed(witnesses, ~copy_N & ~idle_N)
+    kept_N = kept_N & ~opposed_N
     worse_N = _far_below(witnesses, kept_N) | _odd(witnesses, kept_N)
     if witnesses.cosine is not None:
         many = (copy_N & ~idle_N).sum() > MANY * len(copy_N)
         worse_N = worse_N | many & (_z(witnesses.cosine, kept_N) < MANY_Z)
     bad_copy_N = copy_N & ~idle_N & worse_N
-    facts = {"copies": bad_copy_N.sum(), **_facts(witnesses, kept_N, once_N, cuts[0], cuts[1])}
+    facts = {"copies": bad_copy_N.sum(), "opposed": opposed_N.sum(), **_facts(witnesses, kept_N, once_N, cuts[0], cuts[1])}
     benign_N = kept_N | copy_N & ~bad_copy_N | idle_N
     named = {KEEP_SHARE: witnesses.keep_share, AGREEMENT: witnesses.agreement}
     figures = {name: witness for name, witness in named.items() if witness is not None}
@@ -103,6 +110,14 @@ def _odd(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
     if witnesses.keep_share is None or witnesses.cosine is None:
         return torch.zeros_like(kept_N)
     return (_z(witnesses.keep_share, kept_N).abs() >= ODD) & (_z(witnesses.cosine, kept_N) < 0)
+
+
+def _steadily_opposed(witnesses: Witnesses, among_N: Tensor) -> Tensor:
+    """Which clients' mean cosines are clearly below 0, ``(N,)`` bool; nobody if most are."""
+    if witnesses.cosine is None or witnesses.cosine_error is None:
+        return torch.zeros_like(among_N)
+    opposed_N = witnesses.cosine < -STEADY * witnesses.cosine_error
+    return opposed_N & (2 * (opposed_N & among_N).sum() <= among_N.sum())
 
 
 def _z(witness_N: Tensor, kept_N: Tensor) -> Tensor:
@@ -150,4 +165,6 @@ def _reason(facts: Facts) -> str:
         far, kept, spread = (facts[f"{name} {of}"] for of in ("far", "kept", "spread"))
         number, honest = int(facts["cut off"]), f"{kept:.2f} ± {spread:.2f}"
         reasons.append(f"{number} clients are a worse group: {words} {far:.2f} where kept clients have {honest}")
+    if facts["opposed"]:
+        reasons.append(f"{int(facts['opposed'])} clients have opposed the root data over several rounds")
     return " and ".join(reasons) or "no group of clients is clearly worse than the others: all kept"

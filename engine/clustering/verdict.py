@@ -89,6 +89,7 @@ def cluster_masks(
     alignment: Tensor | None = None,
     keep_share: Tensor | None = None,
     norms: Tensor | None = None,
+    alignment_error: Tensor | None = None,
     config: Clustering = Clustering(),
 ) -> ClusteredMasks:
     """The verdict from packed bits.
@@ -105,7 +106,8 @@ def cluster_masks(
         raise ValueError(
             f"bits must be (R, {-(-num_params // 8)}) uint8 for {num_params} parameters, got {tuple(bits.shape)} {bits.dtype}"
         )
-    return cluster(mask_distances(bits, num_params), alignment, config, keep_share=keep_share, norms=norms)
+    distances = mask_distances(bits, num_params)
+    return cluster(distances, alignment, config, keep_share=keep_share, norms=norms, alignment_error=alignment_error)
 
 
 def cluster_distances(
@@ -114,6 +116,7 @@ def cluster_distances(
     alignment: Tensor | None = None,
     keep_share: Tensor | None = None,
     norms: Tensor | None = None,
+    alignment_error: Tensor | None = None,
     config: Clustering = Clustering(),
 ) -> ClusteredMasks:
     """The verdict from the matrix of Hamming shares.
@@ -134,6 +137,9 @@ def cluster_distances(
             None: it is left out.
         norms: ``(N,)`` Euclidean norms of the updates, which make cosines of the alignments. None:
             they are left out.
+        alignment_error: ``(N,)`` standard errors of the alignments, if these are means over several
+            rounds; Inf where it is not known. The signed rule then also rejects clients that oppose
+            the root data steadily. None: nothing is known.
         config: which rule, which library.
 
     Raises:
@@ -143,7 +149,9 @@ def cluster_distances(
     if distances.dim() != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] < 2:
         raise ValueError(f"distances must be (R, R) with R >= 2 and the root row last, got {tuple(distances.shape)}")
     finite = {"distances finite": torch.isfinite(distances).all()}
-    return cluster(Distances(distances), alignment, config, finite, keep_share=keep_share, norms=norms)
+    return cluster(
+        Distances(distances), alignment, config, finite, keep_share=keep_share, norms=norms, alignment_error=alignment_error
+    )
 
 
 def cluster(
@@ -154,6 +162,7 @@ def cluster(
     *,
     keep_share: Tensor | None = None,
     norms: Tensor | None = None,
+    alignment_error: Tensor | None = None,
 ) -> ClusteredMasks:
     """The verdict from distances as they are stored.
 
@@ -162,14 +171,19 @@ def cluster(
     num_clients = len(distances) - 1
     if keep_share is not None and tuple(keep_share.shape) == (num_clients + 1,):
         keep_share = keep_share[:-1]
+    named = {"alignment": alignment, "keep_share": keep_share, "norms": norms, "alignment_error": alignment_error}
     given: dict[str, Tensor] = {}
-    for name, values in (("alignment", alignment), ("keep_share", keep_share), ("norms", norms)):
+    for name, values in named.items():
         if values is None:
             continue
         if tuple(values.shape) != (num_clients,):
             raise ValueError(_not_one_a_client(name, num_clients, f"shape {tuple(values.shape)}"))
         given[name] = values.to(distances.device, torch.float64)
-        finite = {**finite, f"{name} finite": torch.isfinite(given[name]).all()}
+        if name == "alignment_error":
+            # An error that is not known is Inf.
+            finite = {**finite, f"{name} finite": ~(given[name].isnan().any() | (given[name] < 0).any())}
+        else:
+            finite = {**finite, f"{name} finite": torch.isfinite(given[name]).all()}
     witnesses = Witnesses(**given)
     backend = pick_backend(config.backend, distances.device, len(distances))
     verdict = _judge(distances, witnesses, config, backend, finite)
@@ -237,6 +251,8 @@ def _refuse_not_finite(facts: Facts, num_clients: int) -> None:
     for name in ("alignment", "keep_share", "norms"):
         if not facts.get(f"{name} finite", True):
             raise ValueError(_not_one_a_client(name, num_clients, "NaN or Inf"))
+    if not facts.get("alignment_error finite", True):
+        raise ValueError(f"alignment_error must be ({num_clients},) numbers of at least 0 or Inf, got NaN or a negative one")
 
 
 def _not_one_a_client(name: str, num_clients: int, got: str) -> str:

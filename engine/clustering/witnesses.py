@@ -18,11 +18,14 @@ class Witnesses:
         alignment: inner products of updates with the root direction.
         keep_share: share of ones among the columns in which masks differ.
         norms: Euclidean norms of the updates.
+        alignment_error: standard errors of the alignments, where these are known from several
+            rounds; Inf for a client whose error is not known.
     """
 
     alignment: Tensor | None = None
     keep_share: Tensor | None = None
     norms: Tensor | None = None
+    alignment_error: Tensor | None = None
 
     @property
     def agreement(self) -> Tensor | None:
@@ -39,6 +42,13 @@ class Witnesses:
     def cosine(self) -> Tensor | None:
         """The agreement, if it is a cosine; None if the norms are not known."""
         return None if self.norms is None else self.agreement
+
+    @property
+    def cosine_error(self) -> Tensor | None:
+        """The standard error of the cosine; None if it is not known."""
+        if self.alignment_error is None or self.norms is None:
+            return None
+        return self.alignment_error / self.norms.clamp_min(torch.finfo(torch.float64).tiny)
 
     @property
     def of_side(self) -> list[Tensor]:

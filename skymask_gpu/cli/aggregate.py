@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from skymask_gpu.cli.console import UNCERTAIN, console, warn
-from skymask_gpu.defence import Aggregation, RootTraining, SkyMask, mean_buffers
+from skymask_gpu.defence import Aggregation, ClientHistory, RootTraining, SkyMask, mean_buffers
 from skymask_gpu.defence.means import NORM_BOUND_NAMES
 from skymask_gpu.engine import SOLVERS, FlatModel
 from skymask_gpu.engine.registry import one_of
@@ -58,6 +58,12 @@ def aggregate(
     norm_bound: Annotated[
         str, typer.Option(help="median: shorten kept updates that are longer than their median norm; none: no bound.")
     ] = "none",
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="What is remembered of the clients, by name, from round to round: read if it is there, then written."
+        ),
+    ] = None,
     solver: Annotated[str, typer.Option(help=_SOLVER_HELP)] = "auto",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 3, with all files written, if there is no verdict or most are rejected.")
@@ -71,7 +77,9 @@ def aggregate(
         raise ValueError(f"--server-lr must be finite, got {server_lr}")
     one_of("--norm-bound", norm_bound, NORM_BOUND_NAMES)
     inputs = {"--global": global_model, "--updates": updates, "--model": Path(model.rpartition(":")[0]), "--root": root}
-    _check_outputs({"--out": out, **({"--json": json_report} if json_report is not None else {})}, inputs)
+    outputs = {"--out": out, "--json": json_report, "--history": history}
+    _check_outputs({name: path for name, path in outputs.items() if path is not None}, inputs)
+    remembered = _read_history(history)
     global_state, metadata = _read_global(global_model)
     module = load_module(model, global_state)
     root_inputs, root_labels = load_root(root)
@@ -89,12 +97,14 @@ def aggregate(
             module, root_inputs, root_labels, root_training=training, norm_bound=bound, solver=solver, device=device
         )
         with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
-            result = _aggregate(defence, sent, local_models)
+            result = _aggregate(defence, sent, local_models, remembered)
         verdict = _verdict_json(result, sent) if json_report is not None else ""
     if not is_first:
         return
     _print_verdict(result, sent)
     _write_model(out, metadata, _new_state(global_state, flat, result, sent, server_lr))
+    if history is not None and remembered is not None:
+        remembered.save(history)
     if json_report is not None:
         write_text(json_report, verdict)
         console.print(f"verdict: {json_report}", soft_wrap=True, highlight=False)
@@ -111,6 +121,15 @@ def _read_global(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return read_tensors(path)
     except ValueError as error:
         raise ValueError(f"--global: {error}") from error
+
+
+def _read_history(path: Path | None) -> ClientHistory | None:
+    if path is None:
+        return None
+    try:
+        return ClientHistory.load(path) if path.exists() else ClientHistory()
+    except ValueError as error:
+        raise ValueError(f"--history: {error}") from error
 
 
 def _load(
@@ -196,9 +215,9 @@ def _check_outputs(outputs: dict[str, Path], inputs: dict[str, Path]) -> None:
         taken[option] = target
 
 
-def _aggregate(defence: SkyMask, sent: UserUpdates, local_models: bool) -> Aggregation:
+def _aggregate(defence: SkyMask, sent: UserUpdates, local_models: bool, history: ClientHistory | None) -> Aggregation:
     try:
-        return defence.aggregate(sent.updates)
+        return defence.aggregate(sent.updates, client_ids=sent.names, history=history)
     except ValueError as error:
         # With --local-models the global model was subtracted. If rows still look like it, they were
         # updates before, and it was subtracted once too often.
@@ -210,7 +229,7 @@ def _aggregate(defence: SkyMask, sent: UserUpdates, local_models: bool) -> Aggre
 
 def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:
     table = Table("client", "verdict", "reason", title="SkyMask")
-    rejected = [(sent.names[client], reason) for client, reason in result.rejected.items()]
+    rejected = [(str(name), reason) for name, reason in result.rejected.items()]
     rejected += sent.unreadable.items()
     for name, reason in rejected[:_TABLE_ROWS]:
         table.add_row(escape(name), "[red]rejected[/]", escape(reason))
@@ -231,18 +250,18 @@ def _print_verdict(result: Aggregation, sent: UserUpdates) -> None:
 
 def _verdict_json(result: Aggregation, sent: UserUpdates) -> str:
     clients: dict[str, dict[str, Any]] = {
-        name: {"benign": good, "reason": result.rejected.get(client)}
-        for client, (name, good) in enumerate(zip(sent.names, result.benign.tolist(), strict=True))
+        name: {"benign": good, "reason": result.rejected.get(name)}
+        for name, good in zip(sent.names, result.benign.tolist(), strict=True)
     }
     evidence = result.evidence()
     by_layer = {"evidence": evidence.shares, "keep_share_by_layer": evidence.keep_share}
     for name, shares_KL in by_layer.items():
         for client, shares in zip(evidence.clients, shares_KL.tolist(), strict=True):
-            clients[sent.names[client]][name] = dict(zip(evidence.layers, shares, strict=True))
+            clients[str(client)][name] = dict(zip(evidence.layers, shares, strict=True))
     facts = {"keep_share": result.keep_share, "cosine": result.cosines, "factor": result.factors}
     for name, values in facts.items():
         for client, value in zip(evidence.clients, values.tolist(), strict=True):
-            clients[sent.names[client]][name] = value
+            clients[str(client)][name] = value
     clients.update({name: {"benign": False, "reason": reason} for name, reason in sent.unreadable.items()})
     report = {
         "clients": clients,

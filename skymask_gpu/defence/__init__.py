@@ -12,16 +12,19 @@
 | ``aggregation.py`` | ``Aggregation``, the result of a round |
 | ``suspicion.py`` | a score per client |
 | ``arguments.py`` | checks of the arguments |
+| ``history.py`` | ``ClientHistory``, each client's cosines from round to round |
 | ``clock.py`` | wall time by phase |
 """
 
 from skymask_gpu.defence.aggregation import Aggregation, VerdictWarning
+from skymask_gpu.defence.history import ClientHistory
 from skymask_gpu.defence.means import mean_buffer, mean_buffers, mean_of_rows
 from skymask_gpu.defence.root import RootTraining, root_direction
 from skymask_gpu.defence.skymask import SkyMask
 
 __all__ = [
     "Aggregation",
+    "ClientHistory",
     "RootTraining",
     "SkyMask",
     "VerdictWarning",

@@ -36,7 +36,9 @@ class Aggregation:
         update: ``(P,)`` float32, the mean over the benign clients of their updates times
             ``factors``; the server adds ``server_lr`` times it to the global model.
         benign: ``(N,)`` bool, on ``device``: which clients are kept.
-        rejected: client -> reason, for every client that is not benign.
+        rejected: client -> reason, for every client that is not benign. Clients are named by their
+            ids if the caller gave any, and by their numbers 0 to N - 1 otherwise.
+        client_ids: all N of these names, in the order of ``benign``.
         masks: the trained masks; the rows are ``clients`` in order, then the root model. If the
             updates are sharded, each rank has the masks of its own columns, ``shards.columns``;
             everything else is the same on every rank.
@@ -83,7 +85,8 @@ class Aggregation:
 
     update: Tensor
     benign: Tensor
-    rejected: dict[int, str]
+    rejected: dict[int | str, str]
+    client_ids: tuple[int | str, ...]
     masks: TrainedMasks
     clusters: ClusteredMasks
     clients: Tensor
@@ -131,7 +134,8 @@ class Aggregation:
         process group exists.
         """
         benign_K = self.clusters.benign
-        return layer_evidence(self.masks.bits, benign_K, self.clients.tolist(), self.layers, self.shards)
+        names = [self.client_ids[number] for number in self.clients.tolist()]
+        return layer_evidence(self.masks.bits, benign_K, names, self.layers, self.shards)
 
     def headline(self) -> str:
         """The first line of the summary: how many clients are kept, and who is not."""

@@ -1,5 +1,6 @@
 """Checks of ``SkyMask``'s arguments before any work; errors name the argument and the remedy."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.defence.forms import named_values, stacked_rows
+from skymask_gpu.defence.history import ClientHistory
 from skymask_gpu.engine import FlatModel
 
-__all__ = ["check_kind", "check_loss", "check_same_device", "checked_weights", "flat_vector", "usable_device"]
+__all__ = ["check_kind", "check_loss", "check_same_device", "checked_ids", "checked_weights", "flat_vector", "usable_device"]
 
 
 def check_kind(name: str, setting: object, kind: type) -> None:
@@ -101,6 +103,28 @@ def checked_weights(weights: object, num_clients: int) -> Tensor:
     if not weights_N.any():
         raise ValueError("weights must not all be 0; pass the sizes of the clients' data sets, or None for equal weights")
     return weights_N
+
+
+def checked_ids(ids: object, num_clients: int, history: object) -> list[int | str] | None:
+    """The names of the N clients as a list; None if the caller gave none.
+
+    Raises:
+        ValueError: they are not N different strings or integers, or a history lacks them.
+    """
+    if history is not None and not isinstance(history, ClientHistory):
+        raise ValueError(f"history must be a ClientHistory, got a {type(history).__name__}; pass ClientHistory() or None")
+    if ids is None:
+        if history is not None:
+            raise ValueError("client_ids must be given with a history, which tells clients apart by them, got None")
+        return None
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes) or not all(isinstance(one, int | str) for one in ids):
+        raise ValueError(f"client_ids must be a list of strings or integers, got {type(ids).__name__}; a tensor has .tolist()")
+    if len(ids) != num_clients:
+        raise ValueError(f"client_ids must have one id per client, {num_clients}, got {len(ids)}")
+    if len(set(ids)) < num_clients:
+        twice = next(one for one, count in Counter(ids).items() if count > 1)
+        raise ValueError(f"client_ids must differ from each other, got {twice!r} twice; reject one of the two before")
+    return list(ids)
 
 
 def check_same_device(name: str, tensor: Tensor, loss: FlatModel, asked_for: torch.device | None) -> None:

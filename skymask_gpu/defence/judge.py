@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.defence.aggregation import Aggregation, VerdictWarning
-from skymask_gpu.defence.arguments import check_same_device, checked_weights, flat_vector
+from skymask_gpu.defence.arguments import check_same_device, checked_ids, checked_weights, flat_vector
 from skymask_gpu.defence.clock import Clock
 from skymask_gpu.defence.forms import Form, stacked_rows
+from skymask_gpu.defence.history import ClientHistory, Remembered
 from skymask_gpu.defence.means import Mean, NormBound, Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
 from skymask_gpu.defence.parse import Clients, Updates, check_form, parse
 from skymask_gpu.defence.root import RootTraining, root_direction
@@ -74,6 +75,8 @@ class Call:
     root_update: Form | None = None
     local_models: bool = False
     weights: Tensor | Sequence[float] | None = None
+    client_ids: Sequence[int | str] | None = None
+    history: ClientHistory | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def judge(settings: Settings, call: Call) -> Aggregation:
     shards, own_updates = own_columns(call.updates, settings.flat.num_params)
     check_form(call.updates, settings.flat.num_params)
     weights_N = None if call.weights is None else checked_weights(call.weights, len(call.updates))
-    call = replace(call, updates=own_updates, weights=weights_N)
+    ids = checked_ids(call.client_ids, len(call.updates), call.history)
+    call = replace(call, updates=own_updates, weights=weights_N, client_ids=ids)
     device = _device(settings, call.updates, shards)
     # A server may well work under no_grad or in inference mode, but training masks and the root
     # needs gradients.
@@ -134,6 +138,7 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
             this = _begin(settings, call.global_params, shards, device, clock)
             subtracted_L = this.own_params_L if call.local_models else None
             in_memory = settings.solver != "auto" and not SOLVERS[settings.solver].from_disk
+            assert not isinstance(call.updates, np.ndarray), "judge() has made a tensor of it"
             clients = parse(call.updates, this.loss, settings.module, subtracted_L, in_memory=in_memory)
         small_batches = call.root_update is not None
         # Each step reads the parameters and writes their gradient. Small batches take half as many.
@@ -146,9 +151,12 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
         masks, screened = _train(this, screened, root_row_P)
         _log.debug("%s", masks)
         with clock.phase("clustering", 4 * len(masks.bits) ** 2):
-            verdict = _verdict(this, masks, screened, direction_P)
+            verdict = _verdict(this, masks, screened, direction_P, call)
         with clock.phase("average"):
-            result = _average(this, call.weights, screened, masks, verdict)
+            result = _average(this, call, screened, masks, verdict)
+    # Only now, because a call that ends in an error must not count as a round.
+    if call.history is not None and verdict.remembered is not None:
+        call.history.remember(_ids(call, screened), verdict.remembered)
     return replace(result, seconds={**clock.seconds, **masks.seconds})
 
 
@@ -233,44 +241,56 @@ def _train(this: _Round, screened: Screened, root_row_P: Tensor) -> tuple[Traine
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Who is benign, and two facts about each client.
+    """Who is benign, and what is known about each client.
 
     Attributes:
         clusters: which clients are benign, and why.
         keep_share: ``(K,)`` float64, see :class:`Aggregation`.
         cosines: ``(K,)`` float64, the cosine of each update with the root direction.
+        remembered: the cosines of this and earlier rounds; None without a history.
     """
 
     clusters: ClusteredMasks
     keep_share: Tensor
     cosines: Tensor
+    remembered: Remembered | None
 
 
-def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P: Tensor) -> _Verdict:
+def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P: Tensor, call: Call) -> _Verdict:
     keep_share_R = sharded_keep_share(masks.bits, this.shards)
-    clusters = cluster(
-        sharded_distances(masks.bits, this.shards),
-        screened.alignments,
-        this.settings.clustering,
-        keep_share=keep_share_R,
-        norms=screened.norms,
-    )
     # An update of zeros, or a root direction of zeros, has no direction. Its cosine is set to 0.
     lengths_K = screened.norms.double() * torch.linalg.vector_norm(direction_P.double())
     cosines_K = torch.where(lengths_K > 0, screened.alignments / lengths_K, 0.0).clamp(-1, 1)
-    return _Verdict(clusters, keep_share_R[:-1], cosines_K)
+    remembered, alignments_K, errors_K = None, screened.alignments, None
+    if call.history is not None:
+        remembered = call.history.recall(_ids(call, screened), cosines_K)
+        alignments_K = remembered.means * lengths_K
+        errors_K = torch.where(lengths_K > 0, remembered.errors * lengths_K, torch.inf)
+    clusters = cluster(
+        sharded_distances(masks.bits, this.shards),
+        alignments_K,
+        this.settings.clustering,
+        keep_share=keep_share_R,
+        norms=screened.norms,
+        alignment_error=errors_K,
+    )
+    return _Verdict(clusters, keep_share_R[:-1], cosines_K, remembered)
 
 
-def _average(
-    this: _Round, weights: Tensor | Sequence[float] | None, screened: Screened, masks: TrainedMasks, verdict: _Verdict
-) -> Aggregation:
+def _ids(call: Call, screened: Screened) -> list[int | str]:
+    """The ids of the clients that have a mask."""
+    assert call.client_ids is not None, "judge() has checked them"
+    return [call.client_ids[number] for number in screened.clients.numbers.tolist()]
+
+
+def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, verdict: _Verdict) -> Aggregation:
     """The result, still without its seconds.
 
     The host reads the list of rejected clients after all other work was started. The caller's
     clock, which stops after that, therefore shows wall time.
     """
     clients, benign_K = screened.clients, verdict.clusters.benign
-    weights_K = None if weights is None else _weights_of_kept(weights, clients, benign_K)
+    weights_K = None if call.weights is None else _weights_of_kept(call.weights, clients, benign_K)
     counts = shares(benign_K, screened.norms, weights_K=weights_K, norm_bound=this.settings.norm_bound)
     update_P = this.shards.gather(_mean_update(this, clients, benign_K, counts, masks))
     buffers = mean_buffers(clients.buffers, benign_K, None if weights_K is None else counts.weights)
@@ -279,11 +299,13 @@ def _average(
     benign_N = torch.zeros(clients.num_clients, dtype=torch.bool, device=benign_K.device)
     benign_N[clients.numbers[benign_K]] = True
     numbers = clients.numbers.tolist()
+    ids = range(clients.num_clients) if call.client_ids is None else call.client_ids
     by_mask = {numbers[row]: reason for row, reason in verdict.clusters.client_reasons().items()}
     return Aggregation(
         update=update_P,
         benign=benign_N,
-        rejected=dict(sorted({**clients.rejected, **by_mask}.items())),
+        rejected={ids[number]: reason for number, reason in sorted({**clients.rejected, **by_mask}.items())},
+        client_ids=tuple(ids),
         masks=masks,
         clusters=verdict.clusters,
         clients=clients.numbers,

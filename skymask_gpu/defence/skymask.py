@@ -1,6 +1,6 @@
 """``SkyMask``: from clients' updates to the benign ones' mean and a verdict on each client."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from skymask_gpu.defence.aggregation import Aggregation
 from skymask_gpu.defence.arguments import check_kind, check_loss, usable_device
 from skymask_gpu.defence.forms import Form
+from skymask_gpu.defence.history import ClientHistory
 from skymask_gpu.defence.judge import Call, Settings, judge, params_of
 from skymask_gpu.defence.means import MEANS, NORM_BOUND_NAMES, Mean, NormBound
 from skymask_gpu.defence.parse import Updates
@@ -170,12 +171,14 @@ class SkyMask:
 
     def aggregate(
         self,
-        updates: Updates,
+        updates: Updates | Mapping[int | str, Form],
         global_params: Form | None = None,
         root_update: Form | None = None,
         *,
         local_models: bool = False,
         weights: Tensor | Sequence[float] | None = None,
+        client_ids: Sequence[int | str] | None = None,
+        history: ClientHistory | None = None,
     ) -> Aggregation:
         """Judge the clients and average the benign ones.
 
@@ -191,6 +194,7 @@ class SkyMask:
                   also hold the module's buffers, which are sent as they are, and may have the names
                   that PEFT saves (without the adapter's name). From a sequence other than a list or
                   tuple, each entry is read anew whenever it is needed;
+                * a dict ``{client id: entry}`` of such entries, whose keys become ``client_ids``;
                 * :class:`ClientBlocks`, whose rows may stay on disk;
                 * for several GPUs or machines, a ``torch.distributed.tensor.DTensor`` ``(N, P)``
                   with placements ``[Shard(1)]`` over a 1-D ``DeviceMesh``, passed on every rank.
@@ -210,14 +214,20 @@ class SkyMask:
                 as the number of its samples (FedAvg); finite, at least 0, not all 0. The weights of
                 rejected clients play no part. None means equal weights. If clients report their
                 weights themselves, set ``norm_bound``: it also bounds each weight.
+            client_ids: N different names of the clients, such as strings or integers. The result
+                then names clients by them. None means the numbers 0 to N - 1.
+            history: what is remembered of these clients from earlier rounds, told apart by
+                ``client_ids``. A client is then judged by its mean cosine with the root direction
+                over these rounds, and this round is added. Pass the same object in every round of
+                one training. None: each round is judged by itself.
 
         Returns:
             The mean update, and the verdict with its reasons and measurements.
 
         Raises:
             ValueError: ``updates`` as a whole does not fit, no client is usable, the root update is
-                not usable, more than 80% of the updates are local models, or ``weights`` does not
-                fit or is 0 for every kept client. A single client's bad update is no error; that
+                not usable, more than 80% of the updates are local models, ``weights`` does not fit or
+                is 0 for every kept client, or ``client_ids`` does not fit. A single client's bad update is no error; that
                 client is rejected with a reason.
             torch.OutOfMemoryError: the message says how many bytes were needed.
 
@@ -241,4 +251,8 @@ class SkyMask:
             >>> result.factors[:3]  # in units of the mean size
             tensor([1.5000, 0.5000, 1.0000])
         """
-        return judge(self._settings, Call(updates, global_params, root_update, local_models, weights))
+        if isinstance(updates, Mapping):
+            if client_ids is not None:
+                raise ValueError("client_ids must be None if updates is a dict, whose keys are the ids; pass one of the two")
+            client_ids, updates = tuple(updates), list(updates.values())
+        return judge(self._settings, Call(updates, global_params, root_update, local_models, weights, client_ids, history))

@@ -9,7 +9,7 @@ from torch import Tensor
 from skymask_gpu.federation.attacks.interface import ATTACKS, Threat
 from skymask_gpu.federation.choices import above_zero
 
-__all__ = ["Noise", "Scaling", "scaling"]
+__all__ = ["Noise", "Scaling", "SignFlip", "scaling"]
 
 
 @ATTACKS.register("none")
@@ -18,10 +18,27 @@ def none(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
     return updates_NP[malicious_N]
 
 
-@ATTACKS.register("sign-flip")
-def sign_flip(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
-    """Each malicious client sends the negative of its own update (Li et al., arXiv:2002.00211)."""
-    return -updates_NP[malicious_N]
+@dataclass(frozen=True, kw_only=True)
+class SignFlip:
+    """Settings of ``sign-flip``.
+
+    Attributes:
+        factor: each malicious client sends the negative of its own update times this.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        above_zero("attack.factor", self.factor)
+
+
+@ATTACKS.register("sign-flip", settings=SignFlip)
+def sign_flip(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: SignFlip) -> Tensor:
+    """Each malicious client sends the negative of its own update (Li et al., arXiv:2002.00211).
+
+    With a factor of 5, say, a few of them outweigh many honest clients in a plain mean.
+    """
+    return -settings.factor * updates_NP[malicious_N]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from skymask_gpu.defence import Aggregation, SkyMask
+from skymask_gpu.defence import Aggregation, ClientHistory, SkyMask
 from skymask_gpu.defence.means import MEANS, NORM_BOUND_NAMES
 from skymask_gpu.engine import SOLVERS, Clustering, MaskTraining
 from skymask_gpu.engine.registry import one_of
@@ -26,6 +26,7 @@ class SkyMaskSettings:
         mask_grad_clip: the bound on each element of the masks' gradient.
         norm_bound: ``"median"`` bounds what is averaged, see :class:`SkyMask`; ``"none"`` does not.
         mean: what the kept updates become, see :class:`SkyMask`.
+        history: whether clients are remembered from round to round, see :class:`ClientHistory`.
     """
 
     solver: str = "auto"
@@ -35,6 +36,7 @@ class SkyMaskSettings:
     mask_grad_clip: float = 1e-7
     norm_bound: str = "none"
     mean: str = "kept"
+    history: bool = True
 
     def __post_init__(self) -> None:
         one_of("defence.solver", self.solver, ("auto", *SOLVERS))
@@ -73,9 +75,16 @@ class SkyMaskRule:
             mean=settings.mean,  # type: ignore[arg-type]  # checked by the settings
             solver=settings.solver,
         )
+        self._history = ClientHistory() if settings.history else None
 
     def __call__(self, updates_MP: Tensor, info: RoundInfo) -> RuleResult:
-        result = self._defence.aggregate(updates_MP, global_params=info.global_params, root_update=info.root_update)
+        result = self._defence.aggregate(
+            updates_MP,
+            global_params=info.global_params,
+            root_update=info.root_update,
+            client_ids=info.clients.tolist(),
+            history=self._history,
+        )
         return RuleResult(
             result.update,
             result.benign,
@@ -91,6 +100,14 @@ class SkyMaskRule:
             seconds=result.seconds,
             tensors=lambda: _tensors(result, info.clients),
         )
+
+    def state(self) -> dict[str, Tensor]:
+        """What is remembered of the clients; empty without a history."""
+        return {} if self._history is None else self._history.state()
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        if self._history is not None:
+            self._history = ClientHistory.from_state(state)
 
 
 def _witnesses(result: Aggregation) -> dict[str, list[float | None]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from skymask_gpu.defence import Aggregation, SkyMask, VerdictWarning
+from skymask_gpu.defence import Aggregation, ClientHistory, SkyMask, VerdictWarning
 from skymask_gpu.integrations.flower.metrics import example_count
 from skymask_gpu.integrations.flower.replies import Decoded, SentModel
 from skymask_gpu.integrations.flower.strategy import Judgement, JudgingStrategy
@@ -26,6 +26,9 @@ class SkyMaskStrategy(JudgingStrategy):
         use_example_counts: weigh the clients by the example counts that they report, as FedAvg
             does. The defence must then bound weights.
         fedavg: the arguments of Flower's ``FedAvg``, such as ``fraction_train``.
+
+    Attributes:
+        history: what is remembered of each node from earlier rounds, see :class:`ClientHistory`.
 
     Raises:
         ValueError: ``defence`` is no SkyMask, or example counts are used without a bound.
@@ -49,6 +52,7 @@ class SkyMaskStrategy(JudgingStrategy):
         super().__init__(defence.settings.module, **fedavg)
         self._defence = defence
         self._use_example_counts = use_example_counts
+        self.history = ClientHistory()
 
     def check_more(self, content: RecordDict) -> object:
         return example_count(content, self.weighted_by_key) if self._use_example_counts else None
@@ -62,16 +66,19 @@ class SkyMaskStrategy(JudgingStrategy):
             warnings.simplefilter("ignore", VerdictWarning)
             result = self._aggregate(sent, decoded, weights)
         note = f"SkyMask, {result.verdict}: {result.clusters.reason}"
-        return Judgement(result.update, result.benign.tolist(), note, result.rejected, result.buffers)
+        reasons = {row: result.rejected[node] for row, node in enumerate(decoded.nodes) if node in result.rejected}
+        return Judgement(result.update, result.benign.tolist(), note, reasons, result.buffers)
 
     def _aggregate(self, sent: SentModel, decoded: Decoded, weights: list[float] | None) -> Aggregation:
         device = self._defence.settings.flat.initial_params.device
         updates_KP, params_P = decoded.updates.to(device), sent.params().to(device)
         if not sent.buffers:
-            return self._defence.aggregate(updates_KP, params_P, weights=weights)
+            return self._defence.aggregate(
+                updates_KP, params_P, weights=weights, client_ids=decoded.nodes, history=self.history
+            )
         # Only state dicts hold buffers beside the updates; their parameters are views of the rows.
         states = [
             {name: row_P[columns].view(sent.values[name].shape) for name, columns in sent.columns.items()} | buffers
             for row_P, buffers in zip(updates_KP, decoded.buffers, strict=True)
         ]
-        return self._defence.aggregate(states, params_P, weights=weights)
+        return self._defence.aggregate(states, params_P, weights=weights, client_ids=decoded.nodes, history=self.history)
