@@ -6,6 +6,7 @@
 | ``many_clients`` | docs/collapsed.md: the learning rate and the number of clients |
 | ``large`` | docs/collapsed.md: 20,000 clients from disk |
 | ``costs`` | the constants by which ``solver="auto"`` chooses |
+| ``few_clients`` | docs/verdict.md: 4 to 20 clients, one of them attacking |
 | ``flower`` | docs/flower.md: a Flower strategy beside the judgement itself |
 | ``inversion`` | docs/privacy.md: images per CPU second, in one batch or one by one |
 | ``local_training`` | docs/federation.md: clients side by side or one by one |

@@ -1,5 +1,7 @@
 """The studies: what each command prints and writes, on a small scale."""
 
+import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from skymask_gpu.bench import solvers
-from skymask_gpu.bench.studies import accuracy, costs, large, many_clients, real_updates
+from skymask_gpu.bench.studies import accuracy, costs, few_clients, large, many_clients, real_updates
 from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import FlatModel
 
@@ -91,3 +93,24 @@ def test_each_attack_changes_the_first_fifth_of_a_copy() -> None:
         changed_R = (real_updates.attacked(updates_RP, case) != updates_RP).any(1)
         assert changed_R.tolist() == [case != "none"] * 4 + [False] * 17, case
     assert torch.equal(updates_RP, before)
+
+
+def test_few_clients_are_played_once_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(few_clients, "SIZES", (6,))
+    monkeypatch.setattr(few_clients, "ROUNDS", 2)
+    found = few_clients.play(("iid", 6, "sign-flip x 5", 0))
+    assert found["cell"] == ["iid", 6, "sign-flip x 5", 0]
+    assert found["honest_rejected"] == 0
+    assert found["attacker_kept"] == 0
+    # What the file holds is not played again, whatever it says.
+    runs = [
+        {"cell": [*cell, 0], "honest_rejected": 0.1, "attacker_kept": 0.2}
+        for cell in product(few_clients.PARTITIONS, (6,), few_clients.ATTACKS)
+    ]
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    assert few_clients.main([str(tmp_path / "runs.jsonl"), "--seeds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("10.0%") == 8
+    assert printed.count("20.0%") == 6

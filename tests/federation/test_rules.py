@@ -876,7 +876,7 @@ def test_unknown_rules_are_named() -> None:
         build_rule("krumm", make_context())
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name != "fldetector"])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("fldetector", "skymask")])
 def test_most_rules_remember_nothing(name: str) -> None:
     rule = build_rule(name, make_context())
     updates = 0.05 * random_updates(12)
@@ -884,6 +884,20 @@ def test_most_rules_remember_nothing(name: str) -> None:
     assert rule.state() == {}
     rule.restore({})
     assert torch.equal(rule(updates, make_info(updates, 1)).update, first.update)
+
+
+def test_skymask_remembers_clients_unless_told_not_to() -> None:
+    updates = 0.05 * random_updates(12)
+    rule = build_rule("skymask", make_context())
+    rule(updates, make_info(updates, 1))
+    state = rule.state()
+    again = build_rule("skymask", make_context())
+    again.restore(state)
+    for one in (rule, again):
+        one(updates, make_info(updates, 1))
+    assert torch.equal(again.state()["sums"], rule.state()["sums"])
+    assert not torch.equal(again.state()["sums"], state["sums"])
+    assert build_rule("skymask", make_context(), SkyMaskSettings(history=False)).state() == {}
 
 
 def test_skymask_records_keep_share_and_cosine_of_every_client_that_takes_part() -> None:
