@@ -1,4 +1,4 @@
-"""Benchmarks: a speed is printed only where the result was checked, and only beside something measured in the same run.
+"""Benchmarks: a speed is printed only where its result was checked, beside what ran with it.
 
 | file | what |
 | --- | --- |

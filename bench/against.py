@@ -1,8 +1,8 @@
 """This checkout against another revision of it: ``skymask-gpu bench --against REV``.
 
-The revision is checked out into a throw-away git worktree, and its product code runs under today's benchmark, in a
-process of its own. Each result is checked and compared with that of today's code. The calls are then timed in turn, so
-that a slow spell of the machine falls on both.
+The revision is checked out into a throw-away git worktree, and its product code runs under today's
+benchmark, in a process of its own. Each result is checked and compared with that of today's code.
+The calls are then timed in turn, so that a slow spell of the machine falls on both.
 """
 
 import json
@@ -38,7 +38,9 @@ _LEAST_REPEATS, _MOST_REPEATS, _KNOWN_WITHIN = 7, 100, 0.05
 
 
 def measure_against(revision: str, limits: Limits, started: Callable[[str], None] = lambda _: None) -> Iterator[Row]:
-    """A row per provider, with ``to_before``: its time over that at ``revision``; without where results differ.
+    """A row per provider, with ``to_before``: its time over that at ``revision``.
+
+    It is missing where results differ.
 
     Raises:
         ValueError: git knows no such revision, or the benchmark does not run on it.
@@ -55,7 +57,10 @@ def measure_against(revision: str, limits: Limits, started: Callable[[str], None
 
 @contextmanager
 def _package_of(revision: str) -> Iterator[Path]:
-    """A folder with the revision as the package ``skymask_gpu``, as ``setup.py`` lays it out, with today's ``bench/``."""
+    """A folder with the revision as the package ``skymask_gpu``, with today's ``bench/``.
+
+    It is laid out as ``setup.py`` does.
+    """
     bench = Path(__file__).resolve().parent
     git = ["git", "-C", str(bench.parent)]
     found = subprocess.run(
@@ -163,7 +168,7 @@ def _tensors(result: Any) -> dict[str, Tensor]:
 
 
 def main(arguments: list[str]) -> None:
-    """One side: prints the checked rows as JSON, then the seconds of each provider whose name it reads."""
+    """One side: print the checked rows as JSON, then the seconds of each provider asked for."""
     folder, name, clients, dtype, *left_out = arguments
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # in a new worktree every kernel is compiled anew within a first call

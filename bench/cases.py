@@ -1,4 +1,4 @@
-"""What the benchmark runs on: models, root samples and synthetic updates, for each number of clients."""
+"""What the benchmark runs on: models, root samples and synthetic updates."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +20,8 @@ CLIENTS = (50, 500, 5_000, 20_000)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The updates may take this share of the free memory. The rest is for the solvers that work on them.
 _UPDATES_SHARE = 0.25
-# An attack takes several times the memory of its rows, so it is computed on this many values at a time.
+# An attack takes several times the memory of its rows, so it is computed on this many values at a
+# time.
 _ATTACKED_VALUES = 2**28
 
 
@@ -35,8 +36,8 @@ class Case:
         input_shape: the shape of one sample.
         num_classes: the number of the model's outputs.
         root_samples: how many samples the server has.
-        trained_steps: steps of SGD before the round. The batch norm of an untrained network amplifies
-            rounding, so that no two solvers would agree.
+        trained_steps: steps of SGD before the round. The batch norm of an untrained network
+            amplifies rounding, so that no two solvers would agree.
         mask_steps: steps of mask training; few where more are not stable in float32.
         dtypes: the types in which the updates are tried.
     """
@@ -77,7 +78,7 @@ class TooLargeError(NotTimedError):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A case's network, its root samples and their loss, on the device; the same for any number of clients."""
+    """A case's network, its root samples and their loss, for any number of clients."""
 
     module: nn.Module
     inputs: Tensor
@@ -136,8 +137,8 @@ class Problem:
         for part_RC in rows_RP.split(max(1, _ATTACKED_VALUES // num_clients), dim=1):
             part_RC[:-1] = attack(part_RC[:-1], malicious_N, Threat(AttackConfig(name="lie", share=0.2)))
         if case.what == "rules":
-            # Different, unevenly spaced lengths: otherwise rounding would decide whose neighbours are nearest, and
-            # which of two copies is nearer to the median.
+            # Different, unevenly spaced lengths: otherwise rounding would decide whose neighbours
+            # are nearest, and which of two copies is nearer to the median.
             rows_RP[:-1] *= torch.linspace(0.9, 1.1, num_clients, device=rows_RP.device).square()[:, None]
         return cls(case, model, "float32", rows_RP, rows_RP)
 

@@ -1,15 +1,16 @@
-"""What a CUDA GPU does: the tests of the kernels run on it, then solvers and server rounds are timed.
+"""What a CUDA GPU does: the kernels' tests run on it, then solvers and rounds are timed.
 
-``python -m skymask_gpu.bench.gpu --out bench/results`` writes DEVICE.csv there, each row as soon as it is measured.
-Whatever fails is a row with the reason. Every file of tests and every point (a model and a number of clients) has a
-process of its own, because an error of the GPU makes all later calls of its process fail. Started again, it goes on
-with what is not complete; move the file away to measure all anew.
+``python -m skymask_gpu.bench.gpu --out bench/results`` writes DEVICE.csv there, each row as soon as
+it is measured. Whatever fails is a row with the reason. Every file of tests and every point (a
+model and a number of clients) has a process of its own, because an error of the GPU makes all later
+calls of its process fail. Started again, it goes on with what is not complete; move the file away
+to measure all anew.
 
-All results are checked without TF32, and the solvers run without it. A row of its own tells what TF32 would make of
-the model's passes.
+All results are checked without TF32, and the solvers run without it. A row of its own tells what
+TF32 would make of the model's passes.
 
-Exit codes: 0 all rows are there, 1 something is wrong or failed, 2 no CUDA GPU or no tests to run, 3 the time is up and
-points are left.
+Exit codes: 0 all rows are there, 1 something is wrong or failed, 2 no CUDA GPU or no tests to run,
+3 the time is up and points are left.
 """
 
 import argparse
@@ -133,7 +134,10 @@ def check_kernels(file: _File) -> None:
 
 
 def measure_points(file: _File, end: float) -> bool:
-    """Each point that is not complete, in a process of its own; whether all could begin before ``end``."""
+    """Measure each point that is not complete, in a process of its own.
+
+    Returns whether all could begin before ``end``.
+    """
     for model, clients in product(MODELS, CLIENTS):
         if file.is_complete(model, clients, {provider.name for provider in figures(CASES[model])}):
             continue

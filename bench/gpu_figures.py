@@ -1,4 +1,7 @@
-"""What ``bench/gpu.py`` times: a copy, the model's passes, an exact step, the solvers, and the server's round."""
+"""What ``bench/gpu.py`` times.
+
+These are a copy, the model's passes, an exact step, the solvers, and the server's round.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +31,8 @@ STEPS = 20
 TRAINING = MaskTraining(steps=STEPS, min_improvement=-1e9)
 COPIED_BYTES = 2**30
 COMPILED = "model passes, captured, torch.compile"
-# Labels are compared with a CPU's up to this number of clients and of parameters, where that takes seconds.
+# Labels are compared with a CPU's up to this number of clients and of parameters, where that takes
+# seconds.
 _LABELLED = (500, 10**6)
 
 
@@ -53,7 +57,7 @@ def figures(case: Case) -> list[Provider]:
     ]
 
 
-# --- baselines ----------------------------------------------------------------------------------------------------------
+# --- baselines ------------------------------------------------------------------------------------
 
 
 def _copy(problem: Problem) -> Call:
@@ -105,7 +109,7 @@ def _passes_in_tf32(problem: Problem) -> Call:
     return passes
 
 
-# --- kernels and solvers ------------------------------------------------------------------------------------------------
+# --- kernels and solvers --------------------------------------------------------------------------
 
 
 def _step_inputs(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -143,7 +147,7 @@ def _only_compared(problem: Problem) -> Call:
 
 
 def _all_steps(own: Provider) -> Provider:
-    """A solver that is checked in as many steps as float32 is stable for, and timed in 20 captured ones."""
+    """A solver, checked in as many steps as float32 is stable for, timed in 20 captured ones."""
 
     def check(problem: Problem, masks: TrainedMasks, truth: Truth) -> str:
         compared_with = own.check(problem, masks, truth)
@@ -179,7 +183,10 @@ def _demand_captured(masks: TrainedMasks) -> None:
 
 @cache
 def _wrong_when_captured(model: Model, case: Case, solver: str) -> str | None:
-    """In what captured steps differ from launched ones by more than launched ones from themselves, with few clients."""
+    """In what captured steps differ from launched ones, with few clients.
+
+    Only what is more than launched steps differ from themselves counts.
+    """
     problem = Problem.build(case, model, FEW_CLIENTS)
 
     def waiting(params_P: Tensor) -> Tensor:
@@ -203,7 +210,7 @@ def _wrong_when_captured(model: Model, case: Case, solver: str) -> str | None:
     )
 
 
-# --- the server's round -------------------------------------------------------------------------------------------------
+# --- the server's round ---------------------------------------------------------------------------
 
 
 def _judging(problem: Problem) -> Call:
@@ -221,7 +228,10 @@ def _judging(problem: Problem) -> Call:
 
 
 def _check_judging(problem: Problem, judged: tuple[RuleResult, TrainedMasks, Tensor], truth: Truth) -> str:
-    """The steps were captured; the labels are those of clustering on a CPU; the mean is that of those kept."""
+    """Whether the steps were captured and the result is right.
+
+    The labels must be those of clustering on a CPU, and the mean that of the clients kept.
+    """
     truth.known()
     result, masks, alignment_N = judged
     _demand_captured(masks)

@@ -29,16 +29,18 @@ __all__ = [
 
 _MEMINFO = Path("/proc/meminfo")
 
-# A shorter call is timed several times per repeat: on a CPU one by one, at most this often; on a GPU all together.
+# A shorter call is timed several times per repeat: on a CPU one by one, at most this often; on a
+# GPU all together.
 _SHORTEST, _MOST_SAMPLES = 0.01, 5
 _LEAST_REPEATS, _MOST_REPEATS = 7, 200
-# A longer call spans both fast and slow spells of the machine, and getting back the memory that was given back is
-# a small part of it. Its first time therefore counts, and fewer repeats do.
+# A longer call spans both fast and slow spells of the machine, and getting back the memory that was
+# given back is a small part of it. Its first time therefore counts, and fewer repeats do.
 _LONG, _LEAST_LONG_REPEATS = 3.0, 5
 # A ratio that is known to within this share is not measured any further.
 _KNOWN_WITHIN = 0.05
-# Each baseline takes at most this share of the time. On a CPU, a call shorter than one millisecond measures mostly how
-# its threads wake up. A ratio to it would say little, so it is not used as a baseline.
+# Each baseline takes at most this share of the time. On a CPU, a call shorter than one millisecond
+# measures mostly how its threads wake up. A ratio to it would say little, so it is not used as a
+# baseline.
 _FLOOR_SHARE, _SHORTEST_FLOOR = 0.2, 1e-3
 _CACHE_SIZE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -51,7 +53,8 @@ class Measured:
     Attributes:
         seconds: of each repeat.
         peak_bytes: the peak of memory above what was held before the first call; None: unknown.
-        ratios: by baseline, the seconds of each repeat over those of the baseline before and after it.
+        ratios: by baseline, the seconds of each repeat over those of the baseline before and after
+            it.
     """
 
     seconds: list[float]
@@ -61,7 +64,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Floor:
-    """A baseline: a call that does the same thing ``parts`` times, each of which must take a millisecond on a CPU."""
+    """A baseline: a call that does the same thing ``parts`` times.
+
+    On a CPU, each of them must take a millisecond.
+    """
 
     call: Callable[[], object]
     parts: int = 1
@@ -86,13 +92,14 @@ def measure_steadily(
 ) -> dict[str, Measured | Exception]:
     """What each call costs, or what it raised.
 
-    The calls are repeated in rounds, so that no call's repeats all fall into one slow spell of the machine. A call
-    takes part in at least 7 rounds (a long one in 5), and then until its ratios are known to within 5%, or its repeats
-    took ``seconds``, or as long as the longest call. Once ``is_over()``, no repeat begins; calls without a repeat are
-    missing in what is returned. The baselines ``floors`` are timed in between, each for at most a fifth of the time,
-    and each repeat is divided by what they took before and after it, because other load comes and goes. On a CPU each
-    call begins with empty caches, because it is chance whether the call before has left the updates there.
-    ``started`` is told each call's name.
+    The calls are repeated in rounds, so that no call's repeats all fall into one slow spell of the
+    machine. A call takes part in at least 7 rounds (a long one in 5), and then until its ratios are
+    known to within 5%, or its repeats took ``seconds``, or as long as the longest call. Once
+    ``is_over()``, no repeat begins; calls without a repeat are missing in what is returned. The
+    baselines ``floors`` are timed in between, each for at most a fifth of the time, and each repeat
+    is divided by what they took before and after it, because other load comes and goes. On a CPU
+    each call begins with empty caches, because it is chance whether the call before has left the
+    updates there. ``started`` is told each call's name.
 
     Raises:
         StoppedError: a Ctrl-C meanwhile.
@@ -141,7 +148,8 @@ class _Timing:
     def begin(self) -> None:
         """The first call, which measures the peak of memory.
 
-        It also pays for the pages that were given back before, so only the time of a long call counts.
+        It also pays for the pages that were given back before, so only the time of a long call
+        counts.
         """
         try:
             _empty_caches(self.device)
@@ -217,9 +225,10 @@ class _TimedFloor:
 def freed_memory_kept() -> Iterator[None]:
     """Have glibc keep what this process frees meanwhile; with other C libraries nothing happens.
 
-    By default large blocks go back to Linux at once, and the next call pays for each page of new ones, in a virtual
-    machine sometimes more than for its work. How many pages depends on what was freed before. Peaks of memory do not
-    change, because :func:`measure_steadily` gives back what is free before it looks.
+    By default large blocks go back to Linux at once, and the next call pays for each page of new
+    ones, in a virtual machine sometimes more than for its work. How many pages depends on what was
+    freed before. Peaks of memory do not change, because :func:`measure_steadily` gives back what is
+    free before it looks.
     """
     try:
         library = ctypes.CDLL(None)
@@ -238,7 +247,10 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def sample(call: Callable[[], object], device: torch.device, least_seconds: float = 0.0) -> float:
-    """Seconds of a call. A short one is called several times: on a CPU each time with empty caches, on a GPU together."""
+    """Seconds of a call.
+
+    A short one is called several times: on a CPU each time with empty caches, on a GPU together.
+    """
     wanted = max(_SHORTEST, least_seconds)
     if device.type != "cpu":
         seconds = _time(call, device)
@@ -272,7 +284,10 @@ def free_memory(device: torch.device) -> int | None:
 
 @contextmanager
 def limited_memory(device: torch.device) -> Iterator[None]:
-    """Let allocations on a CPU fail once the memory that is free now is used up; Linux would end the process instead."""
+    """Let allocations on a CPU fail once the memory that is free now is used up.
+
+    Linux would end the process instead.
+    """
     import resource
 
     free, held = free_memory(device), resident("VmData")
@@ -290,7 +305,10 @@ def limited_memory(device: torch.device) -> Iterator[None]:
 
 
 def _time(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Seconds per call. No result outlives its call, so that it does not count as memory of the next one."""
+    """Seconds per call.
+
+    No result outlives its call, so that it does not count as memory of the next one.
+    """
     _synchronise(device)
     start = time.perf_counter()
     for _ in range(calls):

@@ -20,7 +20,8 @@ from skymask_gpu.io.files import write_whole
 
 __all__ = ["plot_memory", "plot_time"]
 
-# Okabe & Ito's palette, which can be told apart without red-green vision. Yellow is too pale for lines and left out.
+# Okabe & Ito's palette, which can be told apart without red-green vision. Yellow is too pale for
+# lines and left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "-.", ":")
@@ -29,7 +30,10 @@ _STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid"
 
 
 def plot_time(rows: list[Row], path: Path) -> None:
-    """Time over the number of clients: one panel per case and dtype, one line per provider, baselines dashed."""
+    """Time over the number of clients.
+
+    There is one panel per case and dtype and one line per provider; baselines are dashed.
+    """
     _plot_against_clients(rows, lambda row: row.median_s, "seconds", path)
 
 

@@ -9,7 +9,8 @@ __all__ = ["FULL", "QUICK", "Limits", "points"]
 
 # The README's figures come from these points, so they are measured first.
 _FIRST = (("cnn", 50, "float32"), ("cnn", 500, "float32"))
-# Points with more bytes of updates (in float32) come last: one of them takes as long as many others.
+# Points with more bytes of updates (in float32) come last: one of them takes as long as many
+# others.
 _LARGE_UPDATES = 2**30
 
 
@@ -22,11 +23,12 @@ class Limits:
         cases: the names of the cases.
         dtypes: types of the updates, where a case has them.
         total_seconds: what is left after this time is skipped.
-        call_seconds: a call that takes longer, or is expected to, gets no time; one that takes three times as long is
-            stopped.
+        call_seconds: a call that takes longer, or is expected to, gets no time; one that takes
+            three times as long is stopped.
         repeat_seconds: a measurement is repeated until its ratios are known, or for this long.
         left_out: providers that would take too long.
-        side_by_side: whether the providers of a point are measured in rounds, or one after the other.
+        side_by_side: whether the providers of a point are measured in rounds, or one after the
+            other.
     """
 
     clients: tuple[int, ...] = CLIENTS
@@ -44,7 +46,10 @@ QUICK = Limits((50,), ("cnn",), ("float32",), 45.0, 3.0, 15.0, left_out=(COMPILE
 
 
 def points(limits: Limits) -> list[tuple[Case, int, str]]:
-    """Cases, clients and dtypes in the order of measuring: the README's first, then few clients first, large updates last."""
+    """Cases, clients and dtypes in the order of measuring.
+
+    The README's come first, then few clients before many; large updates come last.
+    """
     cases = [CASES[name] for name in limits.cases]
     unsorted = [(case, n, dtype) for n in limits.clients for dtype in limits.dtypes for case in cases if dtype in case.dtypes]
 

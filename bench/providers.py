@@ -1,4 +1,4 @@
-"""What is timed: the baselines, the solvers, the aggregation rules and ByzFL's, each with a check of its result."""
+"""What is timed: baselines, solvers, aggregation rules and ByzFL's, each with a check."""
 
 import os
 import shutil
@@ -34,13 +34,15 @@ __all__ = [
 ]
 
 MEAN, PASSES, COMPILED = "mean of the rows", "model passes", "reference, torch.compile"
-# Where reference takes too long, fused is the truth if it agrees with reference on this number of clients.
+# Where reference takes too long, fused is the truth if it agrees with reference on this number of
+# clients.
 FEW_CLIENTS = 50
-# The collapsed solver is approximate. Its bits may differ by twice what rounding the updates to bfloat16
-# changes, or by the first share if that is more; its losses by the second share of the first loss.
+# The collapsed solver is approximate. Its bits may differ by twice what rounding the updates to
+# bfloat16 changes, or by the first share if that is more; its losses by the second share of the
+# first loss.
 _LEAST_COLLAPSED_DIFFERING, _MOST_COLLAPSED_LOSS_ERROR = 1e-4, 1e-3
-# Rounding may put a gradient at a kink of ReLU or pooling to either side, which shows in all later steps and
-# rows. It may change this share of the bits and losses, but not the first steps.
+# Rounding may put a gradient at a kink of ReLU or pooling to either side, which shows in all later
+# steps and rows. It may change this share of the bits and losses, but not the first steps.
 _MOST_BY_A_KINK, _STABLE_STEPS = 1e-3, 3
 # torch.compile writes out every row and parameter tensor, which takes about 20 s for this many.
 _MOST_COMPILED = 1_000
@@ -78,10 +80,12 @@ class Provider:
     Attributes:
         name: its label.
         prepare: makes the call from the problem; raises a NotTimedError if there can be none.
-        check: tells what a result agrees with; raises a NotTimedError if the result is wrong or has no check.
+        check: tells what a result agrees with; raises a NotTimedError if the result is wrong or has
+            no check.
         baselines: the columns of the ratios that its row has.
         baseline: the column of ratios to it, if it is a baseline itself.
-        parts: makes the number of like parts of a baseline's call: each must take a millisecond on a CPU.
+        parts: makes the number of like parts of a baseline's call: each must take a millisecond on
+            a CPU.
         timed: makes the call that is timed, if it is another one than the one that is checked.
         moved_bytes: makes the number of bytes that the call has to read and write.
     """
@@ -105,7 +109,7 @@ def providers(case: Case) -> list[Provider]:
     return baselines + (_solvers() if case.what == "solvers" else _rules())
 
 
-# --- baselines ----------------------------------------------------------------------------------------------------------
+# --- baselines ------------------------------------------------------------------------------------
 
 
 def _prepare_mean(problem: Problem) -> Call:
@@ -136,11 +140,13 @@ def check_gradient(problem: Problem, grad_P: Tensor, truth: Truth) -> str:
     return "the gradient in float64"
 
 
-# --- solvers ------------------------------------------------------------------------------------------------------------
+# --- solvers --------------------------------------------------------------------------------------
 
 
 def establish_truth(problem: Problem, first_result: Callable[[str], TrainedMasks | None]) -> Truth:
-    """The masks that the solvers of a problem are compared with: those of reference, or of fused where it has agreed.
+    """The masks that the solvers of a problem are compared with.
+
+    They are those of reference, or of fused where it has agreed.
 
     Args:
         problem: the problem.
@@ -237,7 +243,10 @@ def _check_solver(name: str, problem: Problem, masks: TrainedMasks, truth: Truth
 
 
 def _is_rounding(name: str, problem: Problem, masks: TrainedMasks, truth: Truth) -> bool:
-    """Whether only rounding parts two solvers: they differ little, not in the first steps, and not in float64."""
+    """Whether only rounding parts two solvers.
+
+    They then differ little, not in the first steps, and not in float64.
+    """
 
     def agree(problem: Problem, updates_RP: Tensor) -> bool:
         return disagreement(*(train(problem, solver, updates_RP) for solver in (name, truth.solver))) is None
@@ -251,7 +260,7 @@ def _is_rounding(name: str, problem: Problem, masks: TrainedMasks, truth: Truth)
     )
 
 
-# --- rules --------------------------------------------------------------------------------------------------------------
+# --- rules ----------------------------------------------------------------------------------------
 
 
 def _rules() -> list[Provider]:

@@ -9,7 +9,8 @@ from typing import Self
 
 __all__ = ["Ratio"]
 
-# Repeats that follow each other are alike, so they are joined to at most this many blocks, each of which counts once.
+# Repeats that follow each other are alike, so they are joined to at most this many blocks, each of
+# which counts once.
 _MOST_BLOCKS = 8
 # Student's t, 97.5th percentile, by degrees of freedom: the number of blocks less one.
 _STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -17,11 +18,11 @@ _STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio, and the limits between which it lies with 95% confidence, as far as one run can tell.
+    """A ratio and its 95% confidence limits, as far as one run can tell.
 
-    The method of batch means (Schmeiser, "Batch size effects in the analysis of simulation output", Operations
-    Research 30, 1982), applied to logarithms. Each batch gives its median instead of its mean, because single repeats
-    can be far off.
+    The method of batch means (Schmeiser, "Batch size effects in the analysis of simulation output",
+    Operations Research 30, 1982), applied to logarithms. Each batch gives its median instead of its
+    mean, because single repeats can be far off.
     """
 
     value: float
@@ -30,7 +31,7 @@ class Ratio:
 
     @classmethod
     def of(cls, repeats: Sequence[float]) -> Self | None:
-        """From the ratio of each repeat, in the order of time; None for fewer than three repeats."""
+        """From the ratio of each repeat, in order of time; None for fewer than three repeats."""
         num_blocks = min(len(repeats), _MOST_BLOCKS)
         if num_blocks - 1 not in _STUDENT:
             return None

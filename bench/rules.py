@@ -1,7 +1,7 @@
 """Whether an aggregation rule's result is right: each rule again, as a literal loop in float64.
 
-The loops are those of ``federation/rules/reference.py``. Where a rule treats each coordinate by itself, about 500
-evenly spaced columns are compared. A rule without a check here is never timed.
+The loops are those of ``federation/rules/reference.py``. Where a rule treats each coordinate by
+itself, about 500 evenly spaced columns are compared. A rule without a check here is never timed.
 """
 
 import importlib
@@ -35,7 +35,8 @@ __all__ = [
 Check = Callable[[Problem, RuleResult], str | None]
 
 _COLUMNS = 500
-# A parameter may be off by this share of the mean size of what was averaged, beyond the rounding of the result.
+# A parameter may be off by this share of the mean size of what was averaged, beyond the rounding of
+# the result.
 _TOLERANCE = 1e-5
 
 
@@ -110,7 +111,7 @@ def _geometric_median(problem: Problem, result: RuleResult) -> str | None:
 
 
 def _three_weiszfeld_steps(problem: Problem, result: RuleResult) -> str | None:
-    """ByzFL's form of the geometric median: from the origin, three steps, distances of at least 0.1."""
+    """ByzFL's geometric median: from the origin, three steps, distances of at least 0.1."""
     point_P = np.zeros(problem.updates.shape[1])
     for _ in range(3):
         total_P, total = np.zeros_like(point_P), 0.0
@@ -171,7 +172,8 @@ CHECKS: dict[str, tuple[Check, str]] = {
     ),
 }
 
-# ByzFL's aggregators by class name, and whether they take f. They are checked against ByzFL's own definitions.
+# ByzFL's aggregators by class name, and whether they take f. They are checked against ByzFL's own
+# definitions.
 BYZFL = {"Average": False, "Median": False, "TrMean": True, "GeometricMedian": False, "Krum": True, "MultiKrum": True}
 CHECKS |= {
     "ByzFL Average": CHECKS["fedavg"],
@@ -186,8 +188,8 @@ CHECKS |= {
 def byzfl_aggregator(name: str, num_malicious: int) -> Callable[[Tensor], Tensor] | None:
     """An aggregator of ByzFL, or None if it is not installed.
 
-    Its package imports torchvision, which fails beside a torch for CPUs only. Its modules are therefore loaded
-    without the package's own ``__init__``.
+    Its package imports torchvision, which fails beside a torch for CPUs only. Its modules are
+    therefore loaded without the package's own ``__init__``.
     """
     if "byzfl" not in sys.modules:
         spec = importlib.util.find_spec("byzfl")

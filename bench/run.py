@@ -1,4 +1,7 @@
-"""The runner: cases x clients x providers. Each result is checked before it is timed; each measurement is a row."""
+"""The runner: cases x clients x providers.
+
+Each result is checked before it is timed; each measurement is a row.
+"""
 
 import signal
 import statistics
@@ -24,7 +27,8 @@ from skymask_gpu.engine.peak_memory import give_back_freed
 
 __all__ = ["Runner", "Trial", "count_rows", "measure_cases"]
 
-# A first call may compile, so it is stopped only after this multiple of the longest call that is allowed.
+# A first call may compile, so it is stopped only after this multiple of the longest call that is
+# allowed.
 _STOPPED_AFTER = 3
 
 
@@ -305,7 +309,10 @@ class Runner:
             yield
 
     def _give_back(self) -> None:
-        """Free memory goes back to the system: in pieces it might not do for the next call where memory is short."""
+        """Give free memory back to the system.
+
+        Where memory is short, its pieces might not do for the next call.
+        """
         give_back_freed()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -322,7 +329,10 @@ def _key(trial: Trial) -> tuple[str, str, str]:
 
 
 def _to_reference(measured: Measured, reference: Measured | Exception | None) -> Ratio | None:
-    """The ratio to reference in the same round, each in units of the passes beside it where these are a baseline."""
+    """The ratio to reference in the same round.
+
+    Where the passes are a baseline, each is in units of the passes beside it.
+    """
     if not isinstance(reference, Measured):
         return None
     own, others = (of_call.ratios.get("to_passes") for of_call in (measured, reference))

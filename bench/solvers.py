@@ -9,7 +9,8 @@ from skymask_gpu.federation.models import build_model
 
 __all__ = ["differing_share", "disagreement", "honest_rows", "make_model"]
 
-# Float32 solvers may differ in this share of the bits, and their losses by this share of the first loss.
+# Float32 solvers may differ in this share of the bits, and their losses by this share of the first
+# loss.
 MOST_DIFFERING, MOST_LOSS_ERROR = 1e-5, 1e-5
 # Labels are compared up to this number of clients: clustering 20,000 masks takes a minute.
 MOST_LABELLED = 5_000
@@ -18,7 +19,10 @@ MOST_LABELLED = 5_000
 def make_model(
     name: str = "cnn", input_shape: tuple[int, ...] = (1, 28, 28), num_classes: int = 10, num_samples: int = 100
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model, root samples ``(num_samples, *input_shape)`` (one pattern per class, with noise), and their labels."""
+    """A model, root samples ``(num_samples, *input_shape)`` and their labels.
+
+    Each class has one pattern, to which noise is added.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(num_samples) % num_classes
     patterns = torch.randn(num_classes, *input_shape, generator=generator)
@@ -51,13 +55,17 @@ def disagreement(
     most_differing: float = MOST_DIFFERING,
     most_loss_error: float = MOST_LOSS_ERROR,
 ) -> str | None:
-    """What differs between two results (bits, losses, and labels of up to 5,000 clients), or None if they agree."""
+    """What differs between two results, or None if they agree.
+
+    Bits and losses are compared, and the labels of up to 5,000 clients.
+    """
     share = differing_share(got, want)
     if share > most_differing:
         return f"{share:.1e} of the bits differ"
     if len(got.losses) != len(want.losses):
         return f"{len(got.losses)} steps instead of {len(want.losses)}"
-    # Relative to the first loss: training may reduce the loss to a tenth, whose rounding would count ten times otherwise.
+    # Relative to the first loss: training may reduce the loss to a tenth, whose rounding would
+    # count ten times otherwise.
     error = float(np.abs(np.subtract(got.losses, want.losses)).max() / abs(want.losses[0]))
     if not error <= most_loss_error:
         return f"losses differ by {error:.1e} of the first"

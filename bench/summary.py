@@ -14,7 +14,7 @@ _KNOWN = 0.075
 
 
 def write_summary(rows: list[Row], path: Path) -> None:
-    """Write a table per case, dtype and number of clients, and the reason of each row without a time."""
+    """Write a table per case, dtype and number of clients, and why a row has no time."""
     write_text(path, "\n".join(_lines(rows)) + "\n")
 
 
@@ -75,7 +75,10 @@ def shown_ratios(rows: list[Row]) -> tuple[str, ...]:
 
 
 def cells(row: Row, ratios: tuple[str, ...]) -> list[str]:
-    """A row's median time, its ratios (an interval where one is not known well), and its peak memory in MiB."""
+    """A row's median time, its ratios, and its peak memory in MiB.
+
+    A ratio that is not known well is an interval.
+    """
     memory = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "unknown"
     return [_seconds(row.median_s), *(_ratio(row.ratio(name)) for name in ratios), memory]
 

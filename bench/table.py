@@ -1,4 +1,4 @@
-"""The benchmark's table: a row per measurement, its CSV file, and which failure gives which status."""
+"""The benchmark's table: its rows, its CSV file, and which failure gives which status."""
 
 import csv
 import io
@@ -87,13 +87,15 @@ class Row:
         detail: why the status is not ok.
         compared_with: what the result agreed with.
         first_s: seconds of the first call, compilation included.
-        median_s: the median of the ``repeats``; ``p20_s`` and ``p80_s`` are the 20th and 80th percentile.
-        peak_bytes: the peak above what was held before the call (the inputs are held before); None where the system
-            does not tell.
-        to_mean: the time over that of a mean of the same rows, measured before and after each repeat;
-            ``to_passes`` over that of the model's forward and backward passes; ``to_reference`` over that of
-            solver reference in the same round. None where the baseline takes less than a millisecond on a CPU,
-            and after fewer than three repeats. ``..._low`` and ``..._high`` are the limits of the 95% interval.
+        median_s: the median of the ``repeats``; ``p20_s`` and ``p80_s`` are the 20th and 80th
+            percentile.
+        peak_bytes: the peak above what was held before the call (the inputs are held before); None
+            where the system does not tell.
+        to_mean: the time over that of a mean of the same rows, measured before and after each
+            repeat; ``to_passes`` over that of the model's forward and backward passes;
+            ``to_reference`` over that of solver reference in the same round. None where the
+            baseline takes less than a millisecond on a CPU, and after fewer than three repeats.
+            ``..._low`` and ``..._high`` are the limits of the 95% interval.
         to_before: with ``--against REV``: the time over that of the same call at that revision.
         moved_bytes: what the operation has to read and write.
         of_copy: ``moved_bytes`` per second, relative to those of a plain copy.

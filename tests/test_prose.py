@@ -74,7 +74,7 @@ def hard_to_read(checkout: Path) -> Iterator[Violation]:
 
 
 def too_wide(checkout: Path) -> Iterator[Violation]:
-    for file in python_files(checkout, PRODUCT):
+    for file in python_files(checkout, (*PRODUCT, "bench")):
         text = file.read_text()
         lines = text.splitlines()
         for first, prose, alone in prose_lines(text):

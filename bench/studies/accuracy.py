@@ -1,16 +1,17 @@
-"""How far the collapsed solver is from the exact one: the tables and the plot of ``docs/collapsed.md``.
+"""How far the collapsed solver is from the exact one, for ``docs/collapsed.md``.
 
-``python -m skymask_gpu.bench.studies.accuracy --data-dir DIR --out bench/results/accuracy`` trains real updates of
-the paper's CNN on MNIST (files in DIR) for each number of clients. Per attack it compares with the exact masks in
-float32:
+``python -m skymask_gpu.bench.studies.accuracy --data-dir DIR --out bench/results/accuracy`` trains
+real updates of the paper's CNN on MNIST (files in DIR) for each number of clients. Per attack it
+compares with the exact masks in float32:
 
-* the share of bits that differ for several numbers of bins, for updates rounded to bfloat16 (the baseline), and for
-  updates rounded to 8 bits in blocks;
+* the share of bits that differ for several numbers of bins, for updates rounded to bfloat16 (the
+  baseline), and for updates rounded to 8 bits in blocks;
 * the relative error of the masked mean that the last step sees;
 * the client labels.
 
-Training may amplify rounding until float32 itself is further from float64 than is allowed. A second row then compares
-after the largest number of steps (of those tried) at which float32 is stable, and that row decides.
+Training may amplify rounding until float32 itself is further from float64 than is allowed. A second
+row then compares after the largest number of steps (of those tried) at which float32 is stable, and
+that row decides.
 """
 
 import argparse
@@ -36,8 +37,8 @@ from skymask_gpu.io.files import write_text, write_whole
 BINS = (8, 16, 32, 64)
 # Values that share a scale in the 8-bit form.
 _BLOCK = 128
-# The default number of bins may change this multiple of the bits that rounding to bfloat16 changes, or this share of the
-# bits if that is larger (the wide one for scaled clients and noise).
+# The default number of bins may change this multiple of the bits that rounding to bfloat16 changes,
+# or this share of the bits if that is larger (the wide one for scaled clients and noise).
 MOST_YARDSTICKS = 2.0
 FLOOR, FLOOR_WIDE = 1e-4, 5e-4
 STEPS = 20
@@ -50,7 +51,10 @@ def allowed(case: str, yardstick: float) -> float:
 
 
 def in_8_bits(updates_RP: Tensor) -> Tensor:
-    """The updates rounded to 255 levels between minus and plus the largest of each row's blocks of neighbours, as float32."""
+    """The updates rounded to 255 levels, as float32.
+
+    The levels lie between minus and plus the largest of each row's blocks of neighbours.
+    """
     rounded_RP = updates_RP.clone()
     for part in rounded_RP.split(_BLOCK, dim=1):
         scale = (part.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,8 +1,8 @@
-"""What a row, a bin and a column cost the solvers on this CPU: the constants by which ``auto`` chooses.
+"""What a row, a bin and a column cost the solvers here: the constants by which ``auto`` chooses.
 
-``python -m skymask_gpu.bench.studies.costs`` prints nanoseconds, without the model's passes: it trains masks with a
-loss that costs nothing. Copy the numbers to ``_ROW_STEP`` of ``engine/solvers/fused.py``, and to the constants of
-``engine/solvers/collapsed.py``.
+``python -m skymask_gpu.bench.studies.costs`` prints nanoseconds, without the model's passes: it
+trains masks with a loss that costs nothing. Copy the numbers to ``_ROW_STEP`` of
+``engine/solvers/fused.py``, and to the constants of ``engine/solvers/collapsed.py``.
 """
 
 import statistics

@@ -24,7 +24,7 @@ from skymask_gpu.io.files import append_line
 
 ROUNDS = 10
 SIZES = (4, 6, 10, 20)
-PARTITIONS = {"iid": {"partition": "iid"}, "dirichlet 0.5": {"partition": "dirichlet", "alpha": 0.5}}
+PARTITIONS: dict[str, dict[str, Any]] = {"iid": {"partition": "iid"}, "dirichlet 0.5": {"partition": "dirichlet", "alpha": 0.5}}
 ATTACKS: dict[str, dict[str, Any]] = {
     "none": {"name": "none"},
     "sign-flip x 5": {"name": "sign-flip", "factor": 5.0},
@@ -35,7 +35,7 @@ Cell = tuple[str, int, str, int]
 
 
 def play(cell: Cell) -> dict[str, Any]:
-    """One run: in which share of its rounds an honest client was rejected, and the attacker kept."""
+    """In which share of a run's rounds an honest client was rejected, and the attacker kept."""
     torch.set_num_threads(1)
     kind, num_clients, attack, seed = cell
     table = {
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     options = parser.parse_args(arguments)
     lines = options.file.read_text(encoding="utf-8").splitlines() if options.file.exists() else []
-    done: dict[Cell, dict[str, Any]] = {tuple(run["cell"]): run for run in map(json.loads, lines)}  # type: ignore[misc]
+    done: dict[Cell, dict[str, Any]] = {tuple(run["cell"]): run for run in map(json.loads, lines)}
     wanted: list[Cell] = list(product(PARTITIONS, SIZES, ATTACKS, range(options.seeds)))
     left = [cell for cell in wanted if cell not in done]
     console = Console()

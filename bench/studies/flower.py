@@ -1,8 +1,9 @@
-"""What a Flower strategy costs beside the judgement itself: time per round, for the paper's CNN and N clients.
+"""What a Flower strategy costs beside the judgement itself, for the paper's CNN and N clients.
 
-``python -m skymask_gpu.bench.studies.flower`` hands the same local models to three callers in turn: to ``SkyMaskStrategy``
-as Flower's messages, to ``SkyMask.aggregate`` as a stacked tensor of updates, and to ``SkyMask.aggregate`` as state dicts
-that Flower itself decoded. It first checks that all three give the same model. It needs the extra ``flower``.
+``python -m skymask_gpu.bench.studies.flower`` hands the same local models to three callers in turn:
+to ``SkyMaskStrategy`` as Flower's messages, to ``SkyMask.aggregate`` as a stacked tensor of
+updates, and to ``SkyMask.aggregate`` as state dicts that Flower itself decoded. It first checks
+that all three give the same model. It needs the extra ``flower``.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def ways(
 
 
 def measure(num_clients: int, repeats: int) -> tuple[dict[str, list[float]], dict[str, list[float]], bool]:
-    """Seconds and CPU seconds of each repeat by caller, and whether all callers gave the same model."""
+    """Seconds and CPU seconds of each repeat by caller, and whether all gave the same model."""
     module, inputs, labels = make_model()
     loss = FlatModel(module, inputs, labels)
     local_NP = honest_rows(loss, num_clients, seed=0).add_(loss.initial_params)

@@ -1,9 +1,10 @@
-"""Reconstructions per CPU second: many victims in one batch, beside a plain loop over ``torch.optim.LBFGS``.
+"""Reconstructions per CPU second: many victims in one batch, beside a loop over torch's LBFGS.
 
-``python -m skymask_gpu.bench.studies.inversion DIR`` prints the table of docs/privacy.md; DIR holds MNIST's files.
-The loop is DLG's: one image, a graph of its own, L-BFGS with learning rate 1. Both stop at a matching loss of 1e-6,
-attack the same victims from the same starts, and have their images compared before a ratio is printed. CPU seconds of
-all threads are counted, since wall times depend on what else runs. Loop and batch alternate.
+``python -m skymask_gpu.bench.studies.inversion DIR`` prints the table of docs/privacy.md; DIR holds
+MNIST's files. The loop is DLG's: one image, a graph of its own, L-BFGS with learning rate 1. Both
+stop at a matching loss of 1e-6, attack the same victims from the same starts, and have their images
+compared before a ratio is printed. CPU seconds of all threads are counted, since wall times depend
+on what else runs. Loop and batch alternate.
 """
 
 import sys

@@ -1,8 +1,9 @@
-"""A round of very many clients from disk: time, peak of resident memory, and whether every label is right.
+"""A round of very many clients from disk: time, peak memory, and whether every label is right.
 
-``python -m skymask_gpu.bench.studies.large DIR --clients 20000`` writes synthetic updates of the paper's CNN to DIR
-(560 kB per client, a fifth of them with the sign flipped; those of an earlier run are used again). It judges them in a
-process of its own, so that only the judging counts. Exit code 1: a label is wrong.
+``python -m skymask_gpu.bench.studies.large DIR --clients 20000`` writes synthetic updates of the
+paper's CNN to DIR (560 kB per client, a fifth of them with the sign flipped; those of an earlier
+run are used again). It judges them in a process of its own, so that only the judging counts. Exit
+code 1: a label is wrong.
 """
 
 import argparse

@@ -1,8 +1,9 @@
-"""Local training of many clients, side by side and one by one: the figures by which ``batching = "auto"`` chooses.
+"""Local training of many clients, side by side and one by one: how ``batching = "auto"`` chooses.
 
-``python -m skymask_gpu.bench.studies.local_training`` trains the same clients with the same batches in three ways and
-prints times as ratios to a plain loop with ``torch.optim.SGD``. It first checks on a few clients that the updates
-agree, in float64: where max pooling or ReLU switch, rounding to float32 can change a gradient by much more.
+``python -m skymask_gpu.bench.studies.local_training`` trains the same clients with the same batches
+in three ways and prints times as ratios to a plain loop with ``torch.optim.SGD``. It first checks
+on a few clients that the updates agree, in float64: where max pooling or ReLU switch, rounding to
+float32 can change a gradient by much more.
 """
 
 import argparse
@@ -56,7 +57,10 @@ def plain_loop(module: nn.Module, inputs: Tensor, labels: Tensor, batches: Batch
 
 
 def compare(case: str, num_clients: int, repeats: int, device: torch.device) -> tuple[dict[str, float], float]:
-    """Seconds of ``"plain"``, ``"vmap"`` and ``"loop"``, and the largest difference of an update, relative to the largest."""
+    """Seconds of ``"plain"``, ``"vmap"`` and ``"loop"``, and the largest difference of an update.
+
+    The difference is relative to the largest value.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(_SAMPLES * num_clients, *CASES[case], generator=generator).to(device)
     labels = (torch.arange(len(inputs)) % 10).to(device)
@@ -91,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table("model", "clients", "vmap / plain loop", "our loop / plain loop", "auto takes", "largest difference")
     agree = True
     for case in options.cases:
-        # a large network is measured with fewer clients, because the ratio does not depend on their number
+        # a large network is measured with fewer clients, because the ratio does not depend on their
+        # number
         num_clients = max(2, options.clients // 10) if case.startswith("resnet") else options.clients
         seconds, error = compare(case, num_clients, options.repeats, device)
         agree &= error < _TOLERANCE

@@ -1,8 +1,9 @@
-"""What the published learning rate does to the masks of very many clients: the table of ``docs/collapsed.md``.
+"""What the published learning rate does to the masks of very many clients.
 
-``python -m skymask_gpu.bench.studies.many_clients --data-dir DIR`` prints false positive and false negative rates of
-the two-stage rule. A mask's gradient contains the factor 1 / N, so 500 real clients (the paper's CNN on MNIST, files in
-DIR) with the learning rate divided by k are judged as k times as many would be.
+``python -m skymask_gpu.bench.studies.many_clients --data-dir DIR`` prints false positive and false
+negative rates of the two-stage rule. A mask's gradient contains the factor 1 / N, so 500 real
+clients (the paper's CNN on MNIST, files in DIR) with the learning rate divided by k are judged as k
+times as many would be.
 """
 
 import argparse

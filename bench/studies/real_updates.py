@@ -21,7 +21,10 @@ CASES = ("none", "min-max", "min-sum", "sign-flip", "lie", "scaling", "trim", "n
 
 
 def mnist_updates(num_clients: int, data_dir: Path | None) -> tuple[Tensor, FlatModel]:
-    """Updates ``(N + 1, P)``, root row last, after one round with bias 0.5, and the loss on 100 root samples."""
+    """Updates ``(N + 1, P)`` after one round with bias 0.5, and the loss on 100 root samples.
+
+    The root's row is the last one.
+    """
     generator = torch.Generator().manual_seed(0)
     dataset = load_dataset("mnist", data_dir)
     root, rest = split_root(dataset.train_labels, 100, generator)
@@ -40,7 +43,7 @@ def mnist_updates(num_clients: int, data_dir: Path | None) -> tuple[Tensor, Flat
 
 
 def attacked(updates_RP: Tensor, case: str) -> Tensor:
-    """A copy in which the first fifth of the clients attack as in ``AttackConfig(name=case, share=0.2)``."""
+    """A copy in which the first fifth of the clients attack by the attack called ``case``."""
     updates_RP = updates_RP.clone()
     if case != "none":
         malicious_N = torch.arange(len(updates_RP) - 1) < (len(updates_RP) - 1) // 5

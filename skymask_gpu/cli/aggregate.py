@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _SOLVER_HELP = f"auto, {', '.join(name if solver.exact else f'{name} (approximate)' for name, solver in SOLVERS.items())}."
+_HISTORY_HELP = "File with what is remembered of the clients from round to round: read if it is there, then written."
 
 # The number of rejected clients that the printed table lists; more would not fit on a screen. The
 # JSON report lists all of them.
@@ -58,12 +59,7 @@ def aggregate(
     norm_bound: Annotated[
         str, typer.Option(help="median: shorten kept updates that are longer than their median norm; none: no bound.")
     ] = "none",
-    history: Annotated[
-        Path | None,
-        typer.Option(
-            help="What is remembered of the clients, by name, from round to round: read if it is there, then written."
-        ),
-    ] = None,
+    history: Annotated[Path | None, typer.Option(help=_HISTORY_HELP)] = None,
     solver: Annotated[str, typer.Option(help=_SOLVER_HELP)] = "auto",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 3, with all files written, if there is no verdict or most are rejected.")
@@ -77,8 +73,7 @@ def aggregate(
         raise ValueError(f"--server-lr must be finite, got {server_lr}")
     one_of("--norm-bound", norm_bound, NORM_BOUND_NAMES)
     inputs = {"--global": global_model, "--updates": updates, "--model": Path(model.rpartition(":")[0]), "--root": root}
-    outputs = {"--out": out, "--json": json_report, "--history": history}
-    _check_outputs({name: path for name, path in outputs.items() if path is not None}, inputs)
+    _check_outputs({"--out": out, "--json": json_report, "--history": history}, inputs)
     remembered = _read_history(history)
     global_state, metadata = _read_global(global_model)
     module = load_module(model, global_state)
@@ -93,9 +88,8 @@ def aggregate(
         solver = solver if mesh is None else _solver_of_ranks(solver, updates)
         sent = _load(updates, flat, module, global_state, mesh, local_models)
         training, bound = RootTraining(lr=root_lr, grad_clip=root_clip), NORM_BOUND_NAMES[norm_bound]
-        defence = SkyMask(
-            module, root_inputs, root_labels, root_training=training, norm_bound=bound, solver=solver, device=device
-        )
+        settings: dict[str, Any] = {"root_training": training, "norm_bound": bound, "solver": solver, "device": device}
+        defence = SkyMask(module, root_inputs, root_labels, **settings)
         with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
             result = _aggregate(defence, sent, local_models, remembered)
         verdict = _verdict_json(result, sent) if json_report is not None else ""
@@ -103,11 +97,7 @@ def aggregate(
         return
     _print_verdict(result, sent)
     _write_model(out, metadata, _new_state(global_state, flat, result, sent, server_lr))
-    if history is not None and remembered is not None:
-        remembered.save(history)
-    if json_report is not None:
-        write_text(json_report, verdict)
-        console.print(f"verdict: {json_report}", soft_wrap=True, highlight=False)
+    _write_beside(json_report, verdict, history, remembered)
     concern = _concern(result, sent)
     if concern is not None:
         warn(concern)
@@ -177,6 +167,14 @@ def _write_model(out: Path, metadata: dict[str, str], state: dict[str, Tensor]) 
     console.print(f"new global model: {out}", soft_wrap=True, highlight=False)
 
 
+def _write_beside(json_report: Path | None, verdict: str, history: Path | None, remembered: ClientHistory | None) -> None:
+    if history is not None and remembered is not None:
+        remembered.save(history)
+    if json_report is not None:
+        write_text(json_report, verdict)
+        console.print(f"verdict: {json_report}", soft_wrap=True, highlight=False)
+
+
 def _concern(result: Aggregation, sent: UserUpdates) -> str | None:
     """Why the user must be warned of the verdict; None if there is no need.
 
@@ -193,7 +191,7 @@ def _concern(result: Aggregation, sent: UserUpdates) -> str | None:
     )
 
 
-def _check_outputs(outputs: dict[str, Path], inputs: dict[str, Path]) -> None:
+def _check_outputs(outputs: dict[str, Path | None], inputs: dict[str, Path]) -> None:
     """Check before any work that each output can be written and overwrites nothing that is needed.
 
     Raises:
@@ -205,6 +203,8 @@ def _check_outputs(outputs: dict[str, Path], inputs: dict[str, Path]) -> None:
         return
     taken = {name: path.resolve() for name, path in inputs.items()}
     for option, path in outputs.items():
+        if path is None:
+            continue
         target = path.resolve()
         for other, where in taken.items():
             if target == where and (option, other) != ("--out", "--global"):

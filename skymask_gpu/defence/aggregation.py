@@ -1,5 +1,6 @@
 """``Aggregation``: the result of judging one round, and its summary in a few lines."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from skymask_gpu.engine import ClusteredMasks, Evidence, TrainedMasks, layer_evi
 from skymask_gpu.engine.profiling import Profile
 from skymask_gpu.engine.sharding import ColumnShards
 
-__all__ = ["Aggregation", "Verdict", "VerdictWarning"]
+__all__ = ["Aggregation", "Verdict", "VerdictWarning", "warn_of_doubtful"]
 
 Verdict = Literal["judged", "no verdict", "most rejected"]
 
@@ -167,3 +168,16 @@ def _loss_line(masks: TrainedMasks) -> str:
         f"{len(masks.bits)} rows of {masks.num_params:,} parameters, {masks.steps} steps, "
         f"root loss {masks.losses[0]:.4g} -> {masks.losses[-1]:.4g}"
     )
+
+
+def warn_of_doubtful(result: Aggregation) -> None:
+    """Warn the caller of the caller of the caller if the result should not be used unseen."""
+    if result.verdict == "no verdict":
+        warnings.warn(f"the clients could not be judged: {result.clusters.reason}", VerdictWarning, stacklevel=4)
+    elif result.verdict == "most rejected":
+        warnings.warn(
+            f"{len(result.rejected)} of {len(result.benign)} clients were rejected; if most of them should be honest, the "
+            "root data or RootTraining are not like theirs",
+            VerdictWarning,
+            stacklevel=4,
+        )

@@ -1,4 +1,4 @@
-"""``Clock``: the wall time of each phase of a round, which is logged and recorded for the profile."""
+"""``Clock``: the wall time of each phase of a round, logged and recorded for the profile."""
 
 import logging
 import time

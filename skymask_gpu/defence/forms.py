@@ -1,8 +1,8 @@
 """The forms in which clients' updates and the server's own vectors may come.
 
-Whatever each client sent is turned into a state dict of tensors, so that one check and one copy into
-rows serve all forms. Nothing that a client sent is converted before its shape was compared with the
-wanted one: an array of a forged shape may stand for more memory than there is.
+Whatever each client sent is turned into a state dict of tensors, so that one check and one copy
+into rows serve all forms. Nothing that a client sent is converted before its shape was compared
+with the wanted one: an array of a forged shape may stand for more memory than there is.
 """
 
 import re

@@ -109,7 +109,11 @@ class ClientHistory:
         return known[torch.tensor([self._rows.get(client, -1) for client in ids], device=known.device, dtype=torch.long)]
 
     def state(self) -> dict[str, Tensor]:
-        """The history as tensors, if all ids are integers: ``clients`` ``(C,)``, ``sums`` ``(C, 4)``."""
+        """The history as tensors: ``clients`` ``(C,)`` int64 and ``sums`` ``(C, 4)`` float64.
+
+        Raises:
+            ValueError: an id is a string.
+        """
         if not all(isinstance(client, int) for client in self._rows):
             raise ValueError("history: only integers as ids of clients can be stored as a tensor; use save()")
         return {"clients": torch.tensor(list(self._rows), dtype=torch.int64), "sums": self._sums_C4}
@@ -155,7 +159,7 @@ def _rounds(sums_K4: Tensor) -> Tensor:
 
 
 def _common_spread(sums_K4: Tensor) -> Tensor:
-    """The standard deviation of a client's cosines around its own mean, pooled over clients, ``()``.
+    """The standard deviation of cosines around each client's own mean, pooled over clients, ``()``.
 
     It is Inf if no client has been seen twice.
     """

@@ -6,7 +6,6 @@ parse -> root direction -> screen -> masks -> distances -> verdict -> mean of th
 """
 
 import logging
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skymask_gpu.defence.aggregation import Aggregation, VerdictWarning
+from skymask_gpu.defence.aggregation import Aggregation, warn_of_doubtful
 from skymask_gpu.defence.arguments import check_same_device, checked_ids, checked_weights, flat_vector
 from skymask_gpu.defence.clock import Clock
 from skymask_gpu.defence.forms import Form, stacked_rows
@@ -121,7 +120,7 @@ def judge(settings: Settings, call: Call) -> Aggregation:
             result = _judge(settings, call, shards, device)
         if record is not None:
             result = replace(result, profile=record.profile(copy_bandwidth(device)))
-    _warn_of_doubtful(result)
+    warn_of_doubtful(result)
     if shards.is_first:
         _log.info("%s, in %.2f s on %s: %s", result.headline(), result.seconds["total"], device, result.clusters.reason)
     return result
@@ -176,7 +175,7 @@ def _begin(settings: Settings, global_params: Form | None, shards: ColumnShards,
 
 
 def params_of(global_params: Form, loss: FlatModel, settings: Settings) -> Tensor:
-    """Global parameters in any of their forms as a ``(P,)`` float32 vector on the device of ``loss``."""
+    """Global parameters in any of their forms as ``(P,)`` float32, on the device of ``loss``."""
     if isinstance(global_params, Tensor):
         check_same_device("global_params", global_params, loss, settings.device)
     return flat_vector("global_params", global_params, loss, settings.module)
@@ -337,15 +336,3 @@ def _weights_of_kept(weights: Tensor | Sequence[float], clients: Clients, benign
     if not (benign_K & (weights_K > 0)).any():
         raise ValueError("weights: every client that is kept has weight 0, so there is no mean; pass None for equal weights")
     return weights_K
-
-
-def _warn_of_doubtful(result: Aggregation) -> None:
-    if result.verdict == "no verdict":
-        warnings.warn(f"the clients could not be judged: {result.clusters.reason}", VerdictWarning, stacklevel=4)
-    elif result.verdict == "most rejected":
-        warnings.warn(
-            f"{len(result.rejected)} of {len(result.benign)} clients were rejected; if most of them should be honest, the "
-            "root data or RootTraining are not like theirs",
-            VerdictWarning,
-            stacklevel=4,
-        )
