@@ -8,6 +8,7 @@ The engine knows models and losses, but neither clients' data nor attacks.
 | ``training_config.py`` | ``MaskTraining``: steps, learning rate, clip, threshold |
 | ``choice.py``, ``solvers/`` | which solver trains the masks, and what each does |
 | ``flat_model.py`` | ``FlatModel``: the root loss as a function of one vector of parameters |
+| ``module_copy.py``, ``model_inputs.py`` | its module, which shares a frozen base; what it takes |
 | ``client_blocks.py`` | ``ClientBlocks``: rows of updates that may stay on disk |
 | ``bits.py``, ``distances.py`` | packed bits, and the distances between masks |
 | ``clustering/`` | from masks to a verdict |

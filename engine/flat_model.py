@@ -2,14 +2,18 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from skymask_gpu.engine.model_inputs import ModelInputs, arguments_of, each_tensor, num_samples, tensors_of
+from skymask_gpu.engine.module_copy import WrittenToError, module_copy, nothing_written
 
 __all__ = ["FlatModel", "columns_of", "fast_layout"]
 
@@ -21,13 +25,18 @@ class FlatModel:
 
     ``params`` is the flat ``(P,)`` vector of the trainable parameters in the order of
     ``named_parameters()``. Frozen parameters and buffers stay as they are in ``module``, which is
-    copied and never modified. Dropout is off. If all trainable parameters are float64, the copy
-    computes in float64; otherwise it computes in float32, even for float16, bfloat16 or mixed ones.
+    never modified. Dropout is off. If all trainable parameters are float64, the loss is computed in
+    float64; otherwise in float32, even for float16, bfloat16 or mixed ones.
+
+    Frozen parameters are shared with ``module``, not copied, so that a large frozen base is in
+    memory once; they must not change while the loss is used. In another dtype than the loss is
+    computed in, they are converted once, into memory of their own.
 
     Args:
         module: any ``nn.Module`` whose output ``loss_fn`` takes.
-        inputs: ``(n, ...)`` root inputs, n >= 1; floating ones are cast to the dtype that the copy
-            computes in.
+        inputs: ``(n, ...)`` root inputs, n >= 1. A tuple of such tensors is passed to the module in
+            order, a dict by name. Floating ones are cast to the dtype of the loss; whole numbers,
+            such as tokens, stay as they are.
         labels: ``(n, ...)`` root labels.
         loss_fn: ``loss_fn(outputs, labels) -> ()``.
         buffers: what batch norm normalises with. ``"batch"`` takes the statistics of the root
@@ -36,10 +45,15 @@ class FlatModel:
         compile: run the module under ``torch.compile``. The first forward and backward passes then
             compile, which takes seconds to minutes, and on a CPU needs a C++ compiler. Whether
             later passes are faster on a GPU is not measured.
+        root_batch: evaluate the loss on this number of samples at a time, so that the memory of a
+            forward and backward pass is that of a part of the samples. ``loss_fn`` must be a mean
+            over samples. Then value and gradient are those of all samples together, but for
+            rounding. None: all samples at once.
 
     Raises:
         ValueError: the module has no trainable parameter or complex ones, the root data are missing
-            or do not fit the module, ``loss_fn`` is not callable, or ``buffers`` is unknown.
+            or do not fit the module, ``loss_fn`` is not callable, ``buffers`` is unknown, or with
+            ``root_batch`` the loss is no mean over samples, as with batch norm.
 
     Example:
         >>> module = torch.nn.Linear(4, 3)
@@ -55,28 +69,19 @@ class FlatModel:
     def __init__(
         self,
         module: nn.Module,
-        inputs: Tensor,
+        inputs: ModelInputs,
         labels: Tensor,
         *,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         buffers: Buffers = "batch",
         compile: bool = False,
+        root_batch: int | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise ValueError(f"module must be a torch.nn.Module, got {_named(module)}")
         if not callable(loss_fn):
             raise ValueError(f"loss_fn must be a function loss_fn(outputs, labels) -> (), got {_named(loss_fn)}")
-        if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
-            raise ValueError(
-                f"root_inputs and root_labels must be tensors, got {type(inputs).__name__} and {type(labels).__name__}; "
-                "use torch.from_numpy for arrays"
-            )
-        num_inputs, num_labels = (len(tensor) if tensor.dim() else 0 for tensor in (inputs, labels))
-        if num_inputs == 0 or num_inputs != num_labels:
-            raise ValueError(
-                f"root_inputs and root_labels must have the same number of samples, at least 1, "
-                f"got {num_inputs} and {num_labels}; without trusted root data there is no verdict"
-            )
+        _check_root_data(inputs, labels)
         if buffers not in ("batch", "fixed"):
             raise ValueError(f"buffers must be 'batch' or 'fixed', got {buffers!r}")
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -85,8 +90,6 @@ class FlatModel:
         if any(p.is_complex() for p in module.parameters()):
             raise ValueError("module must have real parameters, got complex ones; masks are made of real updates only")
         dtype = torch.float64 if all(p.dtype == torch.float64 for p in trainable.values()) else torch.float32
-        self._module = copy.deepcopy(module).eval().to(dtype)
-        _set_norm_statistics(self._module, buffers)
         self._loss_fn = loss_fn
         self._outputs = torch.compile(_outputs) if compile else _outputs
         self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in trainable.items()}
@@ -96,19 +99,60 @@ class FlatModel:
         # The root data get the dtype and device of the parameters; class labels become int64, which
         # PyTorch's losses demand.
         like = self.initial_params
-        inputs, labels = _for_autograd(inputs), _for_autograd(labels)
-        self._inputs = fast_layout(inputs.to(like) if inputs.is_floating_point() else inputs.to(like.device))
+        self._inputs = each_tensor(inputs, lambda tensor: _root_input(tensor, like))
+        labels = _for_autograd(labels)
         self._labels = labels.to(like.device, like.dtype if labels.is_floating_point() else torch.long)
+        # Buffers are always copied, because training may change those of the user's module.
+        base = module_copy(module, device=None, dtype=dtype, own=None).eval()
+        _set_norm_statistics(base, buffers)
+        if root_batch is not None:
+            _check_root_batch(root_batch, base)
+        self.root_batch = root_batch
+        self._own: set[str] = set()
+        self._try_copies_of(base)
+        if root_batch is not None:
+            _check_mean_over_samples(self)
+
+    def _try_copies_of(self, base: nn.Module) -> None:
+        """Find out which tensors the module writes to when it is called; they are not shared."""
+        dtype, outputs = self.initial_params.dtype, self._outputs
+        self._outputs, tried = _outputs, False
         try:
-            with torch.no_grad():
-                self(self.initial_params)
+            while not tried:
+                self._module = module_copy(base, device=None, dtype=dtype, own=self._own)
+                try:
+                    with torch.no_grad(), nothing_written(base):
+                        self(self.initial_params)
+                    tried = True
+                except WrittenToError as error:
+                    self._own.add(error.name)
+            if outputs is not _outputs:
+                self._outputs = outputs
+                with torch.no_grad():
+                    self(self.initial_params)
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"root_inputs and root_labels do not fit the module and its loss: {error}") from error
 
     def __call__(self, params_P: Tensor) -> Tensor:
         """The root loss, ``()``, of the model with the parameters ``params_P``, ``(P,)``."""
+        if self.root_batch is None or self.root_batch >= self.num_samples:
+            return self._loss_of(params_P, self._inputs, self._labels)
+        if torch.is_grad_enabled() and params_P.requires_grad:
+            value: Tensor = _InParts.apply(params_P, self)
+            return value
+        return torch.stack([share * self._loss_of(params_P, *part) for share, part in self._parts()]).sum()
+
+    def _loss_of(self, params_P: Tensor, inputs: ModelInputs, labels: Tensor) -> Tensor:
         params = {name: fast_layout(tensor) for name, tensor in self.unflatten(params_P).items()}
-        return self._loss_fn(self._outputs(self._module, params, self._inputs), self._labels)
+        return self._loss_fn(self._outputs(self._module, params, inputs), labels)
+
+    def _parts(self) -> Iterator[tuple[float, tuple[ModelInputs, Tensor]]]:
+        """Share of the samples, and inputs and labels, of each part of at most ``root_batch``."""
+        step, number = self.root_batch or self.num_samples, self.num_samples
+        for first in range(0, number, step):
+            samples = slice(first, min(first + step, number))
+            inputs = each_tensor(self._inputs, lambda tensor, samples=samples: tensor[samples])  # type: ignore[misc]
+            yield (samples.stop - first) / number, (inputs, self._labels[samples])
 
     def unflatten(self, vector_P: Tensor) -> dict[str, Tensor]:
         """Views into a ``(P,)`` vector, one per parameter, by name and in its shape."""
@@ -132,7 +176,7 @@ class FlatModel:
     @property
     def num_samples(self) -> int:
         """The number of root samples."""
-        return len(self._inputs)
+        return len(self._labels)
 
     def part(self, samples: Tensor) -> Self:
         """The loss on some of the root samples, ``(k,)`` int64; its module is this one's own.
@@ -140,7 +184,8 @@ class FlatModel:
         It never runs under ``torch.compile``, which would compile anew for each number of samples.
         """
         other = copy.copy(self)
-        other._inputs, other._labels = fast_layout(self._inputs[samples]), self._labels[samples]
+        other._inputs = each_tensor(self._inputs, lambda tensor: fast_layout(tensor[samples]))
+        other._labels = self._labels[samples]
         other._outputs = _outputs
         return other
 
@@ -151,14 +196,40 @@ class FlatModel:
         return other
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """A copy on another device or in another dtype, with the arguments of ``nn.Module.to``."""
+        """The same loss on another device or in another dtype, with arguments of ``Tensor.to``.
+
+        Its module has layers of its own, so that it can be used at the same time as this one, but
+        shares what is there in the wanted form already.
+        """
         other = copy.copy(self)
-        other._module = copy.deepcopy(self._module).to(*args, **kwargs)
-        other.initial_params = self.initial_params.to(*args, **kwargs)
-        other._inputs = fast_layout(self._inputs.to(*args, **kwargs))
-        device = other.initial_params.device
-        other._labels = self._labels.to(*args, **kwargs) if self._labels.is_floating_point() else self._labels.to(device)
+        other.initial_params = like = self.initial_params.to(*args, **kwargs)
+        other._module = module_copy(self._module, device=like.device, dtype=like.dtype, own=self._own)
+        other._inputs = each_tensor(self._inputs, lambda tensor: _root_input(tensor, like))
+        other._labels = self._labels.to(like if self._labels.is_floating_point() else like.device)
         return other
+
+
+class _InParts(torch.autograd.Function):
+    """The root loss part by part: each part's graph is gone before the next one's is made."""
+
+    @staticmethod
+    def forward(ctx: Any, params_P: Tensor, flat: FlatModel) -> Tensor:
+        total, grad_P = torch.zeros((), dtype=params_P.dtype, device=params_P.device), torch.zeros_like(params_P)
+        for share, (inputs, labels) in flat._parts():
+            with torch.enable_grad():
+                leaf_P = params_P.detach().requires_grad_()
+                value = flat._loss_of(leaf_P, inputs, labels)
+                (part_P,) = torch.autograd.grad(value, leaf_P)
+            total += share * value.detach().reshape(())
+            grad_P += share * part_P
+        ctx.save_for_backward(grad_P)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (grad_P,) = ctx.saved_tensors
+        return factor * grad_P, None
 
 
 def _named(thing: object) -> str:
@@ -172,6 +243,53 @@ def _for_autograd(tensor: Tensor) -> Tensor:
     is copied.
     """
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _root_input(tensor: Tensor, like: Tensor) -> Tensor:
+    tensor = _for_autograd(tensor)
+    return fast_layout(tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device))
+
+
+def _check_root_data(inputs: object, labels: object) -> None:
+    wrong = [type(given).__name__ for given in [*tensors_of(inputs), labels] if not isinstance(given, Tensor)]
+    if wrong or not isinstance(labels, Tensor):
+        raise ValueError(
+            f"root_inputs and root_labels must be tensors, or root_inputs a tuple or dict of tensors, got a {wrong[0]}; use "
+            "torch.from_numpy for arrays, and wrap the module if it needs other arguments"
+        )
+    num_inputs, num_labels = num_samples(inputs), len(labels) if labels.dim() else 0
+    if num_inputs == 0 or num_inputs != num_labels:
+        raise ValueError(
+            f"root_inputs and root_labels must have the same number of samples, at least 1, "
+            f"got {num_inputs} and {num_labels}; without trusted root data there is no verdict"
+        )
+
+
+def _check_root_batch(root_batch: object, module: nn.Module) -> None:
+    if not isinstance(root_batch, int) or isinstance(root_batch, bool) or root_batch < 1:
+        raise ValueError(f"root_batch must be a number of samples of at least 1, or None for all at once, got {root_batch!r}")
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is None:
+            raise ValueError(
+                f"root_batch must be None for a module with batch norm ({name or 'the module itself'}), got {root_batch}: each "
+                "part would be normalised by statistics of its own; use group norm, or all root data at once"
+            )
+
+
+def _check_mean_over_samples(loss: FlatModel) -> None:
+    """Refuse a loss that is not the mean of those of its parts, tried on a few samples."""
+    few = loss.part(torch.arange(min(loss.num_samples, max(2, loss.root_batch or 2)), device=loss.initial_params.device))
+    values = []
+    for size in (few.num_samples, -(-few.num_samples // 2)):
+        few.root_batch = size
+        with torch.no_grad():
+            values.append(few(few.initial_params).item())
+    together, apart = values
+    if not math.isclose(together, apart, rel_tol=1e-3, abs_tol=1e-6) and math.isfinite(together):
+        raise ValueError(
+            f"root_batch: loss_fn must be a mean over samples, but {few.num_samples} root samples have the loss {together:.6g} "
+            f"together and {apart:.6g} in two parts; use reduction='mean', without ignored labels, or root_batch=None"
+        )
 
 
 def columns_of(shapes: Mapping[str, torch.Size]) -> dict[str, slice]:
@@ -202,9 +320,10 @@ def fast_layout(tensor: Tensor) -> Tensor:
     return tensor.clone() if unaligned else tensor
 
 
-def _outputs(module: nn.Module, params: dict[str, Tensor], inputs: Tensor) -> Any:
+def _outputs(module: nn.Module, params: dict[str, Tensor], inputs: ModelInputs) -> Any:
     # torch.compile skips functions of torch itself, such as functional_call, but not this one.
-    return functional_call(module, params, (inputs,))
+    args, kwargs = arguments_of(inputs)
+    return functional_call(module, params, args, kwargs)
 
 
 def _set_norm_statistics(module: nn.Module, buffers: Buffers) -> None:
@@ -215,5 +334,5 @@ def _set_norm_statistics(module: nn.Module, buffers: Buffers) -> None:
                 layer.running_mean = layer.running_var = layer.num_batches_tracked = None
                 layer.track_running_stats = False
             else:
-                layer.running_mean.zero_()
-                layer.running_var.fill_(1)
+                layer.running_mean = torch.zeros_like(layer.running_mean)
+                layer.running_var = torch.ones_like(layer.running_var)

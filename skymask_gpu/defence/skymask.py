@@ -18,6 +18,7 @@ from skymask_gpu.defence.parse import Updates
 from skymask_gpu.defence.root import RootTraining
 from skymask_gpu.engine import Clustering, FlatModel, MaskTraining
 from skymask_gpu.engine.choice import check_solver
+from skymask_gpu.engine.model_inputs import ModelInputs, tensors_of
 from skymask_gpu.engine.registry import one_of
 
 __all__ = ["SkyMask"]
@@ -28,9 +29,11 @@ class SkyMask:
 
     Args:
         module: the model. The columns of an update are its trainable parameters in the order of
-            ``named_parameters()``. It is not modified: the defence computes on a copy in float32,
-            whatever floating dtypes the module has.
-        root_inputs: ``(n, ...)``, clean samples that the server trusts (the paper uses 100).
+            ``named_parameters()``. It is not modified: the defence computes in float32, whatever
+            floating dtypes the module has. Frozen parameters in float32 are shared with it, not
+            copied, and must not change; those of another dtype are converted once.
+        root_inputs: ``(n, ...)``, clean samples that the server trusts (the paper uses 100); a
+            tuple or dict of tensors for a module that takes several, in order or by name.
         root_labels: ``(n, ...)``, their labels.
         training: how masks are trained.
         clustering: how masks become a verdict.
@@ -49,6 +52,8 @@ class SkyMask:
             on that of the module. ``"cuda"`` means the GPU that is current now.
         loss_fn: ``loss_fn(outputs, labels) -> ()``, differentiable.
         buffers: what batch norm normalises with, see :class:`skymask_gpu.engine.FlatModel`.
+        root_batch: evaluate the root loss on this number of samples at a time, see
+            :class:`skymask_gpu.engine.FlatModel`.
         compile: run the model under ``torch.compile``, see :class:`skymask_gpu.engine.FlatModel`.
         profile: whether to measure each call; its result then has a ``profile``. Without it,
             nothing waits for the device.
@@ -75,7 +80,7 @@ class SkyMask:
     def __init__(
         self,
         module: nn.Module,
-        root_inputs: Tensor,
+        root_inputs: ModelInputs,
         root_labels: Tensor,
         *,
         training: MaskTraining = MaskTraining(),
@@ -87,6 +92,7 @@ class SkyMask:
         device: torch.device | str | None = None,
         loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         buffers: Literal["batch", "fixed"] = "batch",
+        root_batch: int | None = None,
         compile: bool = False,
         profile: bool = False,
     ) -> None:
@@ -98,10 +104,12 @@ class SkyMask:
             raise ValueError(f"norm_bound must be 'median' or None (no bound), got {norm_bound!r}")
         one_of("mean", mean, MEANS)
         where = None if device is None else usable_device(device)
-        flat = FlatModel(module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers, compile=compile)
+        flat = FlatModel(
+            module, root_inputs, root_labels, loss_fn=loss_fn, buffers=buffers, compile=compile, root_batch=root_batch
+        )
         flat = flat if flat.initial_params.dtype == torch.float32 else flat.to(torch.float32)
         check_loss(flat)
-        if not (torch.isfinite(root_inputs).all() and torch.isfinite(root_labels).all()):
+        if not all(torch.isfinite(tensor).all() for tensor in [*tensors_of(root_inputs), root_labels]):
             raise ValueError(
                 "root_inputs and root_labels must be finite, got NaN or Inf; without a trusted root there is no verdict"
             )

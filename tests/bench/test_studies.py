@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skymask_gpu.bench import solvers
-from skymask_gpu.bench.studies import accuracy, costs, few_clients, large, many_clients, real_updates
+from skymask_gpu.bench.studies import accuracy, costs, few_clients, frozen_base, large, many_clients, real_updates
 from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import FlatModel
 
@@ -114,3 +114,12 @@ def test_few_clients_are_played_once_and_counted(
     printed = capsys.readouterr().out
     assert printed.count("10.0%") == 8
     assert printed.count("20.0%") == 6
+
+
+def test_the_memory_of_rounds_with_a_frozen_base_is_measured(capsys: pytest.CaptureFixture) -> None:
+    """A small base says nothing about the ratio; tests/engine/test_frozen_bases.py has the large one."""
+    assert frozen_base.main(["--width", "512", "--layers", "2", "--clients", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("adapters: 8,192 parameters")
+    assert lines[-1].startswith("ratio to base and pass: ")
+    assert float(lines[-1].split()[-1]) > 0.5

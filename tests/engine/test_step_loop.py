@@ -26,12 +26,15 @@ WAITS = "called a synchronizing CUDA operation"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: a real capture")
 
 
-def small_problem(device: str = "cpu") -> tuple[Tensor, FlatModel]:
-    generator = torch.Generator().manual_seed(0)
+def small_module() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    loss = FlatModel(module, torch.randn(12, 5, generator=generator), torch.arange(12) % 3)
+        return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def small_problem(device: str = "cpu") -> tuple[Tensor, FlatModel]:
+    generator = torch.Generator().manual_seed(0)
+    loss = FlatModel(small_module(), torch.randn(12, 5, generator=generator), torch.arange(12) % 3)
     updates_RP = torch.randn(9, loss.num_params, generator=generator) * 0.05
     return updates_RP.to(device), loss.to(device)
 
@@ -388,7 +391,7 @@ def test_a_compiled_model_gives_the_same_masks(monkeypatch: pytest.MonkeyPatch) 
     updates_RP, plain = (what.to(torch.float64) for what in small_problem())
     counter, compile_with = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile_with(function, backend=counter))
-    arguments = (plain._module, plain._inputs, plain._labels)
+    arguments = (small_module().double(), plain._inputs, plain._labels)
     assert FlatModel(*arguments)(plain.initial_params) == plain(plain.initial_params)
     assert counter.frame_count == 0
     compiled = FlatModel(*arguments, compile=True)

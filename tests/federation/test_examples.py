@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import io
 import tarfile
 from collections.abc import Callable
@@ -149,3 +150,17 @@ def test_the_examples_name_every_attack_and_rule(checkout: Path) -> None:
     assert {run.defence.rule for run in runs} == set(RULES)
     assert len(read_runs(checkout / "examples" / "malicious_shares.toml")) == 120
     assert torch.tensor([run.data.clients for run in runs]).max() == 500
+
+
+def test_adapters_of_a_frozen_transformer_are_judged(checkout: Path, capsys: pytest.CaptureFixture) -> None:
+    spec = importlib.util.spec_from_file_location("lora_vit", checkout / "examples" / "lora_vit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.ROUNDS = 1
+    example.main()
+    before, sizes, round_1 = capsys.readouterr().out.splitlines()
+    assert "1,354 parameters of 19,114" in sizes
+    assert "16 of 20 clients kept, 4 rejected (0, 1, 2, 3)" in round_1
+    assert float(round_1.split()[-1].rstrip("%")) > float(before.split()[-1].rstrip("%")), "it has learnt"
