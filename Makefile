@@ -34,7 +34,7 @@ $(VENV)/.dev: $(VENV)/.run
 $(OLDEST)/.test: setup.py Makefile
 	@$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q $$(grep -oE '[a-z][a-z0-9-]+>=[0-9.]+' setup.py | sed 's/>=/==/' \
-		| grep -vE '^(torchvision|cuml-cu13|ruff|mypy|build)==')
+		| grep -vE '^(torchvision|cuml-cu13|byzfl|ruff|mypy|build)==')
 	$(OLDEST)/bin/pip install -q --no-deps -e .
 	@touch $@
 

@@ -31,6 +31,8 @@ CUML = ["cuml-cu13>=26.10; platform_system == 'Linux'"]
 # `skymask_gpu.integrations.flower`. No part of DEV: it demands older versions of typer and rich than the newest, with which
 # the tests shall run.
 FLOWER = ["flwr[simulation]>=1.42"]
+# `examples/byzfl_plugin.py`. ByzFL's torchvision fails beside a torch for CPUs only: pip install --no-deps byzfl scipy.
+BYZFL = ["byzfl>=0.0.11"]
 # Without a GPU, Triton is needed only by the tests (interpreter and offline compile).
 TEST = [
     *RUN,
@@ -55,6 +57,15 @@ setup(
     ],
     package_data={"skymask_gpu": ["py.typed"], "skymask_gpu.report": ["*.html.j2"]},
     install_requires=REQUIRED,
-    extras_require={"run": RUN, "data": DATA, "privacy": PRIVACY, "cuml": CUML, "flower": FLOWER, "test": TEST, "dev": DEV},
+    extras_require={
+        "run": RUN,
+        "data": DATA,
+        "privacy": PRIVACY,
+        "cuml": CUML,
+        "flower": FLOWER,
+        "byzfl": BYZFL,
+        "test": TEST,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["skymask-gpu=skymask_gpu.__main__:main"]},
 )

@@ -4,13 +4,8 @@ The loops are those of ``federation/rules/reference.py``. Where a rule treats ea
 itself, about 500 evenly spaced columns are compared. A rule without a check here is never timed.
 """
 
-import importlib
-import importlib.util
-import sys
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +16,7 @@ from skymask_gpu.bench.table import SEED
 from skymask_gpu.defence import RootTraining, SkyMask
 from skymask_gpu.engine import MaskTraining
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, SkyMaskSettings, build_rule, reference
+from skymask_gpu.integrations.byzfl import byzfl_part
 
 __all__ = [
     "BYZFL",
@@ -186,17 +182,9 @@ CHECKS |= {
 
 
 def byzfl_aggregator(name: str, num_malicious: int) -> Callable[[Tensor], Tensor] | None:
-    """An aggregator of ByzFL, or None if it is not installed.
-
-    Its package imports torchvision, which fails beside a torch for CPUs only. Its modules are
-    therefore loaded without the package's own ``__init__``.
-    """
-    if "byzfl" not in sys.modules:
-        spec = importlib.util.find_spec("byzfl")
-        if spec is None or spec.submodule_search_locations is None:
-            return None
-        package = types.ModuleType("byzfl")
-        package.__path__, package.__spec__ = list(spec.submodule_search_locations), spec
-        sys.modules["byzfl"] = package
-    aggregators: Any = importlib.import_module("byzfl.aggregators")
+    """An aggregator of ByzFL, or None if it is not installed."""
+    try:
+        aggregators = byzfl_part("aggregators")
+    except ValueError:
+        return None
     return getattr(aggregators, name)(f=num_malicious) if BYZFL[name] else getattr(aggregators, name)()

@@ -1,8 +1,9 @@
 """SkyMask and the other rules within frameworks of federated learning.
 
-| folder | what | extra |
+| file | what | extra |
 | --- | --- | --- |
 | ``flower/`` | strategies for a Flower server | ``flower`` |
+| ``byzfl.py`` | rules as ByzFL's aggregators; ByzFL's parts for plugins | ``byzfl`` |
 
 Importing this package imports none of the frameworks.
 """
