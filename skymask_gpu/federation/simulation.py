@@ -126,7 +126,8 @@ class Federation:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dataset = dataset.to(device)
         parts = _shared_out(config, dataset)
-        module = build_model(config.model.name, tuple(dataset.train_inputs.shape[1:]), dataset.num_classes, config.seed)
+        shape, dtype = tuple(dataset.train_inputs.shape[1:]), dataset.train_inputs.dtype
+        module = build_model(config.model.name, shape, dataset.num_classes, config.seed, dtype)
         module = module.to(device)
         root_inputs, root_labels = dataset.train_inputs[parts[-1]], dataset.train_labels[parts[-1]]
         flat = FlatModel(module, root_inputs, root_labels)

@@ -93,7 +93,7 @@ def check_inputs(configs: list[RunConfig]) -> None:
         dataset = load_dataset(name, Path(where) if where else None)
         shape = tuple(dataset.train_inputs.shape[1:])
         for model in dict.fromkeys(c.model.name for c in configs if (c.data.dataset, c.data.data_dir) == (name, where)):
-            build_model(model, shape, dataset.num_classes, seed=0)
+            build_model(model, shape, dataset.num_classes, seed=0, dtype=dataset.train_inputs.dtype)
 
 
 def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[CellState]:

@@ -40,7 +40,8 @@ def test_models_have_their_sizes_and_take_their_inputs(name: str, shape: tuple[i
 
 
 def test_every_model_is_sized_here() -> None:
-    assert {name for name, _, _ in SIZES} == set(MODELS)
+    # test_leaf.py has the network for text
+    assert {name for name, _, _ in SIZES} == set(MODELS) - {"lstm"}
 
 
 @pytest.mark.parametrize("name", ["mlp", "logreg", "cnn", "resnet20-gn", "resnet18-gn", "vit", "lenet"])

@@ -76,7 +76,8 @@ class AttackContext:
     Attributes:
         layers: each parameter's columns in an update, by name.
         num_classes: the number of classes of the data set.
-        input_shape: the shape of one sample, ``(channels, height, width)`` or ``(features,)``.
+        input_shape: the shape of one sample, ``(channels, height, width)``, ``(features,)`` or
+            ``(length,)`` of a sequence.
         brightest: the largest value in the training inputs; the pixels of a trigger have it.
     """
 

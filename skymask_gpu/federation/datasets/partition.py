@@ -162,7 +162,7 @@ def by_subject(given: Sharing) -> list[Tensor]:
     if given.subjects is None:
         raise ValueError(
             "data.partition 'subject' needs data that say which person a sample comes from, this data set does not; "
-            "use data.dataset = 'har' or another partition"
+            "use 'har', 'femnist' or 'shakespeare' as data.dataset, or another partition"
         )
     persons, person_n = given.subjects.unique(return_inverse=True)
     if given.num_clients != len(persons):

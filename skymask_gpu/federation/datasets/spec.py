@@ -27,7 +27,7 @@ class Dataset:
     Attributes:
         name: its key in :data:`DATASETS`.
         train_inputs: ``(n, channels, height, width)`` float32 images, standardised per channel, or
-            ``(n, features)`` float32.
+            ``(n, features)`` float32, or sequences of whole numbers ``(n, length)`` int32.
         train_labels: ``(n,)`` int64, from 0 to ``num_classes - 1``.
         test_inputs: like ``train_inputs``.
         test_labels: like ``train_labels``.

@@ -15,7 +15,9 @@ __all__ = ["MODELS", "build_model"]
 MODELS: Registry[Callable[[tuple[int, ...], int], nn.Module]] = Registry("model.name")
 
 
-def build_model(name: str, input_shape: tuple[int, ...], num_classes: int, seed: int) -> nn.Module:
+def build_model(
+    name: str, input_shape: tuple[int, ...], num_classes: int, seed: int, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Build a freshly initialised model.
 
     The same seed gives the same parameters, and the global random state is left as it was.
@@ -23,9 +25,11 @@ def build_model(name: str, input_shape: tuple[int, ...], num_classes: int, seed:
     Args:
         name: a key of :data:`MODELS`, or ``"path/to/file.py:Class"`` for a class of the user's own,
             which is called without arguments.
-        input_shape: the shape of one sample, ``(channels, height, width)`` or ``(features,)``.
+        input_shape: the shape of one sample, ``(channels, height, width)`` or ``(features,)``, or
+            ``(length,)`` of a sequence.
         num_classes: the number of outputs.
         seed: of the initial parameters.
+        dtype: of the inputs, with which a class of the user's own is tried.
 
     Raises:
         ValueError: the name is unknown, the model does not fit the inputs or the classes, or the
@@ -53,17 +57,19 @@ def build_model(name: str, input_shape: tuple[int, ...], num_classes: int, seed:
         one_of("model.name", name, [*MODELS, "file.py:Class"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name](input_shape, num_classes) if name in MODELS else _users_model(name, input_shape, num_classes)
+        if name in MODELS:
+            return MODELS[name](input_shape, num_classes)
+        return _users_model(name, input_shape, num_classes, dtype)
 
 
-def _users_model(spec: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _users_model(spec: str, input_shape: tuple[int, ...], num_classes: int, dtype: torch.dtype) -> nn.Module:
     """An instance of the class in ``"file.py:Class"``, checked with inputs of this shape."""
     module, name = build_module("model.name", spec), spec.rpartition(":")[2]
     # In training mode, the check would change batch norm's statistics.
     module.eval()
     try:
         with torch.no_grad():
-            outputs = module(torch.zeros((2, *input_shape)))
+            outputs = module(torch.zeros((2, *input_shape), dtype=dtype))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ValueError(f"model.name: {name} does not take inputs of shape {(2, *input_shape)}: {error}") from error
     if not isinstance(outputs, Tensor) or outputs.shape != (2, num_classes):
