@@ -274,8 +274,14 @@ def _rules() -> list[Provider]:
 def _prepare_rule(name: str, problem: Problem) -> Call:
     if name not in CHECKS:
         raise NoCheckError("its result is not checked here, so it is not timed")
-    rule, info, rows_NP = make_rule(name, problem), make_info(problem), problem.updates[:-1]
-    return lambda: rule(rows_NP, info)
+    rule, rows_NP = make_rule(name, problem), problem.updates[:-1]
+
+    def call() -> RuleResult:
+        # Each call is a first round: what a rule draws or remembers must not depend on the calls before.
+        rule.restore({})
+        return rule(rows_NP, make_info(problem))
+
+    return call
 
 
 def check_rule(name: str, problem: Problem, result: RuleResult, truth: Truth) -> str:

@@ -143,6 +143,74 @@ def _fltrust(problem: Problem, result: RuleResult) -> str | None:
     return _difference(problem, result.update, want_P)
 
 
+def _kept_and_mean(problem: Problem, result: RuleResult, kept: list[bool], want_P: np.ndarray) -> str | None:
+    if result.kept is None or result.kept.tolist() != kept:
+        return "other clients are kept"
+    return _difference(problem, result.update, want_P)
+
+
+def _all_clients(problem: Problem) -> np.ndarray:
+    return _float64(problem.updates[:-1])
+
+
+def _drawn(problem: Problem, count: int) -> list[int]:
+    """The first columns that a rule draws."""
+    return torch.randperm(problem.updates.shape[1], generator=make_info(problem).generator)[:count].tolist()
+
+
+def _dnc(problem: Problem, result: RuleResult) -> str | None:
+    rows_NP = _all_clients(problem)
+    kept = reference.dnc_kept(rows_NP, [_drawn(problem, 10_000)], problem.num_malicious)
+    return _kept_and_mean(problem, result, kept, rows_NP[kept].mean(0))
+
+
+def _signguard(problem: Problem, result: RuleResult) -> str | None:
+    rows_NP = _all_clients(problem)
+    kept = reference.signguard_kept(rows_NP, _drawn(problem, round(0.1 * rows_NP.shape[1])))
+    bound = float(np.median(np.linalg.norm(rows_NP, axis=1)))
+    return _kept_and_mean(problem, result, kept, reference.mean_clipped(rows_NP, kept, bound))
+
+
+def _alignins(problem: Problem, result: RuleResult) -> str | None:
+    rows_NP = _all_clients(problem)
+    kept = reference.alignins_kept(rows_NP, _float64(make_info(problem).global_params))
+    bound = float(np.median(np.linalg.norm(rows_NP[kept], axis=1))) if any(kept) else 0.0
+    return _kept_and_mean(problem, result, kept, reference.mean_clipped(rows_NP, kept, bound))
+
+
+def _fedgreed(problem: Problem, result: RuleResult) -> str | None:
+    loss, start_P = problem.model.loss, problem.model.loss.initial_params
+
+    @torch.no_grad()
+    def of_model(update_P: np.ndarray) -> float:
+        return float(loss(start_P + torch.from_numpy(update_P).to(start_P)))
+
+    rows_NP = _all_clients(problem)
+    kept = reference.fedgreed_kept(rows_NP, of_model)
+    return _kept_and_mean(problem, result, kept, rows_NP[kept].mean(0))
+
+
+def _centred_clipping(problem: Problem, result: RuleResult) -> str | None:
+    rows_NP = _all_clients(problem)
+    start_P = np.zeros(rows_NP.shape[1])
+    return _difference(problem, result.update, reference.centred_clipping(rows_NP, start_P, 3, None))
+
+
+def _nnm(problem: Problem, result: RuleResult) -> str | None:
+    near_NN = np.argsort(problem.squared_distances, 1, kind="stable")[:, : problem.num_clients - problem.num_malicious]
+    rows_NC = _float64(some_columns(problem.updates[:-1]))
+    mixed_NC = np.array([rows_NC[near].mean(0) for near in near_NN])
+    want_C = reference.trimmed_mean(mixed_NC, problem.num_malicious)
+    return _difference(problem, some_columns(result.update), want_C)
+
+
+def _bucketing(problem: Problem, result: RuleResult) -> str | None:
+    order = torch.randperm(problem.num_clients, generator=make_info(problem).generator).tolist()
+    means_BC = reference.bucket_means(_float64(some_columns(problem.updates[:-1])), order, 2)
+    trim = min(problem.num_malicious, (len(means_BC) - 1) // 2)
+    return _difference(problem, some_columns(result.update), reference.trimmed_mean(means_BC, trim))
+
+
 def _skymask(problem: Problem, result: RuleResult) -> str | None:
     """The verdict of the same round with solver `reference`."""
     model, info = problem.model, make_info(problem)
@@ -154,13 +222,24 @@ def _skymask(problem: Problem, result: RuleResult) -> str | None:
 
 
 CHECKS: dict[str, tuple[Check, str]] = {
+    "alignins": (_alignins, "a loop over the clients"),
+    "bucketing": (_bucketing, "a loop over the buckets, 500 columns"),
     "bulyan": (_bulyan, "a loop over the rounds of the choice, 500 columns"),
+    "centred-clipping": (_centred_clipping, "a loop over the clients"),
+    "dnc": (_dnc, "a singular value decomposition of each trial"),
+    "fed-nga": (
+        lambda problem, result: _difference(problem, result.update, reference.fed_nga(_all_clients(problem))),
+        "a loop over the clients",
+    ),
     "fedavg": (_mean_of_kept, "NumPy's mean, 500 columns"),
+    "fedgreed": (_fedgreed, "a loop over the models"),
     "fltrust": (_fltrust, "a loop over the clients"),
     "geometric-median": (_geometric_median, "its defining property"),
     "krum": (_krum(multi=False), "a loop over the clients"),
     "median": (_coordinatewise(lambda values_NC, _: reference.median(values_NC)), "a loop over 500 columns"),
     "multi-krum": (_krum(multi=True), "a loop over the clients"),
+    "nnm": (_nnm, "a loop over the clients, 500 columns"),
+    "signguard": (_signguard, "a loop over the clients"),
     "skymask": (_skymask, "the same round with solver reference"),
     "trimmed-mean": (
         _coordinatewise(lambda values_NC, problem: reference.trimmed_mean(values_NC, problem.num_malicious)),

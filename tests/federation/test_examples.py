@@ -138,7 +138,7 @@ def test_an_example_runs(name: str, checkout: Path, tmp_path: Path, dataset_of: 
 def test_every_rule_takes_a_round_on_mnist(
     rule: str, checkout: Path, tmp_path: Path, dataset_of: Callable[[str], Dataset]
 ) -> None:
-    cells = read_runs(checkout / "examples" / "attacks_mnist.toml")
+    cells = [cell for name in ("attacks_mnist", "rules_mnist") for cell in read_runs(checkout / "examples" / f"{name}.toml")]
     (config,) = [c for c in cells if c.attack.name == "min-max" and c.defence.rule == rule]
     (record,) = play(Federation.build(shorten(config), dataset_of("mnist")), tmp_path)
     assert record["accuracy"] > 0

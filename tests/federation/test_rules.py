@@ -37,7 +37,10 @@ from skymask_gpu.io.files import read_tensors, write_tensors
 
 NUM_PARAMS = 49  # of the small model: 4 x 5 weights, 5 biases, 5 x 4 weights, 4 biases
 JUDGED = [name for name in RULES if name not in ("fedavg", "skymask")]
-SINGLE_ROUND = [name for name in JUDGED if name != "fldetector"]
+REMEMBERING = ("skymask", "fldetector", "centred-clipping")
+SINGLE_ROUND = [name for name in JUDGED if name not in REMEMBERING]
+# FedGreed believes the root loss alone, and these updates have nothing to do with the model's samples.
+DISTANT = [name for name in JUDGED if name != "fedgreed"]
 
 
 def make_module(bias: bool = True) -> nn.Module:
@@ -694,7 +697,7 @@ def test_the_best_cut_is_the_best_of_all() -> None:
 # --- what all rules stand ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SINGLE_ROUND)
+@pytest.mark.parametrize("name", [name for name in DISTANT if name not in (*REMEMBERING, "fed-nga")])
 def test_a_known_attack_is_withstood(name: str) -> None:
     updates, malicious = attacked_updates()
     result = apply(name, updates, 8, root_update=direction())
@@ -707,7 +710,7 @@ def test_a_known_attack_is_withstood(name: str) -> None:
         assert result.kept.sum() >= {"krum": 1, "bulyan": 32, "flame": 25}.get(name, 40)
 
 
-@pytest.mark.parametrize("name", SINGLE_ROUND)
+@pytest.mark.parametrize("name", [name for name in SINGLE_ROUND if name != "bucketing"])
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(order=st.permutations(range(48)))
 def test_the_order_of_clients_does_not_matter(name: str, order: list[int]) -> None:
@@ -746,7 +749,7 @@ def test_a_client_that_is_left_out_keeps_its_place_in_fldetectors_memory() -> No
     assert seen.sum() == 19
 
 
-@pytest.mark.parametrize("name", JUDGED)
+@pytest.mark.parametrize("name", DISTANT)
 def test_absurd_updates_make_no_nan(name: str) -> None:
     updates, _ = attacked_updates()
     updates = updates[:40]
@@ -876,7 +879,7 @@ def test_unknown_rules_are_named() -> None:
         build_rule("krumm", make_context())
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name not in ("fldetector", "skymask")])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in REMEMBERING])
 def test_most_rules_remember_nothing(name: str) -> None:
     rule = build_rule(name, make_context())
     updates = 0.05 * random_updates(12)

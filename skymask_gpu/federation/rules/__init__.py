@@ -3,20 +3,22 @@
 | file | what |
 | --- | --- |
 | ``interface.py`` | ``RULES``, the registry; what a rule is given and gives back |
+| ``building.py`` | ``build_rule``: a rule by its name |
 | ``averages.py`` | fedavg, median, trimmed-mean, geometric-median: they judge nobody |
+| ``clipping.py`` | centred-clipping, fed-nga: they bound each update's length and judge nobody |
 | ``krum.py`` | krum, multi-krum, bulyan |
 | ``fltrust.py``, ``flame.py``, ``deepsight.py`` | one rule each |
 | ``tolpegin.py``, ``fldetector.py``, ``skymask.py`` | one rule each |
+| ``dnc.py``, ``signguard.py``, ``alignins.py``, ``fedgreed.py`` | one rule each |
+| ``preaggregators.py`` | nnm, bucketing: they mix updates before another rule sees them |
 | ``wrappers.py`` | a function as a rule; a rule that NaN and Inf do not reach |
 | ``rows.py``, ``clustering.py``, ``last_layer.py`` | what several rules share |
+| ``reference.py`` | the rules as literal loops, for tests and the benchmark |
 """
 
-import inspect
-from typing import Any
-
 # Importing a file registers its rules.
-from skymask_gpu.federation.choices import NoSettings, with_settings
 from skymask_gpu.federation.rules.averages import fedavg as fedavg
+from skymask_gpu.federation.rules.building import build_rule
 from skymask_gpu.federation.rules.deepsight import DeepSight as DeepSight
 from skymask_gpu.federation.rules.flame import flame as flame
 from skymask_gpu.federation.rules.fldetector import FLDetector as FLDetector
@@ -27,25 +29,22 @@ from skymask_gpu.federation.rules.skymask import SkyMaskSettings
 from skymask_gpu.federation.rules.tolpegin import Tolpegin as Tolpegin
 from skymask_gpu.federation.rules.wrappers import FiniteRows, Stateless
 
-__all__ = ["RULES", "RoundInfo", "Rule", "RuleContext", "RuleResult", "SkyMaskSettings", "build_rule"]
+# isort: split
+from skymask_gpu.federation.rules.alignins import AlignIns as AlignIns
+from skymask_gpu.federation.rules.clipping import CentredClipping as CentredClipping
+from skymask_gpu.federation.rules.dnc import DivideAndConquer as DivideAndConquer
+from skymask_gpu.federation.rules.fedgreed import FedGreed as FedGreed
+from skymask_gpu.federation.rules.preaggregators import Bucketing as Bucketing
+from skymask_gpu.federation.rules.signguard import SignGuard as SignGuard
 
-
-def build_rule(name: str, context: RuleContext, settings: Any = None) -> Rule:
-    """The rule called ``name``.
-
-    Args:
-        name: key of :data:`RULES`.
-        context: the server's model and data.
-        settings: the rule's own settings; None means their defaults.
-
-    Raises:
-        ValueError: unknown name, or the rule does not fit the model.
-    """
-    entry = RULES[name]
-    settings = RULES.settings_of(name)() if settings is None else settings
-    if not inspect.isclass(entry):
-        rule: Rule = Stateless(entry, settings)
-    else:
-        made = with_settings(entry, settings, context)
-        rule = made if hasattr(made, "state") else Stateless(made, NoSettings())
-    return rule if hasattr(entry, "_takes_any_row") else FiniteRows(rule)
+__all__ = [
+    "RULES",
+    "FiniteRows",
+    "RoundInfo",
+    "Rule",
+    "RuleContext",
+    "RuleResult",
+    "SkyMaskSettings",
+    "Stateless",
+    "build_rule",
+]

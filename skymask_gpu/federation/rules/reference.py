@@ -6,17 +6,26 @@ rows that are assumed to be malicious. The literal version of SkyMask is in
 ``engine/solvers/reference.py``.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 __all__ = [
+    "alignins_kept",
+    "bucket_means",
     "bulyan_chosen",
+    "centred_clipping",
+    "dnc_kept",
+    "fed_nga",
+    "fedgreed_kept",
     "fltrust",
     "geometric_median_pull",
     "krum_ranking",
+    "mean_clipped",
     "mean_near_median",
     "median",
+    "nearest_means",
+    "signguard_kept",
     "squared_distances",
     "trimmed_mean",
 ]
@@ -109,3 +118,101 @@ def fltrust(rows: Iterable[np.ndarray], root_P: np.ndarray) -> tuple[np.ndarray,
             total_P += score * root_length / length * row_P
             total_score += score
     return (total_P / total_score if total_score > 0 else total_P), kept
+
+
+def dnc_kept(rows_MP: np.ndarray, subsets: Iterable[Sequence[int]], num_removed: int) -> list[bool]:
+    """Which rows no trial of divide-and-conquer rejects; a trial looks at one subset of columns."""
+    kept = [True] * len(rows_MP)
+    for columns in subsets:
+        part_Mb = rows_MP[:, list(columns)]
+        centred_Mb = part_Mb - part_Mb.mean(0)
+        axis_b = np.linalg.svd(centred_Mb, full_matrices=False)[2][0]
+        scores = [float(row_b @ axis_b) ** 2 for row_b in centred_Mb]
+        for row in sorted(range(len(scores)), key=scores.__getitem__)[max(1, len(scores) - num_removed) :]:
+            kept[row] = False
+    return kept
+
+
+def mean_clipped(rows_MP: np.ndarray, kept: Sequence[bool], bound: float) -> np.ndarray:
+    """The mean of the kept rows, each scaled down to the length ``bound``, ``(P,)``; 0 without."""
+    total_P = np.zeros(rows_MP.shape[1])
+    for row_P, is_kept in zip(rows_MP, kept, strict=True):
+        if is_kept:
+            length = float(np.linalg.norm(row_P))
+            total_P += row_P * (min(1.0, bound / length) if length > 0 else 1.0)
+    return total_P / max(1, sum(kept))
+
+
+def signguard_kept(rows_MP: np.ndarray, columns: Sequence[int], shortest: float = 0.1, longest: float = 3.0) -> list[bool]:
+    """Which rows pass SignGuard's two filters; the signs of some columns are counted."""
+    from sklearn.cluster import MeanShift, estimate_bandwidth
+
+    lengths = [float(np.linalg.norm(row_P)) for row_P in rows_MP]
+    middle = float(np.median(lengths))
+    features = np.array([[np.mean(row_P[list(columns)] * sign > 0) for sign in (1, -1)] for row_P in rows_MP])
+    features = np.stack([features[:, 0], 1 - features.sum(1), features[:, 1]], 1)
+    labels = MeanShift(bandwidth=estimate_bandwidth(features, quantile=0.5)).fit_predict(features)
+    largest = max(set(labels.tolist()), key=labels.tolist().count)
+    pairs = zip(lengths, labels.tolist(), strict=True)
+    return [shortest * middle <= length <= longest * middle and label == largest for length, label in pairs]
+
+
+def centred_clipping(rows_MP: np.ndarray, start_P: np.ndarray, steps: int, radius: float | None) -> np.ndarray:
+    """Centred clipping from a point, ``(P,)``; without a radius, with the median distance."""
+    point_P = start_P
+    for _ in range(steps):
+        lengths = [float(np.linalg.norm(row_P - point_P)) for row_P in rows_MP]
+        bound = float(np.median(lengths)) if radius is None else radius
+        moves = [(row_P - point_P) * min(1.0, bound / length) for row_P, length in zip(rows_MP, lengths, strict=True)]
+        point_P = point_P + sum(moves) / len(moves)
+    return point_P
+
+
+def fed_nga(rows_MP: np.ndarray) -> np.ndarray:
+    """The mean of the rows, each first scaled to the median length, ``(P,)``."""
+    lengths = [float(np.linalg.norm(row_P)) for row_P in rows_MP]
+    return sum(np.median(lengths) / length * row_P for row_P, length in zip(rows_MP, lengths, strict=True)) / len(rows_MP)
+
+
+def nearest_means(rows_MP: np.ndarray, num_malicious: int) -> np.ndarray:
+    """For each row, the mean of the n - f rows that are nearest to it, ``(M, P)``."""
+    means = []
+    for row_P in rows_MP:
+        distances = [float(((other_P - row_P) ** 2).sum()) for other_P in rows_MP]
+        nearest = sorted(range(len(rows_MP)), key=distances.__getitem__)[: len(rows_MP) - num_malicious]
+        means.append(np.mean([rows_MP[near] for near in nearest], 0))
+    return np.array(means)
+
+
+def bucket_means(rows_MP: np.ndarray, order: Sequence[int], size: int) -> np.ndarray:
+    """The mean of each bucket of ``size`` rows, taken in the given order, ``(B, P)``."""
+    buckets = [order[begin : begin + size] for begin in range(0, len(order), size)]
+    return np.array([np.mean([rows_MP[row] for row in bucket], 0) for bucket in buckets])
+
+
+def alignins_kept(rows_MP: np.ndarray, global_P: np.ndarray, top_share: float = 0.3) -> list[bool]:
+    """Which rows AlignIns keeps with both bounds at 1."""
+    num_top = max(1, int(top_share * rows_MP.shape[1]))
+    principal_P = np.sign(sum(np.sign(row_P) for row_P in rows_MP))
+    directions, agreements = [], []
+    for row_P in rows_MP:
+        directions.append(float(row_P @ global_P) / float(np.linalg.norm(row_P) * np.linalg.norm(global_P)))
+        top = np.argsort(-np.abs(row_P))[:num_top]
+        agreements.append(float(np.mean(np.sign(row_P[top]) == principal_P[top])))
+
+    def is_close(values: list[float]) -> list[bool]:
+        middle, deviation = float(np.median(values)), float(np.std(values))
+        return [deviation == 0 or abs(value - middle) / deviation < 1 for value in values]
+
+    return [a and b for a, b in zip(is_close(directions), is_close(agreements), strict=True)]
+
+
+def fedgreed_kept(rows_MP: np.ndarray, loss: Callable[[np.ndarray], float]) -> list[bool]:
+    """Which rows FedGreed averages; ``loss`` is that of the model after an update."""
+    order = sorted(range(len(rows_MP)), key=lambda row: loss(rows_MP[row]))
+    taken = order[:1]
+    for row in order[1:]:
+        if loss(np.mean(rows_MP[[*taken, row]], 0)) > loss(np.mean(rows_MP[taken], 0)):
+            break
+        taken.append(row)
+    return [row in taken for row in range(len(rows_MP))]
