@@ -110,6 +110,8 @@ class RunConfig:
             on from the last one.
         evaluate_every: the number of rounds from one test of the global model to the next; the
             last round is always tested.
+        start: the checkpoint of another run, an absolute path, from whose global model this run
+            starts; empty means a fresh model.
         plugins: absolute paths of Python files that register attacks, rules, transforms, models or
             data sets.
         transforms: what clients do to their updates before they send them, in this order.
@@ -123,6 +125,7 @@ class RunConfig:
     clients_per_round: int = 0
     checkpoint_every: int = 1
     evaluate_every: int = 1
+    start: str = ""
     plugins: tuple[str, ...] = ()
     transforms: tuple[TransformConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
@@ -260,5 +263,11 @@ def read_toml(path: Path) -> Table:
     if any(isinstance(table, dict) and "plugins" in table for table in inner):
         raise ValueError(f"config: {path}: plugins must stand at the top of the file, not in [[variants]] or [grid]")
     content["plugins"] = [str((path.parent / plugin).resolve()) for plugin in plugins]
+    for table in (content, *inner):
+        start = table.get("start") if isinstance(table, dict) else None
+        if isinstance(start, str) and start:
+            table["start"] = str((path.parent / start).resolve())
+        elif isinstance(start, list):
+            table["start"] = [str((path.parent / one).resolve()) if isinstance(one, str) and one else one for one in start]
     load_plugins(content["plugins"])
     return content

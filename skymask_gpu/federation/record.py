@@ -11,6 +11,9 @@ from skymask_gpu.io.files import write_tensors
 if TYPE_CHECKING:
     from skymask_gpu.federation.simulation import Federation, RoundResult
 
+# With more classes, as in a data set of faces, a line would hold thousands of numbers.
+_MOST_CLASSES = 100
+
 __all__ = ["metrics_line", "times_line", "write_rule_tensors"]
 
 
@@ -28,24 +31,32 @@ def metrics_line(
     """
     config = federation.config
     tested = (number + 1) % config.evaluate_every == 0 or is_last
+    few_classes = federation.dataset.num_classes <= _MOST_CLASSES
     backdoor = tested and federation.attack.target_class is not None
     return {
         "run": config.name,
         "round": number,
         "accuracy": federation.accuracy(played.model) if tested else None,
+        "class_accuracy": _rounded(federation.class_accuracies(played.model)) if tested and few_classes else None,
         "attack_success_rate": federation.attack_success_rate(played.model) if backdoor else None,
         "participants": len(played.clients),
+        "attacked": config.attack.strikes_in(number),
         "diverged": diverged,
-        **_rejection_rates(played, federation.malicious),
+        **_rejection_rates(played, federation.attackers(number)),
         **played.rule_result.record,
     }
+
+
+def _rounded(values: list[float | None]) -> list[float | None]:
+    return [None if value is None else round(value, 4) for value in values]
 
 
 def _rejection_rates(played: "RoundResult", malicious_N: Tensor) -> dict[str, Any]:
     """The shares of the participating clients that were judged wrongly.
 
     A false positive is an honest client that is rejected, a false negative a malicious one that is
-    kept. A rate is None where there is no such client, or where the rule judges nobody.
+    kept. Outside of the rounds in which they attack, malicious clients are honest. A rate is None
+    where there is no such client, or where the rule judges nobody.
     """
     if played.rule_result.kept is None:
         return {"kept": None, "false_positive_rate": None, "false_negative_rate": None, "rejected": []}

@@ -36,6 +36,7 @@ __all__ = [
     "kept_lines",
     "layout",
     "read_checkpoint",
+    "read_start",
     "write_checkpoint",
 ]
 
@@ -95,6 +96,28 @@ def read_checkpoint(
     return about.round, tensors
 
 
+def read_start(path: Path, known: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The global model in the checkpoint of another run, from which a run starts.
+
+    Args:
+        path: the checkpoint; what it holds of rules and attacks is not read.
+        known: the tensors of a fresh model under their names in a checkpoint.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds another model.
+    """
+    remedy = "give start the checkpoint.safetensors of a run with the same model and data set"
+    try:
+        tensors, _ = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"start: {error}; {remedy}") from error
+    found = layout(tensors)
+    for name, wanted in layout(known).items():
+        if found.get(name) != wanted:
+            raise ValueError(f"start: {name} in {path} must be {wanted}, it is {found.get(name, 'missing')}; {remedy}")
+    return {name: tensors[name].to(tensor.device) for name, tensor in known.items()}
+
+
 def check_same_run(config: RunConfig, folder: Path) -> None:
     """Raise a ValueError if the checkpoint in ``folder`` is damaged or has other settings."""
     path = folder / CHECKPOINT
@@ -117,6 +140,11 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     """The settings that decide how a run goes on."""
     settings = config.to_dict()
     del settings["rounds"], settings["checkpoint_every"], settings["plugins"], settings["data"]["data_dir"]
+    # Checkpoints of versions without these settings hold none, which is the same as their defaults.
+    if not settings["start"]:
+        del settings["start"]
+    if (settings["attack"]["first_round"], settings["attack"]["last_round"]) == (0, -1):
+        del settings["attack"]["first_round"], settings["attack"]["last_round"]
     return settings
 
 

@@ -20,6 +20,7 @@ from skymask_gpu.federation.datasets.partition import partition
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.privacy import batch_norm_columns, obfuscated
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule
+from skymask_gpu.federation.run_folder import read_start
 from skymask_gpu.federation.transforms import client_generators, transformed
 from skymask_gpu.federation.transforms.obfuscation import Draws
 
@@ -159,7 +160,21 @@ class Federation:
         )
 
     def first_model(self) -> GlobalModel:
-        return GlobalModel(self.flat.initial_params, {name: value.clone() for name, value in self.module.named_buffers()})
+        """The global model before the first round: a fresh one, or that of the run's ``start``.
+
+        Raises:
+            ValueError: the file is missing or damaged, or holds another model.
+        """
+        buffers = {name: value.clone() for name, value in self.module.named_buffers()}
+        if not self.config.start:
+            return GlobalModel(self.flat.initial_params, buffers)
+        known = {"global_params": self.flat.initial_params, **{f"buffer/{name}": value for name, value in buffers.items()}}
+        read = read_start(Path(self.config.start), known)
+        return GlobalModel(read["global_params"], {name: read[f"buffer/{name}"] for name in buffers})
+
+    def attackers(self, number: int) -> Tensor:
+        """Which clients attack in round ``number``, ``(N,)`` bool."""
+        return self.malicious & self.config.attack.strikes_in(number)
 
     def play_round(self, number: int, model: GlobalModel, progress: Progress = lambda text: None) -> RoundResult:
         """Play round ``number`` from ``model``, and call ``progress`` with a text at each stage."""
@@ -167,7 +182,7 @@ class Federation:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         start = self._now()
         clients = self._taking_part(generator)
-        malicious_M = self.malicious[clients]
+        malicious_M = self.attackers(number)[clients]
         threat = Threat(config.attack, generator, clients, model.params, model.previous)
         sent = self._train(clients, malicious_M, model, threat, progress)
         trained = self._now()
@@ -186,7 +201,7 @@ class Federation:
             global_params=model.params,
             root_update=sent.updates[-1],
             clients=clients,
-            num_malicious=int(malicious_M.sum()) if assumed < 0 else min(assumed, len(clients)),
+            num_malicious=int(self.malicious[clients].sum()) if assumed < 0 else min(assumed, len(clients)),
             generator=generator,
         )
         result = self.rule(updates_MP, info)
@@ -282,6 +297,14 @@ class Federation:
         """The share of test samples that the global model gets right."""
         hits = self._predictions(model, self.dataset.test_inputs) == self.dataset.test_labels
         return int(hits.sum()) / len(hits)
+
+    def class_accuracies(self, model: GlobalModel) -> list[float | None]:
+        """The accuracy on the test samples of each class; None for a class without any."""
+        labels = self.dataset.test_labels
+        hits = self._predictions(model, self.dataset.test_inputs) == labels
+        counts_C = torch.bincount(labels, minlength=self.dataset.num_classes).tolist()
+        hits_C = torch.bincount(labels[hits], minlength=self.dataset.num_classes).tolist()
+        return [right / count if count else None for right, count in zip(hits_C, counts_C, strict=True)]
 
     def attack_success_rate(self, model: GlobalModel) -> float:
         """The share of test samples with the trigger that the model assigns to the target class.

@@ -34,6 +34,9 @@ NOTE = (
     "FNR: attackers kept, means over the rounds from the second on; s/round: aggregation, median"
 )
 
+# From this success rate on, a backdoor counts as alive.
+_ALIVE = 0.5
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -86,6 +89,23 @@ class FinishedRun:
     def last(self, key: str) -> float | None:
         """The value of ``key`` in the last round that has it; not every round is evaluated."""
         return next((record[key] for record in reversed(self.records) if record.get(key) is not None), None)
+
+    @property
+    def lifespan(self) -> int | None:
+        """How many rounds a backdoor outlives its attackers.
+
+        This is the number of rounds from the last attacked round to the last tested one in which
+        the backdoor succeeds in at least half of the cases (Zhang et al., ICML 2022); 0 if it never
+        does. It is at most the number of rounds that were played since. None if there is no
+        backdoor, or if the attackers did not leave.
+        """
+        attacked = [record["round"] for record in self.records if record.get("attacked")]
+        later = [record for record in self.records if attacked and record["round"] > attacked[-1]]
+        tested = [record for record in later if record.get("attack_success_rate") is not None]
+        if not tested:
+            return None
+        alive = [record["round"] for record in tested if record["attack_success_rate"] >= _ALIVE]
+        return alive[-1] - attacked[-1] if alive else 0
 
     def mean_rate(self, key: str) -> float | None:
         """The mean of a rate, such as ``false_positive_rate``, over the rounds from the second on.

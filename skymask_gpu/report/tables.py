@@ -47,6 +47,7 @@ _RESULT_COLUMNS = (
     "mean_fnr",
     "worst_fnr",
     "attack_success_rate",
+    "backdoor_lifespan",
     "median_aggregation_seconds",
     "median_local_training_seconds",
 )
@@ -88,6 +89,7 @@ def block_tables(block: Block) -> list[ResultTable]:
     ]
     if backdoors:
         tables.append(_mean_table(block, backdoors, "Attack success rate (%)", "attack_success_rate", mark_best=False))
+        tables += _lifespan_table(block, backdoors)
     return tables
 
 
@@ -165,6 +167,7 @@ def csv_text(runs: list[FinishedRun], folder: Path) -> str:
                 run.mean_rate("false_negative_rate"),
                 run.worst_rate("false_negative_rate"),
                 run.last("attack_success_rate"),
+                run.lifespan,
                 run.median_seconds("aggregation"),
                 run.median_seconds("local_training"),
             ]
@@ -207,6 +210,18 @@ def _rates_table(block: Block) -> ResultTable:
                 cells.append(Cell(f"{' / '.join(means)} [{' / '.join(worst)}]"))
         rows.append((attack, cells))
     return ResultTable("FPR / FNR (%), mean [worst round]", block.rules, rows)
+
+
+def _lifespan_table(block: Block, attacks: list[str]) -> list[ResultTable]:
+    """The table of lifespans, or none if no attackers left."""
+    spans = {
+        cell: [run.lifespan for run in block.cells.get(cell, []) if run.lifespan is not None] for cell in _grid(block, attacks)
+    }
+    if not any(spans.values()):
+        return []
+    shown = {cell: f"{statistics.fmean(values):.1f}" if values else _NONE for cell, values in spans.items()}
+    rows = [(attack, [Cell(shown[attack, rule]) for rule in block.rules]) for attack in attacks]
+    return [ResultTable("Rounds for which the backdoor outlives the attackers, mean over the seeds", block.rules, rows)]
 
 
 def _grid(block: Block, attacks: list[str]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ __all__ = ["ATTACKS", "Attack", "AttackConfig", "AttackContext", "Threat", "atta
 # Every attack by name. An entry is a function from a round's updates to what malicious clients
 # send,     attack(updates_NP, malicious_N, threat[, settings]) -> (F, P),
 # or a subclass of Attack, which is made once per run as attack(context[, settings]).
-ATTACKS = Choices("attack.name", common=("name", "share"))
+ATTACKS = Choices("attack.name", common=("name", "share", "first_round", "last_round"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,10 @@ class AttackConfig(Choice):
         name: key of :data:`ATTACKS`.
         share: the share of all clients that attack, from 0 to below 1; above 0 unless the name is
             ``"none"``.
+        first_round: the first round in which they attack; 0 is the run's first. Before it, they
+            train and send as honest clients do.
+        last_round: the last round in which they attack, after which they are honest again; -1 means
+            the run's last.
         settings: the attack's own keys; None means their defaults.
 
     Example:
@@ -42,15 +46,28 @@ class AttackConfig(Choice):
 
     name: str = "none"
     share: float = 0.0
+    first_round: int = 0
+    last_round: int = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.share < 1:
             raise ValueError(f"attack.share must be from 0 to below 1, got {self.share!r}")
+        if self.first_round < 0:
+            raise ValueError(f"attack.first_round must be at least 0, the run's first round, got {self.first_round!r}")
+        if self.last_round != -1 and self.last_round < self.first_round:
+            raise ValueError(
+                f"attack.last_round must be at least attack.first_round = {self.first_round}, or -1 for the run's last round, "
+                f"got {self.last_round!r}"
+            )
         if self.name == "none" and self.share > 0:
             raise ValueError(f"attack.share must be 0 for attack 'none', got {self.share!r}; set attack.name")
         if self.name != "none" and self.share == 0:
             raise ValueError(f"attack.share must be above 0 for attack {self.name!r}, got {self.share!r}")
+
+    def strikes_in(self, number: int) -> bool:
+        """Whether the malicious clients attack in round ``number``."""
+        return self.share > 0 and self.first_round <= number and (self.last_round == -1 or number <= self.last_round)
 
     def num_malicious(self, num_clients: int) -> int:
         """The rounded share of ``num_clients``; at least one unless the share is 0.

@@ -98,12 +98,15 @@ def model_settings(run: RunConfig) -> dict[str, Any]:
     """The settings that decide the honest model of a round."""
     table = run.to_dict()
     table["data"].pop("data_dir")
-    return {key: table[key] for key in ("seed", "server_lr", "transforms", "data", "model", "local")}
+    keys = ("seed", "server_lr", "transforms", "data", "model", "local", *(["start"] if run.start else []))
+    return {key: table[key] for key in keys}
 
 
 def set_settings(run: RunConfig) -> dict[str, Any]:
     """The settings that decide a mask set, without the rules that saw its updates."""
-    return {**model_settings(run), "attack": run.to_dict()["attack"]}
+    # On a board, an attack strikes in the rounds of the board, whatever its own are.
+    attack = {key: value for key, value in run.to_dict()["attack"].items() if key not in ("first_round", "last_round")}
+    return {**model_settings(run), "attack": attack}
 
 
 def check_settings(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
