@@ -25,6 +25,7 @@
 | ``transforms/`` | what clients do to their updates before they send them |
 | ``privacy.py`` | the ``[privacy]`` table: which of them hides a client's data |
 | ``attacks/``, ``rules/`` | what malicious clients do; how the server aggregates |
+| ``sharing.py`` | which samples each client and the server have |
 | ``simulation.py`` | ``Federation``: one round |
 | ``playing.py`` | ``play``: all rounds, recorded and resumed |
 | ``record.py``, ``run_folder.py`` | a round's line and files; the run's folder and its checkpoint |

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,15 +12,15 @@ from torch.func import functional_call
 from skymask_gpu.defence import RootTraining, mean_buffer
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import columns_of, fast_layout
-from skymask_gpu.federation.attacks import Attack, AttackContext, Threat, build_attack
+from skymask_gpu.federation.attacks import Attack, AttackContext, Lab, Threat, build_attack
 from skymask_gpu.federation.clients import LocalUpdates, draw_batches, train_clients
 from skymask_gpu.federation.config import RunConfig
-from skymask_gpu.federation.datasets import Dataset, load_dataset, split_root
-from skymask_gpu.federation.datasets.partition import partition
+from skymask_gpu.federation.datasets import Dataset, load_dataset
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.privacy import batch_norm_columns, obfuscated
 from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule
 from skymask_gpu.federation.run_folder import read_start
+from skymask_gpu.federation.sharing import shared_out
 from skymask_gpu.federation.transforms import client_generators, transformed
 from skymask_gpu.federation.transforms.obfuscation import Draws
 
@@ -69,23 +69,6 @@ class RoundResult:
     seconds: dict[str, float]
 
 
-def _shared_out(config: RunConfig, dataset: Dataset) -> list[Tensor]:
-    """The indices of each client's training samples; the last entry is the root data set."""
-    data, labels = config.data, dataset.train_labels.cpu()
-    generator = torch.Generator().manual_seed(config.seed)
-    root, rest = split_root(labels, data.root_samples, generator, data.root_bias)
-    shares = partition(
-        data.partition,
-        labels[rest],
-        data.clients,
-        bias=data.bias,
-        alpha=data.alpha,
-        subjects=None if dataset.train_subjects is None else dataset.train_subjects.cpu()[rest],
-        generator=generator,
-    )
-    return [*(rest[share] for share in shares), root]
-
-
 @dataclass(frozen=True)
 class Federation:
     """What stays the same from round to round.
@@ -126,7 +109,7 @@ class Federation:
         dataset = dataset or load_dataset(data.dataset, Path(data.data_dir) if data.data_dir else None)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dataset = dataset.to(device)
-        parts = _shared_out(config, dataset)
+        parts = shared_out(config.data, config.seed, dataset)
         shape, dtype = tuple(dataset.train_inputs.shape[1:]), dataset.train_inputs.dtype
         module = build_model(config.model.name, shape, dataset.num_classes, config.seed, dtype)
         module = module.to(device)
@@ -138,6 +121,13 @@ class Federation:
             num_classes=dataset.num_classes,
             input_shape=tuple(root_inputs.shape[1:]),
             brightest=float(dataset.train_inputs.max()),
+            lab=Lab(
+                module,
+                dataset.train_inputs,
+                dataset.train_labels,
+                parts[: config.attack.num_malicious(data.clients)],
+                config.local,
+            ),
         )
         rule_context = RuleContext(
             module=module,
@@ -183,19 +173,14 @@ class Federation:
         start = self._now()
         clients = self._taking_part(generator)
         malicious_M = self.attackers(number)[clients]
-        threat = Threat(config.attack, generator, clients, model.params, model.previous)
+        threat = Threat(config.attack, generator, clients, model.params, model.previous, model.buffers)
         sent = self._train(clients, malicious_M, model, threat, progress)
         trained = self._now()
         draws = client_generators(config.seed, number, clients) if config.transforms else []
         rows_MP = transformed(sent.updates[:-1], config.transforms, draws, self.layers)
         self._obfuscate(rows_MP, ~malicious_M, clients, number)
-        updates_MP = self.attack.replaced(rows_MP, malicious_M.to(rows_MP.device), threat)
-        if config.privacy.attackers_too:
-            self._obfuscate(updates_MP, malicious_M, clients, number)
         if config.privacy.root_too:
             self._obfuscate(sent.updates[-1:], torch.tensor([True]), _ROOT, number)
-        attacked = self._now()
-        progress("aggregating")
         assumed = config.defence.assumed_malicious
         info = RoundInfo(
             global_params=model.params,
@@ -204,12 +189,31 @@ class Federation:
             num_malicious=int(self.malicious[clients].sum()) if assumed < 0 else min(assumed, len(clients)),
             generator=generator,
         )
+        threat = replace(threat, rule=self._asked(info))
+        updates_MP = self.attack.replaced(rows_MP, malicious_M.to(rows_MP.device), threat)
+        if config.privacy.attackers_too:
+            self._obfuscate(updates_MP, malicious_M, clients, number)
+        attacked = self._now()
+        progress("aggregating")
         result = self.rule(updates_MP, info)
         seconds = {"local_training": trained - start, "aggregation": self._now() - attacked}
         params_P = model.params + config.server_lr * result.update
         kept_M = torch.ones(len(clients), dtype=torch.bool) if result.kept is None else result.kept.cpu()
         after = GlobalModel(params_P, _mean_buffers(model, sent, kept_M), previous=model.params)
         return RoundResult(after, clients, result, seconds)
+
+    def _asked(self, info: RoundInfo) -> Callable[[Tensor], Tensor]:
+        """What the rule would make of a round's rows; it forgets that it was asked."""
+
+        def step(rows_MP: Tensor) -> Tensor:
+            before = self.rule.state()
+            # Its own source of randomness: what the round draws must not depend on the questions.
+            asked = replace(info, generator=torch.Generator().manual_seed(self.config.seed))
+            update_P = self.rule(rows_MP, asked).update
+            self.rule.restore(before)
+            return update_P
+
+        return step
 
     def poisoned_updates(self, number: int, model: GlobalModel, progress: Progress = lambda text: None) -> Tensor:
         """``(F, P)``: what the malicious clients get by training in round ``number``, transformed.
@@ -218,7 +222,7 @@ class Federation:
         """
         config, clients = self.config, self.malicious.nonzero()[:, 0]
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
-        threat = Threat(config.attack, generator, clients, model.params, model.previous)
+        threat = Threat(config.attack, generator, clients, model.params, model.previous, model.buffers)
         sent = self._train(clients, torch.ones(len(clients), dtype=torch.bool), model, threat, progress)
         draws = client_generators(config.seed, number, clients) if config.transforms else []
         return transformed(sent.updates[:-1], config.transforms, draws, self.layers)
@@ -256,11 +260,15 @@ class Federation:
                 batches,
                 self.config.local,
                 buffers=model.buffers,
-                poison=self.attack.poison if self.attack.poisons_data else None,
+                poison=self._poison_of(clients) if self.attack.poisons_data else None,
                 poisoned=torch.cat([malicious_M, torch.tensor([False])]),
                 progress=lambda done: progress(f"training client {done} of {len(parts)}"),
                 after_step=self._attackers_steps(malicious_M, threat),
             )
+
+    def _poison_of(self, clients: Tensor) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The attack's poison, for batches of the rows of a round."""
+        return lambda inputs, labels, rows_C: self.attack.poison_of(inputs, labels, clients[rows_C])
 
     def _attackers_steps(self, malicious_M: Tensor, threat: Threat) -> Callable[[Tensor, int, Tensor], Tensor | None] | None:
         """The attack's hook after a local step, restricted to the malicious clients.

@@ -1,12 +1,13 @@
 """Attacks have their defining properties."""
 
+import dataclasses
 import math
 from statistics import NormalDist
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import skymask_gpu.federation.attacks
 from skymask_gpu.federation.attacks import (
@@ -15,15 +16,37 @@ from skymask_gpu.federation.attacks import (
     AttackConfig,
     AttackContext,
     BaseAttack,
+    Lab,
     Threat,
     build_attack,
 )
 from skymask_gpu.federation.attacks.partial import base_names
+from skymask_gpu.federation.clients import LocalTraining
 
 LAYERS = {"conv1.weight": slice(0, 100), "conv1.bias": slice(100, 110), "conv10.weight": slice(110, 300)}
 
 
-CONTEXT = AttackContext(layers=LAYERS, num_classes=10, input_shape=(1, 8, 8), brightest=3.0)
+class TwoLayers(nn.Module):
+    """A model with the parameters of LAYERS."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv10 = nn.Linear(10, 10), nn.Linear(10, 19, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.conv10(self.conv1(inputs.flatten(1)[:, -10:]).relu())
+
+
+def make_lab() -> Lab:
+    """Ten samples for each of twenty clients."""
+    generator = torch.Generator().manual_seed(3)
+    inputs, parts = torch.rand(200, 1, 8, 8, generator=generator), list(torch.arange(200).split(10))
+    return Lab(TwoLayers(), inputs, torch.arange(200) % 10, parts, LocalTraining(steps=2, batch_size=4, lr=1.0))
+
+
+CONTEXT = AttackContext(layers=LAYERS, num_classes=10, input_shape=(1, 8, 8), brightest=3.0, lab=make_lab())
+# These act while clients train, and send what they got.
+IN_TRAINING = ("label-flip", "neurotoxin", "lga", "dba")
 
 
 def configured(name: str, **settings: Any) -> AttackConfig:
@@ -35,10 +58,19 @@ def configured(name: str, **settings: Any) -> AttackConfig:
 
 
 def threat(name: str, seed: int = 0, **settings: Any) -> Threat:
-    return Threat(configured(name, **settings), torch.Generator().manual_seed(seed))
+    params = torch.linspace(-0.3, 0.3, 300)
+    return Threat(
+        configured(name, **settings),
+        torch.Generator().manual_seed(seed),
+        clients=torch.arange(20),
+        global_params=params,
+        previous_params=params.flip(0) / 2,
+        rule=lambda rows: rows.sort(0).values[2:-2].mean(0),
+    )
 
 
 def attack(updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
+    threat = dataclasses.replace(threat, clients=torch.arange(len(malicious_N)))
     return build_attack(threat.config, CONTEXT).replaced(updates_NP, malicious_N, threat)
 
 
@@ -79,7 +111,7 @@ def test_attacks_leave_honest_rows_and_the_input_alone(name: str, updates: Tenso
     assert sent.dtype == torch.float32
     assert torch.equal(sent, attack(updates, malicious, threat(name))), "the same generator gives the same"
     assert torch.equal(attack(updates, torch.zeros(20, dtype=torch.bool), threat(name)), before)
-    changes = name not in ("none", "label-flip")
+    changes = name not in ("none", *IN_TRAINING)
     assert (sent[malicious] != before[malicious]).any(1).all() == changes
 
 
@@ -173,7 +205,7 @@ def test_min_sum_is_as_far_out_in_sum_as_honest_updates_are(direction: str, upda
     check_direction(sent[0], honest, direction)
 
 
-@pytest.mark.parametrize("name", ["ipm", "lie", "min-max", "min-sum"])
+@pytest.mark.parametrize("name", ["ipm", "lie", "min-max", "min-sum", "strike"])
 def test_jitter_parts_the_colluders(name: str, generator: torch.Generator) -> None:
     """The defining property: what all send without jitter, plus noise of that many honest standard deviations."""
     updates = torch.randn(20, 20_000, generator=generator) * torch.rand(20_000, generator=generator) + 0.05
@@ -322,7 +354,7 @@ def test_mistakes_in_an_attacks_own_settings_are_named(name: str, settings: dict
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "mimic"}, r"attack\.name must be one of none, sign-flip, .*, sparse, .*, got 'mimic'"),
+        ({"name": "copycat"}, r"attack\.name must be one of none, sign-flip, .*, sparse, .*, got 'copycat'"),
         ({"name": "min-mx"}, r"attack\.name .*; did you mean 'min-max'\?"),
         ({"share": 1.0}, r"attack\.share must be from 0 to below 1, got 1\.0"),
         ({"share": -0.1}, r"attack\.share must be from 0 to below 1, got -0\.1"),
@@ -353,5 +385,7 @@ def test_the_share_says_how_many_are_malicious() -> None:
 
 def test_which_attacks_poison_data_and_which_have_a_backdoor() -> None:
     attacks = {name: built(name) for name in ATTACKS}
-    assert {name for name, one in attacks.items() if one.poisons_data} == {"label-flip", "lie-backdoor", "scaling-backdoor"}
-    assert {name for name, one in attacks.items() if one.target_class == 0} == {"lie-backdoor", "scaling-backdoor"}
+    backdoors = {"lie-backdoor", "scaling-backdoor", "neurotoxin", "lga", "dba", "collapois"}
+    assert {name for name, one in attacks.items() if one.poisons_data} == {"label-flip", *backdoors}
+    # LP trains its poisoned models apart from the clients' own training
+    assert {name for name, one in attacks.items() if one.target_class == 0} == {"lp", *backdoors}

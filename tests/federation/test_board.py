@@ -24,6 +24,7 @@ from skymask_gpu.federation.board.making import MODELS, SETS, make_sets, missing
 from skymask_gpu.federation.board.mask_set import MaskSet
 from skymask_gpu.federation.board.page import trajectory_summary, write_board
 from skymask_gpu.federation.board.trajectories import Ended, ended, trajectory_runs
+from skymask_gpu.federation.config import read_grid
 from skymask_gpu.federation.playing import play
 from skymask_gpu.federation.run_folder import METRICS
 from skymask_gpu.federation.simulation import Federation
@@ -359,7 +360,11 @@ def test_auc_is_the_share_of_pairs_in_order() -> None:
 def test_the_example_reads_and_names_most_attacks(checkout: Path) -> None:
     board = read_board(checkout / "examples" / "board.toml")
     assert list(board.recipes) == ["few", "noclip", "epoch", "momentum", "dirichlet", "iid"]
-    assert {attack.name for attack in board.attacks.values()} == {*ATTACKS} - {"layers"}
+    whole_runs = {
+        run.attack.name for name in ("arena", "arena_backdoors") for run in read_grid(checkout / f"examples/{name}.toml")
+    }
+    named = {attack.name for attack in board.attacks.values()}
+    assert named | whole_runs == {*ATTACKS} - {"layers"}
     assert len(list(board.set_keys())) == 6 * 3 * len(board.attacks)
 
 

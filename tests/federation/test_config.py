@@ -35,7 +35,7 @@ def test_variants_override_keys_of_the_file(checkout: Path) -> None:
     [
         ("round = 3", r"unknown key round; did you mean rounds\?"),
         ("[data]\nbais = 0.5", r"unknown key data\.bais; did you mean data\.bias\?"),
-        ("[attack]\nxyz = 1", r"unknown key attack\.xyz; known are name, share"),
+        ("[attack]\nxyz = 1", r"unknown key attack\.xyz; known are name, share, first_round, last_round"),
         ("rule = 'krum'", r"unknown key rule; did you mean defence\.rule\?"),
         ("[data]\nlayers = ['fc2']", r"unknown key data\.layers; did you mean attack\.layers of attack\.name = 'layers'\?"),
         ("[attack]\nname = 'layers'\nlayers = 'fc2'", r"attack\.layers must be a list of strings, got 'fc2'"),
@@ -87,13 +87,19 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
             "name = 'ipm'\nipm_epsilon = 1.0",
             r"trial\.toml: unknown key attack\.ipm_epsilon; did you mean attack\.epsilon\? known are",
         ),
-        ("name = 'noise'\nnoise_std = 1.0", r"attack\.noise_std; did you mean attack\.std\? known are name, share, std"),
+        (
+            "name = 'noise'\nnoise_std = 1.0",
+            r"attack\.noise_std; did you mean attack\.std\? known are name, share, first_round, last_round, std",
+        ),
         (
             "name = 'trim'\nepsilon = 1.0",
             r"attack\.epsilon; did you mean attack\.epsilon of attack\.name = 'ipm'\? known are name",
         ),
         ("name = 'trim'\nipm_epsilon = 1.0", r"did you mean attack\.epsilon of attack\.name = 'ipm'\?"),
-        ("name = 'min-max'\nsettings = {}", r"unknown key attack\.settings; .*known are name, share, direction"),
+        (
+            "name = 'min-max'\nsettings = {}",
+            r"unknown key attack\.settings; .*known are name, share, first_round, last_round, direction",
+        ),
         ("name = 'ipm'\nepsilon = '1'", r"attack\.epsilon must be float, got '1'"),
         ("name = 'sparse'\nbase = { name = 'ipm', std = 1.0 }", r"unknown key attack\.base\.std; .*known are name, epsilon"),
         ("name = 'sparse'\nbase = 'mimic'", r"attack\.base must be one of sign-flip, .*, got 'mimic'"),
@@ -119,7 +125,14 @@ def test_settings_are_read_written_and_read_again(tmp_path: Path) -> None:
     assert run.attack.settings.base.settings.direction == "unit"
     table = run.to_dict()
     base = {"name": "min-max", "direction": "unit", "jitter": 0.0}
-    assert table["attack"] == {"name": "layers", "share": 0.2, "layers": ["fc2"], "base": base}
+    assert table["attack"] == {
+        "name": "layers",
+        "share": 0.2,
+        "first_round": 0,
+        "last_round": -1,
+        "layers": ["fc2"],
+        "base": base,
+    }
     assert RunConfig.from_dict(json.loads(json.dumps(table))) == run
     (run,) = read_config(write(tmp_path, "[attack]\nshare = 0.2\nname = 'sparse'\nbase = 'min-max'"))
     assert run.to_dict()["attack"]["base"] == "min-max"

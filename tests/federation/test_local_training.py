@@ -131,7 +131,10 @@ def test_poisoned_clients_alone_train_on_what_poison_makes(generator: torch.Gene
     batches = draw_batches([torch.arange(20 * i, 20 * i + 20) for i in range(3)], RECIPE, generator)
     poisoned = torch.tensor([False, True, False])
 
-    def poison(batch_inputs: torch.Tensor, batch_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def poison(
+        batch_inputs: torch.Tensor, batch_labels: torch.Tensor, clients: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert clients.tolist() == [1]
         return batch_inputs, 9 - batch_labels
 
     start = flat(module)

@@ -1,7 +1,8 @@
 """Attacks: what malicious clients train on, what they do in local training, and what they send.
 
 The attacker controls the malicious clients, lets them act together, and knows the updates of all
-others (full knowledge, the strongest threat model).
+others (full knowledge, the strongest threat model). The head of each file says if its attacks use
+less.
 
 | file | what |
 | --- | --- |
@@ -11,7 +12,13 @@ others (full knowledge, the strongest threat model).
 | ``fang.py`` | trim, krum: Fang's attacks on two rules |
 | ``partial.py`` | layers, sparse: they use another attack in some of the parameters |
 | ``adaptive.py`` | decoys, replay, hostage-root, bit-twin, bridges, better-than-honest: against SkyMask itself |
+| ``models_only.py`` | poisoned-fl, mpaf: they know the global models only |
+| ``among_honest.py`` | mimic, strike, rop, hybrid-sparse: they stay among the honest updates |
+| ``search.py`` | opt-alie, opt-ipm: they try the server's own rule |
 | ``data.py`` | label-flip, lie-backdoor, scaling-backdoor: on what malicious clients train on |
+| ``backdoors.py`` | neurotoxin, lga, dba, collapois: backdoors that act while clients train, and a Trojan model |
+| ``layerwise.py`` | lp: a backdoor in the few layers that it needs |
+| ``triggers.py``, ``lab.py`` | what is stamped on images; where attackers train models of their own |
 """
 
 # Importing a family registers its attacks. Errors list them in the order of these imports.
@@ -33,6 +40,14 @@ from skymask_gpu.federation.attacks.shifts import IPM, Direction, Jitter
 # isort: split
 from skymask_gpu.federation.attacks.adaptive import BetterThanHonest, Bridges, Decoys, HostageRoot, Replay
 
+# isort: split
+from skymask_gpu.federation.attacks.among_honest import HybridSparse, Mimic, Rop, Strike
+from skymask_gpu.federation.attacks.backdoors import CollaPois, DistributedBackdoor, Neurotoxin
+from skymask_gpu.federation.attacks.lab import Lab
+from skymask_gpu.federation.attacks.layerwise import LayerwisePoisoning
+from skymask_gpu.federation.attacks.models_only import Mpaf, PoisonedFL
+from skymask_gpu.federation.attacks.search import opt_alie as opt_alie
+
 __all__ = [
     "ATTACKS",
     "IPM",
@@ -43,16 +58,27 @@ __all__ = [
     "BaseAttack",
     "BetterThanHonest",
     "Bridges",
+    "CollaPois",
     "Decoys",
     "Direction",
+    "DistributedBackdoor",
     "HostageRoot",
+    "HybridSparse",
     "Jitter",
+    "Lab",
     "Layers",
+    "LayerwisePoisoning",
+    "Mimic",
+    "Mpaf",
+    "Neurotoxin",
     "Noise",
+    "PoisonedFL",
     "Replay",
+    "Rop",
     "Scaling",
     "ScalingBackdoor",
     "Sparse",
+    "Strike",
     "Threat",
     "add_trigger",
     "attack",

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks.interface import ATTACKS, Attack, AttackContext, Threat
 from skymask_gpu.federation.attacks.own import Scaling, scaling
 from skymask_gpu.federation.attacks.shifts import clipped_to_band
+from skymask_gpu.federation.attacks.triggers import TRIGGERS, add_trigger, trigger_for
 from skymask_gpu.federation.choices import positive_share
 
 __all__ = ["Backdoor", "LabelFlip", "PixelBackdoor", "ScalingBackdoor", "add_trigger"]
-
-_TRIGGER_SIDE = 3
 
 
 @ATTACKS.register("label-flip")
@@ -35,19 +35,22 @@ class Backdoor:
     Attributes:
         target_class: the label that the trigger is to cause.
         poison_share: the share of each malicious batch that carries the trigger.
+        trigger: one of the :data:`~skymask_gpu.federation.attacks.triggers.TRIGGERS`.
     """
 
     target_class: int = 0
     poison_share: float = 0.5
+    trigger: str = "pixels"
 
     def __post_init__(self) -> None:
         if self.target_class < 0:
             raise ValueError(f"attack.target_class must be at least 0, got {self.target_class!r}")
         positive_share("attack.poison_share", self.poison_share)
+        one_of("attack.trigger", self.trigger, TRIGGERS)
 
 
 class PixelBackdoor(Attack):
-    """Backdoors with a pixel pattern (BadNets: Gu et al., arXiv:1708.06733).
+    """Backdoors with a trigger, by default a pixel pattern (BadNets: Gu et al., arXiv:1708.06733).
 
     The first samples of each malicious batch carry the trigger and the target class:
     ``poison_share`` of a batch is poisoned, rounded, but at least one sample. Batches are drawn at
@@ -66,18 +69,22 @@ class PixelBackdoor(Attack):
             raise ValueError(
                 f"attack.target_class must be below the data's {context.num_classes} classes, got {settings.target_class}"
             )
-        _check_images(context.input_shape)
+        self._stamp = trigger_for(settings.trigger, context.input_shape, context.brightest)
         self.target_class = settings.target_class
-        self._poison_share, self._brightest = settings.poison_share, context.brightest
+        self._poison_share = settings.poison_share
 
     def poison(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.with_triggered(inputs, labels, self.trigger(inputs))
+
+    def with_triggered(self, inputs: Tensor, labels: Tensor, triggered: Tensor) -> tuple[Tensor, Tensor]:
+        """Batches whose first samples are those of ``triggered``, with the target class."""
         batch_size = labels.shape[-1]
         poisoned_B = torch.arange(batch_size, device=labels.device) < max(1, round(self._poison_share * batch_size))
-        triggered = torch.where(poisoned_B[:, None, None, None], self.trigger(inputs), inputs)
-        return triggered, torch.where(poisoned_B, self.target_class, labels)
+        sent = torch.where(poisoned_B[:, None, None, None], triggered, inputs)
+        return sent, torch.where(poisoned_B, self.target_class, labels)
 
     def trigger(self, inputs: Tensor) -> Tensor:
-        return add_trigger(inputs, self._brightest)
+        return self._stamp(inputs)
 
 
 @ATTACKS.register("lie-backdoor", settings=Backdoor)
@@ -112,31 +119,3 @@ class ScaledBackdoor(PixelBackdoor):
 
     def send(self, updates_NP: Tensor, malicious_N: Tensor, threat: Threat) -> Tensor:
         return scaling(updates_NP, malicious_N, threat, self._settings)
-
-
-def add_trigger(inputs: Tensor, brightest: float) -> Tensor:
-    """Copies of images with the trigger, a square of 3 x 3 pixels in the lower right corner.
-
-    It is a pixel pattern as in BadNets (Gu et al., arXiv:1708.06733), and all channels have it.
-
-    Args:
-        inputs: ``(..., channels, height, width)``.
-        brightest: the value of the pattern's pixels. Take the largest of all training inputs, so
-            that the pattern is the same in training and in tests.
-
-    Raises:
-        ValueError: the inputs are no images, or smaller than the pattern.
-    """
-    _check_images(tuple(inputs.shape[-3:]))
-    triggered = inputs.clone()
-    triggered[..., -_TRIGGER_SIDE:, -_TRIGGER_SIDE:] = brightest
-    return triggered
-
-
-def _check_images(shape: tuple[int, ...]) -> None:
-    """Refuse samples that are no ``(channels, height, width)`` images with room for the trigger."""
-    if len(shape) != 3 or min(shape[-2:]) < _TRIGGER_SIDE:
-        raise ValueError(
-            f"attack.name: a backdoor's trigger needs images (channels, height, width) of at least {_TRIGGER_SIDE} x "
-            f"{_TRIGGER_SIDE} pixels, got samples of shape {shape}; choose another attack for this data set"
-        )

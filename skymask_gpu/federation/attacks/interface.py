@@ -6,12 +6,15 @@ N clients, F of them malicious, H = N - F honest, P parameters.
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from skymask_gpu.federation.choices import Choice, Choices, with_settings
+
+if TYPE_CHECKING:
+    from skymask_gpu.federation.attacks.lab import Lab
 
 __all__ = ["ATTACKS", "Attack", "AttackConfig", "AttackContext", "Threat", "attack", "build_attack"]
 
@@ -96,12 +99,14 @@ class AttackContext:
         input_shape: the shape of one sample, ``(channels, height, width)``, ``(features,)`` or
             ``(length,)`` of a sequence.
         brightest: the largest value in the training inputs; the pixels of a trigger have it.
+        lab: where attackers train models of their own on their samples; None outside of a run.
     """
 
     layers: Mapping[str, slice]
     num_classes: int
     input_shape: tuple[int, ...]
     brightest: float
+    lab: "Lab | None" = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,9 @@ class Threat:
         global_params: ``(P,)``, the model that the clients started from; None outside of a run.
         previous_params: ``(P,)``, the model that they started from in the round before; None in the
             first round.
+        buffers: the buffers of that model by name; None outside of a run.
+        rule: the step that the server's rule would make of all clients' rows, ``(N, P) -> (P,)``;
+            asking it changes nothing. None outside of a run, and on a board.
     """
 
     config: AttackConfig
@@ -122,6 +130,8 @@ class Threat:
     clients: Tensor | None = None
     global_params: Tensor | None = None
     previous_params: Tensor | None = None
+    buffers: Mapping[str, Tensor] | None = None
+    rule: Callable[[Tensor], Tensor] | None = None
 
 
 class Attack:
@@ -148,6 +158,16 @@ class Attack:
             labels: ``(..., B)`` int64.
         """
         return inputs, labels
+
+    def poison_of(self, inputs: Tensor, labels: Tensor, clients_C: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`poison` for batches of known clients, for an attack whose clients differ.
+
+        Args:
+            inputs: ``(C, B, *sample)``, a batch of each client.
+            labels: ``(C, B)`` int64.
+            clients_C: ``(C,)`` int64, the clients' numbers.
+        """
+        return self.poison(inputs, labels)
 
     def after_step(self, params_FP: Tensor, step: int, clients_F: Tensor, threat: Threat) -> Tensor | None:
         """Called after each local step of malicious clients, for some of these clients at a time.

@@ -17,7 +17,17 @@ from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks.interface import ATTACKS, Threat
 from skymask_gpu.federation.choices import above_zero
 
-__all__ = ["DIRECTIONS", "IPM", "Direction", "Jitter", "clipped_to_band"]
+__all__ = [
+    "DIRECTIONS",
+    "IPM",
+    "Direction",
+    "Jitter",
+    "check_jitter",
+    "clipped_to_band",
+    "largest_z",
+    "reach_within",
+    "sent_by_all",
+]
 
 DIRECTIONS = ("std", "unit", "sign")
 
@@ -38,15 +48,15 @@ class Jitter:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_jitter(self.jitter)
+        check_jitter(self.jitter)
 
 
-def _check_jitter(jitter: float) -> None:
+def check_jitter(jitter: float) -> None:
     if not (math.isfinite(jitter) and jitter >= 0):
         raise ValueError(f"attack.jitter must be finite and at least 0 (0: all send the same), got {jitter!r}")
 
 
-def _sent_by_all(row_P: Tensor, updates_NP: Tensor, malicious_N: Tensor, threat: Threat, jitter: float) -> Tensor:
+def sent_by_all(row_P: Tensor, updates_NP: Tensor, malicious_N: Tensor, threat: Threat, jitter: float) -> Tensor:
     """The row, once per malicious client, ``(F, P)``; with jitter if two clients are honest."""
     row_FP = row_P.expand(int(malicious_N.sum()), -1)
     honest_HP = updates_NP[~malicious_N]
@@ -72,7 +82,7 @@ class IPM:
 
     def __post_init__(self) -> None:
         above_zero("attack.epsilon", self.epsilon)
-        _check_jitter(self.jitter)
+        check_jitter(self.jitter)
 
 
 @ATTACKS.register("ipm", settings=IPM)
@@ -85,7 +95,7 @@ def ipm(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: IPM) 
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) == 0:
         return updates_NP[malicious_N]
-    return _sent_by_all(-settings.epsilon * honest_HP.mean(0), updates_NP, malicious_N, threat, settings.jitter)
+    return sent_by_all(-settings.epsilon * honest_HP.mean(0), updates_NP, malicious_N, threat, settings.jitter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +113,7 @@ class Direction:
 
     def __post_init__(self) -> None:
         one_of("attack.direction", self.direction, DIRECTIONS)
-        _check_jitter(self.jitter)
+        check_jitter(self.jitter)
 
 
 @ATTACKS.register("min-max", settings=Direction)
@@ -118,18 +128,25 @@ def min_max(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: D
     if len(honest_HP) < 2:
         return updates_NP[malicious_N]
     mean_P, direction_P = honest_HP.mean(0), _direction(honest_HP, settings.direction)
-    offset_HP = mean_P - honest_HP
+    row_P = mean_P + reach_within(honest_HP, direction_P) * direction_P
+    return sent_by_all(row_P, updates_NP, malicious_N, threat, settings.jitter)
+
+
+def reach_within(rows_HP: Tensor, direction_P: Tensor) -> Tensor:
+    """The largest g, ``()``, for which mean + g * direction is as near to all rows as any two are.
+
+    A direction of zeros gives 0.
+    """
+    offset_HP = rows_HP.mean(0) - rows_HP
     widest = torch.cdist(offset_HP, offset_HP, compute_mode="use_mm_for_euclid_dist").max().double().square()
-    # |offset + gamma direction|^2 <= widest holds for every honest client up to the smallest
-    # positive root of the quadratics
+    # |offset + gamma direction|^2 <= widest holds for every row up to the smallest positive root of
+    # the quadratics
     a = direction_P.double().square().sum()
     if a == 0:
-        return _sent_by_all(mean_P, updates_NP, malicious_N, threat, settings.jitter)
+        return direction_P.new_zeros(())
     b_H = (offset_HP @ direction_P).double()
     c_H = offset_HP.double().square().sum(1) - widest
-    gamma = ((-b_H + (b_H.square() - a * c_H).clamp_min(0).sqrt()) / a).min()
-    row_P = mean_P + gamma.to(mean_P.dtype) * direction_P
-    return _sent_by_all(row_P, updates_NP, malicious_N, threat, settings.jitter)
+    return ((-b_H + (b_H.square() - a * c_H).clamp_min(0).sqrt()) / a).min().to(direction_P.dtype)
 
 
 @ATTACKS.register("min-sum", settings=Direction)
@@ -149,7 +166,7 @@ def min_sum(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: D
     furthest = torch.linalg.vector_norm((honest_HP - mean_P).double(), dim=1).max()
     gamma = furthest / length if length > 0 else torch.zeros_like(length)
     row_P = mean_P + gamma.to(mean_P.dtype) * direction_P
-    return _sent_by_all(row_P, updates_NP, malicious_N, threat, settings.jitter)
+    return sent_by_all(row_P, updates_NP, malicious_N, threat, settings.jitter)
 
 
 def _direction(honest_HP: Tensor, kind: str) -> Tensor:
@@ -169,8 +186,8 @@ def lie(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: Jitte
     honest_HP = updates_NP[~malicious_N]
     if len(honest_HP) < 2:
         return updates_NP[malicious_N]
-    row_P = honest_HP.mean(0) - _largest_z(malicious_N) * honest_HP.std(0)
-    return _sent_by_all(row_P, updates_NP, malicious_N, threat, settings.jitter)
+    row_P = honest_HP.mean(0) - largest_z(malicious_N) * honest_HP.std(0)
+    return sent_by_all(row_P, updates_NP, malicious_N, threat, settings.jitter)
 
 
 def clipped_to_band(updates_NP: Tensor, malicious_N: Tensor) -> Tensor:
@@ -178,11 +195,11 @@ def clipped_to_band(updates_NP: Tensor, malicious_N: Tensor) -> Tensor:
     own_FP, honest_HP = updates_NP[malicious_N], updates_NP[~malicious_N]
     if len(honest_HP) < 2:
         return own_FP
-    mean_P, reach_P = honest_HP.mean(0), max(_largest_z(malicious_N), 0.0) * honest_HP.std(0)
+    mean_P, reach_P = honest_HP.mean(0), max(largest_z(malicious_N), 0.0) * honest_HP.std(0)
     return own_FP.clamp(mean_P - reach_P, mean_P + reach_P)
 
 
-def _largest_z(malicious_N: Tensor) -> float:
+def largest_z(malicious_N: Tensor) -> float:
     """Baruch et al.'s z: in each parameter, enough honest clients are expected beyond the
     attackers.
 

@@ -53,8 +53,8 @@ def train_clients(
         config: the recipe.
         buffers: the buffers of the global model by name (batch norm's running statistics); None:
             the module's own.
-        poison: ``poison(inputs (c, B, ...), labels (c, B))`` returns what c malicious clients train
-            on instead of their batches.
+        poison: ``poison(inputs (c, B, ...), labels (c, B), clients (c,))`` returns what c malicious
+            clients, whose numbers are from 0 to C - 1, train on instead of their batches.
         poisoned: ``(C,)`` bool, which clients poison their batches; None: no client does.
         progress: called after each block with the number of clients that are trained so far.
         after_step: ``after_step(params (c, P), step, clients (c,))``, called after each step of a

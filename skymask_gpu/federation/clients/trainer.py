@@ -40,7 +40,7 @@ _GPU_SHARE = 0.5
 # slower.
 _VMAP_FLOPS = 2e7
 
-Poison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Poison = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 AfterStep = Callable[[Tensor, int, Tensor], Tensor | None]
 
 
@@ -173,7 +173,7 @@ class Trainer:
         buffers_C = for_each_client(start_buffers, len(index_CSB))
         for step in range(int(steps_C.max())):
             active = int((steps_C > step).sum())
-            batch = self._batch(index_CSB[:active, step], poisoned)
+            batch = self._batch(index_CSB[:active, step], clients_C[:active], poisoned)
             # Slices are views: what the model or a step writes into them is in the whole tensors.
             params, buffers, momentum = (
                 {name: value[:active] for name, value in x.items()} for x in (params_C, buffers_C, momentum_C)
@@ -206,7 +206,7 @@ class Trainer:
             params = {name: fast_layout(value.clone()) for name, value in self.flat.unflatten(start_P).items()}
             momentum = {name: torch.zeros_like(value) for name, value in params.items()} if self._config.momentum else {}
             for step in range(steps):
-                batch_inputs, batch_labels = self._batch(index_CSB[client : client + 1, step], poisoned)
+                batch_inputs, batch_labels = self._batch(index_CSB[client, None, step], clients_C[client, None], poisoned)
                 for value in params.values():
                     value.requires_grad_()
                 loss = self._loss(params, buffers, fast_layout(batch_inputs[0]), batch_labels[0])
@@ -217,11 +217,11 @@ class Trainer:
             params_CP[client] = self.flat.flatten(params)
         return params_CP, buffers_C
 
-    def _batch(self, index_CB: Tensor, poisoned: bool) -> tuple[Tensor, Tensor]:
+    def _batch(self, index_CB: Tensor, clients_C: Tensor, poisoned: bool) -> tuple[Tensor, Tensor]:
         # index_select is several times faster than indexing by a tensor.
         chosen, shape = index_CB.flatten(), index_CB.shape
         inputs, labels = (x.index_select(0, chosen).unflatten(0, shape) for x in (self._inputs, self._labels))
-        return self._poison(inputs, labels) if poisoned and self._poison is not None else (inputs, labels)
+        return self._poison(inputs, labels, clients_C) if poisoned and self._poison is not None else (inputs, labels)
 
     def _descend(self, params: Tensor, gradient: Tensor, momentum: Tensor | None) -> None:
         """One step of ``torch.optim.SGD`` after ``clip_grad_value_``, in place."""

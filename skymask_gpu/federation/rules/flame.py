@@ -24,8 +24,8 @@ def flame(updates_MP: Tensor, info: RoundInfo) -> RuleResult:
 
     This noise is the paper's own, as printed. Its length is about lambda * S * sqrt(P), so it grows
     with the model: it is 0.37 S with the 139,960 parameters of the paper's CNN, and 3.3 S with the
-    11 million of ResNet-18, where it drowns the updates. Some libraries divide the deviation by
-    sqrt(P), which makes the length lambda * S for every model; this is not done here.
+    11 million of ResNet-18, where it drowns the updates. Dividing the deviation by sqrt(P)
+    would make the length lambda * S for every model; this is not done here.
     """
     distances_MM = cosine_distances(inner_products(updates_MP, info.global_params))
     labels_M = hdbscan_labels(
