@@ -204,6 +204,12 @@ def _nnm(problem: Problem, result: RuleResult) -> str | None:
     return _difference(problem, some_columns(result.update), want_C)
 
 
+def _foundation_fl(problem: Problem, result: RuleResult) -> str | None:
+    rows_NP = reference.foundation_rows(_all_clients(problem), round(0.5 * problem.num_clients))
+    want_C = reference.trimmed_mean(_float64(some_columns(torch.from_numpy(rows_NP))), problem.num_malicious)
+    return _difference(problem, some_columns(result.update), want_C)
+
+
 def _bucketing(problem: Problem, result: RuleResult) -> str | None:
     order = torch.randperm(problem.num_clients, generator=make_info(problem).generator).tolist()
     means_BC = reference.bucket_means(_float64(some_columns(problem.updates[:-1])), order, 2)
@@ -234,6 +240,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "fedavg": (_mean_of_kept, "NumPy's mean, 500 columns"),
     "fedgreed": (_fedgreed, "a loop over the models"),
     "fltrust": (_fltrust, "a loop over the clients"),
+    "foundation-fl": (_foundation_fl, "a loop over the clients, 500 columns"),
     "geometric-median": (_geometric_median, "its defining property"),
     "krum": (_krum(multi=False), "a loop over the clients"),
     "median": (_coordinatewise(lambda values_NC, _: reference.median(values_NC)), "a loop over 500 columns"),

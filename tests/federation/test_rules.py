@@ -40,7 +40,8 @@ JUDGED = [name for name in RULES if name not in ("fedavg", "skymask")]
 REMEMBERING = ("skymask", "fldetector", "centred-clipping")
 SINGLE_ROUND = [name for name in JUDGED if name not in REMEMBERING]
 # FedGreed believes the root loss alone, and these updates have nothing to do with the model's samples.
-DISTANT = [name for name in JUDGED if name != "fedgreed"]
+# FoundationFL copies an attacker's row if attackers are as far from both extremes as honest clients are.
+DISTANT = [name for name in JUDGED if name not in ("fedgreed", "foundation-fl")]
 
 
 def make_module(bias: bool = True) -> nn.Module:

@@ -178,6 +178,17 @@ def test_nnm_gives_the_base_rule_means_of_neighbours(seed: int, base: str) -> No
 
 
 @SEEDS
+@pytest.mark.parametrize("base", ["trimmed-mean", "median"])
+def test_foundation_fl_adds_copies_of_the_row_furthest_from_the_extremes(seed: int, base: str) -> None:
+    updates = random_updates(15, seed)
+    result = apply("foundation-fl", updates, 3, synthetic=0.4, base=BaseRule(name=base))
+    rows = torch.from_numpy(reference.foundation_rows(updates.numpy(), 6))
+    assert result.kept is None
+    assert_same(result.update, apply(base, rows, 3).update.numpy())
+    assert not torch.equal(result.update, apply(base, updates, 3).update)
+
+
+@SEEDS
 @pytest.mark.parametrize(("size", "base"), [(2, "multi-krum"), (3, "trimmed-mean"), (4, "fltrust"), (1, "median")])
 def test_bucketing_gives_the_base_rule_means_of_buckets(seed: int, size: int, base: str) -> None:
     updates = random_updates(15, seed)
@@ -204,6 +215,8 @@ def test_bucketing_gives_the_base_rule_means_of_buckets(seed: int, size: int, ba
         ("alignins", {"top_share": 0.0}, r"defence\.top_share must be above 0 and at most 1, got 0\.0"),
         ("centred-clipping", {"radius": -1.0}, r"defence\.radius must be finite and at least 0 .*, got -1\.0"),
         ("fed-nga", {"step": float("inf")}, r"defence\.step must be finite and at least 0 .*, got inf"),
+        ("foundation-fl", {"synthetic": 0.0}, r"defence\.synthetic must be finite and above 0, got 0\.0"),
+        ("foundation-fl", {"base": BaseRule(name="krum")}, r"defence\.base must be one of trimmed-mean, median, got 'krum'"),
         ("bucketing", {"bucket_size": 0}, r"defence\.bucket_size must be at least 1, got 0"),
     ],
 )
@@ -213,6 +226,6 @@ def test_settings_out_of_range_are_named(name: str, settings: dict[str, Any], me
 
 
 def test_rules_that_remember_or_wrap_are_no_base() -> None:
-    assert not {"fldetector", "centred-clipping", "nnm", "bucketing"} & set(base_rule_names())
+    assert not {"fldetector", "centred-clipping", "nnm", "bucketing", "foundation-fl"} & set(base_rule_names())
     with pytest.raises(ValueError, match=r"defence\.base must be one of .*, got 'nnm'"):
         BaseRule(name="nnm")

@@ -10,7 +10,7 @@
 | ``fltrust.py``, ``flame.py``, ``deepsight.py`` | one rule each |
 | ``tolpegin.py``, ``fldetector.py``, ``skymask.py`` | one rule each |
 | ``dnc.py``, ``signguard.py``, ``alignins.py``, ``fedgreed.py`` | one rule each |
-| ``preaggregators.py`` | nnm, bucketing: they mix updates before another rule sees them |
+| ``preaggregators.py`` | nnm, bucketing, foundation-fl: they mix or add updates before another rule |
 | ``wrappers.py`` | a function as a rule; a rule that NaN and Inf do not reach |
 | ``rows.py``, ``clustering.py``, ``last_layer.py`` | what several rules share |
 | ``reference.py`` | the rules as literal loops, for tests and the benchmark |

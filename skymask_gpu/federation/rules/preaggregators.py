@@ -1,4 +1,7 @@
-"""Nearest-neighbour mixing and bucketing: they mix the updates before another rule sees them."""
+"""Nearest-neighbour mixing, bucketing and FoundationFL, which prepare updates for another rule.
+
+The first two mix the updates, the third one adds some.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -8,12 +11,24 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine.registry import one_of
-from skymask_gpu.federation.choices import Choice, Choices
+from skymask_gpu.federation.choices import Choice, Choices, above_zero
 from skymask_gpu.federation.rules.building import build_rule
 from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleContext, RuleResult, uses_root_data
-from skymask_gpu.federation.rules.rows import squared_distances
+from skymask_gpu.federation.rules.rows import squared_distances, squared_distances_to
 
-__all__ = ["BaseRule", "Bucketing", "BucketingSettings", "Mixing", "NearestNeighbourMixing", "base_rule_names"]
+__all__ = [
+    "BaseRule",
+    "Bucketing",
+    "BucketingSettings",
+    "Foundation",
+    "FoundationFL",
+    "Mixing",
+    "NearestNeighbourMixing",
+    "base_rule_names",
+]
+
+# The rules that FoundationFL strengthens.
+_FOUNDATIONS = ("trimmed-mean", "median")
 
 
 def base_rule_names() -> list[str]:
@@ -69,6 +84,23 @@ class BucketingSettings:
             raise ValueError(f"defence.bucket_size must be at least 1, got {self.bucket_size!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Foundation:
+    """Settings of ``foundation-fl``.
+
+    Attributes:
+        synthetic: the number of synthetic updates per client, m / n in the paper.
+        base: ``"trimmed-mean"`` or ``"median"``.
+    """
+
+    synthetic: float = 0.5
+    base: BaseRule = field(default_factory=BaseRule)
+
+    def __post_init__(self) -> None:
+        above_zero("defence.synthetic", self.synthetic)
+        one_of("defence.base", self.base.name, _FOUNDATIONS)
+
+
 class _Before:
     """A rule that mixes the rows and gives the mixed ones to its base rule.
 
@@ -78,7 +110,7 @@ class _Before:
 
     mixes_rows = True
 
-    def __init__(self, context: RuleContext, settings: Mixing | BucketingSettings) -> None:
+    def __init__(self, context: RuleContext, settings: Mixing | BucketingSettings | Foundation) -> None:
         base = settings.base
         if uses_root_data(base.name) and len(context.root_inputs) == 0:
             raise ValueError(f"defence.base {base.name!r} needs the server's samples, got none; use another base rule")
@@ -131,3 +163,29 @@ class Bucketing(_Before):
         for bucket, kept in zip(buckets, result.kept, strict=True):
             kept_M[bucket.to(updates_MP.device)] = kept
         return dataclasses.replace(result, kept=kept_M, tensors=None)
+
+
+@RULES.register("foundation-fl", settings=Foundation)
+class FoundationFL(_Before):
+    """FoundationFL (Fang et al., NDSS 2025, arXiv 2501.17381).
+
+    Let a and b be the largest and the smallest value of each parameter among the clients. A
+    client's score is min(|u - a|, |u - b|), and u* the update with the largest score, which is
+    furthest from both extremes. The base rule, the trimmed mean or the median, then aggregates the
+    n updates together with m copies of u*, with the same f. As these rules do, it judges nobody.
+    Attackers at opposite extremes are far from the other's one: then u* may be an attacker's.
+    """
+
+    def __init__(self, context: RuleContext, settings: Foundation) -> None:
+        super().__init__(context, settings)
+        self._synthetic = settings.synthetic
+
+    def __call__(self, updates_MP: Tensor, info: RoundInfo) -> RuleResult:
+        extremes = (updates_MP.amax(0), updates_MP.amin(0))
+        scores_M = torch.minimum(*(squared_distances_to(updates_MP, extreme_P) for extreme_P in extremes))
+        chosen = scores_M.argmax()
+        num_rows, num_copies = len(updates_MP), round(self._synthetic * len(updates_MP))
+        # Both base rules treat each parameter by itself, so parts of the columns save memory.
+        parts = updates_MP.split(max(1, updates_MP.shape[1] * num_rows // (num_rows + num_copies)), dim=1)
+        steps = [self._base(torch.cat([part, part[chosen].expand(num_copies, -1)]), info).update for part in parts]
+        return RuleResult(torch.cat(steps), None)

@@ -19,6 +19,7 @@ __all__ = [
     "fed_nga",
     "fedgreed_kept",
     "fltrust",
+    "foundation_rows",
     "geometric_median_pull",
     "krum_ranking",
     "mean_clipped",
@@ -182,6 +183,13 @@ def nearest_means(rows_MP: np.ndarray, num_malicious: int) -> np.ndarray:
         nearest = sorted(range(len(rows_MP)), key=distances.__getitem__)[: len(rows_MP) - num_malicious]
         means.append(np.mean([rows_MP[near] for near in nearest], 0))
     return np.array(means)
+
+
+def foundation_rows(rows_MP: np.ndarray, num_copies: int) -> np.ndarray:
+    """The rows, and copies of the one that is furthest from both extremes, ``(M + copies, P)``."""
+    largest_P, smallest_P = rows_MP.max(0), rows_MP.min(0)
+    scores = [min(float(np.linalg.norm(row_P - largest_P)), float(np.linalg.norm(row_P - smallest_P))) for row_P in rows_MP]
+    return np.array([*rows_MP, *[rows_MP[scores.index(max(scores))]] * num_copies])
 
 
 def bucket_means(rows_MP: np.ndarray, order: Sequence[int], size: int) -> np.ndarray:
