@@ -260,6 +260,7 @@ def test_a_search_finds_the_strength_that_hurts_most(name: str) -> None:
     assert torch.equal(sent[0], best)
     line, start = (-honest.std(0), mean) if name == "opt-alie" else (-mean, torch.zeros_like(mean))
     strength = float((sent[0] - start) @ line / (line @ line))
+    assert strength > 0
     assert_close(sent[0], [float(start[k]) + strength * float(line[k]) for k in range(NUM_PARAMS)])
     # Of a fine grid of strengths, none does more than a tenth more damage.
     fine = []

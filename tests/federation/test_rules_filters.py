@@ -79,12 +79,15 @@ def test_dnc_is_the_loop(seed: int) -> None:
 def test_signguard_is_the_loop(seed: int) -> None:
     updates = random_updates(20, seed)
     updates[:6] -= 2 * updates[:6].abs().mean()
+    updates[10] *= 100
+    updates[11] *= 0.01
     result = apply("signguard", updates, columns_share=0.5)
     rows = updates.numpy()
     kept = reference.signguard_kept(rows, drawn(round(0.5 * NUM_PARAMS)))
     assert result.kept is not None
     assert result.kept.tolist() == kept
-    assert 0 < sum(kept) < 20
+    assert sum(kept) > 3
+    assert not any(kept[10:12]), "too long and too short"
     assert_same(result.update, reference.mean_clipped(rows, kept, float(np.median(np.linalg.norm(rows, axis=1)))))
 
 
