@@ -33,6 +33,8 @@ CUML = ["cuml-cu13>=26.10; platform_system == 'Linux'"]
 FLOWER = ["flwr[simulation]>=1.42"]
 # `examples/byzfl_plugin.py`. ByzFL's torchvision fails beside a torch for CPUs only: pip install --no-deps byzfl scipy.
 BYZFL = ["byzfl>=0.0.11"]
+# `[tracking]` in a run's file, and `skymask-gpu export`; W&B and MLflow are installed by whoever uses them.
+TRACKING = ["tensorboard>=2.18"]
 # Without a GPU, Triton is needed only by the tests (interpreter and offline compile).
 TEST = [
     *RUN,
@@ -64,6 +66,7 @@ setup(
         "cuml": CUML,
         "flower": FLOWER,
         "byzfl": BYZFL,
+        "tracking": TRACKING,
         "test": TEST,
         "dev": DEV,
     },

@@ -259,10 +259,11 @@ def test_run_writes_metrics_plots_and_a_page_that_needs_nothing_else(tmp_path: P
     assert str(out / "report.html") in printed
     for name in ("FedAvg", "SkyMask"):
         assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 3
-    for picture in ("rounds.png", "masks.png", "witnesses.png", "evidence.png"):
+    pictures = ("rounds", "verdicts", "rejections", "masks_by_round", "masks", "witnesses", "evidence")
+    for picture in (f"{name}.png" for name in pictures):
         assert (out / picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == len(pictures)
     assert "http" not in page
     assert "sign-flip 4/20" in page
 

@@ -15,6 +15,7 @@ from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.federation.datasets.partition import PARTITIONS
 from skymask_gpu.federation.models import MODELS
 from skymask_gpu.federation.rules import RULES
+from skymask_gpu.federation.tracking import TRACKERS
 from skymask_gpu.federation.transforms.obfuscation import OBFUSCATIONS
 
 
@@ -63,9 +64,10 @@ def test_every_setting_and_name_is_in_the_docs(checkout: Path) -> None:
     keys += [f"attack.{field.name}" for name in ATTACKS for field in dataclasses.fields(ATTACKS.settings_of(name))]
     keys += [f"defence.{field.name}" for name in RULES for field in dataclasses.fields(RULES.settings_of(name))]
     keys += [f"privacy.{field.name}" for name in OBFUSCATIONS for field in dataclasses.fields(OBFUSCATIONS.settings_of(name))]
+    keys += [f"tracking.{field.name}" for name in TRACKERS for field in dataclasses.fields(TRACKERS.settings_of(name))]
     for key in keys:
         assert f"`{key}`" in page or key == "name", key
-    for name in {*ATTACKS, *OBFUSCATIONS, *RULES, *PARTITIONS} - {"none"}:
+    for name in {*ATTACKS, *OBFUSCATIONS, *RULES, *PARTITIONS, *TRACKERS} - {"none"}:
         assert f"`{name}`" in page, name
     for name in {model.removesuffix("-gn") for model in MODELS}:
         assert re.search(rf"\b{name}\b", page), name

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from skymask_gpu.cli.console import UNCERTAIN, console, warn
+from skymask_gpu.cli.console import UNCERTAIN, answer, console, warn
 from skymask_gpu.defence import Aggregation, ClientHistory, RootTraining, SkyMask, mean_buffers
 from skymask_gpu.defence.means import NORM_BOUND_NAMES
 from skymask_gpu.engine import SOLVERS, FlatModel
@@ -49,7 +49,9 @@ def aggregate(
     model: Annotated[str, typer.Option(help="The model's class, file.py:Class, callable without arguments.")],
     root: Annotated[Path, typer.Option(help="Clean root data: npz with arrays 'inputs' and 'labels'.")],
     out: Annotated[Path, typer.Option(help="Where to write the new global model, safetensors.")],
-    json_report: Annotated[Path | None, typer.Option("--json", help="Where to write the verdict as JSON.")] = None,
+    json_report: Annotated[
+        Path | None, typer.Option("--json", help="Where to write the verdict as JSON; -: on stdout, and all else on stderr.")
+    ] = None,
     local_models: Annotated[
         bool, typer.Option("--local-models", help="The clients' files hold local models, not updates (local minus global).")
     ] = False,
@@ -73,7 +75,10 @@ def aggregate(
         raise ValueError(f"--server-lr must be finite, got {server_lr}")
     one_of("--norm-bound", norm_bound, NORM_BOUND_NAMES)
     inputs = {"--global": global_model, "--updates": updates, "--model": Path(model.rpartition(":")[0]), "--root": root}
-    _check_outputs({"--out": out, "--json": json_report, "--history": history}, inputs)
+    # As with the --json of the other commands, stdout then holds nothing but the document.
+    on_stdout = str(json_report) == "-"
+    json_file = None if on_stdout else json_report
+    _check_outputs({"--out": out, "--json": json_file, "--history": history}, inputs)
     remembered = _read_history(history)
     global_state, metadata = _read_global(global_model)
     module = load_module(model, global_state)
@@ -95,14 +100,17 @@ def aggregate(
         verdict = _verdict_json(result, sent) if json_report is not None else ""
     if not is_first:
         return
-    _print_verdict(result, sent)
-    _write_model(out, metadata, _new_state(global_state, flat, result, sent, server_lr))
-    _write_beside(json_report, verdict, history, remembered)
-    concern = _concern(result, sent)
-    if concern is not None:
-        warn(concern)
-        if strict:
-            raise typer.Exit(UNCERTAIN)
+    with answer(as_json=on_stdout) as found:
+        _print_verdict(result, sent)
+        _write_model(out, metadata, _new_state(global_state, flat, result, sent, server_lr))
+        _write_beside(json_file, verdict, history, remembered)
+        if on_stdout:
+            found |= json.loads(verdict)
+        concern = _concern(result, sent)
+        if concern is not None:
+            warn(concern)
+            if strict:
+                raise typer.Exit(UNCERTAIN)
 
 
 def _read_global(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,6 +1,6 @@
 """The command ``skymask-gpu bench``."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from skymask_gpu.cli.console import console, extra_named
+from skymask_gpu.cli.console import answer, console, extra_named
+from skymask_gpu.cli.options import AsJson
 
 if TYPE_CHECKING:
     from skymask_gpu.bench.points import Limits
@@ -34,6 +35,7 @@ def bench(
         typer.Option(metavar="REV", help="Compare --quick's calls with those of another revision of this git checkout."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default bench-out/TIME.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time the solvers and the aggregation rules beside their baselines.
 
@@ -53,21 +55,23 @@ def bench(
     if (folder / "bench.csv").exists():
         raise ValueError(f"--out: {folder} holds results already; name another folder")
 
-    rows, stopped = _measured(limits, against, folder)
-    write_summary(rows, folder / "summary.md")
-    if not against:
-        _draw(rows, folder)
-    bad = [row for row in rows if row.status in ("wrong", "failed")]
-    timed = sum(row.status == "ok" for row in rows)
-    console.print(_table(rows))
-    console.print(
-        f"{timed} of {len(rows)} rows have a time, {len(bad)} are wrong or failed: {folder}/summary.md", soft_wrap=True
-    )
-    if stopped:
-        console.print("stopped; what was measured is there")
-        raise typer.Exit(130)
-    if bad:
-        raise typer.Exit(1)
+    with answer(as_json=as_json) as found:
+        rows, stopped = _measured(limits, against, folder)
+        write_summary(rows, folder / "summary.md")
+        if not against:
+            _draw(rows, folder)
+        bad = [row for row in rows if row.status in ("wrong", "failed")]
+        timed = sum(row.status == "ok" for row in rows)
+        console.print(_table(rows))
+        console.print(
+            f"{timed} of {len(rows)} rows have a time, {len(bad)} are wrong or failed: {folder}/summary.md", soft_wrap=True
+        )
+        found |= {"rows": [asdict(row) for row in rows], "folder": folder}
+        if stopped:
+            console.print("stopped; what was measured is there")
+            raise typer.Exit(130)
+        if bad:
+            raise typer.Exit(1)
 
 
 def _measured(limits: "Limits", against: str | None, folder: Path) -> "tuple[list[Row], bool]":

@@ -1,17 +1,20 @@
-"""What all commands share: consoles, warnings, advice after Ctrl-C, errors for missing extras."""
+"""What all commands share: consoles, JSON answers, warnings, advice after Ctrl-C, missing extras."""
 
+import json
+import math
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["UNCERTAIN", "console", "errors", "extra_named", "print_table", "resumable", "warn"]
+__all__ = ["UNCERTAIN", "answer", "as_dicts", "console", "errors", "extra_named", "print_table", "resumable", "warn"]
 
 # The exit code of --strict if everything was done and written, but there is something to warn of.
 UNCERTAIN = 3
@@ -33,6 +36,48 @@ errors = _console(stderr=True)
 def warn(message: str) -> None:
     """Print a warning in one line on stderr."""
     errors.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def answer(*, as_json: bool) -> Iterator[dict[str, Any]]:
+    """What a command found, for programs: whatever the block puts into the dict.
+
+    With ``as_json``, stdout gets the dict as one JSON document at the end, and everything that is
+    printed for people inside the block goes to stderr. If the block ends with an error, or before
+    it has found anything, stdout stays empty.
+    """
+    found: dict[str, Any] = {}
+    console.stderr = as_json
+    try:
+        yield found
+    except typer.Exit:
+        # Exit codes such as that of --strict come after the work.
+        _print_json(found, as_json)
+        raise
+    finally:
+        console.stderr = False
+    _print_json(found, as_json)
+
+
+def _print_json(found: dict[str, Any], as_json: bool) -> None:
+    if as_json and found:
+        print(json.dumps(_plain(found), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and Inf become null, paths become text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def as_dicts(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """The rows of a table by the names of their columns."""
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 import skymask_gpu
-from skymask_gpu.cli import aggregate, bench, board, example, federation, info, leak, profile
+from skymask_gpu.cli import aggregate, bench, board, example, export, federation, info, leak, profile, report
 from skymask_gpu.cli.console import errors, warn
 from skymask_gpu.defence import VerdictWarning
 
@@ -32,12 +32,11 @@ class _DebugAnywhere(TyperGroup):
 
 app = typer.Typer(
     cls=_DebugAnywhere,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="SkyMask, the mask-based defence of federated learning.",
 )
-for command in (aggregate, info, federation, board, leak, bench, profile, example):
+for command in (aggregate, info, federation, report, board, leak, bench, profile, export, example):
     command.register(app)
 
 

@@ -1,36 +1,35 @@
-"""The commands of simulated federations: ``skymask-gpu run | sweep | report | data``."""
+"""The commands of simulated federations: ``skymask-gpu run | sweep | data``."""
 
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress, TaskID
 
-from skymask_gpu.cli.console import UNCERTAIN, console, extra_named, resumable, warn
+from skymask_gpu.cli.console import answer, console, extra_named, resumable
+from skymask_gpu.cli.options import (
+    AsJson,
+    Changes,
+    DataDir,
+    Jobs,
+    Overwrite,
+    Resume,
+    check_folders,
+    given,
+    progress_bar,
+    with_data,
+)
+from skymask_gpu.cli.report import report_on, warn_of
 from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.io.files import locked
-
-if TYPE_CHECKING:
-    from skymask_gpu.report import FinishedRun
-
-DataDir = Annotated[Path | None, typer.Option(help="Folder with the data set's standard files.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where a stopped run left off.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where there are results already.")]
-
-Jobs = Annotated[int, typer.Option(min=1, help="Cells that are played at the same time; the cores are shared out.")]
-
-# The number of rows of the final table that fit on a screen. All rows are in tables.md.
-_TABLE_ROWS = 40
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for command in (run, sweep, report, data):
+    for command in (run, sweep, data):
         app.command()(command)
 
 
@@ -38,6 +37,7 @@ def run(
     config: Annotated[Path, typer.Argument(help="The run's TOML file; examples/ has some.")],
     out: Annotated[Path | None, typer.Option(help="Folder for metrics, plots and report; default runs/NAME.")] = None,
     data_dir: DataDir = None,
+    changes: Changes = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     strict: Annotated[
@@ -46,6 +46,7 @@ def run(
             "--strict", help="Exit code 3 if a run diverged or, in any round, SkyMask had no verdict or rejected most."
         ),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Simulate a federated run round by round, and report it with plots and one HTML page."""
     with extra_named("run"):
@@ -54,28 +55,31 @@ def run(
         from skymask_gpu.federation.run_folder import clear_results, has_results
         from skymask_gpu.federation.simulation import Federation
 
-    runs = _with_data(read_config(config), data_dir)
+    runs = with_data(read_config(config, changes or []), data_dir)
     folder = out or Path("runs") / config.stem
     folders = [folder / r.name if len(runs) > 1 else folder for r in runs]
     check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
-    # all of them before the first round, and before anything is overwritten: what cannot run is
-    # said now
-    with console.status("loading ..."):
-        keys = {(r.data.dataset, r.data.data_dir) for r in runs}
-        datasets = {(name, where): load_dataset(name, Path(where) if where else None) for name, where in keys}
-        federations = [Federation.build(r, datasets[r.data.dataset, r.data.data_dir]) for r in runs]
-    with ExitStack() as locks:
-        for path in dict.fromkeys([folder, *folders]):
-            locks.enter_context(locked(path))
-        # another run may have come and gone while this one loaded
-        check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
-        if overwrite:
-            for existing in folders:
-                clear_results(existing)
-        with resumable("run", config, "--out", folder, *given("--data-dir", data_dir), *["--strict"] * strict, "--resume"):
-            _play(runs, federations, folders)
-            finished = _report(config.stem, folder)
-    _warn_of(finished, strict=strict)
+    command = ["run", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes)]
+    command += ["--strict"] * strict + ["--json"] * as_json + ["--resume"]
+    with answer(as_json=as_json) as found:
+        # all of them before the first round, and before anything is overwritten: what cannot run is
+        # said now
+        with console.status("loading ..."):
+            keys = {(r.data.dataset, r.data.data_dir) for r in runs}
+            datasets = {(name, where): load_dataset(name, Path(where) if where else None) for name, where in keys}
+            federations = [Federation.build(r, datasets[r.data.dataset, r.data.data_dir]) for r in runs]
+        with ExitStack() as locks:
+            for path in dict.fromkeys([folder, *folders]):
+                locks.enter_context(locked(path))
+            # another run may have come and gone while this one loaded
+            check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
+            if overwrite:
+                for existing in folders:
+                    clear_results(existing)
+            with resumable(*command):
+                _play(runs, federations, folders)
+                finished = report_on(config.stem, [folder], folder, found)
+        warn_of(finished, strict=strict)
 
 
 def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:
@@ -91,53 +95,57 @@ def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:
             progress.update(task, completed=settings.rounds, status="done")
 
 
-def _warn_of(finished: "list[FinishedRun]", *, strict: bool) -> None:
-    """Print the warnings that the numbers need; with ``strict``, the exit code warns, too."""
-    from skymask_gpu.report import concerns
-
-    sentences = [f"{run.name}: {sentence}" for run in finished for sentence in concerns(run)]
-    for sentence in sentences[:_TABLE_ROWS]:
-        warn(sentence)
-    if len(sentences) > _TABLE_ROWS:
-        warn(f"... and {len(sentences) - _TABLE_ROWS} more of this kind")
-    if strict and sentences:
-        raise typer.Exit(UNCERTAIN)
-
-
 def sweep(
     config: Annotated[Path, typer.Argument(help="A run's TOML file with a [grid] table of lists; examples/ has some.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the cells and the report; default runs/NAME.")] = None,
     data_dir: DataDir = None,
+    changes: Changes = None,
     jobs: Jobs = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Play only each N-th cell, from the I-th on; all shards share the folder."),
+    ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Play every combination of a grid of attacks, rules, shares, seeds ..., and report tables."""
     with extra_named("run"):
         from skymask_gpu.federation.config import read_grid
-        from skymask_gpu.federation.sweep import check_cells, check_inputs, clear_cells, has_cells
+        from skymask_gpu.federation.sweep import check_cells, check_inputs, clear_cells, has_cells, shard_of, write_plan
 
-    cells = _with_data(read_grid(config), data_dir)
+    every = with_data(read_grid(config, changes or []), data_dir)
+    cells = every if shard is None else shard_of(every, shard)
     folder = out or Path("runs") / config.stem
-    check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
-    if not overwrite:
-        check_cells(folder, cells)
-    # for all cells together: what is missing is said once, before anything is overwritten
-    with console.status("loading ..."):
-        check_inputs(cells)
-    command = ["sweep", config, "--out", folder, *given("--data-dir", data_dir), "--jobs", jobs, "--resume"]
-    with locked(folder), resumable(*command):
-        # another sweep may have come and gone while this one loaded
-        check_folders([folder] if has_cells(folder) else [], resume=resume, overwrite=overwrite)
-        if overwrite:
-            clear_cells(folder, cells)
-        done, failed = played_cells(cells, folder, jobs)
-        finished = _report(config.stem, folder) if done else []
-    if done:
-        _warn_of([run for run in finished if run.diverged], strict=False)
-    if failed:
-        console.print(f"[red]{len(failed)} of {len(cells)} cells failed[/]; --resume tries them again", soft_wrap=True)
-        raise typer.Exit(1)
+
+    def check() -> None:
+        begun = has_cells(folder, None if shard is None else cells)
+        check_folders([folder] if begun else [], resume=resume, overwrite=overwrite)
+        if not overwrite:
+            check_cells(folder, cells)
+
+    check()
+    command = ["sweep", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes), "--jobs", jobs]
+    command += [*given("--shard", shard), *["--json"] * as_json, "--resume"]
+    with answer(as_json=as_json) as found:
+        # for all cells together: what is missing is said once, before anything is overwritten
+        with console.status("loading ..."):
+            check_inputs(cells)
+        with locked(folder, shared=shard is not None), resumable(*command):
+            # another sweep may have come and gone while this one loaded
+            check()
+            if overwrite:
+                clear_cells(folder, cells)
+            write_plan(folder, every)
+            done, failed = played_cells(cells, folder, jobs)
+            found["runs"] = []
+            finished = report_on(config.stem, [folder], folder, found) if done else []
+        if done:
+            warn_of([run for run in finished if run.diverged], strict=False)
+        if failed:
+            found["failed"] = failed
+            console.print(f"[red]{len(failed)} of {len(cells)} cells failed[/]; --resume tries them again", soft_wrap=True)
+            raise typer.Exit(1)
 
 
 def played_cells(cells: list[Any], folder: Path, jobs: int) -> tuple[int, dict[str, str]]:
@@ -160,13 +168,6 @@ def played_cells(cells: list[Any], folder: Path, jobs: int) -> tuple[int, dict[s
     return done, failed
 
 
-def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run, of runs or of a sweep.")],
-) -> None:
-    """Tables (Markdown, CSV, LaTeX), plots and one HTML page of what a folder holds so far."""
-    _report(folder.resolve().name, folder)
-
-
 def data(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(k for k, spec in DATASETS.items() if spec.source)}.")],
     folder: Annotated[Path, typer.Argument(help="Where to put the standard files.")],
@@ -177,56 +178,6 @@ def data(
     with console.status(f"downloading {name} ..."):
         download(name, folder)
     console.print(f"{name}: {folder}")
-
-
-def given(option: str, value: object) -> list[object]:
-    """The option as it is written on a command line; empty if there is no value."""
-    return [] if value is None else [option, value]
-
-
-def _with_data(runs: list[Any], data_dir: Path | None) -> list[Any]:
-    if data_dir is None:
-        return runs
-    return [replace(r, data=replace(r.data, data_dir=str(data_dir))) for r in runs]
-
-
-def check_folders(existing: list[Path], *, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    if existing and not resume and not overwrite:
-        raise ValueError(f"--out: {existing[0]} holds results already; go on with --resume or start anew with --overwrite")
-
-
-def progress_bar(description: str) -> Progress:
-    return Progress(
-        TextColumn(description),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-    )
-
-
-def _report(title: str, folder: Path) -> "list[FinishedRun]":
-    """Write the report, print its table, and return the runs that it shows."""
-    with extra_named("run"):
-        from skymask_gpu.report import COLUMNS, NOTE, load_runs, write_report
-
-    runs = load_runs(folder)
-    with console.status("drawing ..."):
-        written = write_report(title, runs, folder)
-    table = Table(*COLUMNS, title=f"{title}: after {max(len(run.records) for run in runs)} rounds")
-    for finished in runs[:_TABLE_ROWS]:
-        table.add_row(*(escape(cell) for cell in finished.row()))
-    console.print(table)
-    if len(runs) > _TABLE_ROWS:
-        console.print(f"... and {len(runs) - _TABLE_ROWS} more")
-    console.print(NOTE, style="dim")
-    for name, path in written.paths().items():
-        console.print(f"{name + ':':20}{path}", soft_wrap=True)
-    return runs
 
 
 def _show_status(progress: Progress, task: TaskID, text: str) -> None:

@@ -11,7 +11,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from skymask_gpu.cli.console import console
+from skymask_gpu.cli.console import answer, console
+from skymask_gpu.cli.options import AsJson
 from skymask_gpu.engine import SOLVERS, why_not_solver
 from skymask_gpu.engine.clustering import BACKENDS, why_not_backend
 
@@ -36,16 +37,20 @@ def register(app: typer.Typer) -> None:
     app.command()(info)
 
 
-def info() -> None:
+def info(as_json: AsJson = False) -> None:
     """What can run here, and why not."""
-    table = Table("", "", show_header=False, box=None)
-    for name, version in versions():
-        table.add_row(name, version)
-    console.print(table)
-    table = Table("what", "runs", "detail")
-    for what, answer, detail in capabilities():
-        table.add_row(what, f"[{'green' if answer == 'yes' else 'red'}]{answer}[/]", escape(detail))
-    console.print(table)
+    with answer(as_json=as_json) as found:
+        table = Table("", "", show_header=False, box=None)
+        for name, version in versions():
+            table.add_row(name, version)
+        console.print(table)
+        rows = capabilities()
+        table = Table("what", "runs", "detail")
+        for what, runs, detail in rows:
+            table.add_row(what, f"[{'green' if runs == 'yes' else 'red'}]{runs}[/]", escape(detail))
+        console.print(table)
+        found["versions"] = dict(versions())
+        found["capabilities"] = [{"what": what, "runs": runs == "yes", "detail": detail} for what, runs, detail in rows]
 
 
 def versions() -> list[tuple[str, str]]:

@@ -1,13 +1,14 @@
 """The command ``skymask-gpu leak``."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from skymask_gpu.cli.console import console, extra_named, print_table, resumable
-from skymask_gpu.cli.federation import DataDir, Overwrite, Resume, check_folders, given, progress_bar
+from skymask_gpu.cli.console import answer, console, extra_named, print_table, resumable
+from skymask_gpu.cli.options import AsJson, Changes, DataDir, Overwrite, Resume, check_folders, given, progress_bar
 from skymask_gpu.io.files import locked
 
 if TYPE_CHECKING:
@@ -24,8 +25,10 @@ def leak(
     config: Annotated[Path, typer.Argument(help="The audit's TOML file; examples/leak.toml is one.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results, curves and faces; default runs/NAME.")] = None,
     data_dir: DataDir = None,
+    changes: Changes = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Reconstruct private images from obfuscated gradients, and write how many leaked."""
     with extra_named("run"):
@@ -36,26 +39,28 @@ def leak(
         from skymask_gpu.federation.leak.tables import SCOPE
         from skymask_gpu.federation.leak.victims import Victims
 
-    audit = read_audit(config).with_data(data_dir)
+    audit = read_audit(config, changes or []).with_data(data_dir)
     folder = out or Path("runs") / config.stem
-    # before anything is overwritten: what cannot run is said now
-    with console.status("loading ..."):
-        victims = Victims.build(audit)
-        check_attackers(audit, victims)
-    command = ["leak", config, "--out", folder, *given("--data-dir", data_dir), "--resume"]
-    with locked(folder), resumable(*command):
-        check_folders([folder] if (folder / VICTIMS).exists() else [], resume=resume, overwrite=overwrite)
-        if overwrite:
-            (folder / VICTIMS).unlink(missing_ok=True)
-        check_settings(audit, folder)
-        _attack(audit, victims, folder)
-        records = read_records(folder)
-        with console.status("drawing ..."):
-            written = write_audit(config.stem, audit, victims, records, folder)
-    _print(config.stem, audit, victims, records)
-    console.print(SCOPE, style="dim")
-    for path in written:
-        console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+    command = ["leak", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes)]
+    command += [*["--json"] * as_json, "--resume"]
+    with answer(as_json=as_json) as found:
+        # before anything is overwritten: what cannot run is said now
+        with console.status("loading ..."):
+            victims = Victims.build(audit)
+            check_attackers(audit, victims)
+        with locked(folder), resumable(*command):
+            check_folders([folder] if (folder / VICTIMS).exists() else [], resume=resume, overwrite=overwrite)
+            if overwrite:
+                (folder / VICTIMS).unlink(missing_ok=True)
+            check_settings(audit, folder)
+            _attack(audit, victims, folder)
+            records = read_records(folder)
+            with console.status("drawing ..."):
+                written = write_audit(config.stem, audit, victims, records, folder)
+        found |= {"title": config.stem, **_print(config.stem, audit, victims, records), "scope": SCOPE, "files": written}
+        console.print(SCOPE, style="dim")
+        for path in written:
+            console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 
 def _attack(audit: "Audit", victims: "Victims", folder: Path) -> None:
@@ -77,7 +82,8 @@ def _attack(audit: "Audit", victims: "Victims", folder: Path) -> None:
         progress.update(task, completed=progress.tasks[task].total, status="")
 
 
-def _print(title: str, audit: "Audit", victims: "Victims", records: list[dict[str, Any]]) -> None:
+def _print(title: str, audit: "Audit", victims: "Victims", records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Print the tables, and return the same for programs."""
     from skymask_gpu.federation.leak.judging import lines
     from skymask_gpu.federation.leak.tables import COLUMNS, THRESHOLD_COLUMNS, row, threshold_row
     from skymask_gpu.federation.leak.thresholds import counting_bound, thresholds
@@ -89,3 +95,4 @@ def _print(title: str, audit: "Audit", victims: "Victims", records: list[dict[st
     found = thresholds(table, counting_bound(victims))
     if found:
         print_table(f"{title}: the weakest strengths without a leak", THRESHOLD_COLUMNS, [threshold_row(one) for one in found])
+    return {"lines": [asdict(line) for line in table], "thresholds": [asdict(one) for one in found]}

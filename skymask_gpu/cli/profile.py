@@ -1,5 +1,6 @@
 """The command ``skymask-gpu profile``: where a round's time, memory traffic and memory go."""
 
+import json
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from skymask_gpu.cli.console import console, extra_named
+from skymask_gpu.cli.console import answer, console, extra_named
+from skymask_gpu.cli.options import AsJson
 
 if TYPE_CHECKING:
     from skymask_gpu.engine.profiling import Profile
@@ -26,6 +28,7 @@ def profile(
     config: Annotated[Path, typer.Argument(help="A run's TOML file; its first run with rule skymask is taken.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default profile-out/TIME.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder with the data set's standard files.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show where time and memory go in a run's first round: table, plot and Chrome trace."""
     with extra_named("run"):
@@ -39,33 +42,35 @@ def profile(
     folder = out or Path("profile-out") / datetime.now().strftime("%Y-%m-%d_%H%M%S")
     if (folder / "profile.json").exists():
         raise ValueError(f"--out: {folder} holds results already; name another folder")
-    with Progress(
-        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console
-    ) as progress:
-        task = progress.add_task("loading", total=3)
+    with answer(as_json=as_json) as found:
+        with Progress(
+            BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console
+        ) as progress:
+            task = progress.add_task("loading", total=3)
 
-        def show(what: str) -> None:
-            progress.update(task, description=what)
+            def show(what: str) -> None:
+                progress.update(task, description=what)
 
-        played = FirstRound.play(Federation.build(run), show)
-        progress.advance(task)
-        profiles = profile_rounds(played, show)
-        progress.advance(task)
-        show("tracing")
-        write_trace(played, folder / "trace.json")
-        write_profiles(played, profiles, run, folder)
-        progress.update(task, completed=3, description="done")
-    largest = profiles[-1]
-    console.print(_table(largest, played.training_seconds, f"{run.name}: the server's first round"))
-    measured = largest.profile
-    console.print(
-        f"the phases account for {measured.accounted:.1%} of {1000 * measured.seconds:,.1f} ms; solver {largest.solver}, "
-        f"P = {played.updates.shape[1]:,}; a plain copy moves {measured.copy_bandwidth / 1e9:,.1f} GB/s",
-        soft_wrap=True,
-    )
-    console.print(NOTE, style="dim", soft_wrap=True)
-    for name in ("profile.json", "profile.csv", "profile.png", "trace.json"):
-        console.print(f"{name + ':':20}{folder / name}", soft_wrap=True)
+            played = FirstRound.play(Federation.build(run), show)
+            progress.advance(task)
+            profiles = profile_rounds(played, show)
+            progress.advance(task)
+            show("tracing")
+            write_trace(played, folder / "trace.json")
+            write_profiles(played, profiles, run, folder)
+            progress.update(task, completed=3, description="done")
+        largest = profiles[-1]
+        console.print(_table(largest, played.training_seconds, f"{run.name}: the server's first round"))
+        measured = largest.profile
+        console.print(
+            f"the phases account for {measured.accounted:.1%} of {1000 * measured.seconds:,.1f} ms; solver {largest.solver}, "
+            f"P = {played.updates.shape[1]:,}; a plain copy moves {measured.copy_bandwidth / 1e9:,.1f} GB/s",
+            soft_wrap=True,
+        )
+        console.print(NOTE, style="dim", soft_wrap=True)
+        for name in ("profile.json", "profile.csv", "profile.png", "trace.json"):
+            console.print(f"{name + ':':20}{folder / name}", soft_wrap=True)
+        found |= json.loads((folder / "profile.json").read_text(encoding="utf-8"))
 
 
 def _table(largest: "RoundProfile", training_seconds: float, title: str) -> Table:

@@ -20,16 +20,19 @@
 | --- | --- |
 | ``config.py`` | ``RunConfig`` and its tables |
 | ``tables.py``, ``choices.py`` | from TOML to dataclasses; attacks and rules by name |
+| ``changes.py`` | ``--set key=value``: settings that the command line changes |
 | ``datasets/`` | data sets, their downloads, and each client's share of them |
 | ``models/``, ``clients/`` | the networks; how many clients train at once |
 | ``transforms/`` | what clients do to their updates before they send them |
 | ``privacy.py`` | the ``[privacy]`` table: which of them hides a client's data |
 | ``attacks/``, ``rules/`` | what malicious clients do; how the server aggregates |
 | ``sharing.py`` | which samples each client and the server have |
+| ``tracking/`` | TensorBoard and other programs that follow a run |
 | ``simulation.py`` | ``Federation``: one round |
 | ``playing.py`` | ``play``: all rounds, recorded and resumed |
 | ``record.py``, ``run_folder.py`` | a round's line and files; the run's folder and its checkpoint |
 | ``sweep.py`` | many runs, each in a process of its own |
+| ``runs.py`` | ``load_runs``: what folders hold, as a table for a notebook |
 | ``board/`` | every attack against every rule, on the same honest updates |
 | ``leak/`` | how many private images can be reconstructed from obfuscated gradients |
 | ``example.py`` | the files of one round, to try ``skymask-gpu aggregate`` on |
@@ -45,9 +48,20 @@ if TYPE_CHECKING:
     from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig
     from skymask_gpu.federation.playing import play
     from skymask_gpu.federation.privacy import PrivacyConfig
+    from skymask_gpu.federation.runs import load_runs
     from skymask_gpu.federation.simulation import Federation
 
-__all__ = ["AttackConfig", "DataConfig", "DefenceConfig", "Federation", "ModelConfig", "PrivacyConfig", "RunConfig", "play"]
+__all__ = [
+    "AttackConfig",
+    "DataConfig",
+    "DefenceConfig",
+    "Federation",
+    "ModelConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "load_runs",
+    "play",
+]
 
 _HOMES = {
     "AttackConfig": "skymask_gpu.federation.attacks",
@@ -57,6 +71,7 @@ _HOMES = {
     "ModelConfig": "skymask_gpu.federation.config",
     "PrivacyConfig": "skymask_gpu.federation.privacy",
     "RunConfig": "skymask_gpu.federation.config",
+    "load_runs": "skymask_gpu.federation.runs",
     "play": "skymask_gpu.federation.playing",
 }
 

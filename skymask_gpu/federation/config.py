@@ -4,12 +4,14 @@ import functools
 import itertools
 import math
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks import AttackConfig
+from skymask_gpu.federation.changes import changed, changed_keys
 from skymask_gpu.federation.choices import Choice, Choices
 from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.datasets import DATASETS
@@ -20,6 +22,7 @@ from skymask_gpu.federation.privacy import PrivacyConfig
 from skymask_gpu.federation.rules import RULES
 from skymask_gpu.federation.rules.interface import clients_per_malicious
 from skymask_gpu.federation.tables import Table, applied, as_table, merged, read_table
+from skymask_gpu.federation.tracking import TrackingConfig
 from skymask_gpu.federation.transforms import TransformConfig
 
 __all__ = ["DataConfig", "DefenceConfig", "ModelConfig", "RunConfig", "read_config", "read_grid", "read_toml"]
@@ -116,6 +119,7 @@ class RunConfig:
             data sets.
         transforms: what clients do to their updates before they send them, in this order.
         privacy: what they do to them after that, to hide their data.
+        tracking: who follows the run, such as TensorBoard.
     """
 
     name: str = "run"
@@ -134,6 +138,7 @@ class RunConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     defence: DefenceConfig = field(default_factory=DefenceConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("rounds", "checkpoint_every", "evaluate_every"):
@@ -179,25 +184,25 @@ class RunConfig:
         return read_table(cls, table, "a run's settings")
 
 
-def read_config(path: Path) -> list[RunConfig]:
+def read_config(path: Path, changes: Sequence[str] = ()) -> list[RunConfig]:
     """The runs of a TOML file: one, or one for each ``[[variants]]`` table.
 
     A variant has a name and overrides keys of the file. Where variants have several attacks or
     rules, settings that only some of them have apply to these.
 
+    Args:
+        path: the file.
+        changes: settings that replace those of the file, each as ``"key=value"``; see
+            :func:`~skymask_gpu.federation.changes.changed`.
+
     Raises:
         ValueError: no such file, no TOML, an unknown key, or a value out of range.
     """
-    content = read_toml(path)
+    content = read_toml(path, changes)
     if "grid" in content:
         raise ValueError(f"config: {path} has a [grid] table; play it with: skymask-gpu sweep {path}")
-    variants = content.pop("variants", None)
-    if variants is None:
-        return [read_table(RunConfig, {"name": path.stem, **content}, str(path))]
-    if not isinstance(variants, list) or not variants or not all(isinstance(v, dict) and v.get("name") for v in variants):
-        raise ValueError(f"config: {path}: variants must be [[variants]] tables, each with a name")
-    contents = [merged(content, variant) for variant in variants]
-    applied(RunConfig, contents, str(path))
+    contents = _variants(content, path)
+    _apply(contents, _variants(read_toml(path), path) if changes else [], changes, path)
     runs = [read_table(RunConfig, one, str(path)) for one in contents]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
@@ -205,17 +210,66 @@ def read_config(path: Path) -> list[RunConfig]:
     return runs
 
 
-def read_grid(path: Path) -> list[RunConfig]:
+def _variants(content: Table, path: Path) -> list[Table]:
+    """The tables of each run of a file without a grid."""
+    content = dict(content)
+    variants = content.pop("variants", None)
+    if variants is None:
+        return [{"name": path.stem, **content}]
+    if not isinstance(variants, list) or not variants or not all(isinstance(v, dict) and v.get("name") for v in variants):
+        raise ValueError(f"config: {path}: variants must be [[variants]] tables, each with a name")
+    return [merged(content, variant) for variant in variants]
+
+
+def _apply(contents: list[Table], before: list[Table], changes: Sequence[str], path: Path) -> list[set[str]]:
+    """Take settings out of those runs whose attack or rule does not have them, see ``applied``.
+
+    What the file chose ``before`` the changes counts as well: whoever chooses another attack on the
+    command line need not know the settings of the file's own.
+
+    Raises:
+        ValueError: no run chooses what has the setting that a change names.
+    """
+    keys = changed_keys(changes)
+    for number, content in enumerate(contents):
+        attack = content.get("attack")
+        # As in a grid: nobody attacks, so there is no share of attackers.
+        if "attack.name" in keys and "attack.share" not in keys and isinstance(attack, dict) and attack["name"] == "none":
+            contents[number] = merged(content, {"attack": {"share": 0.0}})
+    dropped = applied(RunConfig, [*before, *contents], str(path))[len(before) :]
+    for key in keys:
+        if all(key in one for one in dropped):
+            raise ValueError(f"--set {key}: no run of {path} chooses an attack, a rule or an obfuscation that has it")
+    return dropped
+
+
+def read_grid(path: Path, changes: Sequence[str] = ()) -> list[RunConfig]:
     """The runs of a sweep: every combination of the lists in the file's ``[grid]`` table.
 
     The keys of the table are dotted keys of a run. The settings of an attack or a rule apply only
     to the cells that have it, and cells that are then the same are played once. With attack
     ``"none"`` the share of attackers is 0, so that several shares give one such run.
 
+    Args:
+        path: the file.
+        changes: as for :func:`read_config`.
+
     Raises:
         ValueError: as for :func:`read_config`, or there is no grid.
     """
-    content = read_toml(path)
+    cells, choices = _combinations(read_toml(path, changes), path)
+    before = _combinations(read_toml(path), path)[0] if changes else []
+    runs: dict[str, RunConfig] = {}
+    for cell, chosen, dropped in zip(cells, choices, _apply(cells, before, changes, path), strict=True):
+        name = ",".join(f"{_short(key)}={value}" for key, value in chosen.items() if key not in dropped)
+        name = "".join("_" if character in '/\\:*?"<>|' else character for character in name)
+        runs[name] = read_table(RunConfig, {**cell, "name": name}, str(path))
+    return list(runs.values())
+
+
+def _combinations(content: Table, path: Path) -> tuple[list[Table], list[Table]]:
+    """The tables of each cell of a grid, and what the cell chooses of the grid, by dotted key."""
+    content = dict(content)
     grid = content.pop("grid", None)
     if not isinstance(grid, dict) or not grid:
         raise ValueError(f'config: {path} must have a [grid] table of lists, as "attack.name" = ["min-max", "trim"]')
@@ -233,12 +287,7 @@ def read_grid(path: Path) -> list[RunConfig]:
             cell = merged(cell, {"attack": {"share": 0.0}})
             chosen.pop("attack.share", None)
         cells.append(cell)
-    runs: dict[str, RunConfig] = {}
-    for cell, chosen, dropped in zip(cells, choices, applied(RunConfig, cells, str(path)), strict=True):
-        name = ",".join(f"{_short(key)}={value}" for key, value in chosen.items() if key not in dropped)
-        name = "".join("_" if character in '/\\:*?"<>|' else character for character in name)
-        runs[name] = read_table(RunConfig, {**cell, "name": name}, str(path))
-    return list(runs.values())
+    return cells, choices
 
 
 def _short(key: str) -> str:
@@ -247,14 +296,18 @@ def _short(key: str) -> str:
     return tables[-1] if last == "name" and tables else last
 
 
-def read_toml(path: Path) -> Table:
-    """Read the tables of a TOML file, make its plugins' paths absolute, and import the plugins."""
+def read_toml(path: Path, changes: Sequence[str] = ()) -> Table:
+    """Read the tables of a TOML file, make its plugins' paths absolute, and import the plugins.
+
+    ``changes`` of the command line, each as ``"key=value"``, replace settings of the file.
+    """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"config: no file {path}") from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"config: {path} is no TOML: {error}") from error
+    content = changed(content, changes, str(path))
     plugins = content.get("plugins", [])
     if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
         raise ValueError(f"config: {path}: plugins must be a list of strings, got {plugins!r}")

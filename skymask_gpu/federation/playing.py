@@ -29,9 +29,13 @@ from skymask_gpu.federation.run_folder import (
     write_checkpoint,
 )
 from skymask_gpu.federation.simulation import Federation, GlobalModel, Progress
+from skymask_gpu.federation.tracking import followed
+from skymask_gpu.federation.tracking.following import Follow
 from skymask_gpu.io.files import append_line, write_text
 
 __all__ = ["play"]
+
+_Line = dict[str, Any]
 
 # The names of a checkpoint's tensors begin with these.
 _BUFFER, _RULE, _ATTACK = "buffer/", "rule/", "attack/"
@@ -48,17 +52,27 @@ def play(federation: Federation, folder: Path, progress: Progress = lambda text:
         folder: the run's folder; :mod:`skymask_gpu.federation.run_folder` describes what it holds.
         progress: called with a text that says what is going on.
 
+    The run's tracker is told of every round after it is on disk.
+
     Raises:
         ValueError: the folder holds another run, or one of its files is damaged; the error names
             the file and the remedy.
     """
     config = federation.config
     folder.mkdir(parents=True, exist_ok=True)
-    first, model, diverged = _resume(federation, folder)
+    first, model, diverged, earlier = _resume(federation, folder)
     write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
+    with followed(config.tracking, config.to_dict(), folder, earlier) as follow:
+        if not diverged:
+            yield from _rounds(federation, folder, first, model, progress, follow)
+
+
+def _rounds(
+    federation: Federation, folder: Path, first: int, model: GlobalModel, progress: Progress, follow: Follow
+) -> Iterator[dict[str, Any]]:
+    """Play the rounds from ``first`` on."""
+    config = federation.config
     for number in range(first, config.rounds):
-        if diverged:
-            return
         with deterministic_convolutions():
             played = federation.play_round(number, model, progress)
             model = played.model
@@ -68,17 +82,24 @@ def play(federation: Federation, folder: Path, progress: Progress = lambda text:
             record = metrics_line(federation, number, played, is_last=is_last, diverged=diverged)
         # The lines are written first. A checkpoint is then never ahead of the metrics, and lines
         # ahead of the checkpoint are dropped when the run is resumed.
-        append_line(folder / TIMES, times_line(number, played))
+        times = times_line(number, played)
+        append_line(folder / TIMES, times)
         append_line(folder / METRICS, record)
         write_rule_tensors(folder, number, played, federation.malicious)
         if (number + 1) % config.checkpoint_every == 0 or is_last:
             states = _prefixed(_RULE, federation.rule.state()) | _prefixed(_ATTACK, federation.attack.state())
             write_checkpoint(folder, number, config, _model_tensors(model) | states)
+        follow(record, times)
         yield record
+        if diverged:
+            return
 
 
-def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, bool]:
-    """The first round to play, the global model before it, and whether it has diverged."""
+def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, bool, list[tuple[_Line, _Line]]]:
+    """The first round to play, the global model before it, and whether it has diverged.
+
+    The last entry holds the records and times of the rounds before.
+    """
     done, model = -1, federation.first_model()
     tensors: dict[str, Tensor] = {}
     if (folder / CHECKPOINT).exists():
@@ -96,7 +117,8 @@ def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, boo
     for name, records in kept.items():
         if (folder / name).exists():
             write_text(folder / name, "".join(json.dumps(record) + "\n" for record in records))
-    return done + 1, model, diverged
+    times = {line["round"]: line for line in kept[TIMES]}
+    return done + 1, model, diverged, [(record, times.get(record["round"], {})) for record in kept[METRICS]]
 
 
 def _model_tensors(model: GlobalModel) -> dict[str, Tensor]:

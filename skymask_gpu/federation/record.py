@@ -41,6 +41,8 @@ def metrics_line(
         "attack_success_rate": federation.attack_success_rate(played.model) if backdoor else None,
         "participants": len(played.clients),
         "attacked": config.attack.strikes_in(number),
+        # If all clients take part, their numbers say nothing new.
+        **({"clients": played.clients.tolist()} if config.clients_per_round else {}),
         "diverged": diverged,
         **_rejection_rates(played, federation.attackers(number)),
         **played.rule_result.record,

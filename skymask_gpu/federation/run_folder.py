@@ -7,6 +7,7 @@
 | ``times.jsonl`` | one line per round |
 | ``checkpoint.safetensors`` | what the next round starts from |
 | ``masks.safetensors`` | what the rule stores of the last round; SkyMask stores PCA scores and evidence |
+| ``tracking.json`` | the round that each tracker has seen last, if there is one |
 
 A file that somebody damaged is refused with an error that names it and the remedy; nothing is
 dropped without a word.
@@ -21,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from skymask_gpu.federation.config import RunConfig
+from skymask_gpu.federation.tracking.following import TRACKED
 from skymask_gpu.io.files import read_lines, read_metadata, read_tensors, write_tensors
 
 __all__ = [
@@ -57,7 +59,7 @@ def has_results(folder: Path) -> bool:
 
 def clear_results(folder: Path) -> None:
     """Remove what a run wrote into ``folder``, and nothing else."""
-    for name in (CHECKPOINT, CONFIG, METRICS, TIMES, MASKS):
+    for name in (CHECKPOINT, CONFIG, METRICS, TIMES, MASKS, TRACKED):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -145,6 +147,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
         del settings["start"]
     if (settings["attack"]["first_round"], settings["attack"]["last_round"]) == (0, -1):
         del settings["attack"]["first_round"], settings["attack"]["last_round"]
+    del settings["tracking"]
     return settings
 
 

@@ -2,11 +2,16 @@
 
 A cell that fails or is killed does not disturb the others. The sweep's folder holds a folder
 ``cells/NAME/`` for each cell. It holds the files that :mod:`skymask_gpu.federation.run_folder`
-lists, or ``error.txt``.
+lists, or ``error.txt``. ``sweep.json`` lists the cells that there will be.
+
+The cells of one sweep may be divided among several machines: each plays a shard, and all write to
+the same folder.
 """
 
+import json
 import multiprocessing
 import os
+import re
 import time
 import traceback
 from collections.abc import Iterator
@@ -22,9 +27,9 @@ from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.datasets import load_dataset
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.playing import play
-from skymask_gpu.federation.run_folder import METRICS, check_same_run, clear_results
+from skymask_gpu.federation.run_folder import METRICS, check_same_run, clear_results, has_results
 from skymask_gpu.federation.simulation import Federation
-from skymask_gpu.io.files import locked, write_text
+from skymask_gpu.io.files import InUseError, locked, write_text
 
 __all__ = [
     "CELLS",
@@ -35,11 +40,16 @@ __all__ = [
     "check_inputs",
     "clear_cells",
     "has_cells",
+    "planned_cells",
     "play_cells",
+    "shard_of",
     "threads_for",
+    "write_plan",
 ]
 
-CELLS, ERROR = "cells", "error.txt"
+CELLS, ERROR, _PLAN = "cells", "error.txt", "sweep.json"
+# The exit status of a cell's process if another process plays the cell.
+_IN_USE = 75
 _POLL_SECONDS = 0.2
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -65,16 +75,55 @@ def cell_folder(folder: Path, config: RunConfig) -> Path:
     return folder / CELLS / config.name
 
 
-def has_cells(folder: Path) -> bool:
-    """Whether a sweep was begun in ``folder``."""
-    return (folder / CELLS).exists()
+def has_cells(folder: Path, configs: list[RunConfig] | None = None) -> bool:
+    """Whether a sweep was begun in ``folder``; of a shard, whether one of its own cells was."""
+    if configs is None:
+        return (folder / CELLS).exists()
+    return any(has_results(cell_folder(folder, config)) for config in configs)
 
 
 def clear_cells(folder: Path, configs: list[RunConfig]) -> None:
-    """Remove what these cells wrote."""
+    """Remove what these cells wrote.
+
+    Raises:
+        ValueError: another process plays one of them.
+    """
     for config in configs:
-        clear_results(cell_folder(folder, config))
-        (cell_folder(folder, config) / ERROR).unlink(missing_ok=True)
+        if cell_folder(folder, config).exists():
+            with locked(cell_folder(folder, config)):
+                clear_results(cell_folder(folder, config))
+                (cell_folder(folder, config) / ERROR).unlink(missing_ok=True)
+
+
+def shard_of(cells: list[RunConfig], shard: str) -> list[RunConfig]:
+    """The cells of one shard; each cell is in exactly one of the n shards ``1/n`` to ``n/n``.
+
+    Neighbours in the grid are in different shards, since one rule may take longer than another.
+
+    Raises:
+        ValueError: ``shard`` is not of the form ``i/n`` with i from 1 to n.
+    """
+    form = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
+    number, count = map(int, form.groups()) if form else (0, 0)
+    if not 1 <= number <= count:
+        raise ValueError(f"--shard must be i/n with i from 1 to n, such as 2/8, got {shard!r}")
+    return cells[number - 1 :: count]
+
+
+def write_plan(folder: Path, configs: list[RunConfig]) -> None:
+    """Write which cells the folder will hold, so that a report can say which are missing."""
+    write_text(folder / _PLAN, json.dumps({"cells": [config.name for config in configs]}, indent=1) + "\n")
+
+
+def planned_cells(folder: Path) -> list[str]:
+    """The names of the cells of the sweep that was last begun in ``folder``; empty if none was."""
+    try:
+        cells = json.loads((folder / _PLAN).read_text(encoding="utf-8"))["cells"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _PLAN} must hold the names of a sweep's cells: {error!r}; remove the file") from error
+    return [str(cell) for cell in cells]
 
 
 def check_cells(folder: Path, configs: list[RunConfig]) -> None:
@@ -163,10 +212,14 @@ def _play(settings: dict[str, Any], folder: Path) -> None:
     """
     try:
         config = RunConfig.from_dict(settings)
-        # If a sweep was killed, one of its cells may still be playing.
+        # Another shard may play the same cell; and if a sweep was killed, one of its cells may
+        # still be playing.
         with locked(folder):
             for _ in play(Federation.build(config), folder):
                 pass
+    except InUseError:
+        # No error of this cell: the files are the other process's.
+        raise SystemExit(_IN_USE) from None
     except Exception as error:
         write_text(folder / ERROR, f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
         raise SystemExit(1) from None
@@ -175,6 +228,8 @@ def _play(settings: dict[str, Any], folder: Path) -> None:
 def _finished(config: RunConfig, process: BaseProcess, folder: Path, done: int) -> CellState:
     if process.exitcode == 0:
         return CellState(config, "done", done)
+    if process.exitcode == _IN_USE:
+        return CellState(config, "failed", done, f"{folder} is in use by another run or sweep")
     if not (folder / ERROR).exists():
         how = f"signal {-process.exitcode}" if process.exitcode and process.exitcode < 0 else f"status {process.exitcode}"
         write_text(folder / ERROR, f"the process ended with {how} (out of memory?)\n")

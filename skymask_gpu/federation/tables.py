@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from skymask_gpu.federation.choices import Choice, own_fields
 
-__all__ = ["Table", "applied", "as_table", "merged", "read_table"]
+__all__ = ["Table", "applied", "as_table", "dotted", "merged", "read_table"]
 
 Table = dict[str, Any]
 
@@ -159,6 +159,19 @@ def merged(base: Table, override: Table) -> Table:
         inner = result.get(key, {})
         result[key] = merged(inner if isinstance(inner, dict) else {}, value) if isinstance(value, dict) else value
     return result
+
+
+def dotted(table: Table, prefix: str = "") -> Table:
+    """Nested tables as one table with dotted keys.
+
+    Example:
+        >>> dotted({"seed": 1, "data": {"clients": 5}})
+        {'seed': 1, 'data.clients': 5}
+    """
+    flat: Table = {}
+    for key, value in table.items():
+        flat.update(dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
 
 
 def as_table(value: Any, *, short: bool = False) -> Any:

@@ -26,6 +26,7 @@ except ModuleNotFoundError:
 
 __all__ = [
     "LOCK",
+    "InUseError",
     "append_line",
     "check_regular",
     "check_tensors",
@@ -42,8 +43,12 @@ __all__ = [
 LOCK = ".lock"
 
 
+class InUseError(ValueError):
+    """Another process, or this one, holds the lock on a folder."""
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Lock ``folder`` against other processes that lock it, too.
 
     The folder is made if it is missing. The system gives the lock back when this process ends, in
@@ -51,8 +56,13 @@ def locked(folder: Path) -> Iterator[None]:
     and one that makes it anew could both think that the folder is theirs. If the system or the file
     system has no such locks, a warning says so and nothing is locked.
 
+    Args:
+        folder: the folder.
+        shared: several processes may hold the lock at the same time, as long as all of them share
+            it.
+
     Raises:
-        ValueError: another process, or this one, holds the lock already.
+        InUseError: another process, or this one, holds the lock already; a ValueError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -61,10 +71,10 @@ def locked(folder: Path) -> Iterator[None]:
             _warn_of_no_lock(folder, "this system has no fcntl.flock")
         else:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip() or "unknown"
-                raise ValueError(
+                raise InUseError(
                     f"{folder} is in use by another run or sweep (process {holder}); wait until it ends, or name another folder"
                 ) from None
             except OSError as error:

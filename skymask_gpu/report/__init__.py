@@ -8,10 +8,30 @@
 | ``sweep.py`` | runs sorted into blocks, rows and columns |
 | ``tables.py`` | the tables as Markdown, LaTeX and CSV |
 | ``panels.py``, ``plots.py`` | what the pictures show, and how it is drawn |
+| ``plots_by_round.py`` | pictures of verdicts, rejected clients and masks by round |
+| ``history.py`` | what happened to each client from round to round |
+| ``interactive.py``, ``interactive.html.j2`` | the page's curves, maps and sorting, with their data |
+
+The names below are imported when they are first asked for: whoever only reads runs needs neither
+matplotlib nor jinja2.
 """
 
-from skymask_gpu.report.page import Report, write_report
-from skymask_gpu.report.summary import COLUMNS, NOTE, FinishedRun, concerns, failed_cells, load_run, load_runs
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skymask_gpu.report.page import Report, write_report
+    from skymask_gpu.report.summary import (
+        COLUMNS,
+        NOTE,
+        FinishedRun,
+        concerns,
+        failed_cells,
+        load_folders,
+        load_run,
+        load_runs,
+        missing_cells,
+    )
 
 __all__ = [
     "COLUMNS",
@@ -20,7 +40,20 @@ __all__ = [
     "Report",
     "concerns",
     "failed_cells",
+    "load_folders",
     "load_run",
     "load_runs",
+    "missing_cells",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        home = "page" if name in ("Report", "write_report") else "summary"
+        return getattr(import_module(f"skymask_gpu.report.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,6 +20,7 @@ __all__ = [
     "RoundPanels",
     "accuracy_by_round",
     "axis_values",
+    "few_runs",
     "mask_panels",
     "needs_panels",
     "rate_panels",
@@ -178,12 +179,17 @@ def mask_panels(runs: list[FinishedRun], needed: set[str]) -> tuple[list[Finishe
     names of the tensors. Rules other than SkyMask may store others, and so did older versions.
     """
     masked = [run for run in runs if _stored(run) >= needed]
-    if len(masked) <= _MASK_PANELS:
-        return masked, len(masked)
+    return few_runs(masked), len(masked)
+
+
+def few_runs(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """The runs; if they are too many for a picture, one per attack, that of the lowest seed."""
+    if len(runs) <= _MASK_PANELS:
+        return runs
     first: dict[str, FinishedRun] = {}
-    for run in sorted(masked, key=lambda run: run.seed):
+    for run in sorted(runs, key=lambda run: run.seed):
         first.setdefault(str(run.config.get("attack", {}).get("name")), run)
-    return [first[attack] for attack in sorted(first)][:_MASK_PANELS], len(masked)
+    return [first[attack] for attack in sorted(first)][:_MASK_PANELS]
 
 
 def _stored(run: FinishedRun) -> set[str]:

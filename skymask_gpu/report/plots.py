@@ -1,4 +1,4 @@
-"""The report's pictures, written as PNG files. ``panels.py`` chooses what they show."""
+"""The report's pictures; the suffix of a path chooses the format. ``panels.py`` chooses what they show."""
 
 import json
 import math
@@ -34,7 +34,7 @@ from skymask_gpu.report.panels import (
 from skymask_gpu.report.summary import FinishedRun
 from skymask_gpu.report.sweep import Block, Sweep, rule_order
 
-__all__ = ["plot_evidence", "plot_masks", "plot_rates", "plot_rounds", "plot_witnesses"]
+__all__ = ["plot_evidence", "plot_masks", "plot_rates", "plot_rounds", "plot_witnesses", "wrapped"]
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", ":")
@@ -47,8 +47,8 @@ _AXIS_LABELS: dict[Axis, str] = {"share": "share of attackers (%)", "clients": "
 def plot_rounds(runs: list[FinishedRun], sweep: Sweep, path: Path) -> None:
     """Plot the accuracy by round.
 
-    A few runs get one colour per run, and a second panel with their verdicts. Otherwise there is
-    one panel per attack, with one line per rule, averaged over the seeds.
+    A few runs get one colour per run. Otherwise there is one panel per attack, with one line per
+    rule, averaged over the seeds.
     """
     with styled(grid=True):
         figure = _panels_by_attack(round_panels(sweep), sweep) if needs_panels(runs, sweep) else _lines_by_run(runs)
@@ -99,28 +99,27 @@ def plot_witnesses(runs: list[FinishedRun], path: Path) -> bool:
 
 
 def _lines_by_run(runs: list[FinishedRun]) -> Figure:
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    accuracy, rates = figure.subplots(1, 2)
-    lines: dict[str, list[Any]] = {"accuracy": [], "rates": []}
-    for run, colour in zip(runs, _cycle(COLOURS, len(runs)), strict=True):
-        marker = "o" if len(run.records) < 30 else None
-        for axes, key, style, what in (
-            (accuracy, "accuracy", {"ls": "-", "marker": marker}, ""),
-            (rates, "false_positive_rate", {"ls": "-", "marker": marker}, ": honest rejected"),
-            (rates, "false_negative_rate", {"ls": "--", "marker": marker and "x"}, ": attackers kept"),
-        ):
-            points = [(record["round"] + 1, 100 * record[key]) for record in run.records if record.get(key) is not None]
-            if points:
-                (line,) = axes.plot(*zip(*points, strict=True), color=colour, ms=4.5, label=_text(run.name + what, 60), **style)
-                lines["accuracy" if axes is accuracy else "rates"].append(line)
-    accuracy.set(title="Accuracy of the global model", xlabel="round", ylabel="test samples right (%)", ylim=(0, 102))
-    rates.set(title="Verdicts", xlabel="round", ylabel="share of clients (%)", ylim=(-3, 103))
-    for axes, drawn in ((accuracy, lines["accuracy"]), (rates, lines["rates"])):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if drawn:
-            # The legend stands below the axes, because lines may be anywhere inside them.
-            labels = [str(line.get_label()) for line in drawn]
-            axes.legend(drawn, labels, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    colours = _cycle(COLOURS, len(runs))
+    for order, (run, colour) in enumerate(zip(runs, colours, strict=True)):
+        points = [
+            (record["round"] + 1, 100 * record["accuracy"]) for record in run.records if record.get("accuracy") is not None
+        ]
+        if points:
+            # Earlier lines are wider, so that one that lies on another does not hide it.
+            width = 1.4 + 0.9 * (len(runs) - 1 - order)
+            marker = _MARKERS[order % len(_MARKERS)] if len(run.records) < 30 else None
+            axes.plot(
+                *zip(*points, strict=True), color=colour, lw=width, marker=marker, ms=4 + width, label=wrapped(run.name, 60)
+            )
+    axes.set(title="Accuracy of the global model", xlabel="round", ylabel="test samples right (%)", ylim=(0, 102))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.lines:
+        # The legend stands below the axes, because lines may be anywhere inside them. The labels are
+        # given, because the legend leaves out a name that begins with an underscore.
+        labels = [str(line.get_label()) for line in axes.lines]
+        axes.legend(axes.lines, labels, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure
 
 
@@ -132,12 +131,12 @@ def _panels_by_attack(panels: RoundPanels, sweep: Sweep) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True)
     title = "Accuracy of the global model (%): " + ", ".join(panels.common)
-    figure.suptitle(_text(title, round(size[0] * 9)), fontsize=11)
+    figure.suptitle(wrapped(title, round(size[0] * 9)), fontsize=11)
     for axes in grid.flat[len(panels.shown) :]:
         axes.remove()
     for index, (axes, (title, block, attack)) in enumerate(zip(grid.flat, panels.shown, strict=False)):
         _accuracy_lines(axes, block, attack, styles)
-        axes.set_title("\n".join(_text(line, 38) for line in title.split("\n")), fontsize=9)
+        axes.set_title("\n".join(wrapped(line, 38) for line in title.split("\n")), fontsize=9)
         axes.set_ylim(0, 102)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if index + num_columns >= len(panels.shown):
@@ -165,14 +164,14 @@ def _rates(panels: RatePanels, styles: dict[str, Any]) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     rows = figure.subfigures(len(panels.settings), 1, squeeze=False)[:, 0]
     for row, (title, blocks) in zip(rows, panels.settings, strict=True):
-        row.suptitle(_text(title, round(size[0] * 9)), fontsize=10, fontweight="bold")
+        row.suptitle(wrapped(title, round(size[0] * 9)), fontsize=10, fontweight="bold")
         grid = row.subplots(2, len(panels.attacks), squeeze=False, sharex=True, sharey=True)
         for kind, line in zip(RATES, grid, strict=True):
             line[0].set_ylabel(f"{kind} (%)")
             for axes, attack in zip(line, panels.attacks, strict=True):
                 _rate_lines(axes, rate_points(blocks, panels.axis, attack, kind), styles)
         for axes, attack in zip(grid[0], panels.attacks, strict=True):
-            axes.set_title(_text(attack, 26), fontsize=10)
+            axes.set_title(wrapped(attack, 26), fontsize=10)
         for axes in grid[1]:
             axes.set_xlabel(_AXIS_LABELS[panels.axis])
             _ticks(axes, axis_values(blocks, panels.axis), panels.axis)
@@ -215,7 +214,7 @@ def _styles(sweep: Sweep, drawn: set[str]) -> dict[str, dict[str, Any]]:
 def _legend(figure: Figure, styles: dict[str, dict[str, Any]], note: str) -> None:
     """One legend for all panels, below them."""
     handles = [Line2D([], [], mfc="none", **style) for style in styles.values()]
-    labels = [_text(rule, 40) for rule in styles]
+    labels = [wrapped(rule, 40) for rule in styles]
     columns = max(1, int(figure.get_figwidth() / (1.1 + 0.075 * max(map(len, styles)))))
     figure.legend(
         handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False, title=note.strip() or None,
@@ -245,7 +244,7 @@ def _plot_masked(
         for run, axes in zip(shown, grid.flat, strict=False):
             tensors, metadata = read_tensors(run.folder / MASKS)
             draw(axes, tensors, metadata)
-            axes.set_title(_text(f"{run.name}: {what} of round {int(metadata['round']) + 1}", 52), fontsize=10)
+            axes.set_title(wrapped(f"{run.name}: {what} of round {int(metadata['round']) + 1}", 52), fontsize=10)
         if len(shown) < num_masked:
             figure.suptitle(f"{len(shown)} of the {num_masked} runs that have masks: one per attack, with the lowest seed")
         save(figure, path)
@@ -300,7 +299,7 @@ def _show_evidence(axes: Axes, tensors: dict[str, Tensor], metadata: dict[str, s
     axes.figure.colorbar(image, ax=axes, label="share of bits unlike the benign majority")
 
 
-def _text(text: str, width: int) -> str:
+def wrapped(text: str, width: int) -> str:
     """The text in lines of this width; its dollar signs do not begin a formula."""
     return "\n".join(textwrap.wrap(text, width)).replace("$", r"\$")
 

@@ -7,13 +7,13 @@ there, so that runs of older versions stay readable.
 
 import json
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from skymask_gpu.federation.run_folder import CONFIG, METRICS, TIMES
-from skymask_gpu.federation.sweep import ERROR
+from skymask_gpu.federation.sweep import CELLS, ERROR, planned_cells
 from skymask_gpu.io.files import read_lines
 
 __all__ = [
@@ -23,8 +23,10 @@ __all__ = [
     "concerns",
     "failed_cells",
     "flat_settings",
+    "load_folders",
     "load_run",
     "load_runs",
+    "missing_cells",
     "percent",
 ]
 
@@ -47,6 +49,8 @@ class FinishedRun:
         folder: where it is.
         records: what was recorded, one entry per round.
         times: the seconds of each part of a round, one entry per round.
+        origin: where folders are compared, the one that the run is from; its name then begins with
+            it.
 
     Example:
         >>> rounds = [{"round": 0, "accuracy": 0.5}, {"round": 1, "accuracy": None}]
@@ -59,10 +63,12 @@ class FinishedRun:
     folder: Path
     records: list[dict[str, Any]]
     times: list[dict[str, Any]]
+    origin: str = ""
 
     @property
     def name(self) -> str:
-        return str(self.config.get("name", self.folder.name))
+        name = str(self.config.get("name", self.folder.name))
+        return f"{self.origin}: {name}" if self.origin else name
 
     @property
     def seed(self) -> int:
@@ -144,6 +150,24 @@ class FinishedRun:
             "-" if seconds is None else f"{seconds:.3f}",
         )
 
+    def results(self) -> dict[str, Any]:
+        """The run's results as numbers, for programs; None where something is not known."""
+        settings = flat_settings(self.config)
+        return {
+            "run": self.name,
+            "folder": str(self.folder),
+            "rule": settings.get("defence.rule"),
+            "attack": settings.get("attack.name"),
+            "rounds": self.rounds,
+            "rounds_done": self.rounds_done,
+            "diverged": self.diverged,
+            "accuracy": self.last("accuracy"),
+            "false_positive_rate": self.mean_rate("false_positive_rate"),
+            "false_negative_rate": self.mean_rate("false_negative_rate"),
+            "attack_success_rate": self.last("attack_success_rate"),
+            "aggregation_seconds": self.median_seconds("aggregation"),
+        }
+
     def _rates(self, key: str) -> list[float]:
         judged = [record for record in self.records if record["round"] > 0] or self.records
         return [record[key] for record in judged if record.get(key) is not None]
@@ -206,6 +230,31 @@ def load_runs(folder: Path) -> list[FinishedRun]:
             "give a folder that `skymask-gpu run` or `sweep` wrote"
         )
     return runs
+
+
+def load_folders(folders: Sequence[Path]) -> list[FinishedRun]:
+    """All runs at or below several folders, to be compared; of one folder, those of ``load_runs``.
+
+    Raises:
+        ValueError: a folder is named twice, it holds no run, or a file cannot be read.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"the folders to compare must differ, got {', '.join(map(str, folders))}")
+    if len(folders) == 1:
+        return load_runs(folders[0])
+    names = [folder.resolve().name for folder in folders]
+    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    return [replace(run, origin=label) for folder, label in zip(folders, labels, strict=True) for run in load_runs(folder)]
+
+
+def missing_cells(folder: Path) -> list[str]:
+    """The cells of the sweep in ``folder`` that finished no round, and did not fail either.
+
+    They may wait for their turn, or be in another shard.
+    """
+    failed = {name for name, _ in failed_cells(folder)}
+    done = {path.parent.name for path in folder.glob(f"{CELLS}/*/{METRICS}") if read_lines(path)}
+    return [name for name in planned_cells(folder) if name not in failed | done]
 
 
 def failed_cells(folder: Path) -> list[tuple[str, str]]:

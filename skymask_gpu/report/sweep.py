@@ -20,6 +20,8 @@ _PARTITION_KEYS = {"bias": ("data.bias",), "dirichlet": ("data.alpha",), "iid": 
 _ANY_PARTITION = ("data.bias", "data.alpha")
 _HEAD = ("data.dataset", "model.name", "data.partition", *_ANY_PARTITION, "data.clients")
 _SHARE = "attack.share"
+# The folder of a run, where folders are compared: no setting, but it parts columns like one.
+_ORIGIN = "defence.folder"
 # Keys that cannot change a result.
 _NO_SETTINGS = ("name", "seed", "checkpoint_every", "evaluate_every", "plugins", "data.data_dir")
 
@@ -125,7 +127,14 @@ def sort_key(value: Any) -> tuple[int, float, str]:
 
 def _settings(run: FinishedRun) -> dict[str, Any]:
     """The settings that can change the run's result."""
-    flat = {key: value for key, value in flat_settings(run.config).items() if key not in _NO_SETTINGS}
+    flat = {
+        key: value
+        for key, value in flat_settings(run.config).items()
+        if key not in _NO_SETTINGS and not key.startswith("tracking.")
+    }
+    # Runs of several folders are compared in columns side by side.
+    if run.origin:
+        flat[_ORIGIN] = run.origin
     read = _PARTITION_KEYS.get(flat.get("data.partition", ""), _ANY_PARTITION)
     unread = {key for key in _ANY_PARTITION if key not in read}
     if flat.get("attack.name", "none") == "none":

@@ -8,7 +8,7 @@ import csv
 import io
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,8 +93,8 @@ def block_tables(block: Block) -> list[ResultTable]:
     return tables
 
 
-def markdown_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> str:
-    """All blocks' tables as Markdown, the runs that are in no block, and the cells that failed."""
+def markdown_text(title: str, sweep: Sweep, failed: list[tuple[str, str]], missing: Sequence[tuple[str, str]] = ()) -> str:
+    """All blocks' tables as Markdown, runs that are in no block, and cells that failed or are missing."""
     lines = [f"# {_markdown(title)}", "", LEGEND, ""]
     for block in sweep.blocks:
         lines += [f"## {_markdown(block.title)}", ""]
@@ -105,7 +105,7 @@ def markdown_text(title: str, sweep: Sweep, failed: list[tuple[str, str]]) -> st
                 shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
                 lines.append(_markdown_row([_markdown(attack), *shown]))
             lines.append("")
-    for heading, entries in (("Left out", sweep.left_out), ("Failed", failed)):
+    for heading, entries in (("Left out", sweep.left_out), ("Failed", failed), ("Missing", missing)):
         if entries:
             lines += [f"## {heading}", "", *(f"- {_markdown(name)}: {_markdown(why)}" for name, why in entries), ""]
     return "\n".join(lines)
@@ -147,7 +147,7 @@ def csv_text(runs: list[FinishedRun], folder: Path) -> str:
     """
     settings = [flat_settings(run.config) for run in runs]
     fixed = ("name", "seed", "rounds", "checkpoint_every", "evaluate_every", "plugins", "data.data_dir", *_COLUMNS)
-    keys = [*_COLUMNS, *(key for key in differing_keys(settings) if key not in fixed)]
+    keys = [*_COLUMNS, *(key for key in differing_keys(settings) if key not in fixed and not key.startswith("tracking."))]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["run", "folder", *keys, *_RESULT_COLUMNS])

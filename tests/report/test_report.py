@@ -442,18 +442,19 @@ def test_report_of_a_single_run(tmp_path: Path) -> None:
     report = write_report(f"{ODD}'s", load_runs(tmp_path), tmp_path)
     names = {name: path.name for name, path in report.paths().items()}
     assert names == {
-        "markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "rounds": "rounds.png", "masks": "masks.png",
+        "markdown": "tables.md", "csv": "tables.csv", "latex": "tables.tex", "rounds": "rounds.png",
+        "verdicts": "verdicts.png", "rejections": "rejections.png", "masks": "masks.png",
         "witnesses": "witnesses.png", "evidence": "evidence.png", "page": "report.html",
     }  # fmt: skip
     page = report.page.read_text(encoding="utf-8")
     assert "<b>$" not in page
     assert f"<h1>{ODD.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')}&#39;s</h1>" in page
     assert "<td>50.0%</td>" in page
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 6
     assert "http" not in page
     # well-formed, so nothing of a name is taken for markup
     ET.fromstring(re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", page.removeprefix("<!doctype html>")))
-    for name in ("rounds", "masks", "witnesses", "evidence"):
+    for name in ("rounds", "verdicts", "rejections", "masks", "witnesses", "evidence"):
         assert_picture(tmp_path / f"{name}.png")
 
 
@@ -502,12 +503,12 @@ def test_report_of_a_sweep(tmp_path: Path) -> None:
     report = write_report("sweep", load_runs(tmp_path), tmp_path)
     pictures = [path for path in report.paths().values() if path.suffix == ".png"]
     assert sorted(path.stem for path in pictures) == [
-        "evidence", "masks", "rates_by_clients", "rates_by_share", "rounds", "witnesses"
+        "evidence", "masks", "rates_by_clients", "rates_by_share", "rejections", "rounds", "witnesses"
     ]  # fmt: skip
     for path in pictures:
         assert_picture(path)
     page = report.page.read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 7
     assert "36 runs; <code>tables.csv</code>" in page
     assert "<details>" not in page, "with so many runs there is no part for each"
     assert "<caption>Accuracy (%), mean ± sample standard deviation over 2 seeds</caption>" in page
@@ -518,8 +519,10 @@ def test_report_of_a_sweep(tmp_path: Path) -> None:
 
     # with fewer runs, what can no longer be shown is gone
     runs = [run for run in load_runs(tmp_path) if run.name.startswith("min-max-0.2-100-fedavg")]
-    assert set(write_report("part", runs, tmp_path).paths()) == {"markdown", "csv", "latex", "rounds", "page"}
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["rounds.png"]
+    assert set(write_report("part", runs, tmp_path).paths()) == {
+        "markdown", "csv", "latex", "rounds", "verdicts", "rejections", "page"
+    }  # fmt: skip
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["rejections.png", "rounds.png", "verdicts.png"]
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<details>") == 4
 
 
@@ -567,18 +570,19 @@ def test_rounds_show_the_mean_and_the_spread_over_seeds(tmp_path: Path, figures:
     assert [text.get_text() for text in legend.get_texts()] == ["fedavg", "median", "skymask"]
 
 
-def test_rounds_of_a_few_runs_show_verdicts_too(tmp_path: Path, figures: dict[str, Any]) -> None:
+def test_rounds_of_a_few_runs_are_lines_of_which_none_hides_another(tmp_path: Path, figures: dict[str, Any]) -> None:
     from skymask_gpu.report.plots import plot_rounds
 
     write_run(tmp_path / "_one", config(), [0.1, None, 0.5], [0.2, 0.0, 0.1], [1.0, None, 0.5])
     write_run(tmp_path / "two", config(defence__rule="median"), [0.3])
     runs = load_runs(tmp_path)
     plot_rounds(runs, arrange(runs), tmp_path / "rounds.png")
-    accuracy, verdicts = figures["rounds"].axes
+    (accuracy,) = figures["rounds"].axes
     assert lines_of(accuracy) == [([1, 3], [10.0, 50.0]), ([1], [30.0])]
-    assert lines_of(verdicts) == [([1, 2, 3], [20.0, 0.0, 10.0]), ([1, 3], [100.0, 50.0])]
+    under, over = accuracy.lines
+    assert under.get_linewidth() > over.get_linewidth()
+    assert under.get_markersize() > over.get_markersize()
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["_one", "two"]
-    assert [text.get_text() for text in verdicts.get_legend().get_texts()] == ["_one: honest rejected", "_one: attackers kept"]
 
 
 def test_rates_by_share_and_by_clients(tmp_path: Path, figures: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The TOML file of a board: a run's tables, with several recipes, attacks, rules and rounds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -166,14 +166,16 @@ class _File:
         _all_differ("the names of recipes", [recipe.name for recipe in self.recipes])
 
 
-def read_board(path: Path) -> Board:
+def read_board(path: Path, changes: Sequence[str] = ()) -> Board:
     """Read the board of a TOML file, after importing its plugins.
+
+    ``changes`` of the command line, each as ``"key=value"``, replace settings of the file.
 
     Raises:
         ValueError: no such file, no TOML, an unknown key, a name given twice, or a value out of
             range.
     """
-    content, source = read_toml(path), str(path)
+    content, source = read_toml(path, changes), str(path)
     file: _File = read_table(_File, content, source)
     base = {key: content[key] for key in _OF_A_RUN if key in content}
     base |= {"seed": file.seeds[0], "rounds": max(file.rounds) + 1}

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 
@@ -16,7 +16,7 @@ _POLL_SECONDS = 0.5
 
 
 def make_sets_side_by_side(
-    config: Path, data_dir: Path | None, keys: list[SetKey], folder: Path, jobs: int
+    config: Path, data_dir: Path | None, changes: Sequence[str], keys: list[SetKey], folder: Path, jobs: int
 ) -> Iterator[list[SetKey]]:
     """Make the sets of ``keys``, and yield those that were stored since the last time.
 
@@ -26,6 +26,7 @@ def make_sets_side_by_side(
     Args:
         config: the board's file, which each process reads for itself.
         data_dir: the folder with the data set's files, or None.
+        changes: settings that replace those of the file, each as ``"key=value"``.
         keys: the sets to make.
         folder: the board's folder.
         jobs: the number of processes that work at the same time; they share the threads.
@@ -38,7 +39,7 @@ def make_sets_side_by_side(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_ctrl_c) as pool:
         with threads_for(jobs):
-            futures = [pool.submit(_make, config, data_dir, own, folder) for own in by_cell(keys).values()]
+            futures = [pool.submit(_make, config, data_dir, changes, own, folder) for own in by_cell(keys).values()]
         try:
             running = set(futures)
             while running:
@@ -64,6 +65,6 @@ def _end_with_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _make(config: Path, data_dir: Path | None, keys: list[SetKey], folder: Path) -> None:
-    for _ in make_sets(read_board(config).with_data(data_dir), keys, folder):
+def _make(config: Path, data_dir: Path | None, changes: Sequence[str], keys: list[SetKey], folder: Path) -> None:
+    for _ in make_sets(read_board(config, changes).with_data(data_dir), keys, folder):
         pass

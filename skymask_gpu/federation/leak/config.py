@@ -1,6 +1,7 @@
 """The TOML file of a privacy audit."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,11 +150,13 @@ class Audit:
         return table
 
 
-def read_audit(path: Path) -> Audit:
+def read_audit(path: Path, changes: Sequence[str] = ()) -> Audit:
     """Read the audit of a TOML file, after importing its plugins.
+
+    ``changes`` of the command line, each as ``"key=value"``, replace settings of the file.
 
     Raises:
         ValueError: no such file, no TOML, an unknown key, or a value out of range.
     """
-    audit: Audit = read_table(Audit, read_toml(path), str(path))
+    audit: Audit = read_table(Audit, read_toml(path, changes), str(path))
     return audit

@@ -96,6 +96,7 @@ class SkyMaskRule:
                 "mask_steps": result.masks.steps,
                 "root_losses": result.masks.losses,
                 **_witnesses(result),
+                "positions": _positions(result),
             },
             seconds=result.seconds,
             tensors=lambda: _tensors(result, info.clients),
@@ -122,6 +123,18 @@ def _witnesses(result: Aggregation) -> dict[str, list[float | None]]:
         for row, value in zip(rows, values_K.tolist(), strict=True):
             lists[name][row] = round(value, 4)
     return lists
+
+
+def _positions(result: Aggregation) -> list[list[float] | None]:
+    """Where each participating client's mask lies in two principal components; the root's is last.
+
+    Four digits are enough for a picture. A client without a mask has no position.
+    """
+    positions: list[list[float] | None] = [None] * len(result.benign)
+    *scores, root = [[float(f"{value:.4g}") for value in point] for point in result.clusters.scores.tolist()]
+    for row, point in zip(result.clients.tolist(), scores, strict=True):
+        positions[row] = point
+    return [*positions, root]
 
 
 def _tensors(result: Aggregation, clients_M: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
