@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo leak test test-slow test-portable portable-plain portable-avx2 portable-native test-oldest \
-	test-flower lint typecheck bench wheel clean
+	test-flower test-wheel lint typecheck bench docs wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ $(VENV)/.dev: $(VENV)/.run
 $(OLDEST)/.test: setup.py Makefile
 	@$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q $$(grep -oE '[a-z][a-z0-9-]+>=[0-9.]+' setup.py | sed 's/>=/==/' \
-		| grep -vE '^(torchvision|cuml-cu13|byzfl|ruff|mypy|build)==')
+		| grep -vE '^(cuml-cu13|byzfl|tensorboard|ruff|mypy|build|twine|sphinx|furo|myst-nb)==')
 	$(OLDEST)/bin/pip install -q --no-deps -e .
 	@touch $@
 
@@ -103,9 +103,13 @@ typecheck: $(VENV)/.dev  ## mypy over the tree under its installed names
 	@for part in kernels engine bench; do ln -s $(CURDIR)/$$part build/typing/skymask_gpu/$$part; done
 	$(BIN)/mypy
 
-wheel: $(VENV)/.dev  ## sdist and wheel in dist/
+test-wheel: $(VENV)/.dev  ## the wheel in an empty environment: example, aggregate, run (many minutes)
+	$(BIN)/pytest -m 'slow or not slow' tests/test_wheel.py
+
+wheel: $(VENV)/.dev  ## sdist and wheel in dist/, checked as an index checks them
 	rm -rf build/lib build/bdist* dist
 	$(BIN)/python -m build -q
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove what the targets made, .venv included
 	rm -rf $(VENV) $(OLDEST) $(FLOWER) build dist demo-out leak-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

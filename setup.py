@@ -1,5 +1,10 @@
-"""Packaging: the three top-level folders ship as sub-packages of ``skymask_gpu``."""
+"""Packaging: the three top-level folders ship as sub-packages of ``skymask_gpu``.
 
+Names, classifiers and everything else that never changes is in ``pyproject.toml``. Here is what is
+computed: requirements, packages, and the README as an index page shows it.
+"""
+
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +15,11 @@ ROOTS = {
     "skymask_gpu.engine": "engine",
     "skymask_gpu.bench": "bench",
 }
+
+# The folder that shows the files of the released version, such as "https://HOST/OWNER/NAME/blob/main/", and the
+# one that serves pictures themselves. Fill both in once the repository has a public address.
+FILES = ""
+PICTURES = ""
 
 # Enough to aggregate updates; Triton comes with every CUDA build of torch.
 REQUIRED = [
@@ -22,8 +32,8 @@ REQUIRED = [
 ]
 # `skymask-gpu run`: data sets, plots and the HTML report.
 RUN = ["scikit-learn>=1.4", "matplotlib>=3.8", "jinja2>=3.1"]
-# `skymask-gpu data`: downloads. Beside a CPU build of torch its registry wheel does not work.
-DATA = ["torchvision>=0.26"]
+# `skymask-gpu data`: downloads.
+DATA = ["pooch>=1.8.2"]
 # Faces that a leaky gradient gives away: data set `lfw` is in scikit-image; Pillow reads `lfw-people` and `orl`.
 PRIVACY = ["scikit-image>=0.26", "pillow>=10.1"]
 # `Clustering(backend="cuml")`, beside a CUDA 13 build of torch; beside a CUDA 12 build install cuml-cu12 instead.
@@ -38,37 +48,54 @@ TRACKING = ["tensorboard>=2.18"]
 # Without a GPU, Triton is needed only by the tests (interpreter and offline compile).
 TEST = [
     *RUN,
+    *DATA,
     "triton>=3.6,<3.10; platform_system == 'Linux'",
     "pytest>=8.4",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
 ]
-DEV = [*TEST, "ruff>=0.6", "mypy>=1.11", "build>=1.2"]
+DEV = [*TEST, "ruff>=0.6", "mypy>=1.11", "build>=1.2", "twine>=6.1"]
+# `make docs`, in an environment of its own.
+DOCS = [*RUN, "sphinx>=8.2", "furo>=2025.7", "myst-nb>=1.3"]
 
-setup(
-    name="skymask-gpu",
-    version="0.1.0",
-    description="SkyMask, the mask-based defence of federated learning, at the cost of averaging",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.11",
-    package_dir=ROOTS,
-    packages=[
-        package for name, folder in ROOTS.items() for package in [name, *(f"{name}.{child}" for child in find_packages(folder))]
-    ],
-    package_data={"skymask_gpu": ["py.typed"], "skymask_gpu.report": ["*.html.j2"]},
-    install_requires=REQUIRED,
-    extras_require={
-        "run": RUN,
-        "data": DATA,
-        "privacy": PRIVACY,
-        "cuml": CUML,
-        "flower": FLOWER,
-        "byzfl": BYZFL,
-        "tracking": TRACKING,
-        "test": TEST,
-        "dev": DEV,
-    },
-    entry_points={"console_scripts": ["skymask-gpu=skymask_gpu.__main__:main"]},
-)
+
+def index_page(readme: str, files: str, pictures: str) -> str:
+    """The README for a page that does not lie beside the repository's files.
+
+    Relative links and pictures get the addresses of the repository. Without an address, a link becomes its
+    text, and a picture is left out, because both would lead nowhere.
+    """
+    relative = r"\((?![a-z]+:|#)([^)\s]+)\)"
+    if not (files and pictures):
+        readme = re.sub(rf"^!\[[^\]]*\]{relative}\n+", "", readme, flags=re.MULTILINE)
+        return re.sub(rf"\[([^\]]*)\]{relative}", r"\1", readme)
+    readme = re.sub(rf"(!\[[^\]]*\]){relative}", rf"\1({pictures}\2)", readme)
+    return re.sub(rf"(?<!!)(\[[^\]]*\]){relative}", rf"\1({files}\2)", readme)
+
+
+# Also true where a build tool executes this file; a test reads `index_page` without building anything.
+if __name__ == "__main__":
+    setup(
+        long_description=index_page(Path("README.md").read_text(encoding="utf-8"), FILES, PICTURES),
+        long_description_content_type="text/markdown",
+        package_dir=ROOTS,
+        packages=[
+            package
+            for name, folder in ROOTS.items()
+            for package in [name, *(f"{name}.{child}" for child in find_packages(folder))]
+        ],
+        package_data={"skymask_gpu": ["py.typed"], "skymask_gpu.report": ["*.html.j2"]},
+        install_requires=REQUIRED,
+        extras_require={
+            "run": RUN,
+            "data": DATA,
+            "privacy": PRIVACY,
+            "cuml": CUML,
+            "flower": FLOWER,
+            "byzfl": BYZFL,
+            "tracking": TRACKING,
+            "docs": DOCS,
+            "test": TEST,
+            "dev": DEV,
+        },
+    )

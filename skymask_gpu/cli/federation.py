@@ -173,7 +173,8 @@ def data(
     folder: Annotated[Path, typer.Argument(help="Where to put the standard files.")],
 ) -> None:
     """Download a data set's standard files and check them (needs the extra 'data')."""
-    from skymask_gpu.federation.datasets.download import download
+    with extra_named("data"):
+        from skymask_gpu.federation.datasets.download import download
 
     with console.status(f"downloading {name} ..."):
         download(name, folder)

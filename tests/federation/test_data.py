@@ -8,12 +8,14 @@ import struct
 import subprocess
 import sys
 import tarfile
-import types
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pooch
 import pytest
 import torch
 
@@ -404,27 +406,50 @@ def test_bad_har_files_are_named(tmp_path: Path) -> None:
 # --- download ---------------------------------------------------------------------------------
 
 
+class Server(ThreadingHTTPServer):
+    """Serves ``files`` by name to this machine; ``asked`` counts the requests, the first ``faults`` of which fail."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.asked: Counter[str] = Counter()
+        self.faults = 0
+        super().__init__(("127.0.0.1", 0), Answer)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/"
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/")
+        self.server.asked[name] += 1
+        found = name in self.server.files and self.server.asked.total() > self.server.faults
+        content = self.server.files[name] if found else b""
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """A stand-in for torchvision that serves these files, by URL."""
-    files: dict[str, bytes] = {}
-
-    def download_url(url: str, root: str, filename: str) -> None:
-        if url not in files:
-            raise OSError(f"HTTP Error 404: {url}")
-        Path(root, filename).write_bytes(files[url])
-
-    utils = types.ModuleType("torchvision.datasets.utils")
-    utils.download_url = download_url  # type: ignore[attr-defined]
-    for name in ("torchvision", "torchvision.datasets"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, utils.__name__, utils)
-    return files
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture(params=["mnist", "fashion-mnist", "cifar10"])
-def small(request: pytest.FixtureRequest, served: dict[str, bytes], tmp_path: Path) -> Iterator[str]:
-    """The name of a data set with the files of a known one, but small: registered here, and served with their md5."""
+def small(request: pytest.FixtureRequest, served: Server, tmp_path: Path) -> Iterator[str]:
+    """The name of a data set with the files of a known one, but small: registered here with their SHA-256, and served."""
     known = DATASETS[request.param]
     assert known.source is not None
     folder = tmp_path / "small"
@@ -434,13 +459,12 @@ def small(request: pytest.FixtureRequest, served: dict[str, bytes], tmp_path: Pa
         archive = io.BytesIO()
         with tarfile.open(fileobj=archive, mode="w:gz") as tar:
             tar.add(folder / "cifar-10-batches-bin", "cifar-10-batches-bin")
-        content = {file: archive.getvalue() for file in known.source.md5}
+        content = {file: archive.getvalue() for file in known.source.sha256}
     else:
         write_idx(folder)
-        content = {file: gzip.compress((folder / file.removesuffix(".gz")).read_bytes()) for file in known.source.md5}
-    url = "https://example.org/small/"
-    served.update({url + file: value for file, value in content.items()})
-    source = Source(url, {file: hashlib.md5(value).hexdigest() for file, value in content.items()})
+        content = {file: gzip.compress((folder / file.removesuffix(".gz")).read_bytes()) for file in known.source.sha256}
+    served.files = content
+    source = Source(served.url, {file: hashlib.sha256(value).hexdigest() for file, value in content.items()})
     name = f"small-{request.param}"
     dataset(name, about="a few samples", files=known.files, source=source)(known.load)
     yield name
@@ -458,30 +482,37 @@ def test_what_is_downloaded_can_be_loaded(small: str, tmp_path: Path) -> None:
     assert download(small, folder) == files, "again, over what is there"
 
 
-def test_a_wrong_file_changes_nothing(small: str, served: dict[str, bytes], tmp_path: Path) -> None:
-    last = list(served)[-1]
-    served[last] += b"x"
+def test_a_wrong_file_changes_nothing(small: str, served: Server, tmp_path: Path) -> None:
+    last = list(served.files)[-1]
+    served.files[last] += b"x"
     folder = tmp_path / "folder"
-    with pytest.raises(ValueError, match=r"\.gz must have md5 [0-9a-f]{32}, what came has [0-9a-f]{32}; try again"):
+    with pytest.raises(ValueError, match=rf"{served.url}{last} cannot be downloaded: SHA256 hash.*does not match.*; try again"):
         download(small, folder)
     assert not folder.exists()
-    del served[last]
-    with pytest.raises(ValueError, match=r"cannot be downloaded: HTTP Error 404.*; try again, or put the files into"):
+    del served.files[last]
+    with pytest.raises(ValueError, match=r"cannot be downloaded: 404 .*; try again, or put the files into"):
         download(small, folder)
     assert not folder.exists()
 
 
-def test_a_torchvision_that_is_missing_or_broken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ValueError, match=r"needs a torchvision that fits torch.*pip install 'skymask-gpu\[data\]'"):
-        download("mnist", tmp_path / "folder")
-    monkeypatch.delitem(sys.modules, "torchvision")
-    broken = tmp_path / "site" / "torchvision"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    with pytest.raises(ValueError, match=r"nms does not exist\. Nothing else here needs one: fetch cifar-10-binary"):
-        download("cifar10", tmp_path / "folder")
+def test_a_fault_of_the_network_is_tried_again(small: str, served: Server, tmp_path: Path) -> None:
+    served.faults = 2
+    first = next(iter(served.files))
+    level = pooch.get_logger().level
+    assert download(small, tmp_path / "folder")
+    assert served.asked[first] == 3
+    assert served.asked.total() == 2 + len(served.files)
+    assert pooch.get_logger().level == level
+
+
+def test_without_pooch_the_command_says_how_to_get_it(
+    run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delitem(sys.modules, "skymask_gpu.federation.datasets.download")
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    code, printed = run("data", "mnist", tmp_path / "folder")
+    assert code == 2
+    assert "this command needs pooch: pip install 'skymask-gpu[data]'" in printed
     assert not (tmp_path / "folder").exists()
 
 

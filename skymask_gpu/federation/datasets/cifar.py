@@ -18,12 +18,16 @@ _CIFAR100_FILES = ("cifar-100-binary/train.bin", "cifar-100-binary/test.bin")
 _PIXELS = 3 * 32 * 32
 
 
-# The checksums are those of https://www.cs.toronto.edu/~kriz/cifar.html.
+# The checksums are what other loaders of these files check, such as TensorFlow Datasets. The md5 of
+# https://www.cs.toronto.edu/~kriz/cifar.html belong to the same files.
 @dataset(
     "cifar10",
     about="photos, 3 x 32 x 32; 50,000 + 10,000; binary version",
     files=_CIFAR10_FILES,
-    source=Source("https://www.cs.toronto.edu/~kriz/", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
+    source=Source(
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+    ),
 )
 def load_cifar10(folder: Path) -> Dataset:
     """Ten classes; a record has one byte of label. The constants are those in common use."""
@@ -35,7 +39,10 @@ def load_cifar10(folder: Path) -> Dataset:
     "cifar100",
     about="photos, 3 x 32 x 32, 100 fine classes; 50,000 + 10,000; binary version",
     files=_CIFAR100_FILES,
-    source=Source("https://www.cs.toronto.edu/~kriz/", {"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"}),
+    source=Source(
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"},
+    ),
 )
 def load_cifar100(folder: Path) -> Dataset:
     """A hundred classes; a record has a byte of coarse label, then one of fine label, used here."""

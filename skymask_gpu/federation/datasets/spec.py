@@ -59,17 +59,17 @@ class Source:
 
     Attributes:
         url: the address of the folder that holds the files; it ends with a slash.
-        md5: the checksum of each file, by the file's name. A single ``.tar.gz`` is an archive: the
-            files of the data set are taken out of it.
+        sha256: the checksum of each file, by the file's name. A single ``.tar.gz`` is an archive:
+            the files of the data set are taken out of it.
     """
 
     url: str
-    md5: dict[str, str]
+    sha256: dict[str, str]
 
     @property
     def is_archive(self) -> bool:
         """Whether the one file to download holds the files of the data set."""
-        return len(self.md5) == 1 and next(iter(self.md5)).endswith(".tar.gz")
+        return len(self.sha256) == 1 and next(iter(self.sha256)).endswith(".tar.gz")
 
 
 @dataclass(frozen=True, kw_only=True)
