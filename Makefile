@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 FLOWER := .venv-flower
+DOCS := .venv-docs
 # `python -m` must not find the checkout's own skymask_gpu/ before the installed one.
 export PYTHONSAFEPATH := 1
 
@@ -34,7 +35,7 @@ $(VENV)/.dev: $(VENV)/.run
 $(OLDEST)/.test: setup.py Makefile
 	@$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q $$(grep -oE '[a-z][a-z0-9-]+>=[0-9.]+' setup.py | sed 's/>=/==/' \
-		| grep -vE '^(cuml-cu13|byzfl|tensorboard|ruff|mypy|build|twine|sphinx|furo|myst-nb)==')
+		| grep -vE '^(cuml-cu13|byzfl|tensorboard|ruff|mypy|build|twine|sphinx|furo|myst-nb|flwr)==')
 	$(OLDEST)/bin/pip install -q --no-deps -e .
 	@touch $@
 
@@ -43,6 +44,13 @@ $(FLOWER)/.test: setup.py Makefile
 	@$(PYTHON) -m venv $(FLOWER)
 	$(FLOWER)/bin/pip install -q $(TORCH)
 	$(FLOWER)/bin/pip install -q -e '.[run,flower]' 'pytest>=8.4' 'pytest-xdist>=3.5'
+	@touch $@
+
+# Flower's notebook is executed, so the site needs Flower, and with it an environment of its own.
+$(DOCS)/.docs: setup.py Makefile
+	@$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q $(TORCH)
+	$(DOCS)/bin/pip install -q -e '.[docs]'
 	@touch $@
 
 install: $(VENV)/.run  ## make .venv with everything `skymask-gpu` needs
@@ -57,6 +65,9 @@ leak: $(VENV)/.run  ## reconstruct 32 digits from obfuscated gradients, by attac
 
 bench: $(VENV)/.run  ## solvers and rules beside their floors, compared before they are timed (under ten minutes)
 	$(BIN)/skymask-gpu bench
+
+docs: $(DOCS)/.docs  ## the documentation site in build/docs, with executed notebooks
+	OMP_WAIT_POLICY=passive $(DOCS)/bin/python -m sphinx -q -W --keep-going -b html docs build/docs
 
 # --- check ------------------------------------------------------------------------------------
 test: $(VENV)/.dev  ## the whole fast test suite
@@ -112,5 +123,5 @@ wheel: $(VENV)/.dev  ## sdist and wheel in dist/, checked as an index checks the
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(OLDEST) $(FLOWER) build dist demo-out leak-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(FLOWER) $(DOCS) build dist demo-out leak-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

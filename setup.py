@@ -55,8 +55,8 @@ TEST = [
     "hypothesis>=6.100",
 ]
 DEV = [*TEST, "ruff>=0.6", "mypy>=1.11", "build>=1.2", "twine>=6.1"]
-# `make docs`, in an environment of its own.
-DOCS = [*RUN, "sphinx>=8.2", "furo>=2025.7", "myst-nb>=1.3"]
+# `make docs`, in an environment of its own: one notebook runs a strategy of Flower, without its simulation.
+DOCS = [*RUN, "sphinx>=8.2", "furo>=2025.7", "myst-nb>=1.3", "flwr>=1.42"]
 
 
 def index_page(readme: str, files: str, pictures: str) -> str:

@@ -34,6 +34,13 @@ class Evidence:
         clients: the K clients' names or numbers.
         layers: the names of the L parameters.
         varying: for each layer, the number of bits in which any two rows differ.
+
+    Example:
+        >>> bits = torch.tensor([[0b0011], [0b0011], [0b1100], [0b0001]], dtype=torch.uint8)
+        >>> benign = torch.tensor([True, True, False])
+        >>> layer_evidence(bits, benign, [0, 1, 2], {"weight": 3, "bias": 1})
+        Evidence(3 clients by 2 layers; most unlike the benign majority: client 2 in weight, in 100%
+        of 3 bits that vary)
     """
 
     shares: Tensor

@@ -23,7 +23,18 @@ __all__ = ["NonFiniteLossError", "TrainedMasks", "train_masks"]
 
 
 class NonFiniteLossError(ValueError):
-    """The root loss of the masked model or its gradient became NaN or Inf during mask training."""
+    """The root loss of the masked model or its gradient became NaN or Inf during mask training.
+
+    Example:
+        >>> from skymask_gpu.engine import FlatModel
+        >>> loss = FlatModel(torch.nn.Linear(2, 2), torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
+        >>> global_params = torch.full((6,), torch.inf)
+        >>> try:
+        ...     train_masks(torch.randn(3, 6), global_params, loss)
+        ... except NonFiniteLossError as error:
+        ...     print("the root loss" in str(error))
+        True
+    """
 
 
 @dataclass(frozen=True)

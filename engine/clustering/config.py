@@ -23,6 +23,10 @@ class Clustering:
 
     Raises:
         ValueError: there is no such rule or backend, or the backend cannot run here.
+
+    Example:
+        >>> Clustering(rule="two-stage")
+        Clustering(rule='two-stage', seed=0, backend='torch')
     """
 
     rule: Literal["two-stage", "signed", "published"] = "signed"

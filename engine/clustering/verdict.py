@@ -101,6 +101,17 @@ def cluster_masks(
 
     Raises:
         ValueError: the shape or dtype of ``bits`` does not fit, or as in :func:`cluster_distances`.
+
+    Example:
+        >>> import torch
+        >>> from skymask_gpu.engine import pack_bits
+        >>> # nine masks and the root's differ by chance, three others are their opposites
+        >>> common = torch.rand(400) < 0.8
+        >>> flips = torch.rand(13, 400) < 0.1
+        >>> masks = common ^ flips
+        >>> masks[:3] = ~masks[:3]
+        >>> cluster_masks(pack_bits(masks), 400, config=Clustering(rule="two-stage")).benign[:5]
+        tensor([False, False, False,  True,  True])
     """
     if bits.dim() != 2 or bits.dtype != torch.uint8 or bits.shape[1] != -(-num_params // 8):
         raise ValueError(
@@ -145,6 +156,15 @@ def cluster_distances(
     Raises:
         ValueError: the shapes do not fit, a value is not finite, or the library cannot work on this
             device.
+
+    Example:
+        >>> import torch
+        >>> # nine clients and the root are close to each other, three clients are far away
+        >>> place = torch.tensor([0.5] * 3 + [0.0] * 10)
+        >>> distances = (place[:, None] - place).abs() + 0.1 * (1 - torch.eye(13))
+        >>> verdict = cluster_distances(distances, config=Clustering(rule="two-stage"))
+        >>> verdict.benign[:5]
+        tensor([False, False, False,  True,  True])
     """
     if distances.dim() != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] < 2:
         raise ValueError(f"distances must be (R, R) with R >= 2 and the root row last, got {tuple(distances.shape)}")

@@ -42,6 +42,11 @@ class DataConfig:
             differ.
         root_samples: the size of the root data set, which is drawn from the training data.
         root_bias: the share of the first class in it; 0 means equal shares of all classes.
+
+    Example:
+        >>> data = DataConfig(dataset="digits", clients=20, partition="dirichlet", alpha=0.1)
+        >>> data.root_samples
+        100
     """
 
     dataset: str = "digits"
@@ -65,6 +70,10 @@ class ModelConfig:
     Attributes:
         name: key of :data:`~skymask_gpu.federation.models.MODELS`, or a class of the user's own,
             which is called without arguments.
+
+    Example:
+        >>> ModelConfig(name="cnn")
+        ModelConfig(name='cnn')
     """
 
     name: str = "mlp"
@@ -83,6 +92,10 @@ class DefenceConfig(Choice):
         assumed_malicious: the number of malicious clients that the rule assumes (f of Krum and
             others); -1 means the true number.
         settings: the rule's own keys; None means their defaults.
+
+    Example:
+        >>> DefenceConfig(rule="multi-krum", assumed_malicious=4).settings is not None
+        True
     """
 
     registry: ClassVar[Choices] = RULES
@@ -120,6 +133,13 @@ class RunConfig:
         transforms: what clients do to their updates before they send them, in this order.
         privacy: what they do to them after that, to hide their data.
         tracking: who follows the run, such as TensorBoard.
+
+    Example:
+        >>> run = RunConfig(rounds=2, defence=DefenceConfig(rule="median"))
+        >>> run.to_dict()["defence"]["rule"]
+        'median'
+        >>> RunConfig.from_dict(run.to_dict()) == run
+        True
     """
 
     name: str = "run"

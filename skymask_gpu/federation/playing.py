@@ -57,6 +57,17 @@ def play(federation: Federation, folder: Path, progress: Progress = lambda text:
     Raises:
         ValueError: the folder holds another run, or one of its files is damaged; the error names
             the file and the remedy.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from skymask_gpu.federation import DataConfig, DefenceConfig, RunConfig
+        >>> defence = DefenceConfig(rule="fedavg")
+        >>> run = RunConfig(rounds=2, data=DataConfig(clients=10), defence=defence)
+        >>> with TemporaryDirectory() as folder:
+        ...     records = list(play(Federation.build(run), Path(folder)))
+        ...     again = list(play(Federation.build(run), Path(folder)))  # nothing is left to play
+        >>> len(records), len(again)
+        (2, 0)
     """
     config = federation.config
     folder.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,13 @@ class Federation:
         malicious: ``(N,)`` bool, which clients attack.
         attack: what the malicious clients do; it may remember earlier rounds.
         rule: how the server aggregates; it may remember earlier rounds.
+
+    Example:
+        >>> from skymask_gpu.federation import AttackConfig, DataConfig
+        >>> run = RunConfig(data=DataConfig(clients=20), attack=AttackConfig(name="lie", share=0.2))
+        >>> federation = Federation.build(run)
+        >>> int(federation.malicious.sum()), len(federation.parts), federation.dataset.num_classes
+        (4, 21, 10)
     """
 
     config: RunConfig
