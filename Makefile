@@ -35,7 +35,7 @@ $(VENV)/.dev: $(VENV)/.run
 $(OLDEST)/.test: setup.py Makefile
 	@$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q $$(grep -oE '[a-z][a-z0-9-]+>=[0-9.]+' setup.py | sed 's/>=/==/' \
-		| grep -vE '^(cuml-cu13|byzfl|tensorboard|ruff|mypy|build|twine|sphinx|furo|myst-nb|flwr)==')
+		| grep -vE '^(cuml-cu13|byzfl|nvflare|tensorboard|ruff|mypy|build|twine|sphinx|furo|myst-nb|flwr)==')
 	$(OLDEST)/bin/pip install -q --no-deps -e .
 	@touch $@
 

@@ -45,6 +45,8 @@ FLOWER = ["flwr[simulation]>=1.42"]
 BYZFL = ["byzfl>=0.0.11"]
 # `[tracking]` in a run's file, and `skymask-gpu export`; W&B and MLflow are installed by whoever uses them.
 TRACKING = ["tensorboard>=2.18"]
+# `skymask_gpu.integrations.nvflare`. No part of DEV: it brings a web server along.
+NVFLARE = ["nvflare>=2.9"]
 # Without a GPU, Triton is needed only by the tests (interpreter and offline compile).
 TEST = [
     *RUN,
@@ -93,6 +95,7 @@ if __name__ == "__main__":
             "cuml": CUML,
             "flower": FLOWER,
             "byzfl": BYZFL,
+            "nvflare": NVFLARE,
             "tracking": TRACKING,
             "docs": DOCS,
             "test": TEST,

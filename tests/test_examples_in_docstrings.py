@@ -26,6 +26,8 @@ def modules_with_examples() -> list[str]:
 def test_examples_run(name: str) -> None:
     if name.startswith("skymask_gpu.integrations.flower"):
         pytest.importorskip("flwr", reason="Flower is not installed here; `make test-flower` runs this where it is")
+    if name.startswith("skymask_gpu.integrations.nvflare"):
+        pytest.importorskip("nvflare", reason="NVIDIA FLARE is not installed here")
     module = importlib.import_module(name)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     # The examples draw random numbers; a seed makes them the same in every run.

@@ -42,11 +42,11 @@ class RootTraining:
         steps: the number of SGD steps, at least 1.
         lr: the learning rate, above 0.
         grad_clip: the bound on each element of the gradient, above 0; ``inf`` for no clipping.
-        optimizer: the clients' optimizer, made anew in each round by ``optimizer([params], lr=lr)``,
-            such as ``torch.optim.Adam``; ``functools.partial`` gives it more arguments. It steps
-            with the clipped gradient. ``params`` is one ``(P,)`` vector of all parameters, so that
-            the optimizer must treat each element by itself. None means plain SGD. What does not
-            fit this form can be trained by the caller and passed as ``root_update=``.
+        optimizer: makes the clients' optimizer, anew in each round, by ``optimizer([params],
+            lr=lr)``, such as ``torch.optim.Adam``; ``functools.partial`` gives it more arguments.
+            It steps with the clipped gradient. ``params`` is one ``(P,)`` vector of all parameters,
+            so that the optimizer must treat each element by itself. None means plain SGD. What does
+            not fit this form can be trained by the caller and passed as ``root_update=``.
 
     Raises:
         ValueError: a setting is out of its range.
