@@ -213,7 +213,8 @@ class SkyMask:
                 those of the last :meth:`update_global`, or else the module's when this object was
                 made, so pass it in every round but the first.
             root_update: the root model's row, in any form of ``global_params``: an update that was
-                trained on the root data like a client's. None means the root direction, scaled to the clients' median norm.
+                trained on the root data like a client's. None means the root direction, scaled to
+                the clients' median norm.
             local_models: whether ``updates`` are the clients' models after training;
                 ``root_update`` is an update all the same. The global parameters are then
                 subtracted: from a tensor or blocks in memory in one float32 copy, from other rows

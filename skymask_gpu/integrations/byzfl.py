@@ -1,4 +1,4 @@
-"""This package's rules in the form of ByzFL's aggregators, and ByzFL's parts for runs of this package.
+"""This package's rules in the form of ByzFL's aggregators, and ByzFL's parts for its runs.
 
 ByzFL (https://github.com/LPD-EPFL/byzfl, MIT) calls an aggregator with n vectors, and gets one. An
 :class:`Aggregator` is called in the same way, so that ByzFL's attacks and experiments can use it.

@@ -1,7 +1,8 @@
 """LEAF's JSON layout (Caldas et al., arXiv 1812.01097): what each of many people wrote.
 
-LEAF's preprocessing writes files into the folders ``train`` and ``test``. Each is a JSON object with
-``users``, a list of names, and ``user_data``, which has lists ``x`` and ``y`` for each of them.
+LEAF's preprocessing writes files into the folders ``train`` and ``test``. Each is a JSON object
+with ``users``, a list of names, and ``user_data``, which has lists ``x`` and ``y`` for each of
+them.
 """
 
 import json

@@ -17,8 +17,8 @@ class LSTM(nn.Module):
     """Two LSTM layers of 256 units over embedded characters; the last state gives the next one.
 
     It is the network of McMahan et al. (AISTATS 2017) and LEAF for Shakespeare; it has 818,137
-    parameters there. The recurrence (Hochreiter and Schmidhuber, 1997) is that of ``torch.nn.LSTM``,
-    whose own code does not run under ``vmap``.
+    parameters there. The recurrence (Hochreiter and Schmidhuber, 1997) is that of
+    ``torch.nn.LSTM``, whose own code ``vmap`` would call for one client after the other.
 
     Args:
         input_shape: ``(length,)`` of a sequence of whole numbers below ``num_classes``.
