@@ -35,7 +35,7 @@ class Neurotoxin(Backdoor):
 
 @ATTACKS.register("neurotoxin", settings=Neurotoxin)
 class TrainInQuietParams(PixelBackdoor):
-    """Neurotoxin (Zhang et al., ICML 2022, algorithm 1, arXiv 2206.10341).
+    """Neurotoxin (Zhang et al., ICML 2022, arXiv 2206.10341).
 
     Malicious clients train on data with the trigger. After each local step, they put the k% of the
     parameters with the largest |w_t - w_(t-1)| back to the global model's values. Honest clients

@@ -27,7 +27,7 @@ def opt_alie(updates_NP: Tensor, malicious_N: Tensor, threat: Threat, settings: 
 
     All send m - z s, with the honest mean m and standard deviation s. Here z maximises
     |rule(all rows) - m| among 20 tried strengths; without a jitter, all attackers send the same.
-    The search is this project's own; see Guerraoui et al., arXiv 2505.24802, for the attack.
+    The search is this project's own; see González et al., arXiv 2505.24802, for the attack.
 
     Raises:
         ValueError: there is no rule to try, as on a board and outside of a run.

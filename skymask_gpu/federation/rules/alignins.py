@@ -40,7 +40,7 @@ class AlignIns:
 
 @RULES.register("alignins", settings=AlignIns)
 def alignins(updates_MP: Tensor, info: RoundInfo, settings: AlignIns) -> RuleResult:
-    """AlignIns (Xu, Zhang & Hu, CVPR 2025, algorithm 1; arXiv 2503.07978).
+    """AlignIns (Xu, Zhang & Hu, CVPR 2025, arXiv 2503.07978).
 
     Two numbers per client are compared among clients, with w the global model:
 

@@ -36,7 +36,7 @@ class CentredClippingSettings:
 
 @RULES.register("centred-clipping", settings=CentredClippingSettings)
 class CentredClipping:
-    """Centred clipping (Karimireddy, He & Jaggi, ICML 2021, algorithm 2).
+    """Centred clipping (Karimireddy, He & Jaggi, ICML 2021).
 
     The point v starts from the result of the round before, or from zero in the first round, and is
     moved L times by

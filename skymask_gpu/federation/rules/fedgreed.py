@@ -13,7 +13,7 @@ __all__ = ["FedGreed"]
 @RULES.register("fedgreed")
 @needs_root_data
 class FedGreed:
-    """FedGreed (Kritharakis et al., arXiv 2508.18060, algorithm 1).
+    """FedGreed (Kritharakis et al., arXiv 2508.18060).
 
     The server computes the loss f of each client's model on its own samples and sorts the clients
     by it. It starts with the best model, x = x_(1), and takes the next one into the mean,

@@ -119,7 +119,7 @@ class _Before:
 
 @RULES.register("nnm", settings=Mixing)
 class NearestNeighbourMixing(_Before):
-    """Nearest-neighbour mixing, NNM (Allouah et al., AISTATS 2023, algorithm 2).
+    """Nearest-neighbour mixing, NNM (Allouah et al., AISTATS 2023).
 
     Each update is replaced by the mean of the n - f updates that are nearest to it, itself
     included. The base rule then aggregates the n means, with the same f. If updates are equally
@@ -138,7 +138,7 @@ class NearestNeighbourMixing(_Before):
 
 @RULES.register("bucketing", settings=BucketingSettings)
 class Bucketing(_Before):
-    """Bucketing (Karimireddy, He & Jaggi, ICLR 2022, algorithm 1).
+    """Bucketing (Karimireddy, He & Jaggi, ICLR 2022).
 
     The clients are shuffled and divided into buckets of s, and the base rule aggregates the
     buckets' means. Up to f buckets hold an attacker, so the base rule assumes the same f, but at

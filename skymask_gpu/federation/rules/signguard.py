@@ -39,7 +39,7 @@ class SignGuard:
 
 @RULES.register("signguard", settings=SignGuard)
 def signguard(updates_MP: Tensor, info: RoundInfo, settings: SignGuard) -> RuleResult:
-    """SignGuard in its plain form (Xu et al., ICDCS 2022, algorithm 2; arXiv 2109.05872).
+    """SignGuard in its plain form (Xu et al., ICDCS 2022, arXiv 2109.05872).
 
     With m the median length, the first filter keeps the clients with L <= |update| / m <= R. The
     second one draws a share of the parameters, describes each client by the shares of positive,
