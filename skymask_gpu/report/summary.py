@@ -97,6 +97,12 @@ class FinishedRun:
         return next((record[key] for record in reversed(self.records) if record.get(key) is not None), None)
 
     @property
+    def worst_class(self) -> float | None:
+        """The lowest accuracy of a class in the last evaluated round; None if it is not recorded."""
+        shares = next((record["class_accuracy"] for record in reversed(self.records) if record.get("class_accuracy")), [])
+        return min((share for share in shares if share is not None), default=None)
+
+    @property
     def lifespan(self) -> int | None:
         """How many rounds a backdoor outlives its attackers.
 

@@ -48,6 +48,7 @@ _RESULT_COLUMNS = (
     "worst_fnr",
     "attack_success_rate",
     "backdoor_lifespan",
+    "worst_class_accuracy",
     "median_aggregation_seconds",
     "median_local_training_seconds",
 )
@@ -87,6 +88,8 @@ def block_tables(block: Block) -> list[ResultTable]:
             run.last("attack_success_rate") is not None for rule in block.rules for run in block.cells.get((attack, rule), [])
         )
     ]
+    if any(run.worst_class is not None for runs in block.cells.values() for run in runs):
+        tables.append(_worst_class_table(block))
     if backdoors:
         tables.append(_mean_table(block, backdoors, "Attack success rate (%)", "attack_success_rate", mark_best=False))
         tables += _lifespan_table(block, backdoors)
@@ -168,6 +171,7 @@ def csv_text(runs: list[FinishedRun], folder: Path) -> str:
                 run.worst_rate("false_negative_rate"),
                 run.last("attack_success_rate"),
                 run.lifespan,
+                run.worst_class,
                 run.median_seconds("aggregation"),
                 run.median_seconds("local_training"),
             ]
@@ -210,6 +214,15 @@ def _rates_table(block: Block) -> ResultTable:
                 cells.append(Cell(f"{' / '.join(means)} [{' / '.join(worst)}]"))
         rows.append((attack, cells))
     return ResultTable("FPR / FNR (%), mean [worst round]", block.rules, rows)
+
+
+def _worst_class_table(block: Block) -> ResultTable:
+    """A defence may keep the accuracy and lose a class that only rejected clients have."""
+    rows = []
+    for attack in block.attacks:
+        found = [_values(block.cells.get((attack, rule)), lambda run: run.worst_class) for rule in block.rules]
+        rows.append((attack, [Cell(_mean_and_spread(shares)) for shares in found]))
+    return ResultTable("Accuracy of the worst class (%), mean over the seeds", block.rules, rows)
 
 
 def _lifespan_table(block: Block, attacks: list[str]) -> list[ResultTable]:

@@ -17,6 +17,8 @@ from skymask_gpu.federation.run_folder import CHECKPOINT, METRICS
 from skymask_gpu.federation.simulation import Federation
 from skymask_gpu.io.files import read_tensors
 from skymask_gpu.report.summary import FinishedRun
+from skymask_gpu.report.sweep import Block
+from skymask_gpu.report.tables import Cell, block_tables
 
 SMALL = RunConfig(
     rounds=5,
@@ -127,6 +129,31 @@ def test_class_accuracies_make_up_the_accuracy(digits: Dataset, tmp_path: Path) 
     absent = dataclasses.replace(absent, test_labels=digits.test_labels[digits.test_labels > 0])
     federation = Federation.build(SMALL, absent)
     assert federation.class_accuracies(federation.first_model())[0] is None
+
+
+def test_the_report_has_tables_of_the_worst_class_and_of_lifespans() -> None:
+    """The last tested round counts; a class without test samples does not."""
+
+    def run(seed: int, worst: float, alive: float) -> FinishedRun:
+        records = [
+            {"round": 0, "accuracy": 0.9, "attacked": True, "attack_success_rate": 1.0, "class_accuracy": [0.1, 0.2]},
+            {
+                "round": 1,
+                "accuracy": 0.9,
+                "attacked": False,
+                "attack_success_rate": alive,
+                "class_accuracy": [None, worst, 0.95],
+            },
+            {"round": 2, "accuracy": None, "attacked": False, "attack_success_rate": None, "class_accuracy": None},
+        ]
+        return FinishedRun({"seed": seed}, Path("runs/mine"), records, [])
+
+    block = Block({}, {}, {("dba", "median"): [run(0, 0.5, 0.9), run(1, 0.7, 0.1)]})
+    tables = {table.caption: table.rows for table in block_tables(block)}
+    (worst,) = [rows for caption, rows in tables.items() if caption.startswith("Accuracy of the worst class")]
+    assert worst == [("dba", [Cell("60.0 ± 14.1")])]
+    (spans,) = [rows for caption, rows in tables.items() if "outlives" in caption]
+    assert spans == [("dba", [Cell("0.5")])]
 
 
 @pytest.mark.parametrize(

@@ -430,7 +430,7 @@ def test_csv_file_has_a_line_a_run_with_all_that_differs(tmp_path: Path) -> None
         "data.bias": "0.5", "data.alpha": "0.5", "data.clients": "20", "attack.name": "min-max", "attack.share": "0.2",
         "defence.rule": "skymask", "local.lr": "0.1", "seed": "3", "rounds": "3", "rounds_done": "3", "accuracy": "0.25",
         "mean_fpr": "0.25", "worst_fpr": "0.5", "mean_fnr": "0.5", "worst_fnr": "0.75", "attack_success_rate": "0.5",
-        "backdoor_lifespan": "",
+        "backdoor_lifespan": "", "worst_class_accuracy": "",
         "median_aggregation_seconds": "2", "median_local_training_seconds": "4",
     }  # fmt: skip
     assert second["local.lr"] == "0.5"
