@@ -117,8 +117,8 @@ def critical_layers(
 
     whole = success(poisoned_P)
     left = {name: success(replaced(poisoned_P, benign_P, [name])) for name in layers}
-    order, taken = sorted(left, key=left.__getitem__), []
-    for name in order:
+    taken: list[str] = []
+    for name in sorted(left, key=left.__getitem__):
         if success(replaced(benign_P, poisoned_P, taken)) >= enough * whole and taken:
             break
         taken.append(name)
