@@ -49,9 +49,7 @@ def aggregate(
     model: Annotated[str, typer.Option(help="The model's class, file.py:Class, callable without arguments.")],
     root: Annotated[Path, typer.Option(help="Clean root data: npz with arrays 'inputs' and 'labels'.")],
     out: Annotated[Path, typer.Option(help="Where to write the new global model, safetensors.")],
-    json_report: Annotated[
-        Path | None, typer.Option("--json", help="Where to write the verdict as JSON; -: on stdout, and all else on stderr.")
-    ] = None,
+    json_report: Annotated[Path | None, typer.Option("--json", help="Where to write the verdict as JSON; -: stdout.")] = None,
     local_models: Annotated[
         bool, typer.Option("--local-models", help="The clients' files hold local models, not updates (local minus global).")
     ] = False,
@@ -106,11 +104,7 @@ def aggregate(
         _write_beside(json_file, verdict, history, remembered)
         if on_stdout:
             found |= json.loads(verdict)
-        concern = _concern(result, sent)
-        if concern is not None:
-            warn(concern)
-            if strict:
-                raise typer.Exit(UNCERTAIN)
+        _warn_of(_concern(result, sent), strict=strict)
 
 
 def _read_global(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -181,6 +175,13 @@ def _write_beside(json_report: Path | None, verdict: str, history: Path | None, 
     if json_report is not None:
         write_text(json_report, verdict)
         console.print(f"verdict: {json_report}", soft_wrap=True, highlight=False)
+
+
+def _warn_of(concern: str | None, *, strict: bool) -> None:
+    if concern is not None:
+        warn(concern)
+        if strict:
+            raise typer.Exit(UNCERTAIN)
 
 
 def _concern(result: Aggregation, sent: UserUpdates) -> str | None:

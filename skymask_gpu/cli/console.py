@@ -1,4 +1,4 @@
-"""What all commands share: consoles, JSON answers, warnings, advice after Ctrl-C, missing extras."""
+"""What all commands share: consoles, JSON answers, warnings, advice after Ctrl-C and on extras."""
 
 import json
 import math

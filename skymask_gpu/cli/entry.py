@@ -52,7 +52,8 @@ def main() -> None:
     # The commands say the same themselves, with unreadable files counted or once per run.
     warnings.simplefilter("ignore", VerdictWarning)
     try:
-        app()
+        # The same name however it was started: completion is installed for it.
+        app(prog_name="skymask-gpu")
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         where = f" on rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         _show_traceback(debug=_DEBUG in sys.argv[1:])

@@ -20,7 +20,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Folder of a run, of runs or of a sweep.")],
     to: Annotated[str, typer.Option(help="The tracker: tensorboard, wandb or mlflow.")],
 ) -> None:
-    """Hand all recorded rounds of a folder's runs to a tracker, whether or not one followed them."""
+    """Hand the recorded rounds of a folder's runs to a tracker, also if none followed them."""
     from skymask_gpu.federation.tracking import export as export_run
     from skymask_gpu.federation.tracking import tracking_for
     from skymask_gpu.report import load_runs

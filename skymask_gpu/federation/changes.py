@@ -27,7 +27,8 @@ def changed(content: Table, changes: Iterable[str], source: str) -> Table:
         ValueError: a change has no key or no ``=``, or the grid has its key.
 
     Example:
-        >>> changed({"seed": 1, "attack": {"name": "ipm"}}, ["attack.name=trim", "seed=2"], "a.toml")
+        >>> file = {"seed": 1, "attack": {"name": "ipm"}}
+        >>> changed(file, ["attack.name=trim", "seed=2"], "a.toml")
         {'seed': 2, 'attack': {'name': 'trim'}}
     """
     for change in changes:

@@ -78,12 +78,13 @@ def load_runs(folder: Path | str) -> Runs:
     Example:
         >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
-        >>> from skymask_gpu.federation import DataConfig, DefenceConfig, Federation, RunConfig
-        >>> from skymask_gpu.federation import load_runs, play
+        >>> from skymask_gpu.federation import DataConfig, DefenceConfig, Federation
+        >>> from skymask_gpu.federation import RunConfig, load_runs, play
         >>> data = DataConfig(clients=10)
         >>> with TemporaryDirectory() as folder:
         ...     for rule in ("fedavg", "median"):
-        ...         run = RunConfig(name=rule, rounds=2, data=data, defence=DefenceConfig(rule=rule))
+        ...         defence = DefenceConfig(rule=rule)
+        ...         run = RunConfig(name=rule, rounds=2, data=data, defence=defence)
         ...         records = list(play(Federation.build(run), Path(folder) / rule))
         ...     runs = load_runs(folder)
         >>> runs

@@ -164,9 +164,8 @@ def plot_masks_by_round(runs: list[FinishedRun], path: Path) -> bool:
             for axes, (run, number) in zip(line, row, strict=False):
                 found, points = places[id(run)]
                 _scatter(axes, points[number], found.states[:, found.rounds.index(number)])
-                axes.set_title(
-                    wrapped(f"{run.name}\nround {number + 1}" if axes is line[0] else f"round {number + 1}", 26), fontsize=8
-                )
+                name = f"{wrapped(run.name, 26)}\n" if axes is line[0] else ""
+                axes.set_title(f"{name}round {number + 1}", fontsize=8)
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
         save(figure, path)
