@@ -43,7 +43,7 @@ class Verdicts:
 
 
 def verdicts(run: FinishedRun) -> Verdicts | None:
-    """The verdicts of a run; None if its rule judges nobody, or its number of clients is not known."""
+    """The verdicts of a run; None if its rule judges nobody, or if clients were not counted."""
     num_clients = flat_settings(run.config).get("data.clients")
     judged = [record for record in run.records if record.get("kept") is not None and "rejected" in record]
     if not isinstance(num_clients, int) or not judged:

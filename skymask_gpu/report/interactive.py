@@ -21,8 +21,8 @@ CURVES = {
     "false_negative_rate": "Attackers kept (%)",
     "attack_success_rate": "Success of the backdoor (%)",
 }
-# With more values per client than this in all runs together (some 10 MB), the page has no history of
-# clients. The static pictures are there in any case.
+# With more values per client than this in all runs together (some 10 MB), the page has no history
+# of clients. The static pictures are there in any case.
 _MOST_VALUES = 2_000_000
 
 

@@ -1,4 +1,4 @@
-"""The report's pictures; the suffix of a path chooses the format. ``panels.py`` chooses what they show."""
+"""The report's pictures; a path's suffix chooses the format, ``panels.py`` what they show."""
 
 import json
 import math
@@ -116,8 +116,8 @@ def _lines_by_run(runs: list[FinishedRun]) -> Figure:
     axes.set(title="Accuracy of the global model", xlabel="round", ylabel="test samples right (%)", ylim=(0, 102))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.lines:
-        # The legend stands below the axes, because lines may be anywhere inside them. The labels are
-        # given, because the legend leaves out a name that begins with an underscore.
+        # The legend stands below the axes, because lines may be anywhere inside them. The labels
+        # are given, because the legend leaves out a name that begins with an underscore.
         labels = [str(line.get_label()) for line in axes.lines]
         axes.legend(axes.lines, labels, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     return figure

@@ -1,4 +1,4 @@
-"""Pictures of what happens from round to round: verdicts, who was rejected when, where masks lie."""
+"""Pictures of what happens by round: verdicts, who was rejected when, where the masks lie."""
 
 import math
 from pathlib import Path

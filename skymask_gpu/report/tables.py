@@ -97,7 +97,7 @@ def block_tables(block: Block) -> list[ResultTable]:
 
 
 def markdown_text(title: str, sweep: Sweep, failed: list[tuple[str, str]], missing: Sequence[tuple[str, str]] = ()) -> str:
-    """All blocks' tables as Markdown, runs that are in no block, and cells that failed or are missing."""
+    """All blocks' tables as Markdown, runs in no block, and cells that failed or are missing."""
     lines = [f"# {_markdown(title)}", "", LEGEND, ""]
     for block in sweep.blocks:
         lines += [f"## {_markdown(block.title)}", ""]

@@ -920,3 +920,8 @@ def test_skymask_records_keep_share_and_cosine_of_every_client_that_takes_part()
         used = [value for client, value in enumerate(recorded) if client != 4]
         assert used == [round(value, 4) for value in tensors[name].tolist()]
         assert len(set(used)) > 6, "the clients differ"
+    *positions, root = result.record["positions"]
+    assert len(positions) == 12
+    assert positions[4] is None
+    used = [point for client, point in enumerate(positions) if client != 4]
+    torch.testing.assert_close(torch.tensor([*used, root], dtype=torch.float64), tensors["scores"], rtol=1e-3, atol=1e-9)

@@ -123,7 +123,7 @@ class _Tracked:
 
 
 def _read_states(path: Path) -> dict[str, dict[str, Any]]:
-    """What the file holds of each tracker; a damaged entry counts as none, with no harm to the run."""
+    """What the file holds of each tracker; a damaged entry counts as none."""
     try:
         states = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -107,7 +107,7 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
     Texts, lists of values per client, and what was not measured are left out.
 
     Example:
-        >>> numbers({"round": 3, "accuracy": 0.5, "rejected": [4, 7], "seconds": {"aggregation": 0.1}})
+        >>> numbers({"accuracy": 0.5, "rejected": [4, 7], "seconds": {"aggregation": 0.1}})
         {'accuracy': 0.5, 'rejected': 2.0, 'seconds/aggregation': 0.1}
     """
     flat: dict[str, float] = {}

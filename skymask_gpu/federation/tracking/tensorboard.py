@@ -1,4 +1,4 @@
-"""TensorBoard: an event file in the run's folder; ``tensorboard --logdir OUT`` shows all below OUT."""
+"""TensorBoard: event files in the run's folder; ``tensorboard --logdir OUT`` shows all of OUT."""
 
 import json
 from typing import Any

@@ -49,7 +49,7 @@ class WandB:
             mode=self._settings.mode,  # type: ignore[arg-type]  # checked by the settings
             resume="allow" if online else None,
             config=settings,
-            # Numbers and settings are recorded: no output, no code, no repository, no list of packages.
+            # Numbers and settings are recorded: no output, no code, no repository, no package list.
             settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_save_requirements=False),
         )
 
