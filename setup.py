@@ -43,8 +43,9 @@ CUML = ["cuml-cu13>=26.10; platform_system == 'Linux'"]
 FLOWER = ["flwr[simulation]>=1.42"]
 # `examples/byzfl_plugin.py`. ByzFL's torchvision fails beside a torch for CPUs only: pip install --no-deps byzfl scipy.
 BYZFL = ["byzfl>=0.0.11"]
-# `[tracking]` in a run's file, and `skymask-gpu export`; W&B and MLflow are installed by whoever uses them.
-TRACKING = ["tensorboard>=2.18"]
+# `[tracking]` in a run's file, and `skymask-gpu export`; W&B and MLflow are installed by whoever uses them. TensorBoard
+# before 2.21 needs pkg_resources, which setuptools no longer has.
+TRACKING = ["tensorboard>=2.21"]
 # `skymask_gpu.integrations.nvflare`. No part of DEV: it brings a web server along.
 NVFLARE = ["nvflare>=2.9"]
 # Without a GPU, Triton is needed only by the tests (interpreter and offline compile).

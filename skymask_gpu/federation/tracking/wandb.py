@@ -40,14 +40,14 @@ class WandB:
             import wandb
         except ModuleNotFoundError as error:
             raise needed("wandb", "pip install wandb") from error
-        online = self._settings.mode == "online"
+        mode: Any = self._settings.mode
         self._run = wandb.init(
             project=self._settings.project,
             name=self._context.name,
             id=self._context.run_id,
             dir=str(self._context.folder),
-            mode=self._settings.mode,  # type: ignore[arg-type]  # checked by the settings
-            resume="allow" if online else None,
+            mode=mode,
+            resume="allow" if mode == "online" else None,
             config=settings,
             # Numbers and settings are recorded: no output, no code, no repository, no package list.
             settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_save_requirements=False),
