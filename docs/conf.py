@@ -8,6 +8,7 @@ from importlib.metadata import version as version_of
 
 project = "skymask-gpu"
 author = "skymask-gpu developers"
+copyright = f"{author}, Apache-2.0"
 version = release = version_of("skymask-gpu")
 language = "en"
 
@@ -35,7 +36,7 @@ suppress_warnings = ["myst-nb.lexer"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 # `=` of long defaults such as MaskTraining() stay as they are written.
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import ConnectionPatch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -58,6 +57,7 @@ def draw_rows(axes: Axes, values_NK: Tensor, title: str, colours: str, limit: tu
     axes.imshow(values_NK, cmap=colours, vmin=limit[0], vmax=limit[1], aspect="auto", interpolation="none")
     axes.set_title(title)
     axes.set_xlabel(f"{SHOWN} of the parameters")
+    axes.set_ylabel("client (attackers in orange)")
     axes.set_xticks([])
     axes.set_yticks(range(len(values_NK)), map(str, range(len(values_NK))), fontsize=7)
     axes.tick_params(length=0)
@@ -103,17 +103,13 @@ def draw() -> Figure:
         "SkyMask": test_loss(module, flat, result.update),
     }
 
-    figure = Figure(figsize=(13, 3.9), layout="constrained")
-    rows, masks, witnesses, bars = figure.subplots(1, 4, width_ratios=[1.1, 1.1, 1.25, 0.85])
+    figure = Figure(figsize=(9, 7.2), layout="constrained")
+    (rows, masks), (witnesses, bars) = figure.subplots(2, 2, width_ratios=[1.25, 1])
     limit = float(shown_NK.abs().median()) * 2
-    draw_rows(rows, shown_NK, "1. What the clients send", "RdBu_r", (-limit, limit))
-    rows.set_ylabel("client (attackers in orange)")
-    draw_rows(masks, bits_NP[:, columns].float(), "2. Masks, trained on root data", "Greys", (0, 1.4))
+    draw_rows(rows, shown_NK, "1. What the clients send (red: above 0)", "RdBu_r", (-limit, limit))
+    draw_rows(masks, bits_NP[:, columns].float(), "2. Their masks (dark: one)", "Greys", (0, 1.4))
     draw_witnesses(witnesses, result)
     draw_losses(bars, losses)
-    for left, right in ((rows, masks), (masks, witnesses), (witnesses, bars)):
-        ends = {"xyA": (1.0, 1.06), "coordsA": left.transAxes, "xyB": (0.0, 1.06), "coordsB": right.transAxes}
-        figure.add_artist(ConnectionPatch(**ends, arrowstyle="->", color="#555555", lw=1.5))
     return figure
 
 
