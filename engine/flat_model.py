@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any, Literal, Self
 
 import torch
@@ -151,7 +152,7 @@ class FlatModel:
         step, number = self.root_batch or self.num_samples, self.num_samples
         for first in range(0, number, step):
             samples = slice(first, min(first + step, number))
-            inputs = each_tensor(self._inputs, lambda tensor, samples=samples: tensor[samples])  # type: ignore[misc]
+            inputs = each_tensor(self._inputs, itemgetter(samples))
             yield (samples.stop - first) / number, (inputs, self._labels[samples])
 
     def unflatten(self, vector_P: Tensor) -> dict[str, Tensor]:
@@ -227,7 +228,7 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None]:
         (grad_P,) = ctx.saved_tensors
         return factor * grad_P, None
 

@@ -62,11 +62,11 @@ def client_state(sent: object, model: FlatModel, known: Mapping[str, Tensor]) ->
         known: the module's state dict.
 
     Example:
-        >>> module = torch.nn.Linear(2, 1)
-        >>> model = FlatModel(module, torch.randn(6, 2), torch.zeros(6))
-        >>> client_state([np.ones((1, 2)), np.ones(1)], model, module.state_dict())["bias"]
-        tensor([1.], dtype=torch.float64)
-        >>> client_state([np.ones((1, 2))], model, module.state_dict())
+        >>> module = torch.nn.Linear(2, 3)
+        >>> model = FlatModel(module, torch.randn(6, 2), torch.arange(6) % 3)
+        >>> client_state([np.ones((3, 2)), np.ones(3)], model, module.state_dict())["bias"]
+        tensor([1., 1., 1.], dtype=torch.float64)
+        >>> client_state([np.ones((3, 2))], model, module.state_dict())
         'sent a list of 1 arrays instead of 2, one for each trainable parameter in order'
     """
     values = named_values(sent, model, known)

@@ -28,10 +28,10 @@ def suspicion(keep_share_K: Tensor, cosines_K: Tensor, kept_K: Tensor) -> Tensor
         ``(K,)`` float64.
 
     Example:
-        >>> shares = torch.tensor([0.6, 0.5, 0.1], dtype=torch.float64)
-        >>> cosines = torch.tensor([0.2, 0.3, -0.4], dtype=torch.float64)
-        >>> suspicion(shares, cosines, torch.tensor([True, True, False]))
-        tensor([0.0000, 0.0000, 11.0000], dtype=torch.float64)
+        >>> shares = torch.tensor([0.75, 0.5, 0.125], dtype=torch.float64)
+        >>> cosines = torch.tensor([0.25, 0.5, -0.5], dtype=torch.float64)
+        >>> suspicion(shares, cosines, torch.tensor([True, True, False])).tolist()
+        [0.0, 0.0, 5.5]
     """
     below = []
     for values_K in (keep_share_K, cosines_K):
