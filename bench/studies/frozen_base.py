@@ -17,7 +17,7 @@ from skymask_gpu import MaskTraining, RootTraining, SkyMask
 from skymask_gpu.engine.peak_memory import peak_bytes, start_peak
 
 _CPU = torch.device("cpu")
-_CLASSES, _SAMPLES, _RANK, _MIB = 10, 16, 4, 2**20
+_CLASSES, _SAMPLES, _RANK, _MIB = 10, 4, 4, 2**20
 
 
 class _Adapted(nn.Module):
