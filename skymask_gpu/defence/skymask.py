@@ -235,9 +235,9 @@ class SkyMask:
 
         Raises:
             ValueError: ``updates`` as a whole does not fit, no client is usable, the root update is
-                not usable, more than 80% of the updates are local models, ``weights`` does not fit or
-                is 0 for every kept client, or ``client_ids`` does not fit. A single client's bad update is no error; that
-                client is rejected with a reason.
+                not usable, more than 80% of the updates are local models, ``weights`` does not fit
+                or is 0 for every kept client, or ``client_ids`` does not fit. A single client's bad
+                update is no error; that client is rejected with a reason.
             torch.OutOfMemoryError: the message says how many bytes were needed.
 
         Warns:

@@ -118,8 +118,7 @@ class Federation:
         dataset = dataset.to(device)
         parts = shared_out(config.data, config.seed, dataset)
         shape, dtype = tuple(dataset.train_inputs.shape[1:]), dataset.train_inputs.dtype
-        module = build_model(config.model.name, shape, dataset.num_classes, config.seed, dtype)
-        module = module.to(device)
+        module = build_model(config.model.name, shape, dataset.num_classes, config.seed, dtype).to(device)
         root_inputs, root_labels = dataset.train_inputs[parts[-1]], dataset.train_labels[parts[-1]]
         flat = FlatModel(module, root_inputs, root_labels)
         layers = columns_of(flat.shapes)
