@@ -76,10 +76,9 @@ class _Tracked:
     def __init__(self, config: TrackingConfig, settings: dict[str, Any], folder: Path, *, anew: bool = False) -> None:
         self._config, self._settings, self._folder = config, settings, folder
         self._states = _read_states(folder / TRACKED)
-        self._state = self._states.get(config.tracker)
-        if anew or self._state is None:
-            self._state = {"id": secrets.token_hex(8), "round": -1}
-            self._states[config.tracker] = self._state
+        if anew or config.tracker not in self._states:
+            self._states[config.tracker] = {"id": secrets.token_hex(8), "round": -1}
+        self._state = self._states[config.tracker]
         self._tracker: Tracker | None = None
         self._has_failed = False
 
