@@ -193,11 +193,12 @@ def _scatter(axes: Axes, points: np.ndarray, states: np.ndarray) -> None:
     clients = points[:-1]
     attackers = np.isin(states, (State.ATTACKER_KEPT, State.ATTACKER_REJECTED))
     rejected = np.isin(states, (State.HONEST_REJECTED, State.ATTACKER_REJECTED))
-    for name, chosen, style in (
+    kinds: tuple[tuple[str, np.ndarray, dict[str, Any]], ...] = (
         ("honest client", ~attackers, {"c": COLOURS[0], "marker": "o", "s": 12}),
         ("attacker", attackers, {"c": COLOURS[1], "marker": "^", "s": 14}),
         ("rejected", rejected, {"facecolors": "none", "edgecolors": "black", "lw": 0.7, "s": 40}),
-    ):
+    )
+    for name, chosen, style in kinds:
         axes.scatter(clients[chosen, 0], clients[chosen, 1], label=name, **{"lw": 0, **style})
     axes.scatter(points[-1:, 0], points[-1:, 1], c=COLOURS[2], marker="*", s=60, lw=0, label="root model")
     axes.set(xticks=[], yticks=[])
