@@ -5,6 +5,7 @@ executed when the site is built. Nothing here asks the network for anything.
 """
 
 from importlib.metadata import version as version_of
+from pathlib import Path
 
 project = "skymask-gpu"
 author = "skymask-gpu developers"
@@ -17,7 +18,8 @@ exclude_patterns = ["_build", "pictures"]
 
 html_theme = "furo"
 html_title = f"skymask-gpu {version}"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # Headings of three levels can be linked to, as on a page that shows Markdown files.
 myst_heading_anchors = 3
@@ -26,7 +28,7 @@ myst_enable_extensions = ["colon_fence"]
 
 # Executed once, and again after a change of a notebook; an error in a cell fails the build.
 nb_execution_mode = "cache"
-nb_execution_cache_path = "../build/docs-notebooks"
+nb_execution_cache_path = str(Path(__file__).parent.parent / "build" / "docs-notebooks")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
