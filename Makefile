@@ -11,7 +11,7 @@ DOCS := .venv-docs
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo leak test test-slow test-portable portable-plain portable-avx2 portable-native test-oldest \
+.PHONY: help install demo leak arena test test-slow test-portable portable-plain portable-avx2 portable-native test-oldest \
 	test-flower test-wheel lint typecheck bench docs wheel clean
 
 help:  ## show this list
@@ -62,6 +62,10 @@ demo: $(VENV)/.run  ## 100 clients, 20 of them attackers: FedAvg beside SkyMask 
 
 leak: $(VENV)/.run  ## reconstruct 32 digits from obfuscated gradients, by attackers who know it and who do not
 	OMP_WAIT_POLICY=passive $(BIN)/skymask-gpu leak examples/leak.toml --out leak-out --overwrite
+
+arena: $(VENV)/.run  ## ten rules against twelve attacks on digits, each rule scored by its worst attack
+	@# resume: after a stop, it goes on
+	OMP_WAIT_POLICY=passive $(BIN)/skymask-gpu arena examples/arena_short.toml --jobs 2 --out arena-out --resume
 
 bench: $(VENV)/.run  ## solvers and rules beside their floors, compared before they are timed (under ten minutes)
 	$(BIN)/skymask-gpu bench
@@ -123,5 +127,5 @@ wheel: $(VENV)/.dev  ## sdist and wheel in dist/, checked as an index checks the
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(OLDEST) $(FLOWER) $(DOCS) build dist demo-out leak-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(FLOWER) $(DOCS) build dist demo-out leak-out arena-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

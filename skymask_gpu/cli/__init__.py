@@ -8,6 +8,7 @@
 | ``report.py`` | ``report``: tables, pictures and a page of what folders hold |
 | ``export.py`` | ``export``: finished rounds to a tracker |
 | ``board.py`` | ``board``: every attack against every rule, on the same honest updates |
+| ``arena.py`` | ``arena``: rules against attacks in whole runs, scored by the worst attack |
 | ``leak.py`` | ``leak``: how many private images can be reconstructed from gradients |
 | ``profile.py`` | ``profile``: where a round's time goes |
 | ``bench.py`` | ``bench``: the benchmark |

@@ -13,7 +13,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 import skymask_gpu
-from skymask_gpu.cli import aggregate, bench, board, example, export, federation, info, leak, profile, report
+from skymask_gpu.cli import aggregate, arena, bench, board, example, export, federation, info, leak, profile, report
 from skymask_gpu.cli.console import errors, warn
 from skymask_gpu.defence import VerdictWarning
 
@@ -36,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="SkyMask, the mask-based defence of federated learning.",
 )
-for command in (aggregate, info, federation, report, board, leak, bench, profile, export, example):
+for command in (aggregate, info, federation, report, board, arena, leak, bench, profile, export, example):
     command.register(app)
 
 

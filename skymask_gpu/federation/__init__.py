@@ -34,6 +34,7 @@
 | ``sweep.py`` | many runs, each in a process of its own |
 | ``runs.py`` | ``load_runs``: what folders hold, as a table for a notebook |
 | ``board/`` | every attack against every rule, on the same honest updates |
+| ``arena/`` | rules against attacks in whole runs, scored by the worst attack |
 | ``leak/`` | how many private images can be reconstructed from obfuscated gradients |
 | ``example.py`` | the files of one round, to try ``skymask-gpu aggregate`` on |
 

@@ -2,7 +2,8 @@
 
 A cell that fails or is killed does not disturb the others. The sweep's folder holds a folder
 ``cells/NAME/`` for each cell. It holds the files that :mod:`skymask_gpu.federation.run_folder`
-lists, or ``error.txt``. ``sweep.json`` lists the cells that there will be.
+lists, or ``error.txt``, and ``memory.json``, the most bytes that the cell's process held.
+``sweep.json`` lists the cells that there will be.
 
 The cells of one sweep may be divided among several machines: each plays a shard, and all write to
 the same folder.
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from skymask_gpu.engine.peak_memory import resident
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.datasets import load_dataset
 from skymask_gpu.federation.models import build_model
@@ -40,6 +42,7 @@ __all__ = [
     "check_inputs",
     "clear_cells",
     "has_cells",
+    "most_held",
     "planned_cells",
     "play_cells",
     "shard_of",
@@ -47,7 +50,7 @@ __all__ = [
     "write_plan",
 ]
 
-CELLS, ERROR, _PLAN = "cells", "error.txt", "sweep.json"
+CELLS, ERROR, _MEMORY, _PLAN = "cells", "error.txt", "memory.json", "sweep.json"
 # The exit status of a cell's process if another process plays the cell.
 _IN_USE = 75
 _POLL_SECONDS = 0.2
@@ -92,7 +95,8 @@ def clear_cells(folder: Path, configs: list[RunConfig]) -> None:
         if cell_folder(folder, config).exists():
             with locked(cell_folder(folder, config)):
                 clear_results(cell_folder(folder, config))
-                (cell_folder(folder, config) / ERROR).unlink(missing_ok=True)
+                for name in (ERROR, _MEMORY):
+                    (cell_folder(folder, config) / name).unlink(missing_ok=True)
 
 
 def shard_of(cells: list[RunConfig], shard: str) -> list[RunConfig]:
@@ -217,12 +221,32 @@ def _play(settings: dict[str, Any], folder: Path) -> None:
         with locked(folder):
             for _ in play(Federation.build(config), folder):
                 pass
+            _write_most_held(folder)
     except InUseError:
         # No error of this cell: the files are the other process's.
         raise SystemExit(_IN_USE) from None
     except Exception as error:
         write_text(folder / ERROR, f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
         raise SystemExit(1) from None
+
+
+def most_held(folder: Path) -> int | None:
+    """The most bytes that the process of the cell in ``folder`` held; None if it is not known.
+
+    On a GPU these are the bytes of its tensors there. On a CPU it is all of the process's memory.
+    """
+    try:
+        held = json.loads((folder / _MEMORY).read_text(encoding="utf-8"))["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return held if isinstance(held, int) else None
+
+
+def _write_most_held(folder: Path) -> None:
+    held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+    if held is not None:
+        # A cell that was stopped and resumed had several processes.
+        write_text(folder / _MEMORY, json.dumps({"bytes": max(held, most_held(folder) or 0)}) + "\n")
 
 
 def _finished(config: RunConfig, process: BaseProcess, folder: Path, done: int) -> CellState:

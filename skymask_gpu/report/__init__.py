@@ -10,7 +10,8 @@
 | ``panels.py``, ``plots.py`` | what the pictures show, and how it is drawn |
 | ``plots_by_round.py`` | pictures of verdicts, rejected clients and masks by round |
 | ``history.py`` | what happened to each client from round to round |
-| ``interactive.py``, ``interactive.html.j2`` | the page's curves, maps and sorting, with their data |
+| ``interactive.py``, ``interactive.html.j2`` | the page's curves and maps, with their data |
+| ``sorting.html.j2``, ``arena.html.j2`` | tables that sort and filter; the arena's page |
 
 The names below are imported when they are first asked for: whoever only reads runs needs neither
 matplotlib nor jinja2.

@@ -19,10 +19,11 @@ from skymask_gpu.federation.playing import play
 from skymask_gpu.federation.rules import RULES
 from skymask_gpu.federation.simulation import Federation
 
-# these are no runs; test_board.py and test_leak.py play them
+# these are no runs; test_board.py, test_leak.py and test_arena.py read them
 OTHERS = ("board", "leak")
+ARENAS = ("arena", "arena_short")
 EXAMPLES = [path.stem for path in sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))]
-EXAMPLES = [name for name in EXAMPLES if not name.startswith(OTHERS)]
+EXAMPLES = [name for name in EXAMPLES if not name.startswith(OTHERS) and name not in ARENAS]
 
 
 def read_runs(path: Path) -> list[RunConfig]:

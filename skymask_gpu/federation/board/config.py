@@ -14,7 +14,19 @@ from skymask_gpu.federation.rules.skymask import SkyMaskSettings
 from skymask_gpu.federation.tables import Table, as_table, merged, read_table
 from skymask_gpu.federation.transforms import TransformConfig
 
-__all__ = ["CLUSTERINGS", "Board", "SetKey", "Trajectories", "name_of", "read_board"]
+__all__ = [
+    "CLUSTERINGS",
+    "Board",
+    "RecipesFile",
+    "SetKey",
+    "Trajectories",
+    "all_differ",
+    "name_of",
+    "read_attacks",
+    "read_board",
+    "read_recipes",
+    "usable_label",
+]
 
 CLUSTERINGS: tuple[str, ...] = get_args(get_type_hints(Clustering)["rule"])
 # The tables that a run's file may have, too. They hold for all recipes that say nothing else.
@@ -128,20 +140,16 @@ class _Trajectories:
         if self.rounds < 0:
             raise ValueError(f"trajectories.rounds must be at least 0, which means none, got {self.rounds}")
         for name in ("recipes", "attacks", "rules"):
-            _all_differ(f"trajectories.{name}", getattr(self, name))
+            all_differ(f"trajectories.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _File:
-    """The file's own keys, and those of a run."""
+class RecipesFile:
+    """What a file with several recipes and attacks holds: these, and the tables of a run."""
 
     recipes: tuple[_Recipe, ...]
     attacks: tuple[dict, ...]
     seeds: tuple[int, ...] = (0,)
-    rounds: tuple[int, ...] = (1, 4, 9)
-    clusterings: tuple[str, ...] = CLUSTERINGS
-    rules: tuple[DefenceConfig, ...] = ()
-    trajectories: _Trajectories = field(default_factory=_Trajectories)
     server_lr: float = 1.0
     plugins: tuple[str, ...] = ()
     transforms: tuple[TransformConfig, ...] = ()
@@ -150,20 +158,35 @@ class _File:
     local: LocalTraining = field(default_factory=LocalTraining)
 
     def __post_init__(self) -> None:
-        for name in ("recipes", "attacks", "seeds", "rounds"):
+        for name in ("recipes", "attacks", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
+        all_differ("seeds", self.seeds)
+        all_differ("the names of recipes", [recipe.name for recipe in self.recipes])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File(RecipesFile):
+    """The keys of a board's file."""
+
+    rounds: tuple[int, ...] = (1, 4, 9)
+    clusterings: tuple[str, ...] = CLUSTERINGS
+    rules: tuple[DefenceConfig, ...] = ()
+    trajectories: _Trajectories = field(default_factory=_Trajectories)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rounds:
+            raise ValueError("rounds must not be empty")
         if min(self.rounds) < 0:
             raise ValueError(f"rounds must be at least 0, which is the first, got {min(self.rounds)}")
         for name in self.clusterings:
             one_of("clusterings", name, CLUSTERINGS)
         if not self.clusterings and not self.rules:
             raise ValueError("clusterings and rules must not both be empty: nothing would judge")
-        _all_differ("seeds", self.seeds)
-        _all_differ("rounds", self.rounds)
-        _all_differ("clusterings", self.clusterings)
-        _all_differ("rules", [rule.rule for rule in self.rules])
-        _all_differ("the names of recipes", [recipe.name for recipe in self.recipes])
+        all_differ("rounds", self.rounds)
+        all_differ("clusterings", self.clusterings)
+        all_differ("rules", [rule.rule for rule in self.rules])
 
 
 def read_board(path: Path, changes: Sequence[str] = ()) -> Board:
@@ -177,15 +200,8 @@ def read_board(path: Path, changes: Sequence[str] = ()) -> Board:
     """
     content, source = read_toml(path, changes), str(path)
     file: _File = read_table(_File, content, source)
-    base = {key: content[key] for key in _OF_A_RUN if key in content}
-    base |= {"seed": file.seeds[0], "rounds": max(file.rounds) + 1}
-    recipes = {}
-    for recipe in file.recipes:
-        if "." in recipe.name:
-            raise ValueError(f"config: {path}: the name of a recipe must have no dot, got {recipe.name!r}")
-        own = {"name": recipe.name, "data": recipe.data, "model": recipe.model, "local": recipe.local}
-        recipes[recipe.name] = read_table(RunConfig, merged(base, own), f"{path}, recipe {recipe.name!r}")
-    attacks = _attacks(file.attacks, source)
+    recipes = read_recipes(file, content, path, rounds=max(file.rounds) + 1)
+    attacks = read_attacks(file.attacks, source)
     # A seed, a share or an f that does not fit the clients is refused now, not in the middle of a
     # run.
     for run in recipes.values():
@@ -212,7 +228,27 @@ def _asked_for(table: _Trajectories, board: Board) -> Trajectories:
     return Trajectories(table.rounds, chosen["recipes"], chosen["attacks"], {name: rules[name] for name in chosen["rules"]})
 
 
-def _attacks(tables: tuple[Table, ...], source: str) -> dict[str, AttackConfig]:
+def read_recipes(file: RecipesFile, content: Table, path: Path, **settings: Any) -> dict[str, RunConfig]:
+    """The run of each recipe by name, without attack and with the file's first seed.
+
+    Args:
+        file: the file, read.
+        content: its tables, which a recipe overrides.
+        path: where it is, for errors.
+        settings: keys that all of these runs have.
+    """
+    base = {key: content[key] for key in _OF_A_RUN if key in content}
+    base |= {"seed": file.seeds[0], **settings}
+    recipes = {}
+    for recipe in file.recipes:
+        if "." in recipe.name:
+            raise ValueError(f"config: {path}: the name of a recipe must have no dot, got {recipe.name!r}")
+        own = {"name": recipe.name, "data": recipe.data, "model": recipe.model, "local": recipe.local}
+        recipes[recipe.name] = read_table(RunConfig, merged(base, own), f"{path}, recipe {recipe.name!r}")
+    return recipes
+
+
+def read_attacks(tables: tuple[Table, ...], source: str) -> dict[str, AttackConfig]:
     """The attacks by label: one for each of a table's ``shares``."""
     labelled: list[tuple[str, AttackConfig]] = []
     for number, table in enumerate(tables):
@@ -222,8 +258,7 @@ def _attacks(tables: tuple[Table, ...], source: str) -> dict[str, AttackConfig]:
         if "share" in table:
             raise ValueError(f"{where}.share: write shares = [{table['share']!r}], a list")
         label = table.get("label", table["name"])
-        if not isinstance(label, str) or not label or set(label) & set('/\\:*?"<>|') or label.startswith("."):
-            raise ValueError(f"{where}.label must be usable as a file's name, got {label!r}")
+        usable_label(where, label)
         shares: Any = table.get("shares", [0.0 if table["name"] == "none" else _SHARE])
         if not isinstance(shares, list) or not shares:
             raise ValueError(f"{where}.shares must be a list of numbers, got {shares!r}")
@@ -231,11 +266,18 @@ def _attacks(tables: tuple[Table, ...], source: str) -> dict[str, AttackConfig]:
         for share in shares:
             attack = read_table(AttackConfig, {**own, "share": share}, source, f"attacks[{number}].")
             labelled.append((label if len(shares) == 1 else f"{label} {100 * share:g}%", attack))
-    _all_differ(f"config: {source}: the labels of attacks (label = ..., or the name)", [label for label, _ in labelled])
+    all_differ(f"config: {source}: the labels of attacks (label = ..., or the name)", [label for label, _ in labelled])
     return dict(labelled)
 
 
-def _all_differ(what: str, values: Any) -> None:
+def usable_label(where: str, label: object) -> None:
+    """Raise a ValueError unless files can be named after a label."""
+    if not isinstance(label, str) or not label or set(label) & set('/\\:*?"<>|') or label.startswith("."):
+        raise ValueError(f"{where}.label must be usable as a file's name, got {label!r}")
+
+
+def all_differ(what: str, values: Any) -> None:
+    """Raise a ValueError if a value occurs twice."""
     twice = sorted({str(value) for value in values if list(values).count(value) > 1})
     if twice:
         raise ValueError(f"{what} must differ, got {', '.join(twice)} more than once")

@@ -1,0 +1,101 @@
+"""The command ``skymask-gpu arena``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from skymask_gpu.cli.console import answer, console, extra_named, print_table, resumable
+from skymask_gpu.cli.federation import played_cells
+from skymask_gpu.cli.options import AsJson, Changes, DataDir, Jobs, Overwrite, Resume, check_folders, given
+from skymask_gpu.io.files import locked
+
+if TYPE_CHECKING:
+    from skymask_gpu.federation.arena.config import Arena
+
+# The number of rows of the printed table that fit on a screen. All rows are in arena.md.
+_TABLE_ROWS = 40
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(arena)
+
+
+def arena(
+    config: Annotated[Path, typer.Argument(help="The arena's TOML file; examples/arena_short.toml is one.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the runs and the tables; default runs/NAME.")] = None,
+    data_dir: DataDir = None,
+    changes: Changes = None,
+    jobs: Jobs = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Play each N-th pair of recipe and seed, from the I-th on; shards share the folder."),
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Play rules against attacks, and score each rule by its worst attack."""
+    with extra_named("run"):
+        from skymask_gpu.federation.arena.config import read_arena
+        from skymask_gpu.federation.arena.page import Results, write_arena
+        from skymask_gpu.federation.sweep import check_cells, check_inputs, clear_cells, has_cells, write_plan
+        from skymask_gpu.report.summary import failed_cells
+
+    asked, left_out = read_arena(config, changes or []).with_data(data_dir)
+    folder = out or Path("runs") / config.stem
+    own = asked if shard is None else asked.shard(shard)
+    cells = [*own.warm_ups(), *own.runs(folder)]
+
+    def check() -> None:
+        begun = has_cells(folder, None if shard is None else cells)
+        check_folders([folder] if begun else [], resume=resume, overwrite=overwrite)
+        if not overwrite:
+            check_cells(folder, cells)
+
+    check()
+    command = ["arena", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes), "--jobs", jobs]
+    command += [*given("--shard", shard), *["--json"] * as_json, "--resume"]
+    with answer(as_json=as_json) as found:
+        # for all cells together: what is missing is said once, before anything is overwritten
+        with console.status("loading ..."):
+            check_inputs(list(own.recipes.values()))
+        if left_out:
+            console.print(f"left out, since their data need --data-dir: {', '.join(left_out)}", markup=False, soft_wrap=True)
+        with locked(folder, shared=shard is not None), resumable(*command):
+            # another arena may have come and gone while this one loaded
+            check()
+            if overwrite:
+                clear_cells(folder, cells)
+            write_plan(folder, [*asked.warm_ups(), *asked.runs(folder)])
+            failed = _play(own, folder, jobs)
+            results = Results(asked, folder)
+            written = write_arena(config.stem, results, failed_cells(folder), folder)
+        _print(config.stem, results, written)
+        found |= {"title": config.stem, **results.document(), "costs": [asdict(line) for line in results.costs]}
+        found |= {"failed": failed, "files": written}
+        if failed:
+            console.print(f"[red]{len(failed)} of {len(cells)} runs failed[/]; --resume tries them again", soft_wrap=True)
+            raise typer.Exit(1)
+
+
+def _play(own: "Arena", folder: Path, jobs: int) -> dict[str, str]:
+    """Play the warm-ups, then the runs that can start; return the error of each that failed."""
+    warm_ups = own.warm_ups()
+    failed = played_cells(warm_ups, folder, jobs)[1] if warm_ups else {}
+    # Without its warm-up, a run would fail, too, and say less about the reason.
+    runs = [run for run in own.runs(folder) if not run.start or Path(run.start).exists()]
+    return failed | played_cells(runs, folder, jobs)[1]
+
+
+def _print(title: str, results: Any, written: list[Path]) -> None:
+    from skymask_gpu.federation.arena.page import LEGEND, RULE_COLUMNS, rule_row
+
+    print_table(title, RULE_COLUMNS, [rule_row(line) for line in results.rules[:_TABLE_ROWS]])
+    if len(results.rules) > _TABLE_ROWS:
+        console.print(f"... and {len(results.rules) - _TABLE_ROWS} more")
+    console.print("\n".join(LEGEND), style="dim")
+    for path in written:
+        console.print(str(path), soft_wrap=True, markup=False, highlight=False)
