@@ -78,7 +78,7 @@ class SkyMaskAggregator(ModelAggregator):
             if self.fl_ctx is not None:
                 self.error(f"nobody is judged, and the model stays as it is: {error}")
         else:
-            rejected = {names[client]: reason for client, reason in result.rejected.items()}
+            rejected = {names[int(row)]: reason for row, reason in result.rejected.items()}
             for name, change in self._defence.settings.flat.unflatten(result.update.cpu()).items():
                 after[name] = before[name] + change.to(before[name].dtype)
             after |= {name: value.cpu() for name, value in result.buffers.items()}

@@ -99,7 +99,9 @@ class FinishedRun:
     @property
     def worst_class(self) -> float | None:
         """The lowest accuracy of a class in the last evaluated round; None if it is not recorded."""
-        shares = next((record["class_accuracy"] for record in reversed(self.records) if record.get("class_accuracy")), [])
+        shares: list[float | None] = next(
+            (record["class_accuracy"] for record in reversed(self.records) if record.get("class_accuracy")), []
+        )
         return min((share for share in shares if share is not None), default=None)
 
     @property

@@ -257,7 +257,7 @@ def read_attacks(tables: tuple[Table, ...], source: str) -> dict[str, AttackConf
             raise ValueError(f"{where}.name must be given, as a string, got {table.get('name')!r}")
         if "share" in table:
             raise ValueError(f"{where}.share: write shares = [{table['share']!r}], a list")
-        label = table.get("label", table["name"])
+        label: Any = table.get("label", table["name"])
         usable_label(where, label)
         shares: Any = table.get("shares", [0.0 if table["name"] == "none" else _SHARE])
         if not isinstance(shares, list) or not shares:
