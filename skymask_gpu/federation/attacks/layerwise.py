@@ -83,6 +83,7 @@ class PoisonCriticalLayers(Attack):
 
         def success(params_P: Tensor) -> float:
             hits = lab.predictions(params_P, triggered, threat.buffers).eq(self._settings.target_class)
+            return int(hits.sum()) / len(hits)
 
         sent_P = benign_P.clone()
         for name in critical_layers(honest_P, poisoned_P, self._layers, success, self._settings.enough):
