@@ -98,7 +98,7 @@ class FinishedRun:
 
     @property
     def worst_class(self) -> float | None:
-        """The lowest accuracy of a class in the last evaluated round; None if it is not recorded."""
+        """The lowest accuracy of a class in the last evaluated round; None if not recorded."""
         shares: list[float | None] = next(
             (record["class_accuracy"] for record in reversed(self.records) if record.get("class_accuracy")), []
         )
