@@ -65,7 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     lines = options.file.read_text(encoding="utf-8").splitlines() if options.file.exists() else []
     done: dict[Cell, dict[str, Any]] = {tuple(run["cell"]): run for run in map(json.loads, lines)}
-    wanted: list[Cell] = list(product(PARTITIONS, SIZES, ATTACKS, range(options.seeds)))
+    # Seed by seed, so that a file that was stopped holds the same number of runs for each cell.
+    by_seed = product(range(options.seeds), PARTITIONS, SIZES, ATTACKS)
+    wanted: list[Cell] = [(kind, size, attack, seed) for seed, kind, size, attack in by_seed]
     left = [cell for cell in wanted if cell not in done]
     console = Console()
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
