@@ -1,6 +1,7 @@
 """The arena: its file, the score of the worst attack, and a tiny one through the command line."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from skymask_gpu.federation import sweep
+from skymask_gpu.federation import simulation, sweep
 from skymask_gpu.federation.arena.config import Arena, Key, read_arena
 from skymask_gpu.federation.arena.page import write_arena
 from skymask_gpu.federation.arena.scoring import attack_lines, half_width, rule_lines, score
 from skymask_gpu.federation.config import RunConfig
+from skymask_gpu.federation.datasets import load_dataset
 from skymask_gpu.federation.sweep import most_held, planned_cells
 from skymask_gpu.report.summary import FinishedRun
 
@@ -191,9 +193,20 @@ def test_the_runs_of_an_arena(tmp_path: Path) -> None:
     assert [shard.pairs for shard in shards] == [(("few", 0),), (("few", 3),)]
 
 
+def test_a_recipe_may_be_played_in_a_part_of_the_arena(tmp_path: Path) -> None:
+    part = 'name = "few"\nstarts = ["early"]\nattacks = ["scaling-backdoor", "ipm 2"]\nrules = ["my median"]'
+    arena = arena_of(tmp_path, TINY.replace('name = "few"', part))
+    assert arena.warm_ups() == []
+    # in the order of the arena
+    assert [(cell.attack, cell.rule) for cell in arena.cells()] == [
+        (attack, "my median") for attack in ("none", "ipm 2", "scaling-backdoor")
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (('name = "few"', 'name = "few"\nattacks = ["ipm"]'), "attacks of recipe 'few' must be one of .* got 'ipm'"),
         (("shares = [0.2]", "shares = [0.0, 0.2]"), "shares must be above 0 and below 1, got 0.0; runs without attack are"),
         (("shares = [0.2]", "shares = []"), "shares must not be empty"),
         (("shares = [0.2]", "starts = ['late']"), "starts must be one of early, trained, got 'late'"),
@@ -232,7 +245,7 @@ def test_recipes_that_need_files_are_left_out_without_a_folder(tmp_path: Path) -
 def test_the_examples_read(checkout: Path) -> None:
     full = read_arena(checkout / "examples" / "arena.toml")
     assert [*full.attacks] == [0.1, 0.2, 0.5, 0.8]
-    assert full.starts == ("early", "trained")
+    assert {part.starts for part in full.parts.values()} == {("early", "trained")}
     short, left_out = read_arena(checkout / "examples" / "arena_short.toml").with_data(None)
     assert left_out == ["mnist"]
     assert (len(short.rules), [len(attacks) for attacks in short.attacks.values()]) == (10, [12])
@@ -259,6 +272,10 @@ class Interrupt:
 def play(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, list[str]]]:
     (tmp_path / "tiny.toml").write_text(TINY)
     monkeypatch.setattr(sweep, "_POLL_SECONDS", 0)
+    # A cell's process loads its data; here, one process plays all cells.
+    load = functools.cache(load_dataset)
+    monkeypatch.setattr(simulation, "load_dataset", load)
+    monkeypatch.setattr(sweep, "load_dataset", load)
 
     def play(out: str, *options: object, at: int | None = None) -> tuple[int, str, list[str]]:
         interrupt = Interrupt(at)

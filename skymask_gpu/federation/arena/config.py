@@ -8,6 +8,7 @@ from typing import Any
 from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks import AttackConfig
 from skymask_gpu.federation.board.config import (
+    Recipe,
     RecipesFile,
     all_differ,
     read_attacks,
@@ -20,7 +21,7 @@ from skymask_gpu.federation.run_folder import CHECKPOINT
 from skymask_gpu.federation.sweep import cell_folder, shard_of
 from skymask_gpu.federation.tables import read_table
 
-__all__ = ["EARLY", "NO_ATTACK", "TRAINED", "Arena", "Key", "read_arena"]
+__all__ = ["EARLY", "NO_ATTACK", "TRAINED", "Arena", "Key", "Part", "read_arena"]
 
 EARLY, TRAINED = "early", "trained"
 NO_ATTACK = "none"
@@ -54,37 +55,47 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The starts, and the labels of the attacks and rules, that a recipe is played with."""
+
+    starts: tuple[str, ...]
+    attacks: tuple[str, ...]
+    rules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Arena:
     """What an arena's file asks for.
 
     Attributes:
         recipes: the run of each recipe by name, without attack, with the arena's first seed.
         pairs: the recipes and seeds that are played; of a shard, only its own.
-        starts: which models the runs start from.
         warmup_rounds: the number of rounds without attackers before a trained start.
         attacks: the attacks by share of attackers and by label.
         rules: the rules by label.
+        parts: the starts, attacks and rules that each recipe is played with.
     """
 
     recipes: dict[str, RunConfig]
     pairs: tuple[tuple[str, int], ...]
-    starts: tuple[str, ...]
     warmup_rounds: int
     attacks: dict[float, dict[str, AttackConfig]]
     rules: dict[str, DefenceConfig]
+    parts: dict[str, "Part"]
 
     def warm_ups(self) -> list[RunConfig]:
         """The runs whose models trained runs start from, one per recipe and seed."""
-        return [self._warm_up(recipe, seed) for recipe, seed in self.pairs] if TRAINED in self.starts else []
+        return [self._warm_up(recipe, seed) for recipe, seed in self.pairs if TRAINED in self.parts[recipe].starts]
 
     def cells(self) -> Iterator[Key]:
         """All runs but the warm-ups, in the order in which they are played."""
         for recipe, seed in self.pairs:
-            for start in self.starts:
-                for rule in self.rules:
+            part = self.parts[recipe]
+            for start in part.starts:
+                for rule in part.rules:
                     yield Key(recipe, start, 0.0, NO_ATTACK, rule, seed)
-                for share, attacks in self.attacks.items():
-                    yield from (Key(recipe, start, share, attack, rule, seed) for attack in attacks for rule in self.rules)
+                for share in self.attacks:
+                    yield from (Key(recipe, start, share, attack, rule, seed) for attack in part.attacks for rule in part.rules)
 
     def runs(self, folder: Path) -> list[RunConfig]:
         """The runs of :meth:`cells`, in the arena's ``folder``."""
@@ -144,9 +155,19 @@ class Arena:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Recipe(Recipe):
+    """``[[recipes]]``, and the part of the arena that it is played in; an empty list means all."""
+
+    starts: tuple[str, ...] = ()
+    attacks: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class _File(RecipesFile):
     """The keys of an arena's file."""
 
+    recipes: tuple[_Recipe, ...]
     rules: tuple[dict | str, ...]
     shares: tuple[float, ...] = (0.1, 0.2, 0.5, 0.8)
     starts: tuple[str, ...] = (EARLY, TRAINED)
@@ -190,15 +211,28 @@ def read_arena(path: Path, changes: Sequence[str] = ()) -> Arena:
     tables = {share: tuple({**table, "shares": [share]} for table in file.attacks) for share in file.shares}
     attacks = {share: read_attacks(own, source) for share, own in tables.items()}
     rules = _rules(file.rules, source)
-    for what, labels in (("recipe", [*recipes]), ("attack", [*attacks[file.shares[0]]]), ("rule", [*rules])):
+    known = {"starts": file.starts, "attacks": tuple(attacks[file.shares[0]]), "rules": tuple(rules)}
+    for what, labels in (("recipe", recipes), ("attack", known["attacks"]), ("rule", rules)):
         for label in labels:
             if "," in label:
                 raise ValueError(f"config: {source}: the name of {what} {label!r} must have no comma")
     pairs = tuple((recipe, seed) for recipe in recipes for seed in file.seeds)
-    arena = Arena(recipes, pairs, file.starts, file.warmup_rounds, attacks, rules)
+    parts = {recipe.name: _part(recipe, known, source) for recipe in file.recipes}
+    arena = Arena(recipes, pairs, file.warmup_rounds, attacks, rules, parts)
     # A seed, a share or an f that does not fit the clients is refused now, not in the middle.
     arena.runs(Path())
     return arena
+
+
+def _part(recipe: _Recipe, known: dict[str, tuple[str, ...]], source: str) -> Part:
+    """What a recipe is played with, in the order of the arena."""
+    chosen = {}
+    for name, labels in known.items():
+        wanted = getattr(recipe, name) or labels
+        for one in wanted:
+            one_of(f"config: {source}: {name} of recipe {recipe.name!r}", one, labels)
+        chosen[name] = tuple(label for label in labels if label in wanted)
+    return Part(**chosen)
 
 
 def _rules(entries: tuple[dict[str, Any] | str, ...], source: str) -> dict[str, DefenceConfig]:

@@ -17,6 +17,7 @@ from skymask_gpu.federation.transforms import TransformConfig
 __all__ = [
     "CLUSTERINGS",
     "Board",
+    "Recipe",
     "RecipesFile",
     "SetKey",
     "Trajectories",
@@ -118,8 +119,8 @@ class Board:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Recipe:
-    """``[[recipes]]``: a name, and keys that differ from the board's."""
+class Recipe:
+    """``[[recipes]]``: a name, and keys that differ from the file's."""
 
     name: str
     data: dict = field(default_factory=dict)
@@ -147,7 +148,7 @@ class _Trajectories:
 class RecipesFile:
     """What a file with several recipes and attacks holds: these, and the tables of a run."""
 
-    recipes: tuple[_Recipe, ...]
+    recipes: tuple[Recipe, ...]
     attacks: tuple[dict, ...]
     seeds: tuple[int, ...] = (0,)
     server_lr: float = 1.0
