@@ -55,7 +55,7 @@ def module_copy(
         # Autograd cannot keep a tensor that was made under torch.inference_mode().
         copied = copied or tensor.is_inference()
         moved = tensor.detach().to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        if copied and moved.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+        if copied and (_place(moved) == _place(tensor) or not _has_memory(moved)):
             moved = moved.clone()
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
     return copy.deepcopy(module, memo)
@@ -87,7 +87,19 @@ class _NothingWritten(TorchDispatchMode):
 
 
 def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """The address of the tensor's memory, which all its views share.
+
+    A tensor of a class that only wraps others has none; it is known by its identity.
+    """
+    return tensor.untyped_storage().data_ptr() if _has_memory(tensor) else id(tensor)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:

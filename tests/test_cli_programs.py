@@ -49,10 +49,10 @@ def answer(run: Run, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPa
 def test_every_command_that_prints_a_table_has_json() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     with_json = {name for name, one in commands.items() if any("--json" in parameter.opts for parameter in one.params)}
-    assert with_json == {"aggregate", "bench", "board", "info", "leak", "profile", "report", "run", "sweep"}
+    assert with_json == {"aggregate", "arena", "bench", "board", "info", "leak", "profile", "report", "run", "sweep"}
     assert set(commands) - with_json == {"data", "example", "export"}, "these print paths"
     with_set = {name for name, one in commands.items() if any("--set" in parameter.opts for parameter in one.params)}
-    assert with_set == {"board", "leak", "run", "sweep"}
+    assert with_set == {"arena", "board", "leak", "run", "sweep"}
 
 
 def test_info_as_json(answer: Callable) -> None:

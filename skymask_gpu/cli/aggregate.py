@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _SOLVER_HELP = f"auto, {', '.join(name if solver.exact else f'{name} (approximate)' for name, solver in SOLVERS.items())}."
+_UPDATES_HELP = "A folder with one safetensors file per client, or a file with one stacked (N, P) tensor."
+_NORM_BOUND_HELP = "median: shorten kept updates that are longer than their median norm; none: no bound."
+_STRICT_HELP = "Exit code 3, with all files written, if there is no verdict or most are rejected."
 _HISTORY_HELP = "File with what is remembered of the clients from round to round: read if it is there, then written."
 
 # The number of rejected clients that the printed table lists; more would not fit on a screen. The
@@ -43,9 +46,7 @@ def register(app: typer.Typer) -> None:
 
 def aggregate(
     global_model: Annotated[Path, typer.Option("--global", help="State dict of the global model, safetensors.")],
-    updates: Annotated[
-        Path, typer.Option(help="A folder with one safetensors file per client, or a file with one stacked (N, P) tensor.")
-    ],
+    updates: Annotated[Path, typer.Option(help=_UPDATES_HELP)],
     model: Annotated[str, typer.Option(help="The model's class, file.py:Class, callable without arguments.")],
     root: Annotated[Path, typer.Option(help="Clean root data: npz with arrays 'inputs' and 'labels'.")],
     out: Annotated[Path, typer.Option(help="Where to write the new global model, safetensors.")],
@@ -56,14 +57,10 @@ def aggregate(
     root_lr: Annotated[float, typer.Option(help="Learning rate of the root model: the one the clients train with.")] = 0.1,
     root_clip: Annotated[float, typer.Option(help="Clip of each element of its gradient: the clients' own, too.")] = 1e-2,
     server_lr: Annotated[float, typer.Option(help="The new model is the global one plus this times the mean update.")] = 1.0,
-    norm_bound: Annotated[
-        str, typer.Option(help="median: shorten kept updates that are longer than their median norm; none: no bound.")
-    ] = "none",
+    norm_bound: Annotated[str, typer.Option(help=_NORM_BOUND_HELP)] = "none",
     history: Annotated[Path | None, typer.Option(help=_HISTORY_HELP)] = None,
     solver: Annotated[str, typer.Option(help=_SOLVER_HELP)] = "auto",
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 3, with all files written, if there is no verdict or most are rejected.")
-    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help=_STRICT_HELP)] = False,
 ) -> None:
     """Judge the clients of one round, and write the global model with the benign updates added.
 

@@ -1,4 +1,4 @@
-"""What all commands share: consoles, JSON answers, warnings, advice after Ctrl-C and on extras."""
+"""What all commands share: consoles, JSON answers, warnings, advice after Ctrl-C, extras."""
 
 import json
 import math

@@ -330,7 +330,8 @@ def test_a_dataset_moves_as_a_whole() -> None:
 
 def test_bad_idx_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"data\.dataset must be one of digits, mnist, .*har, lfw, lfw-people, orl, got 'imagenet'"
+        ValueError,
+        match=r"data\.dataset must be one of digits, mnist, .*har, femnist, shakespeare, lfw, lfw-people, orl, got 'imagenet'",
     ):
         load_dataset("imagenet")
     with pytest.raises(ValueError, match=r"data\.data_dir must name the folder that holds train-images-idx3-ubyte"):
