@@ -277,7 +277,7 @@ def _prepare_rule(name: str, problem: Problem) -> Call:
     rule, rows_NP = make_rule(name, problem), problem.updates[:-1]
 
     def call() -> RuleResult:
-        # Each call is a first round: what a rule draws or remembers must not depend on earlier calls.
+        # Each call is a first round: what a rule draws or remembers must not depend on others.
         rule.restore({})
         return rule(rows_NP, make_info(problem))
 
