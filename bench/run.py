@@ -175,7 +175,7 @@ class Runner:
             **self._conditions,
         )
 
-    # --- first calls and checks -----------------------------------------------------------------------------------------
+    # --- first calls and checks -------------------------------------------------------------------
 
     def trials(self, problem: Problem) -> Iterator[Trial]:
         """Each provider, checked."""
@@ -265,7 +265,7 @@ class Runner:
     def _note_pace(self, trial: Trial, seconds: float) -> None:
         self._paces[_key(trial)] = (trial.problem.num_clients, seconds)
 
-    # --- times ----------------------------------------------------------------------------------------------------------
+    # --- times ------------------------------------------------------------------------------------
 
     def _timed(self, trials: list[Trial], floors: Mapping[str, Floor]) -> Iterator[Row]:
         """Time those that may be timed side by side; then the rows of all."""
@@ -300,7 +300,7 @@ class Runner:
         if stopped is not None:
             raise stopped
 
-    # --- memory and time ------------------------------------------------------------------------------------------------
+    # --- memory and time --------------------------------------------------------------------------
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -1,4 +1,6 @@
-"""Studies: each makes one table of the docs. Run one with ``python -m skymask_gpu.bench.studies.NAME``.
+"""Studies: each makes one table of the docs.
+
+Run one with ``python -m skymask_gpu.bench.studies.NAME``.
 
 | file | table |
 | --- | --- |

@@ -1,9 +1,10 @@
-"""The memory of two rounds with a large frozen base and small adapters, beside that of one plain pass.
+"""The memory of two rounds with a large frozen base and small adapters, beside one plain pass.
 
-``python -m skymask_gpu.bench.studies.frozen_base`` makes a stack of random frozen layers of one GiB with low-rank
-adapters, and judges 20 clients twice. What the passes need is measured first: the base itself, and what one forward and
-backward pass by plain autograd holds at most beside it. The last line is the ratio of the judgement's peak, without the
-updates, to that. The size of the base and the number of layers are options.
+``python -m skymask_gpu.bench.studies.frozen_base`` makes a stack of random frozen layers of one GiB
+with low-rank adapters, and judges 20 clients twice. What the passes need is measured first: the
+base itself, and what one forward and backward pass by plain autograd holds at most beside it. The
+last line is the ratio of the judgement's peak, without the updates, to that. The size of the base
+and the number of layers are options.
 """
 
 import argparse
@@ -21,7 +22,7 @@ _CLASSES, _SAMPLES, _RANK, _MIB = 10, 4, 4, 2**20
 
 
 class _Adapted(nn.Module):
-    """A frozen layer beside two low-rank matrices that are trained (LoRA: Hu et al., arXiv 2106.09685)."""
+    """A frozen layer and two low-rank matrices that are trained (LoRA, arXiv 2106.09685)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ def root_data(width: int) -> tuple[Tensor, Tensor]:
 
 
 def judge_twice(module: nn.Module, inputs: Tensor, labels: Tensor, updates: Tensor) -> None:
-    """Two rounds as a server plays them, with few steps: a step needs no more memory than the one before."""
+    """Two rounds with few steps: a step needs no more memory than the one before."""
     short = RootTraining(steps=2, grad_clip=float("inf")), MaskTraining(steps=2)
     defence = SkyMask(module, inputs, labels, root_training=short[0], training=short[1])
     for _ in range(2):
