@@ -207,7 +207,7 @@ def _is_default(settings: Any) -> bool:
 
 def _unknown(key: str, prefix: str, known: list[str], source: str, tables: type) -> ValueError:
     hint = _nearest(key, known)
-    places = [f"{prefix}{hint}"] if hint else _elsewhere(key, tables)
+    places = [f"{prefix}{hint}"] if hint else _elsewhere(key, prefix, tables)
     guess = f"did you mean {' or '.join(places)}? " if places else ""
     return ValueError(f"config: {source}: unknown key {prefix}{key}; {guess}known are {', '.join(known)}")
 
@@ -219,8 +219,11 @@ def _nearest(key: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def _elsewhere(key: str, tables: type) -> list[str]:
-    """For a key in the wrong table, or with the wrong attack or rule: where it belongs."""
+def _elsewhere(key: str, prefix: str, tables: type) -> list[str]:
+    """For a key in the wrong table, or with the wrong attack or rule: where it belongs.
+
+    If it belongs to another attack or rule of the table that it stands in, no other is named.
+    """
     places = []
     for table, wanted in _fields(tables).items():
         if isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and key in _fields(wanted):
@@ -230,4 +233,5 @@ def _elsewhere(key: str, tables: type) -> list[str]:
         for name in choice.registry:
             if near := _nearest(key, _fields(choice.registry.settings_of(name))):
                 owners.setdefault(f"{table}.{near}", []).append(f"{table}.{choice.key} = {name!r}")
-    return places or [f"{place} of {', '.join(names)}" for place, names in owners.items()]
+    own = {place: names for place, names in owners.items() if place.startswith(prefix)} if prefix else {}
+    return places or [f"{place} of {', '.join(names)}" for place, names in (own or owners).items()]

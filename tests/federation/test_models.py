@@ -155,7 +155,7 @@ def test_models_that_do_not_fit_say_so() -> None:
         ("vit", (1, 28, 32), r"model\.name 'vit' is for square images"),
         ("vit", (1, 30, 30), r"model\.name 'vit' is for square images whose side divides by 7 or 4"),
         ("lenet", (561,), r"model\.name 'lenet' needs images \(channels, height, width\), got samples of shape \(561,\)"),
-        ("alexnet", (1, 28, 28), r"model\.name must be one of mlp, logreg, .*vit, lenet, file\.py:Class, got 'alexnet'"),
+        ("alexnet", (1, 28, 28), r"model\.name must be one of mlp, logreg, .*vit, lstm, lenet, file\.py:Class, got 'alexnet'"),
         ("resnet", (1, 28, 28), r"got 'resnet'; did you mean 'resnet\d\d'\?"),
     ):
         with pytest.raises(ValueError, match=message):

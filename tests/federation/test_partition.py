@@ -120,7 +120,7 @@ def test_bad_partitions_are_named() -> None:
             "subject",
             20,
             {"subjects": None},
-            r"data\.partition 'subject' needs data that say which person .*'har' or another partition",
+            r"data\.partition 'subject' needs data that say which person .*'shakespeare' as data\.dataset, or another",
         ),
         ("subject", 5, {"subjects": labels}, r"data\.clients must be 10 for data\.partition 'subject', .*, got 5"),
         ("subject", 20, {"subjects": labels}, r"data\.clients must be 10 for data\.partition 'subject', .*, got 20"),
