@@ -117,7 +117,7 @@ def _equal_masks(num: int) -> Tensor:
 def test_clients_that_oppose_the_root_data_steadily_are_rejected() -> None:
     distances = _equal_masks(12)
     # Even steps, so that no cut is found.
-    cosines = torch.cat([torch.tensor([-0.1, -0.1]), torch.linspace(-0.05, 0.4, 10)]).double()
+    cosines = torch.cat([torch.tensor([-0.1, -0.1]), torch.linspace(0.05, 0.35, 10)]).double()
     known = {"alignment": cosines, "norms": torch.ones(12), "keep_share": torch.full((12,), 0.5)}
     sure = cluster_distances(distances, alignment_error=torch.full((12,), 0.04), **known)
     assert (~sure.benign).nonzero().flatten().tolist() == [0, 1]
@@ -125,6 +125,14 @@ def test_clients_that_oppose_the_root_data_steadily_are_rejected() -> None:
     for error in (0.06, torch.inf):
         assert cluster_distances(distances, alignment_error=torch.full((12,), error), **known).benign.all()
     assert cluster_distances(distances, **known).benign.all()
+
+
+def test_where_cosines_scatter_around_zero_nobody_opposes_the_root_data() -> None:
+    """As on a model that has converged; nine of 20 clients lie clearly below 0."""
+    cosines = torch.linspace(-0.09, 0.11, 20, dtype=torch.float64)
+    known = {"norms": torch.ones(20), "alignment_error": torch.full((20,), 0.001)}
+    assert cluster_distances(_equal_masks(20), alignment=cosines, **known).benign.all()
+    assert not cluster_distances(_equal_masks(20), alignment=cosines + 0.08, **known).benign.all()
 
 
 def test_most_clients_are_never_rejected_for_opposing_the_root_data() -> None:

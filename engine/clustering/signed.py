@@ -20,7 +20,8 @@ ordinary recipes it often lies with the attackers.
    witnesses are clearly lower.
 3. The second step is done once more among the clients that are kept, for a second direction.
 4. Where cosines are means over several rounds, their errors are known. A client whose mean cosine
-   lies clearly below 0 opposes the root data steadily and is rejected, unless most clients do.
+   lies clearly below 0 opposes the root data steadily. It is rejected if most clients clearly
+   follow the root direction.
 
 Where neither keep shares nor cosines are known, nothing but the root's own row tells which side is
 better (``by_root.py``).
@@ -57,6 +58,13 @@ MANY, MANY_Z = 0.1, -1.5
 # A client opposes the root data steadily if its mean cosine lies this number of standard errors
 # below 0. At 2, one honest client in a hundred of the demo's federation does so without an attack.
 STEADY = 2.0
+# Nobody opposes the root data steadily unless the clients as a whole follow them: their median
+# cosine must exceed this multiple of the median distance from it. Once a model has converged,
+# cosines scatter around 0, and half of the honest clients lie below it in every round. In 200
+# rounds on digits without an attack, 13.6% of the honest clients were rejected without this
+# condition. On the recorded cosines of that run 1.5 leaves 0.1% and 1 leaves 0.6%; at 2, a third of
+# the demo's Min-Max attackers are no longer found this way.
+FOLLOWING = 1.5
 # The names of the witnesses in the reasons. The agreement is the cosine times the length of the
 # root direction.
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
@@ -113,11 +121,16 @@ def _odd(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
 
 
 def _steadily_opposed(witnesses: Witnesses, among_N: Tensor) -> Tensor:
-    """Which clients' mean cosines are clearly below 0, ``(N,)`` bool; nobody if most are."""
+    """Which clients' mean cosines are clearly below 0, where most clients' are clearly above.
+
+    The result is ``(N,)`` bool.
+    """
     if witnesses.cosine is None or witnesses.cosine_error is None:
         return torch.zeros_like(among_N)
-    opposed_N = witnesses.cosine < -STEADY * witnesses.cosine_error
-    return opposed_N & (2 * (opposed_N & among_N).sum() <= among_N.sum())
+    cosine_N = witnesses.cosine.masked_fill(~among_N, torch.nan)
+    median = cosine_N.nanmedian()
+    follow = median > FOLLOWING * (cosine_N - median).abs().nanmedian()
+    return (witnesses.cosine < -STEADY * witnesses.cosine_error) & follow
 
 
 def _z(witness_N: Tensor, kept_N: Tensor) -> Tensor:
