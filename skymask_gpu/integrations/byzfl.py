@@ -49,7 +49,8 @@ def byzfl_part(part: Literal["aggregators", "attacks"]) -> Any:
 class Aggregator:
     """One of :data:`skymask_gpu.federation.rules.RULES` as ByzFL calls its own, ``(n, P) -> (P,)``.
 
-    The rule computes in float32. A rule that remembers rounds remembers them from call to call.
+    The rule computes in float32. A rule that remembers rounds remembers them from call to call, and
+    takes the vectors for those of the same clients in the same order.
 
     Args:
         name: the rule, such as ``"multi-krum"`` or ``"skymask"``.
