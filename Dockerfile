@@ -22,11 +22,13 @@ FROM python:${PYTHON}-slim AS cpu
 ARG TORCH
 RUN pip install --no-cache-dir "torch==${TORCH}" --index-url https://download.pytorch.org/whl/cpu
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[run,data]" && useradd --create-home skymask
+RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[run,data]" && useradd --create-home skymask \
+    && mkdir -m 1777 /cache
 USER skymask
 WORKDIR /work
-# Compiled kernels are cached beside the package or at home by default, where no user that --user names may write.
-ENV NUMBA_CACHE_DIR=/tmp/numba MPLCONFIGDIR=/tmp/matplotlib
+# Compiled kernels are cached beside the package or at home by default, where no user that --user names may write;
+# every user may write to /cache.
+ENV NUMBA_CACHE_DIR=/cache/numba MPLCONFIGDIR=/cache/matplotlib
 ENTRYPOINT ["skymask-gpu"]
 CMD ["--help"]
 
@@ -38,10 +40,11 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && pip install --no-cache-dir "torch==${TORCH}"
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[run,data]" && useradd --create-home skymask
+RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[run,data]" && useradd --create-home skymask \
+    && mkdir -m 1777 /cache
 USER skymask
 WORKDIR /work
-ENV NUMBA_CACHE_DIR=/tmp/numba MPLCONFIGDIR=/tmp/matplotlib TRITON_CACHE_DIR=/tmp/triton \
+ENV NUMBA_CACHE_DIR=/cache/numba MPLCONFIGDIR=/cache/matplotlib TRITON_CACHE_DIR=/cache/triton \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ENTRYPOINT ["skymask-gpu"]
 CMD ["--help"]

@@ -67,7 +67,7 @@ def test_means_and_errors_are_those_of_a_literal_loop() -> None:
     history = ClientHistory()
     for number, cosines in enumerate(rounds):
         remembered = history.recall(list(cosines), torch.tensor(list(cosines.values())))
-        history.remember(list(cosines), remembered)
+        history.remember(remembered)
         wanted = literal(rounds[: number + 1])
         for client, mean, error in zip(cosines, remembered.means.tolist(), remembered.errors.tolist(), strict=True):
             assert mean == pytest.approx(wanted[client][0], rel=1e-6)
@@ -78,7 +78,7 @@ def test_means_and_errors_are_those_of_a_literal_loop() -> None:
 
 def test_clients_are_told_apart_by_their_ids_and_recalling_changes_nothing() -> None:
     history = ClientHistory()
-    history.remember([7, 3], history.recall([7, 3], torch.tensor([0.5, -0.5])))
+    history.remember(history.recall([7, 3], torch.tensor([0.5, -0.5])))
     assert history.recall([3, 7], torch.tensor([-0.5, 0.5])).means.tolist() == pytest.approx([-0.5, 0.5])
     before = history.sums([3, 7])
     history.recall([3, 9], torch.tensor([1.0, 1.0]))
@@ -90,12 +90,12 @@ def test_clients_are_told_apart_by_their_ids_and_recalling_changes_nothing() -> 
 def test_a_history_comes_back_from_a_file_and_from_a_checkpoint(tmp_path: Path) -> None:
     history = ClientHistory()
     for cosines in ([0.1, 0.2], [0.3, 0.1]):
-        history.remember(["a", 4], history.recall(["a", 4], torch.tensor(cosines)))
+        history.remember(history.recall(["a", 4], torch.tensor(cosines)))
     history.save(tmp_path / "history.safetensors")
     again = ClientHistory.load(tmp_path / "history.safetensors")
     assert torch.equal(again.sums(["a", 4]), history.sums(["a", 4]))
     numbers = ClientHistory()
-    numbers.remember([5, 2], numbers.recall([5, 2], torch.tensor([0.5, 0.25])))
+    numbers.remember(numbers.recall([5, 2], torch.tensor([0.5, 0.25])))
     assert torch.equal(ClientHistory.from_state(numbers.state()).sums([2, 5]), numbers.sums([2, 5]))
     assert len(ClientHistory.from_state({})) == 0
     with pytest.raises(ValueError, match=r"only integers as ids"):

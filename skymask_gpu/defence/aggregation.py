@@ -49,7 +49,8 @@ class Aggregation:
             the columns in which masks differ. It says how much of the update the root data want;
             honest clients have the larger shares.
         cosines: ``(K,)`` float64, the cosine of each of their updates with the root direction: how
-            well it is aligned with what the server itself would do.
+            well it is aligned with what the server itself would do. They are those of this round,
+            also if the clients were judged by what is remembered of them.
         norms: ``(K,)`` float32, the Euclidean norms of their updates.
         factors: ``(K,)`` float32, what each of their updates was multiplied by before the mean over
             the benign clients was taken: 1, unless there are weights or the update was longer than

@@ -19,13 +19,14 @@ from skymask_gpu.io.files import read_tensors, write_tensors
 
 __all__ = ["ClientHistory", "Remembered"]
 
-# A round's weight is multiplied by this in each later round. On the demo's federation 0.8 and 0.9
-# reject the same attackers, and 0.7 keeps every twelfth of those who play ``ipm``. The longer the
-# memory is, the later a client that changes is found.
+# A round's weight is multiplied by this in each later round. In trials on the demo's federation 0.8
+# and 0.9 rejected the same attackers, and 0.7 kept every twelfth of those who play ``ipm``. The
+# longer the memory is, the later a client that changes is found.
 DECAY = 0.8
 # A cosine that lies this number of a client's own spreads below its mean is no noise. The client
-# has changed, and its memory begins anew. On the demo's federation, 3 rejects half as many honest
-# clients more than 4 does, and at 4 fewer of those are noticed who begin to attack later.
+# has changed, and its memory begins anew. In the same trials 3 rejected half as many honest clients
+# again as 4 did. The larger the number is, the fewer of those who begin to attack later are noticed
+# at once.
 FALL = 3.5
 # The smallest effective number of rounds that tell a spread. Two rounds have 1.99.
 _TWO_ROUNDS = 1.5
@@ -36,12 +37,14 @@ class Remembered:
     """What is known of K clients, this round included.
 
     Attributes:
+        ids: the ids of the K clients.
         means: ``(K,)`` float64, each client's mean cosine.
         errors: ``(K,)`` float64, the standard error of each mean; Inf until any client has been
             seen twice.
         sums: ``(K, 4)`` float64, what :class:`ClientHistory` remembers of them after this round.
     """
 
+    ids: tuple[int | str, ...]
     means: Tensor
     errors: Tensor
     sums: Tensor
@@ -57,7 +60,7 @@ class ClientHistory:
         >>> history = ClientHistory()
         >>> for cosines in ([0.5, 0.4], [0.3, 0.4]):
         ...     remembered = history.recall(["a", "b"], torch.tensor(cosines).double())
-        ...     history.remember(["a", "b"], remembered)
+        ...     history.remember(remembered)
         >>> remembered.means
         tensor([0.3889, 0.4000], dtype=torch.float64)
         >>> len(history)
@@ -92,15 +95,15 @@ class ClientHistory:
         spread = _common_spread(before_K4)
         fell_K = (_rounds(before_K4) > _TWO_ROUNDS) & (cosines_K < _means(before_K4) - FALL * spread)
         sums_K4 = torch.where(fell_K[:, None], 0.0, decays_4 * before_K4) + added_K4
-        return Remembered(_means(sums_K4), _common_spread(sums_K4) / _rounds(sums_K4).sqrt(), sums_K4)
+        return Remembered(tuple(ids), _means(sums_K4), _common_spread(sums_K4) / _rounds(sums_K4).sqrt(), sums_K4)
 
-    def remember(self, ids: Sequence[int | str], remembered: Remembered) -> None:
-        """Keep what :meth:`recall` returned for these ids."""
-        new = [client for client in ids if client not in self._rows]
+    def remember(self, remembered: Remembered) -> None:
+        """Keep what :meth:`recall` returned."""
+        new = [client for client in remembered.ids if client not in self._rows]
         first = len(self._rows)
         self._rows |= {client: first + number for number, client in enumerate(new)}
         sums_C4 = torch.cat([self._sums_C4.to(remembered.sums.device), remembered.sums.new_zeros(len(new), 4)])
-        rows_K = torch.tensor([self._rows[client] for client in ids], device=sums_C4.device)
+        rows_K = torch.tensor([self._rows[client] for client in remembered.ids], device=sums_C4.device)
         self._sums_C4 = sums_C4.index_copy(0, rows_K, remembered.sums)
 
     def sums(self, ids: Sequence[int | str]) -> Tensor:

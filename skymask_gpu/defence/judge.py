@@ -155,7 +155,7 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
             result = _average(this, call, screened, masks, verdict)
     # Only now, because a call that ends in an error must not count as a round.
     if call.history is not None and verdict.remembered is not None:
-        call.history.remember(_ids(call, screened), verdict.remembered)
+        call.history.remember(verdict.remembered)
     return replace(result, seconds={**clock.seconds, **masks.seconds})
 
 
@@ -262,7 +262,9 @@ def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P:
     cosines_K = torch.where(lengths_K > 0, screened.alignments / lengths_K, 0.0).clamp(-1, 1)
     remembered, alignments_K, errors_K = None, screened.alignments, None
     if call.history is not None:
-        remembered = call.history.recall(_ids(call, screened), cosines_K)
+        assert call.client_ids is not None, "judge() has checked them"
+        ids = [call.client_ids[number] for number in screened.clients.numbers.tolist()]
+        remembered = call.history.recall(ids, cosines_K)
         alignments_K = remembered.means * lengths_K
         errors_K = torch.where(lengths_K > 0, remembered.errors * lengths_K, torch.inf)
     clusters = cluster(
@@ -274,12 +276,6 @@ def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P:
         alignment_error=errors_K,
     )
     return _Verdict(clusters, keep_share_R[:-1], cosines_K, remembered)
-
-
-def _ids(call: Call, screened: Screened) -> list[int | str]:
-    """The ids of the clients that have a mask."""
-    assert call.client_ids is not None, "judge() has checked them"
-    return [call.client_ids[number] for number in screened.clients.numbers.tolist()]
 
 
 def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, verdict: _Verdict) -> Aggregation:

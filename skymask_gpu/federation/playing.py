@@ -45,14 +45,13 @@ def play(federation: Federation, folder: Path, progress: Progress = lambda text:
     """Play the rounds that ``folder`` does not yet hold, and yield each one's record.
 
     A record is on disk when it is yielded. A round after which the global model holds NaN or Inf is
-    the last one: no later round could mend it. Its record says ``"diverged": true``.
+    the last one: no later round could mend it. Its record says ``"diverged": true``. The run's
+    tracker is told of every round after it is on disk.
 
     Args:
         federation: what plays; it may have played before.
         folder: the run's folder; :mod:`skymask_gpu.federation.run_folder` describes what it holds.
         progress: called with a text that says what is going on.
-
-    The run's tracker is told of every round after it is on disk.
 
     Raises:
         ValueError: the folder holds another run, or one of its files is damaged; the error names

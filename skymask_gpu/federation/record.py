@@ -31,13 +31,15 @@ def metrics_line(
     """
     config = federation.config
     tested = (number + 1) % config.evaluate_every == 0 or is_last
+    # One pass over the test samples serves both.
+    accuracy, by_class = federation.accuracies(played.model) if tested else (None, None)
     few_classes = federation.dataset.num_classes <= _MOST_CLASSES
     backdoor = tested and federation.attack.target_class is not None
     return {
         "run": config.name,
         "round": number,
-        "accuracy": federation.accuracy(played.model) if tested else None,
-        "class_accuracy": _rounded(federation.class_accuracies(played.model)) if tested and few_classes else None,
+        "accuracy": accuracy,
+        "class_accuracy": _rounded(by_class) if by_class is not None and few_classes else None,
         "attack_success_rate": federation.attack_success_rate(played.model) if backdoor else None,
         "participants": len(played.clients),
         "attacked": config.attack.strikes_in(number),

@@ -309,16 +309,16 @@ class Federation:
 
     def accuracy(self, model: GlobalModel) -> float:
         """The share of test samples that the global model gets right."""
-        hits = self._predictions(model, self.dataset.test_inputs) == self.dataset.test_labels
-        return int(hits.sum()) / len(hits)
+        return self.accuracies(model)[0]
 
-    def class_accuracies(self, model: GlobalModel) -> list[float | None]:
-        """The accuracy on the test samples of each class; None for a class without any."""
+    def accuracies(self, model: GlobalModel) -> tuple[float, list[float | None]]:
+        """The share of test samples that are right, and the same per class (None: no samples)."""
         labels = self.dataset.test_labels
         hits = self._predictions(model, self.dataset.test_inputs) == labels
         counts_C = torch.bincount(labels, minlength=self.dataset.num_classes).tolist()
         hits_C = torch.bincount(labels[hits], minlength=self.dataset.num_classes).tolist()
-        return [right / count if count else None for right, count in zip(hits_C, counts_C, strict=True)]
+        by_class = [right / count if count else None for right, count in zip(hits_C, counts_C, strict=True)]
+        return sum(hits_C) / len(labels), by_class
 
     def attack_success_rate(self, model: GlobalModel) -> float:
         """The share of test samples with the trigger that the model assigns to the target class.

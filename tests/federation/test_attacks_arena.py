@@ -262,7 +262,7 @@ def test_a_search_finds_the_strength_that_hurts_most(name: str) -> None:
     strength = float((sent[0] - start) @ line / (line @ line))
     assert strength > 0
     assert_close(sent[0], [float(start[k]) + strength * float(line[k]) for k in range(NUM_PARAMS)])
-    # Of a fine grid of strengths, none does more than a tenth more damage.
+    # No strength of a fine grid does more than a tenth more damage.
     fine = []
     for z in np.linspace(0.1, 80, 400):
         rows = updates.clone()
