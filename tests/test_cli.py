@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from skymask_gpu import ClientHistory
 from skymask_gpu.engine import FlatModel
 
 MODEL = """
@@ -149,6 +150,26 @@ def test_aggregate_takes_folders_and_stacked_files_alike(files: Files, tmp_path:
     assert 0 < factors[4:].min() < factors[4:].max() == 1, "the longer half is shortened to the median norm"
     first = (factors[:, None] * stacked)[4:, : start["0.weight"].numel()].mean(0).view_as(start["0.weight"])
     torch.testing.assert_close(bounded["0.weight"] - start["0.weight"], first, atol=1e-6, rtol=1e-5)
+
+
+def test_aggregate_remembers_clients_by_the_names_of_their_files(files: Files, tmp_path: Path, run: Run) -> None:
+    history = tmp_path / "history.safetensors"
+    aggregate(files, tmp_path, files["updates"], "--history", history, run=run)
+    once = ClientHistory.load(history)
+    assert len(once) == 16
+    _, report, _ = aggregate(files, tmp_path, files["updates"], "--history", history, run=run)
+    cosine = report["clients"]["client07"]["cosine"]
+    weights, _, cosines, _ = ClientHistory.load(history).sums(["client07"])[0].tolist()
+    assert weights == pytest.approx(1.8), "the earlier round counts 0.8"
+    assert cosines == pytest.approx(1.8 * cosine)
+    history.write_bytes(b"none")
+    code, printed = run(
+        "aggregate", "--global", files["global"], "--updates", files["updates"], "--model", f"{files['my_model']}:Net",
+        "--root", files["root"], "--out", tmp_path / "x.safetensors", "--history", history,
+    )  # fmt: skip
+    assert code == 2
+    assert "--history: " in printed
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_aggregate_subtracts_the_global_model_from_local_models(files: Files, tmp_path: Path, run: Run) -> None:

@@ -1,14 +1,15 @@
 """The command ``skymask-gpu arena``."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from skymask_gpu.cli.console import answer, console, extra_named, print_table, resumable
-from skymask_gpu.cli.federation import played_cells
-from skymask_gpu.cli.options import AsJson, Changes, DataDir, Jobs, Overwrite, Resume, check_folders, given
+from skymask_gpu.cli.federation import check_own_cells, played_cells
+from skymask_gpu.cli.options import AsJson, Changes, DataDir, Jobs, Overwrite, Resume, given
 from skymask_gpu.io.files import locked
 
 if TYPE_CHECKING:
@@ -41,20 +42,14 @@ def arena(
     with extra_named("run"):
         from skymask_gpu.federation.arena.config import read_arena
         from skymask_gpu.federation.arena.page import Results, write_arena
-        from skymask_gpu.federation.sweep import check_cells, check_inputs, clear_cells, has_cells, write_plan
+        from skymask_gpu.federation.sweep import check_inputs, clear_cells, write_plan
         from skymask_gpu.report.summary import failed_cells
 
     asked, left_out = read_arena(config, changes or []).with_data(data_dir)
     folder = out or Path("runs") / config.stem
     own = asked if shard is None else asked.shard(shard)
     cells = [*own.warm_ups(), *own.runs(folder)]
-
-    def check() -> None:
-        begun = has_cells(folder, None if shard is None else cells)
-        check_folders([folder] if begun else [], resume=resume, overwrite=overwrite)
-        if not overwrite:
-            check_cells(folder, cells)
-
+    check = partial(check_own_cells, folder, cells, whole=shard is None, resume=resume, overwrite=overwrite)
     check()
     command = ["arena", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes), "--jobs", jobs]
     command += [*given("--shard", shard), *["--json"] * as_json, "--resume"]

@@ -112,18 +112,12 @@ def sweep(
     """Play every combination of a grid of attacks, rules, shares, seeds ..., and report tables."""
     with extra_named("run"):
         from skymask_gpu.federation.config import read_grid
-        from skymask_gpu.federation.sweep import check_cells, check_inputs, clear_cells, has_cells, shard_of, write_plan
+        from skymask_gpu.federation.sweep import check_inputs, clear_cells, shard_of, write_plan
 
     every = with_data(read_grid(config, changes or []), data_dir)
     cells = every if shard is None else shard_of(every, shard)
     folder = out or Path("runs") / config.stem
-
-    def check() -> None:
-        begun = has_cells(folder, None if shard is None else cells)
-        check_folders([folder] if begun else [], resume=resume, overwrite=overwrite)
-        if not overwrite:
-            check_cells(folder, cells)
-
+    check = partial(check_own_cells, folder, cells, whole=shard is None, resume=resume, overwrite=overwrite)
     check()
     command = ["sweep", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes), "--jobs", jobs]
     command += [*given("--shard", shard), *["--json"] * as_json, "--resume"]
@@ -146,6 +140,24 @@ def sweep(
             found["failed"] = failed
             console.print(f"[red]{len(failed)} of {len(cells)} cells failed[/]; --resume tries them again", soft_wrap=True)
             raise typer.Exit(1)
+
+
+def check_own_cells(folder: Path, cells: list[Any], *, whole: bool, resume: bool, overwrite: bool) -> None:
+    """Refuse to touch cells that are there, unless the user says what to do with them.
+
+    Args:
+        folder: the folder of the sweep.
+        cells: the cells that this process is to play.
+        whole: whether these are all cells of the sweep, not those of a shard.
+        resume: whether to go on with what is there.
+        overwrite: whether to start anew.
+    """
+    from skymask_gpu.federation.sweep import check_cells, has_cells
+
+    begun = has_cells(folder, None if whole else cells)
+    check_folders([folder] if begun else [], resume=resume, overwrite=overwrite)
+    if not overwrite:
+        check_cells(folder, cells)
 
 
 def played_cells(cells: list[Any], folder: Path, jobs: int) -> tuple[int, dict[str, str]]:
