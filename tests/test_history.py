@@ -241,3 +241,23 @@ def test_sign_flips_that_single_rounds_miss_are_found_by_what_is_remembered() ->
             kept[remember] += int((played.rule_result.kept & federation.malicious).sum()) if number > 1 else 0
         assert bool(federation.rule.state()) == remember
     assert kept[True] < kept[False] / 3, kept
+
+
+@pytest.mark.slow
+def test_a_model_that_has_converged_costs_honest_clients_nothing() -> None:
+    """The run without attack of examples/poisoned_fl.toml; cosines scatter around 0 from about round 100 on."""
+    federation = Federation.build(
+        RunConfig(
+            rounds=200,
+            data=DataConfig(clients=50, bias=0.5),
+            local=LocalTraining(steps=5, batch_size=32, lr=0.1),
+            defence=DefenceConfig(rule="skymask"),
+        )
+    )
+    model, rejected = federation.first_model(), 0
+    for number in range(200):
+        played = federation.play_round(number, model)
+        model = played.model
+        assert played.rule_result.kept is not None
+        rejected += int((~played.rule_result.kept).sum())
+    assert rejected / (200 * 50) < 0.01

@@ -60,10 +60,11 @@ MANY, MANY_Z = 0.1, -1.5
 STEADY = 2.0
 # Nobody opposes the root data steadily unless the clients as a whole follow them: their median
 # cosine must exceed this multiple of the median distance from it. Once a model has converged,
-# cosines scatter around 0, and half of the honest clients lie below it in every round. In 200
-# rounds on digits without an attack, 13.6% of the honest clients were rejected without this
-# condition. On the recorded cosines of that run 1.5 leaves 0.1% and 1 leaves 0.6%; at 2, a third of
-# the demo's Min-Max attackers are no longer found this way.
+# cosines scatter around 0, and half of the honest clients lie below it in every round. In a trial
+# of 200 rounds on digits without an attack, 13.6% of the honest clients were rejected without this
+# condition. On the cosines recorded there 1.5 leaves 0.1% and 1 leaves 0.6%; at 2, a third of the
+# demo's Min-Max attackers are no longer found this way. ``pytest -m slow tests/test_history.py``
+# plays such a run.
 FOLLOWING = 1.5
 # The names of the witnesses in the reasons. The agreement is the cosine times the length of the
 # root direction.
