@@ -37,6 +37,7 @@ class ClientBlocks:
         num_params: P.
         dtype: the dtype of the updates.
         device: where the blocks are.
+        nbytes: the number of bytes of all rows, in memory or on disk.
         in_memory: whether all blocks are in memory already, so that reading one costs nothing.
 
     Raises:
@@ -61,6 +62,7 @@ class ClientBlocks:
         self._names: Sequence[str] | None = None
         self.sizes: tuple[int, ...] = tuple(len(block) for block in blocks)
         ((self.num_params, self.dtype, self.device),) = kinds
+        self.nbytes = len(self) * self.num_params * self.dtype.itemsize
         self.in_memory = True
 
     @classmethod
@@ -100,6 +102,7 @@ class ClientBlocks:
         # "cuda" means the GPU that is current now, but a tensor there says "cuda:0". An empty
         # tensor tells the full name, so that comparing a block's device with this one works.
         blocks.num_params, blocks.dtype, blocks.device = num_params, dtype, torch.empty(0, device=device).device
+        blocks.nbytes = len(blocks) * num_params * dtype.itemsize
         blocks.in_memory = False
         return blocks
 
@@ -159,11 +162,6 @@ class ClientBlocks:
     def __len__(self) -> int:
         """The number of rows."""
         return sum(self.sizes)
-
-    @property
-    def nbytes(self) -> int:
-        """The number of bytes of all rows, in memory or on disk."""
-        return len(self) * self.num_params * self.dtype.itemsize
 
     def _read(self, number: int) -> Tensor:
         """Read a block and check that it has the shape, dtype and device that were announced.

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from skymask_gpu.defence.aggregation import Aggregation, warn_of_doubtful
 from skymask_gpu.defence.arguments import check_same_device, checked_ids, checked_weights, flat_vector
 from skymask_gpu.defence.clock import Clock
-from skymask_gpu.defence.forms import Form, stacked_rows
+from skymask_gpu.defence.forms import Form
 from skymask_gpu.defence.history import ClientHistory, Remembered
 from skymask_gpu.defence.means import Mean, NormBound, Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
-from skymask_gpu.defence.parse import Clients, Updates, check_form, parse
+from skymask_gpu.defence.parse import Clients, Updates, parse, receive
 from skymask_gpu.defence.root import RootTraining, root_direction
 from skymask_gpu.defence.screen import Screened, culprits, screen
 from skymask_gpu.engine import (
@@ -39,7 +39,7 @@ from skymask_gpu.engine.distances import sharded_distances, sharded_keep_share
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.profiling import copy_bandwidth, recording
-from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss, own_columns
+from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss
 
 __all__ = ["Call", "Settings", "judge", "params_of"]
 
@@ -105,10 +105,7 @@ def judge(settings: Settings, call: Call) -> Aggregation:
 
     :meth:`skymask_gpu.SkyMask.aggregate` describes arguments, errors and warnings.
     """
-    if isinstance(call.updates, np.ndarray):
-        call = replace(call, updates=stacked_rows("updates", call.updates))
-    shards, own_updates = own_columns(call.updates, settings.flat.num_params)
-    check_form(call.updates, settings.flat.num_params)
+    shards, own_updates = receive(call.updates, settings.flat.num_params)
     weights_N = None if call.weights is None else checked_weights(call.weights, len(call.updates))
     ids = checked_ids(call.client_ids, len(call.updates), call.history)
     call = replace(call, updates=own_updates, weights=weights_N, client_ids=ids)
@@ -137,7 +134,7 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
             this = _begin(settings, call.global_params, shards, device, clock)
             subtracted_L = this.own_params_L if call.local_models else None
             in_memory = settings.solver != "auto" and not SOLVERS[settings.solver].from_disk
-            assert not isinstance(call.updates, np.ndarray), "judge() has made a tensor of it"
+            assert not isinstance(call.updates, np.ndarray), "receive() has made a tensor of it"
             clients = parse(call.updates, this.loss, settings.module, subtracted_L, in_memory=in_memory)
         small_batches = call.root_update is not None
         # Each step reads the parameters and writes their gradient. Small batches take half as many.

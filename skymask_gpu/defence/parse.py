@@ -1,21 +1,24 @@
 """Parsing: from what the clients sent to rows that the engine can take; ``forms.py`` has the forms.
 
+``receive`` looks at the updates as a whole, before any work, and ``parse`` at each client's.
+
 Each client that sent no usable row is rejected with a reason. Values are not looked at here;
 whether they can be used is the next question, see ``screen.py``.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skymask_gpu.defence.forms import Sent, client_state
+from skymask_gpu.defence.forms import Sent, client_state, stacked_rows
 from skymask_gpu.engine import ClientBlocks, FlatModel
+from skymask_gpu.engine.sharding import ColumnShards, own_columns
 
-__all__ = ["Clients", "Updates", "check_form", "parse", "raise_none_left"]
+__all__ = ["Clients", "Updates", "check_form", "parse", "raise_none_left", "receive"]
 
 Updates = Tensor | np.ndarray | ClientBlocks | Sequence[Sent]
 
@@ -40,6 +43,23 @@ class Clients:
     buffers: list[dict[str, Tensor]]
     rejected: dict[int, str]
     num_clients: int
+
+
+def receive(updates: Updates, num_params: int) -> tuple[ColumnShards, Any]:
+    """Check the form of the updates as a whole, and take this rank's own columns of them.
+
+    Returns:
+        How the columns are sharded, and the updates that :func:`parse` takes: an array has become a
+        tensor, and a ``DTensor`` this rank's own columns.
+
+    Raises:
+        ValueError: see :func:`check_form` and :func:`own_columns`.
+    """
+    if isinstance(updates, np.ndarray):
+        updates = stacked_rows("updates", updates)
+    shards, own = own_columns(updates, num_params)
+    check_form(updates, num_params)
+    return shards, own
 
 
 def check_form(updates: object, num_params: int) -> None:
@@ -86,7 +106,7 @@ def parse(
     A client in a list whose update is malformed is rejected.
 
     Args:
-        updates: what :func:`check_form` has checked; if they are sharded, this rank's own columns.
+        updates: what :func:`receive` returned.
         model: it tells names, shapes and device of the parameters.
         module: it tells names and kinds of the buffers.
         subtracted_L: what is subtracted from every row: the global parameters if clients sent their
@@ -103,7 +123,8 @@ def parse(
     rows = ClientBlocks([moved]) if isinstance(moved, Tensor) else moved
     if subtracted_L is not None:
         rows = rows.minus(subtracted_L)
-    return Clients(rows, torch.arange(len(rows), device=rows.device), [{} for _ in range(len(rows))], {}, len(rows))
+    num_clients = len(updates)
+    return Clients(rows, torch.arange(num_clients, device=rows.device), [{} for _ in range(num_clients)], {}, num_clients)
 
 
 def raise_none_left(rejected: Mapping[int, str]) -> NoReturn:
