@@ -137,9 +137,8 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
             assert not isinstance(call.updates, np.ndarray), "receive() has made a tensor of it"
             clients = parse(call.updates, this.loss, settings.module, subtracted_L, in_memory=in_memory)
         small_batches = call.root_update is not None
-        # Each step reads the parameters and writes their gradient. Small batches take half as many.
-        steps_twice = settings.root_training.steps * (1 if small_batches else 2)
-        with clock.phase("root", steps_twice * this.global_params_P.nbytes):
+        # Each step reads the parameters and writes their gradient.
+        with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
             direction_P = _direction(this, small_batches)
         with clock.phase("collect", clients.rows.nbytes):
             screened = screen(clients, direction_P, this.global_params_P, this.own_loss, shards, local_models=call.local_models)
