@@ -16,6 +16,7 @@ The engine knows models and losses, but neither clients' data nor attacks.
 | ``evidence.py`` | how often each layer's bits set a client apart |
 | ``sharding.py`` | columns divided among the ranks of ``torch.distributed`` |
 | ``step_loop.py`` | mask steps that a GPU replays from a CUDA graph |
+| ``progress.py`` | how far mask training is, for whoever asks |
 | ``numerics.py`` | TF32 and deterministic convolutions, switched for the time of a call |
 | ``memory.py`` | smaller blocks when memory runs out |
 | ``peak_memory.py``, ``profiling.py`` | the peak of memory; time and traffic of each phase |

@@ -14,6 +14,7 @@ from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.profiling import phase
+from skymask_gpu.engine.progress import Progress, check_progress, reporting
 from skymask_gpu.engine.solvers import SOLVERS
 from skymask_gpu.engine.solvers.solution import Cuts, Solution
 from skymask_gpu.engine.training_config import MaskTraining
@@ -95,6 +96,7 @@ def train_masks(
     config: MaskTraining = MaskTraining(),
     solver: str = "auto",
     keep_logits: bool = False,
+    progress: Progress | None = None,
 ) -> TrainedMasks:
     """Train one mask per row and parameter on the root loss.
 
@@ -113,6 +115,9 @@ def train_masks(
             ``"collapsed"`` (approximate, see ``docs/collapsed.md``); or ``"auto"``: ``fused`` or
             ``collapsed``, whichever costs less. The result says which one ran and why.
         keep_logits: return the final logits, too, which takes 4 R P bytes.
+        progress: called with the numbers of steps done and of steps in all after each step. A
+            plateau ends training before the last of them. On a GPU, a step counts as done once it
+            is launched. If it raises an error, training ends with this error.
 
     Returns:
         The packed mask bits, and what was measured on the way.
@@ -133,11 +138,13 @@ def train_masks(
         (torch.Size([10, 2]), 'vmap')
     """
     _check(updates, global_params)
+    check_progress(progress)
     blocks = updates if isinstance(updates, ClientBlocks) else ClientBlocks([updates])
     name, reason = choose(solver, blocks, config)
     config = config.for_clients(len(blocks) - 1)
     start = time.perf_counter()
-    solution = _run(name, blocks, global_params.detach(), loss, config, keep_logits)
+    with reporting(progress, config.steps):
+        solution = _run(name, blocks, global_params.detach(), loss, config, keep_logits)
     for step, value in enumerate(solution.losses):
         if not math.isfinite(value):
             raise NonFiniteLossError(

@@ -56,6 +56,8 @@ class ColumnShards:
             raise ValueError(f"updates: {num_params} columns over {num_ranks} ranks leave one without any; use fewer ranks")
         first = self._rank * self._width
         self.columns = slice(first, min(first + self._width, num_params))
+        # What holding_errors() keeps for from_first().
+        self._held: Exception | None = None
 
     @property
     def is_first(self) -> bool:
@@ -113,8 +115,8 @@ class ColumnShards:
             like: a vector of the same length, dtype and device.
 
         Raises:
-            RuntimeError: ``compute`` failed, and this is not the first rank. The first rank raises
-                the error itself.
+            RuntimeError: ``compute`` failed, or the first rank holds an error, and this is not the
+                first rank. The first rank raises the error itself.
         """
         if self.group is None:
             return compute()
@@ -124,6 +126,8 @@ class ColumnShards:
         error: Exception | None = None
         if self.is_first:
             try:
+                if self._held is not None:
+                    raise self._held
                 message[:-1] = compute()
                 message[-1] = 1
             except Exception as failure:
@@ -134,6 +138,32 @@ class ColumnShards:
         if message[-1] == 0:
             raise RuntimeError("the first rank of the mesh failed; its own error says why")
         return message[:-1]
+
+    def holding_errors(self, function: Callable[..., object]) -> Callable[..., object]:
+        """The function, for the first rank to call alone between two collectives.
+
+        If it failed at once, the other ranks would wait for the first one for ever. Its error is
+        therefore held until the next :meth:`from_first` or :meth:`raise_held`, which ends the work
+        on every rank. It is not called again after an error. One process gets the function
+        itself.
+        """
+        if self.group is None:
+            return function
+
+        def held(*arguments: object) -> None:
+            if self._held is None:
+                try:
+                    function(*arguments)
+                except Exception as error:
+                    self._held = error
+
+        return held
+
+    def raise_held(self, device: torch.device) -> None:
+        """Raise the error that the first rank holds, if any, as :meth:`from_first` does."""
+        if self.group is not None:
+            nothing = torch.empty(0, device=device)
+            self.from_first(lambda: nothing, like=nothing)
 
 
 class _Loss(Protocol):

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from skymask_gpu.engine.progress import step_done
+
 __all__ = ["StepLoop"]
 
 # A process can capture only one graph at a time.
@@ -29,6 +31,9 @@ class StepLoop:
 
     All graphs share one pool of memory, which is kept as long as the process. If each had its own,
     the pool would stay reserved after the graph is gone.
+
+    Each repeat counts as a step for whoever asked for progress. It is counted on the host, outside
+    of captures and replays.
 
     Attributes:
         not_captured: why a step on a GPU is launched operation by operation; None if it is
@@ -59,6 +64,7 @@ class StepLoop:
                 self._warm_up()
             else:
                 self._replay()
+            step_done()
 
     def _warm_up(self) -> None:
         here, side = torch.cuda.current_stream(self._device), _side_stream(self._device)

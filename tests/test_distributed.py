@@ -156,7 +156,7 @@ def errors(stored: dict[str, Tensor], mesh: "DeviceMesh") -> dict[str, str]:
 
     def message(updates: Tensor, device: str | None = None, **more: Any) -> str:
         try:
-            defence = SkyMask(net(), stored["inputs"], stored["labels"])
+            defence = SkyMask(net(), stored["inputs"], stored["labels"], training=MaskTraining(steps=3))
             if device is not None:
                 # the constructor takes only devices that are here
                 defence._settings = replace(defence._settings, device=torch.device(device))
@@ -164,6 +164,17 @@ def errors(stored: dict[str, Tensor], mesh: "DeviceMesh") -> dict[str, str]:
         except (ValueError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         return "none"
+
+    def stopped(last: int) -> str:
+        """What is said if the callback fails after this step, and after which steps it was called."""
+        told: list[int] = []
+
+        def progress(done: int, steps: int) -> None:
+            told.append(done)
+            if done == last:
+                raise ValueError(f"enough after {done} of {steps}")
+
+        return f"{message(sharded, progress=progress)}; told {told}"
 
     params_P = FlatModel(net(), stored["inputs"], stored["labels"]).initial_params
     return {
@@ -178,6 +189,9 @@ def errors(stored: dict[str, Tensor], mesh: "DeviceMesh") -> dict[str, str]:
         "no-local-models": message(sharded, local_models=True),
         "bad-root": message(sharded, global_params=torch.full((NUM_PARAMS,), math.nan)),
         "none-left": message(distribute_tensor(torch.full_like(honest_NP, math.nan), mesh, [Shard(1)])),
+        "stopped-early": stopped(2),
+        "stopped-at-the-end": stopped(3),
+        "not-stopped": stopped(4),
     }
 
 
@@ -341,7 +355,13 @@ def test_input_that_does_not_fit_is_an_error_on_every_rank(outcomes: dict[str, O
     assert first["bad-root"].startswith("ValueError: global_params: the loss of the global model on the root data is nan")
     for errors in others:
         assert errors.pop("bad-root") == "RuntimeError: the first rank of the mesh failed; its own error says why"
-        assert errors == {name: error for name, error in first.items() if name != "bad-root"}
+        for name in ("stopped-early", "stopped-at-the-end"):
+            assert errors.pop(name) == "RuntimeError: the first rank of the mesh failed; its own error says why; told []"
+        assert errors.pop("not-stopped") == "none; told []"
+        assert errors == {name: error for name, error in first.items() if name in errors}
+    assert first["stopped-early"] == "ValueError: enough after 2 of 3; told [1, 2]"
+    assert first["stopped-at-the-end"] == "ValueError: enough after 3 of 3; told [1, 2, 3]"
+    assert first["not-stopped"] == "none; told [1, 2, 3]"
     wanted = r"ValueError: updates as a DTensor must be (N, P) with placements [Shard(1)] over a 1-D DeviceMesh"
     assert first["rows"].startswith(wanted)
     assert "got (20, 12023) with [Shard(dim=0)]" in first["rows"]

@@ -104,6 +104,7 @@ def test_the_reference_solver_imports_no_kernel(checkout: Path) -> None:
     assert modules == {
         "torch",
         "skymask_gpu.engine.bits",
+        "skymask_gpu.engine.progress",
         "skymask_gpu.engine.solvers.solution",
         "skymask_gpu.engine.solvers.solver",
         "skymask_gpu.engine.training_config",

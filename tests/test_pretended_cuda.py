@@ -370,8 +370,12 @@ def test_launches_and_waits_are_as_pinned(case: str) -> None:
     solver, updates, interpreter = CASES[case]
     want = defence(solver=solver).aggregate(updates())
     with pretended_cuda(interpreter=interpreter) as gpu:
-        given = updates()
-        got = defence(solver=solver, device="cuda").aggregate(to_cuda(given) if isinstance(given, Tensor) else given)
+        given, told = updates(), []
+        # Progress costs neither a launch nor a wait, so what is pinned holds with it, too.
+        got = defence(solver=solver, device="cuda").aggregate(
+            to_cuda(given) if isinstance(given, Tensor) else given, progress=lambda done, steps: told.append(done)
+        )
+        assert told[-got.masks.steps :] == list(range(1, got.masks.steps + 1))
         table, places = gpu.table(), "\n".join(f"{number} x {place}" for place, number in sorted(gpu.places.items()))
         assert_same_verdict(got, want)
         assert "not captured" not in got.masks.solver_reason

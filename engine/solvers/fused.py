@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.profiling import phase
+from skymask_gpu.engine.progress import step_done
 from skymask_gpu.engine.solvers.solution import Loss, MaskedModel, Solution, stops
 from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.step_loop import StepLoop
@@ -47,11 +48,14 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
         # This pass reads no logits: they all equal ``config.init``.
         with phase("mask steps", updates, rows.logits_RP):
             masked.move(rows.sums(first_step, masked, init=config.init, full_step=config.full_step))
+        step_done()
         step, not_captured = _until_the_last_step(rows, masked, config)
 
     stored_RP = rows.logits_RP if config.steps > 1 else None
     with phase("bits", updates, stored_RP, rows.kept, len(updates) * updates.num_params // 8):
         bits = rows.bits(masked, config)
+    # The last step moves the logits only on their way to the bits.
+    step_done()
     return Solution(bits, rows.kept, masked.losses(step + 1), not_captured=not_captured)
 
 
@@ -143,5 +147,6 @@ def _until_the_last_step(rows: _Rows, masked: MaskedModel, config: MaskTraining)
         if stop == config.steps - 1 or config.is_plateau(masked.losses(stop + 1)):
             break
         move()
+        step_done()
         step = stop + 1
     return stop, loop.not_captured

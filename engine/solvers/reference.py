@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine.bits import pack_bits
+from skymask_gpu.engine.progress import step_done
 from skymask_gpu.engine.solvers.solution import Loss, Solution
 from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.training_config import MaskTraining
@@ -51,6 +52,7 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
                 # clip.
                 layer_logits -= (gradient / config.grad_clip).clamp(-1, 1) * config.full_step
         losses.append(value.item())
+        step_done()
         if config.is_plateau(losses):
             break
 

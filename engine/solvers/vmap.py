@@ -7,6 +7,7 @@ from torch.func import grad, vmap
 from skymask_gpu.engine.bits import pack_bits
 from skymask_gpu.engine.memory import SMALLEST_TILE, in_column_tiles
 from skymask_gpu.engine.profiling import phase
+from skymask_gpu.engine.progress import step_done
 from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradient
 from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.training_config import MaskTraining
@@ -52,6 +53,7 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
         with phase("mask steps", updates_RP, logits_RP, logits_RP):
             in_column_tiles(step, num_params, tile=tile)
         losses.append(value.item())
+        step_done()
         if config.is_plateau(losses):
             break
 

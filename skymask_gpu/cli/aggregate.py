@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from skymask_gpu.cli.console import UNCERTAIN, answer, console, warn
+from skymask_gpu.cli.options import progress_bar
 from skymask_gpu.defence import Aggregation, ClientHistory, RootTraining, SkyMask, mean_buffers
 from skymask_gpu.defence.means import NORM_BOUND_NAMES
 from skymask_gpu.engine import SOLVERS, FlatModel
@@ -90,8 +91,7 @@ def aggregate(
         training, bound = RootTraining(lr=root_lr, grad_clip=root_clip), NORM_BOUND_NAMES[norm_bound]
         settings: dict[str, Any] = {"root_training": training, "norm_bound": bound, "solver": solver, "device": device}
         defence = SkyMask(module, root_inputs, root_labels, **settings)
-        with console.status(f"training {len(sent.names):,} masks of {flat.num_params:,} parameters on {device} ..."):
-            result = _aggregate(defence, sent, local_models, remembered)
+        result = _aggregate(defence, sent, local_models, remembered)
         verdict = _verdict_json(result, sent) if json_report is not None else ""
     if not is_first:
         return
@@ -222,8 +222,17 @@ def _check_outputs(outputs: dict[str, Path | None], inputs: dict[str, Path]) -> 
 
 
 def _aggregate(defence: SkyMask, sent: UserUpdates, local_models: bool, history: ClientHistory | None) -> Aggregation:
+    flat, steps = defence.settings.flat, defence.settings.training.steps
+    what = f"{len(sent.names):,} masks of {flat.num_params:,} parameters, steps"
     try:
-        return defence.aggregate(sent.updates, client_ids=sent.names, history=history)
+        with progress_bar("{task.description}", transient=True) as bar:
+            task = bar.add_task(what, total=steps, status="")
+            return defence.aggregate(
+                sent.updates,
+                client_ids=sent.names,
+                history=history,
+                progress=lambda done, steps: bar.update(task, completed=done),
+            )
     except ValueError as error:
         # With --local-models the global model was subtracted. If rows still look like it, they were
         # updates before, and it was subtracted once too often.

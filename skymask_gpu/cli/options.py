@@ -54,8 +54,14 @@ def check_folders(existing: list[Path], *, resume: bool, overwrite: bool) -> Non
         raise ValueError(f"--out: {existing[0]} holds results already; go on with --resume or start anew with --overwrite")
 
 
-def progress_bar(description: str) -> Progress:
-    """A progress bar whose tasks have a field ``status``."""
+def progress_bar(description: str, *, transient: bool = False) -> Progress:
+    """A progress bar whose tasks have a field ``status``.
+
+    Args:
+        description: what stands before the bar, as rich's ``TextColumn`` takes it.
+        transient: whether the bar disappears at the end. It is then for terminals only; in a file,
+            a bar that stays leaves its last state.
+    """
     return Progress(
         TextColumn(description),
         BarColumn(),
@@ -64,4 +70,5 @@ def progress_bar(description: str) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
         console=console,
+        transient=transient,
     )

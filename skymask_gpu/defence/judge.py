@@ -39,6 +39,7 @@ from skymask_gpu.engine.distances import sharded_distances, sharded_keep_share
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.profiling import copy_bandwidth, recording
+from skymask_gpu.engine.progress import Progress, check_progress
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss
 
 __all__ = ["Call", "Settings", "judge", "params_of"]
@@ -76,6 +77,7 @@ class Call:
     weights: Tensor | Sequence[float] | None = None
     client_ids: Sequence[int | str] | None = None
     history: ClientHistory | None = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def judge(settings: Settings, call: Call) -> Aggregation:
     :meth:`skymask_gpu.SkyMask.aggregate` describes arguments, errors and warnings.
     """
     shards, own_updates = receive(call.updates, settings.flat.num_params)
+    check_progress(call.progress)
     weights_N = None if call.weights is None else checked_weights(call.weights, len(call.updates))
     ids = checked_ids(call.client_ids, len(call.updates), call.history)
     call = replace(call, updates=own_updates, weights=weights_N, client_ids=ids)
@@ -143,7 +146,7 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
         with clock.phase("collect", clients.rows.nbytes):
             screened = screen(clients, direction_P, this.global_params_P, this.own_loss, shards, local_models=call.local_models)
             root_row_P = _root_row(this, call.root_update, direction_P, screened)
-        masks, screened = _train(this, screened, root_row_P)
+        masks, screened = _train(this, screened, root_row_P, call.progress)
         _log.debug("%s", masks)
         with clock.phase("clustering", 4 * len(masks.bits) ** 2):
             verdict = _verdict(this, masks, screened, direction_P, call)
@@ -208,20 +211,26 @@ def _root_row(this: _Round, root_update: Form | None, direction_P: Tensor, scree
     return row_P
 
 
-def _train(this: _Round, screened: Screened, root_row_P: Tensor) -> tuple[TrainedMasks, Screened]:
+def _train(this: _Round, screened: Screened, root_row_P: Tensor, progress: Progress | None) -> tuple[TrainedMasks, Screened]:
     """Train the masks of the clients and the root, in this rank's own columns.
 
     A client whose update drives the masked model's loss out of range is rejected, and the masks of
-    the others are trained again. There is no fifth training.
+    the others are trained again. There is no fifth training. Only the first rank calls
+    ``progress``.
 
     Returns:
         The masks, and the clients that have one.
     """
-    own_root_row_L = this.shards.own(root_row_P)
+    own_root_row_L, settings = this.shards.own(root_row_P), this.settings
+    told = this.shards.holding_errors(progress) if progress is not None and this.shards.is_first else None
 
     def train(screened: Screened) -> TrainedMasks:
         rows = screened.rows.with_last(own_root_row_L)
-        return train_masks(rows, this.own_params_L, this.own_loss, config=this.settings.training, solver=this.settings.solver)
+        masks = train_masks(
+            rows, this.own_params_L, this.own_loss, config=settings.training, solver=settings.solver, progress=told
+        )
+        this.shards.raise_held(this.device)
+        return masks
 
     for attempt in range(3):
         try:

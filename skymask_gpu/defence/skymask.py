@@ -19,6 +19,7 @@ from skymask_gpu.defence.root import RootTraining
 from skymask_gpu.engine import Clustering, FlatModel, MaskTraining
 from skymask_gpu.engine.choice import check_solver
 from skymask_gpu.engine.model_inputs import ModelInputs, tensors_of
+from skymask_gpu.engine.progress import Progress
 from skymask_gpu.engine.registry import one_of
 
 __all__ = ["SkyMask"]
@@ -187,6 +188,7 @@ class SkyMask:
         weights: Tensor | Sequence[float] | None = None,
         client_ids: Sequence[int | str] | None = None,
         history: ClientHistory | None = None,
+        progress: Progress | None = None,
     ) -> Aggregation:
         """Judge the clients and average the benign ones.
 
@@ -229,6 +231,14 @@ class SkyMask:
                 ``client_ids``. A client is then judged by its mean cosine with the root direction
                 over these rounds, and this round is added. Pass the same object in every round of
                 one training. None: each round is judged by itself.
+            progress: called with the numbers of steps done and of steps in all after each step of
+                mask training, for a bar in a long round. Training may end before the last of them.
+                If a client is rejected because it drives the loss out of range, the masks of the
+                others are trained again, and the count begins anew. The root direction's steps and
+                the search for such clients are not counted. On a GPU, a step counts as done once
+                it is launched, because nothing waits for the device. With several ranks, only the
+                first calls it. If it raises an error, the round ends with it, and nothing is
+                remembered; the other ranks raise a RuntimeError.
 
         Returns:
             The mean update, and the verdict with its reasons and measurements.
@@ -264,4 +274,5 @@ class SkyMask:
             if client_ids is not None:
                 raise ValueError("client_ids must be None if updates is a dict, whose keys are the ids; pass one of the two")
             client_ids, updates = tuple(updates), list(updates.values())
-        return judge(self._settings, Call(updates, global_params, root_update, local_models, weights, client_ids, history))
+        call = Call(updates, global_params, root_update, local_models, weights, client_ids, history, progress)
+        return judge(self._settings, call)

@@ -1,6 +1,7 @@
 """The loop of mask training: on a GPU, or played on a CPU by a graph that records and replays operations."""
 
 import contextlib
+import functools
 import re
 import warnings
 from collections import Counter
@@ -39,9 +40,12 @@ def small_problem(device: str = "cpu") -> tuple[Tensor, FlatModel]:
     return updates_RP.to(device), loss.to(device)
 
 
-def train(solver: str, config: MaskTraining = ALWAYS, loss: Any = None, device: str = "cpu") -> TrainedMasks:
+def train(
+    solver: str, config: MaskTraining = ALWAYS, loss: Any = None, device: str = "cpu", progress: Any = None
+) -> TrainedMasks:
     updates_RP, own_loss = small_problem(device)
-    return train_masks(updates_RP, own_loss.initial_params, loss or own_loss, config=config, solver=solver, keep_logits=True)
+    arguments: dict[str, Any] = {"config": config, "solver": solver, "keep_logits": True, "progress": progress}
+    return train_masks(updates_RP, own_loss.initial_params, loss or own_loss, **arguments)
 
 
 def assert_equal(got: TrainedMasks, want: TrainedMasks) -> None:
@@ -222,6 +226,38 @@ def test_one_graph_serves_every_step(
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_progress_is_told_around_the_replays_and_none_is_captured(solver: str, recorded: list[RecordedGraph]) -> None:
+    """The callback works with tensors, which a capture would repeat with every replay."""
+    told, total_1 = [], torch.zeros(1)
+
+    def progress(done: int, steps: int) -> None:
+        told.append((done, steps))
+        total_1.add_(1)
+        assert total_1.item() == done, "it may wait: no capture is under way"
+
+    want = train(solver)
+    got = train(solver, progress=progress)
+    assert got.solver_reason == "asked for"
+    assert told == [(done, 20) for done in range(1, 21)]
+    assert len({graph.replays for graph in recorded}) == 1
+    assert_equal(got, want)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_error_of_the_callback_leaves_no_capture_begun(solver: str, recorded: list[RecordedGraph]) -> None:
+    def stop_after(last: int, done: int, steps: int) -> None:
+        if done == last:
+            raise KeyError("enough")
+
+    want = train(solver)
+    # After the step that warms up, after the one that is captured, and after a replay.
+    for last in (1, 2, 3, 4, 15):
+        with pytest.raises(KeyError, match="enough"):
+            train(solver, progress=functools.partial(stop_after, last))
+    assert_equal(train(solver), want)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_loss_that_waits_is_not_captured_and_the_result_says_so(solver: str, recorded: list[RecordedGraph]) -> None:
     own_loss = small_problem()[1]
 
@@ -325,9 +361,10 @@ def test_the_host_waits_at_checks_and_at_the_end_only(
         calls.append(1)
         return own_loss(params_P)
 
+    told: list[int] = []
     with waiting:
-        masks = train(solver, config, loss=loss)
-    assert masks.steps == len(calls) == config.steps
+        masks = train(solver, config, loss=loss, progress=lambda done, steps: told.append(done))
+    assert masks.steps == len(calls) == len(told) == config.steps
     assert waiting.counts == {"tolist": waits, **({"nonzero": 1} if solver == "collapsed" else {})}
 
 
