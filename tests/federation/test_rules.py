@@ -625,6 +625,21 @@ def test_fldetector_goes_on_to_the_bit_after_a_checkpoint(tmp_path: Path) -> Non
     assert not a.kept.all()
 
 
+@pytest.mark.parametrize("known", [0, 5])
+def test_fldetector_makes_room_for_clients_that_nobody_announced(known: int) -> None:
+    """As if all had been announced, to the bit; each round has 14 of 20, so that some come late."""
+    announced, open_to_all = fldetector(), build_rule("fldetector", make_context(num_clients=known))
+    for updates, info in federated_rounds(14, 0.7):
+        fresh = [dataclasses.replace(info, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+        a, b = announced(updates, fresh[0]), open_to_all(updates, fresh[1])
+        assert torch.equal(a.update, b.update)
+        assert torch.equal(a.kept, b.kept)
+    assert not a.kept.all()
+    want, got = announced.state(), open_to_all.state()
+    for name in ("predicted", "scores", "seen", "removed"):
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, equal_nan=True)
+
+
 def test_fldetector_does_not_mind_the_order_of_clients() -> None:
     straight, shuffled = fldetector(), fldetector()
     for updates, info in federated_rounds(13, 0.7, torch.float64):

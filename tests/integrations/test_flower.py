@@ -25,7 +25,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.serverapp import strategy as strategies
 from flwr.supercore.task_identity import TaskIdentity
 
-from skymask_gpu import SkyMask
+from skymask_gpu import ClientHistory, SkyMask
 from skymask_gpu.bench import solvers
 from skymask_gpu.bench.studies import flower as study
 from skymask_gpu.defence import RootTraining, root_direction
@@ -475,6 +475,99 @@ def test_a_round_that_breaks_a_rules_bound_leaves_the_model() -> None:
     assert "bulyan" in strategy.verdicts[1].note
 
 
+# --- what is remembered from round to round ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def learnt(number: int, server_round: int) -> State:
+    """What an honest client sends in a round: it has other samples each time."""
+    return trained(make_module(), make_module().state_dict(), 100 * server_round + number + NUM_ATTACKERS)
+
+
+def grid_of_round(server_round: int, attacking: bool, away: set[int] = frozenset()) -> FakeGrid:
+    """The first three nodes, if they attack, send the opposite of what they learnt."""
+    before = make_module().state_dict()
+
+    def reply(number: int) -> Reply:
+        factor = -1 if attacking and number < NUM_ATTACKERS else 1
+        state = {name: before[name] + factor * (value - before[name]) for name, value in learnt(number, server_round).items()}
+        return lambda message: Message(content(state), reply_to=message)
+
+    return FakeGrid({node: reply(number) for number, node in enumerate(NODES) if node not in away})
+
+
+def test_who_alternates_is_judged_by_the_mean_of_all_rounds() -> None:
+    module = make_module()
+    strategy = make_strategy("skymask", module)
+    for server_round in (1, 2, 3, 4):
+        attacking = server_round % 2 == 1
+        play(strategy, grid_of_round(server_round, attacking), module, server_round)
+        assert set(strategy.verdicts[server_round].rejected) == ATTACKERS, server_round
+        # By this round alone, whoever behaves is honest.
+        forgetful = make_strategy("skymask", module)
+        play(forgetful, grid_of_round(server_round, attacking), module, server_round)
+        assert set(forgetful.verdicts[server_round].rejected) == (ATTACKERS if attacking else set()), server_round
+
+
+def test_the_history_knows_nodes_by_their_ids_over_the_rounds() -> None:
+    module, before = make_module(), flat(make_module(), make_module().state_dict())
+    strategy, history = make_strategy("skymask", module), ClientHistory()
+    away = {1: set(), 2: {NODES[7], NODES[8]}, 3: {NODES[8], NODES[30]}}
+    for server_round, missing in away.items():
+        grid = grid_of_round(server_round, True, missing)
+        if server_round == 3:
+            grid.clients[NODES[9]] = MALFORMED["garbage"][0]
+            grid.clients[NODES[10]] = MALFORMED["NaN"][0]
+        before_sums = strategy.history.sums(NODES)
+        new, _ = play(strategy, grid, module, server_round)
+        unused = missing | ({NODES[9], NODES[10]} if server_round == 3 else set())
+        nodes = sorted(set(NODES) - unused)
+        rows = torch.stack([flat(module, learnt(NODES.index(node), server_round)) - before for node in nodes])
+        rows[[node in ATTACKERS for node in nodes]] *= -1
+        result = make_defence(module).aggregate(rows, client_ids=nodes, history=history)
+        torch.testing.assert_close(flat(module, new), before + result.update)
+        torch.testing.assert_close(strategy.history.sums(NODES), history.sums(NODES))
+        for node in unused:
+            assert torch.equal(strategy.history.sums([node])[0], before_sums[NODES.index(node)]), "it keeps its memory"
+    assert len(strategy.history) == NUM_CLIENTS
+    assert strategy.history.sums([NODES[0]])[0, 2] < 0 < strategy.history.sums([NODES[20]])[0, 2]
+
+
+def test_a_strategy_goes_on_with_a_history_from_disk(tmp_path: Path) -> None:
+    module = make_module()
+    whole, first, second = (make_strategy("skymask", module) for _ in range(3))
+    for server_round in (1, 2, 3, 4):
+        grid = grid_of_round(server_round, server_round % 2 == 1)
+        want, _ = play(whole, grid, module, server_round)
+        if server_round == 3:
+            first.history.save(tmp_path / "history.safetensors")
+            second.history = ClientHistory.load(tmp_path / "history.safetensors")
+        one = first if server_round < 3 else second
+        got, _ = play(one, grid, module, server_round)
+        assert same(got, want)
+        assert one.verdicts[server_round] == whole.verdicts[server_round]
+    assert set(second.verdicts[4].rejected) == ATTACKERS, "whom round 4 alone does not give away"
+    assert torch.equal(second.history.sums(NODES), whole.history.sums(NODES))
+
+
+@pytest.mark.parametrize("rule", ["skymask", "fldetector", "centred-clipping"])
+def test_a_rule_with_a_memory_makes_room_for_whoever_comes(rule: str) -> None:
+    module = make_module()
+    root = {"root_inputs": samples(100, seed=1000)[0], "root_labels": samples(100, seed=1000)[1]}
+    numbered, open_to_all = (
+        RuleStrategy(rule, module, assumed_malicious=0, num_clients=number, **root) for number in (NUM_CLIENTS, None)
+    )
+    for server_round in (1, 2, 3, 4):
+        away = set(NODES[server_round * 8 :])
+        models = [
+            play(strategy, grid_of_round(server_round, server_round % 2 == 1, away), module, server_round)[0]
+            for strategy in (numbered, open_to_all)
+        ]
+        assert same(*models)
+        assert numbered.verdicts[server_round] == open_to_all.verdicts[server_round]
+    assert set(open_to_all.verdicts[4].rejected) == (ATTACKERS if rule == "skymask" else set())
+
+
 def test_a_rule_with_a_memory_knows_its_clients_and_rejects_one_too_many() -> None:
     module = make_module()
     strategy = RuleStrategy("fldetector", module, assumed_malicious=0, num_clients=NUM_CLIENTS - 1)
@@ -490,7 +583,7 @@ def test_a_rule_with_a_memory_knows_its_clients_and_rejects_one_too_many() -> No
         ({"name": "multi-krun", "assumed_malicious": 1}, "multi-krum"),
         ({"name": "multi-krum", "assumed_malicious": -1}, "assumed_malicious must be a whole number of at least 0, got -1"),
         ({"name": "fltrust", "assumed_malicious": 0}, "root_inputs and root_labels must be given for the rule 'fltrust'"),
-        ({"name": "fldetector", "assumed_malicious": 0}, "num_clients must be given for the rule 'fldetector'"),
+        ({"name": "fldetector", "assumed_malicious": 0, "num_clients": 0}, "num_clients must be a whole number of at least 1"),
     ],
 )
 def test_wrong_settings_of_a_rule_are_one_clear_error(arguments: dict, message: str) -> None:

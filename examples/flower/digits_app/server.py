@@ -31,7 +31,6 @@ def make_strategy(config: dict) -> Strategy:
         root_inputs=inputs,
         root_labels=labels,
         root_training=root_training,
-        num_clients=config["num-clients"],
         **sampling,
     )
 

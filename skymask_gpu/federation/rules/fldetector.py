@@ -48,7 +48,7 @@ class FLDetector:
     def __call__(self, updates_MP: Tensor, info: RoundInfo) -> RuleResult:
         clients_M = info.clients.to(updates_MP.device)
         before = {name: tensor.to(updates_MP.device) for name, tensor in self._state.items()}
-        before = before or self._first_state(updates_MP, info.global_params)
+        before = _with_room(before or self._first_state(updates_MP, info.global_params), int(info.clients.max()) + 1)
         step_P = info.global_params - before["global_params"]
 
         drift_P = hessian_times(step_P, before["model_steps"], before["mean_steps"])
@@ -90,7 +90,7 @@ class FLDetector:
     def state(self) -> dict[str, Tensor]:
         """What the rule remembers; empty before the first round.
 
-        These are the predicted update of each client, ``(num_clients, P)``, each client's last
+        These are the predicted update of each client, ``(C, P)``, each client's last
         scores, the detected clients and the last differences. Later rounds make new tensors and do
         not write to these.
         """
@@ -113,6 +113,19 @@ class FLDetector:
             "model_steps": updates_MP.new_zeros(0, num_params),
             "mean_steps": updates_MP.new_zeros(0, num_params),
         }
+
+
+def _with_room(state: dict[str, Tensor], num_clients: int) -> dict[str, Tensor]:
+    """The state with a place for each client, also for those who come for the first time."""
+    missing = num_clients - len(state["seen"])
+    if missing <= 0:
+        return state
+    empty = {"predicted": 0.0, "seen": False, "scores": torch.nan, "removed": False}
+    grown = {
+        name: torch.cat([state[name], state[name].new_full((missing, *state[name].shape[1:]), value)])
+        for name, value in empty.items()
+    }
+    return state | grown
 
 
 def hessian_times(vector_P: Tensor, model_steps_KP: Tensor, mean_steps_KP: Tensor) -> Tensor:

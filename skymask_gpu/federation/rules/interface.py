@@ -76,7 +76,8 @@ class RuleContext:
             ``named_parameters()`` order. Not modified.
         root_inputs: ``(n, ...)``, the server's own samples.
         root_labels: ``(n, ...)``, their labels.
-        num_clients: the number of clients of the run; they are numbered from 0.
+        num_clients: the number of clients of the run; they are numbered from 0. It is 0 where
+            nobody knows it; a rule that remembers clients then makes room for each that comes.
         root_training: the local recipe, for a rule that trains a model on the server's samples as
             clients do.
         seed: the seed of the run.

@@ -30,7 +30,9 @@ class RuleStrategy(JudgingStrategy):
         root_inputs: ``(n, ...)``, clean samples of the server, for the rules that use some.
         root_labels: ``(n, ...)``, their labels.
         root_training: how the server trains on these samples.
-        num_clients: the number of clients that may ever take part, for a rule that remembers them.
+        num_clients: for a rule that remembers something from round to round, the largest number of
+            different nodes that may ever take part; further ones are rejected. None: no limit. A
+            rule such as ``"fldetector"`` keeps P numbers for each node that ever took part.
         settings: the rule's own settings, an instance of ``RULES.settings_of(name)``.
         seed: the seed of rules that draw random numbers.
         fedavg: the arguments of Flower's ``FedAvg``, such as ``fraction_train``.
@@ -66,11 +68,11 @@ class RuleStrategy(JudgingStrategy):
             raise ValueError(
                 f"root_inputs and root_labels must be given for the rule {name!r}, which uses the server's samples"
             )
-        if self._remembers and num_clients is None:
-            raise ValueError(f"num_clients must be given for the rule {name!r}, which remembers clients from round to round")
+        if num_clients is not None and (not isinstance(num_clients, int) or num_clients < 1):
+            raise ValueError(f"num_clients must be a whole number of at least 1, or None for no limit, got {num_clients!r}")
         super().__init__(module, **fedavg)
         self._name, self._assumed_malicious, self._seed = name, assumed_malicious, seed
-        self._root_training, self._num_clients = root_training, num_clients or 0
+        self._root_training, self._num_clients = root_training, num_clients
         self._device = next(module.parameters()).device
         self._loss = None
         if uses_root_data(name) and root_inputs is not None and root_labels is not None:
@@ -79,7 +81,7 @@ class RuleStrategy(JudgingStrategy):
             module=module,
             root_inputs=torch.empty(0) if root_inputs is None else root_inputs,
             root_labels=torch.empty(0) if root_labels is None else root_labels,
-            num_clients=self._num_clients,
+            num_clients=num_clients or 0,
             root_training=root_training,
             seed=seed,
         )
@@ -102,11 +104,13 @@ class RuleStrategy(JudgingStrategy):
         return Judgement(result.update, kept_K.tolist(), "", reasons, mean_buffers(decoded.buffers, kept_K))
 
     def _strangers(self, nodes: list[int]) -> dict[int, str]:
-        """Row -> reason, for nodes that a rule with a memory has no room for."""
+        """Row -> reason, for nodes beyond the number that a rule with a memory may remember."""
         if not self._remembers:
             return {}
         for node in nodes:
             self._numbers.setdefault(node, len(self._numbers))
+        if self._num_clients is None:
+            return {}
         reason = f"{self._name} remembers {self._num_clients} clients, and this is another one; raise num_clients"
         return {row: reason for row, node in enumerate(nodes) if self._numbers[node] >= self._num_clients}
 
