@@ -1,4 +1,4 @@
-"""SkyMask, the mask-based defence of federated learning, at the cost of averaging.
+"""SkyMask, the mask-based defence of federated learning: the masks of all clients trained at once.
 
 Importing this package touches neither a GPU nor Triton. Its names are imported when they are first
 asked for, because importing torch takes a second and more. The command line can answer before that:

@@ -1,4 +1,4 @@
-"""What all pictures of the product share: colours, style, and writing them as PNG files.
+"""What all pictures of the product share: colours, style, and writing them to files.
 
 Pictures are made from ``matplotlib.figure.Figure`` alone, never through ``pyplot``. So no screen is
 needed, no figure stays in a global list, and a notebook keeps the backend that it has chosen.
@@ -30,5 +30,5 @@ def styled(*, grid: bool) -> Iterator[None]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file, whole or not at all."""
+    """Write a figure in the format of the path's suffix, whole or not at all."""
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=130))

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,24 @@ def test_folders_are_compared_in_columns_side_by_side(tmp_path: Path) -> None:
         load_folders([folders[0], tmp_path / "second" / ".." / "first"])
     with pytest.raises(ValueError, match=r"--format must be one of svg, pdf, got 'jpg'"):
         write_report("both", runs, tmp_path / "out", picture_format="jpg")
+
+
+def test_the_command_compares_two_folders_with_pictures_as_pdf(tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
+    for name in ("first", "second"):
+        written(tmp_path / name, [record(0, [0]), record(1, [1])], defence={"rule": "skymask"})
+    out = tmp_path / "out"
+    code, printed = run("report", tmp_path / "first", tmp_path / "second", "--out", out, "--format", "pdf")
+    assert code == 0, printed
+    assert "first and second" in printed
+    for name in ("rounds", "verdicts", "rejections"):
+        written_pdf = (out / f"{name}.pdf").read_bytes()
+        assert written_pdf.startswith(b"%PDF-")
+        assert b"%%EOF" in written_pdf[-1024:]
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(out.glob("*.svg"))
+    code, printed = run("report", tmp_path / "first", "--format", "eps")
+    assert code == 2
+    assert "--format must be one of svg, pdf, got 'eps'" in printed
 
 
 def test_a_report_says_which_cells_are_missing(tmp_path: Path) -> None:
