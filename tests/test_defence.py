@@ -286,6 +286,10 @@ def test_batch_norm_statistics_are_averaged_over_the_benign_clients() -> None:
     kept = [float(i) for i in result.benign.nonzero().flatten()]
     assert result.buffers["1.running_mean"].tolist() == [pytest.approx(sum(kept) / len(kept))] * 16
     assert result.buffers["1.num_batches_tracked"] == max(kept)
+    named = result.state_dict()
+    assert {name: value.shape for name, value in named.items()} == {n: v.shape for n, v in module.state_dict().items()}
+    assert all(torch.equal(named[name], value) for name, value in result.buffers.items())
+    assert torch.equal(torch.cat([named[name].flatten() for name, _ in module.named_parameters()]), result.update)
     # client i has i + 1 samples, but the last one says that it has none
     weights = [*range(1, 12), 0]
     result = skymask.aggregate(updates, weights=weights)

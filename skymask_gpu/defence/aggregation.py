@@ -62,7 +62,7 @@ class Aggregation:
             included, ends with the host reading something that the device computed last, so no wait
             is added for the clock. Only what the collapsed solver does after its last reading
             (single columns of the last block) counts as ``clustering``.
-        layers: name -> number of parameters, in the order of ``update``.
+        shapes: name -> shape of each parameter, in the order of ``update``.
         device: where the round was judged.
         shards: the columns that ``masks`` holds: all, unless the updates were sharded.
         profile: time, bytes and memory by phase; None unless ``profile=True`` was passed.
@@ -98,7 +98,7 @@ class Aggregation:
     factors: Tensor
     buffers: dict[str, Tensor]
     seconds: dict[str, float]
-    layers: dict[str, int]
+    shapes: dict[str, torch.Size]
     device: torch.device
     shards: ColumnShards
     profile: Profile | None = None
@@ -128,6 +128,22 @@ class Aggregation:
         scores_N = torch.full((len(self.benign),), torch.inf, dtype=torch.float64, device=self.benign.device)
         scores_N[self.clients] = suspicion(self.keep_share, self.cosines, self.clusters.benign)
         return scores_N
+
+    @property
+    def layers(self) -> dict[str, int]:
+        """Name -> number of parameters, in the order of ``update``."""
+        return {name: shape.numel() for name, shape in self.shapes.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The result by names, in the form in which a client may send its update.
+
+        Returns:
+            For each parameter its part of ``update``, local minus global, in its own shape; and
+            ``buffers``, which are values and no differences.
+        """
+        parts = self.update.split(list(self.layers.values()))
+        named = {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, parts, strict=True)}
+        return {**named, **self.buffers}
 
     def evidence(self) -> Evidence:
         """In which layers each client's mask differs from that of the benign majority.

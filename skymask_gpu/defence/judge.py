@@ -315,7 +315,7 @@ def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, 
         factors=counts.factors,
         buffers=buffers,
         seconds={},
-        layers=dict(zip(this.loss.shapes, this.loss.layer_sizes, strict=True)),
+        shapes=this.loss.shapes,
         device=this.device,
         shards=this.shards,
     )

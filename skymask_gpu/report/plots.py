@@ -294,8 +294,13 @@ def _show_evidence(axes: Axes, tensors: dict[str, Tensor], metadata: dict[str, s
     num_malicious = int(tensors["malicious"].sum())
     if num_malicious:
         axes.axhline(num_malicious - 0.5, color="white", lw=1.5)
+    rejected = [row for row, client in enumerate(order) if not tensors["benign"][client]]
+    # Crosses stand between the picture and its scale, where they hide nothing.
+    axes.autoscale(False)
+    axes.scatter([len(layers) - 0.35] * len(rejected), rejected, s=8, c="black", marker="x", lw=0.8, clip_on=False)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel(f"clients, the {num_malicious} attackers on top" if num_malicious else "clients")
+    label = f"clients, the {num_malicious} attackers on top" if num_malicious else "clients"
+    axes.set_ylabel(label + ("; crosses: rejected" if rejected else ""))
     axes.figure.colorbar(image, ax=axes, label="share of bits unlike the benign majority")
 
 

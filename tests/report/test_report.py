@@ -646,6 +646,22 @@ def test_witnesses_are_drawn_per_client_with_the_rejected_ones_ringed(tmp_path: 
     assert plot_masks(runs, tmp_path / "masks.png")
 
 
+def test_evidence_marks_who_was_rejected(tmp_path: Path, figures: dict[str, Any]) -> None:
+    from skymask_gpu.report.plots import plot_evidence
+
+    write_masks(write_run(tmp_path / "a", config(), [0, 0, 0.5]))
+    stored, texts = read_tensors(tmp_path / "a" / "masks.safetensors")
+    benign = ~stored["malicious"]
+    benign[7] = False
+    write_tensors(tmp_path / "a" / "masks.safetensors", {**stored, "benign": benign}, texts)
+    assert plot_evidence(load_runs(tmp_path), tmp_path / "evidence.png")
+    axes = figures["evidence"].axes[0]
+    (crosses,) = axes.collections
+    # The four attackers are on top, then the honest client that is rejected.
+    assert crosses.get_offsets().data[:, 1].tolist() == [0, 1, 2, 3, 4]
+    assert axes.get_ylabel() == "clients, the 4 attackers on top; crosses: rejected"
+
+
 def test_masks_of_many_runs_are_one_per_attack_of_the_lowest_seed(tmp_path: Path, figures: dict[str, Any]) -> None:
     from skymask_gpu.report.plots import plot_masks
 
