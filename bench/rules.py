@@ -1,7 +1,8 @@
 """Whether an aggregation rule's result is right: each rule again, as a literal loop in float64.
 
-The loops are those of ``federation/rules/reference.py``. Where a rule treats each coordinate by
-itself, about 500 evenly spaced columns are compared. A rule without a check here is never timed.
+The loops are those of ``federation/rules/reference.py`` and ``reference_layers.py``. Where a rule
+treats each coordinate by itself, about 500 evenly spaced columns are compared. A rule without a
+check here is never timed.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,16 @@ from skymask_gpu.bench.cases import Problem
 from skymask_gpu.bench.table import SEED
 from skymask_gpu.defence import RootTraining, SkyMask
 from skymask_gpu.engine import MaskTraining
-from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, SkyMaskSettings, build_rule, reference
+from skymask_gpu.federation.rules import (
+    RoundInfo,
+    Rule,
+    RuleContext,
+    RuleResult,
+    SkyMaskSettings,
+    build_rule,
+    reference,
+    reference_layers,
+)
 from skymask_gpu.integrations.byzfl import byzfl_part
 
 __all__ = [
@@ -190,6 +200,13 @@ def _fedgreed(problem: Problem, result: RuleResult) -> str | None:
     return _kept_and_mean(problem, result, kept, rows_NP[kept].mean(0))
 
 
+def _mars(problem: Problem, result: RuleResult) -> str | None:
+    rows_NP, start_P = _all_clients(problem), _float64(make_info(problem).global_params)
+    energies = [reference_layers.concentrated_energy(start_P + row_P, problem.model.loss.shapes) for row_P in rows_NP]
+    kept = reference_layers.mars_kept(energies)
+    return _kept_and_mean(problem, result, kept, rows_NP[kept].mean(0))
+
+
 def _centred_clipping(problem: Problem, result: RuleResult) -> str | None:
     rows_NP = _all_clients(problem)
     start_P = np.zeros(rows_NP.shape[1])
@@ -243,6 +260,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "foundation-fl": (_foundation_fl, "a loop over the clients, 500 columns"),
     "geometric-median": (_geometric_median, "its defining property"),
     "krum": (_krum(multi=False), "a loop over the clients"),
+    "mars": (_mars, "a loop over the neurons"),
     "median": (_coordinatewise(lambda values_NC, _: reference.median(values_NC)), "a loop over 500 columns"),
     "multi-krum": (_krum(multi=True), "a loop over the clients"),
     "nnm": (_nnm, "a loop over the clients, 500 columns"),

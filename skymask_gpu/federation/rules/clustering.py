@@ -1,9 +1,13 @@
 """Clusterings that several rules share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-__all__ = ["best_cut", "hdbscan_labels"]
+__all__ = ["best_cut", "hdbscan_labels", "two_means"]
+
+_MOST_STEPS = 100
 
 
 def hdbscan_labels(
@@ -54,3 +58,32 @@ def best_cut(values_KN: Tensor) -> tuple[Tensor, Tensor]:
     lowest_of_upper_K1 = values_KN.sort(1).values.gather(1, cut_K1 + 1)
     within_K = sorted_KN.square().sum(1) - between_KC.amax(1)
     return values_KN >= lowest_of_upper_K1, within_K.clamp_min(0)
+
+
+def two_means(points_NF: Tensor, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Divide points into two clusters by k-means, without random numbers.
+
+    The first centres are the two points that are furthest apart. A point equally near to both
+    centres goes to the first. The steps end when no point changes its cluster, when a cluster would
+    become empty, or after 100.
+
+    Args:
+        points_NF: ``(N, F)``, N >= 1.
+        distances: a function ``(N, F), (C, F) -> (N, C)``, the distance of each point to each
+            centre.
+
+    Returns:
+        ``(N,)`` bool, which points are in the second cluster; none if all points are equal.
+    """
+    num_points = len(points_NF)
+    furthest = divmod(int(distances(points_NF, points_NF).argmax()), num_points)
+    centres_2F = points_NF[list(furthest)]
+    second_N = torch.zeros(num_points, dtype=torch.bool, device=points_NF.device)
+    for _ in range(_MOST_STEPS):
+        first, second = distances(points_NF, centres_2F).T
+        nearer_N = second < first
+        if nearer_N.all() or not nearer_N.any() or torch.equal(nearer_N, second_N):
+            break
+        second_N = nearer_N
+        centres_2F = torch.stack([points_NF[~second_N].mean(0), points_NF[second_N].mean(0)])
+    return second_N

@@ -1,0 +1,213 @@
+"""MARS against loops written from the papers, and what sets it apart."""
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from skymask_gpu.defence import RootTraining
+from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine.flat_model import columns_of
+from skymask_gpu.federation.rules import (
+    RULES,
+    RoundInfo,
+    RuleContext,
+    RuleResult,
+    build_rule,
+    mars,
+    reference_layers,
+)
+from skymask_gpu.federation.rules.mars import Mars, MarsSettings
+
+
+def digits(part: int, size: int = 60) -> tuple[Tensor, Tensor]:
+    """Real samples: handwritten digits, 8 x 8."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    samples = slice(part * size, (part + 1) * size)
+    return torch.from_numpy(loaded.images[samples] / 16)[:, None], torch.from_numpy(loaded.target[samples])
+
+
+def conv_module() -> nn.Module:
+    """Convolutions with more and with fewer inputs than their window has places, batch norm, and a linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, stride=2),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 21, 1),
+        nn.ReLU(),
+        nn.Conv2d(21, 4, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+
+
+def linear_module() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 10, bias=False))
+
+
+MODULES = {"conv": conv_module, "linear": linear_module}
+SEEDS = pytest.mark.parametrize("seed", range(2))
+OF_BOTH_MODULES = pytest.mark.parametrize("model", MODULES)
+UPDATES = pytest.mark.parametrize("kind", ["random", "real"])
+
+
+@cache
+def context(model: str) -> RuleContext:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = MODULES[model]().double()
+    inputs, labels = digits(0)
+    return RuleContext(
+        module=module, root_inputs=inputs, root_labels=labels, num_clients=20, root_training=RootTraining(steps=3), seed=0
+    )
+
+
+@cache
+def root_loss(model: str) -> FlatModel:
+    made = context(model)
+    return FlatModel(made.module, made.root_inputs, made.root_labels)
+
+
+def gradient(loss: FlatModel, params: Tensor) -> Tensor:
+    params = params.clone().requires_grad_()
+    return torch.autograd.grad(loss(params), params)[0]
+
+
+@cache
+def real_updates(model: str) -> Tensor:
+    """16 clients that took three steps of gradient descent on digits of their own."""
+    made, rows = context(model), []
+    for client in range(16):
+        loss = FlatModel(made.module, *digits(client + 1))
+        params = loss.initial_params
+        for _ in range(3):
+            params = params - 0.5 * gradient(loss, params)
+        rows.append(params - loss.initial_params)
+    return torch.stack(rows)
+
+
+def random_updates(model: str, seed: int) -> Tensor:
+    """Rows of unlike lengths and directions."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(16, root_loss(model).num_params, generator=generator, dtype=torch.float64) + 0.2
+    return 0.1 * rows * torch.randn(16, 1, generator=generator, dtype=torch.float64).mul(0.5).exp()
+
+
+def updates_of(kind: str, model: str, seed: int) -> Tensor:
+    """Some in which the first four clients have poisoned one layer."""
+    updates = random_updates(model, seed) if kind == "random" else real_updates(model).clone()
+    layers = list(columns_of(root_loss(model).shapes).values())
+    updates[:4, layers[2 * seed % len(layers)]] *= -3
+    return updates
+
+
+def info_of(updates: Tensor, model: str, num_malicious: int = 0) -> RoundInfo:
+    params, generator = root_loss(model).initial_params, torch.Generator().manual_seed(2)
+    return RoundInfo(params, updates[-1].clone(), torch.arange(len(updates)), num_malicious, generator)
+
+
+def apply(name: str, updates: Tensor, model: str, num_malicious: int = 0, **settings: Any) -> RuleResult:
+    own = RULES.settings_of(name)(**settings)
+    result = build_rule(name, context(model), own)(updates, info_of(updates, model, num_malicious))
+    assert result.kept is not None
+    return result
+
+
+def assert_same(got: Tensor, want: np.ndarray | list[float]) -> None:
+    """Both in float64, to 1e-9 of the largest value."""
+    want = torch.as_tensor(want, dtype=torch.float64)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * float(want.abs().max()))
+
+
+# --- MARS -------------------------------------------------------------------------------------------------------------
+
+
+@SEEDS
+@UPDATES
+@OF_BOTH_MODULES
+@pytest.mark.parametrize("energy_share", [0.05, 0.4])
+def test_mars_is_the_loop(kind: str, model: str, seed: int, energy_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates = updates_of(kind, model, seed)
+    info = info_of(updates, model)
+    shapes = root_loss(model).shapes
+    want = [reference_layers.concentrated_energy(row, shapes, energy_share) for row in (updates + info.global_params).numpy()]
+    rule = Mars(context(model), MarsSettings(energy_share=energy_share))
+    assert_same(rule._energies(updates, info.global_params), np.array(want))
+    monkeypatch.setattr(mars, "_BLOCK_ELEMENTS", 100)
+    assert_same(rule._energies(updates, info.global_params), np.array(want))
+    verdicts = []
+    for bound in (1e-9, 0.03, 0.1, 10.0):
+        result = apply("mars", updates, model, energy_share=energy_share, cluster_distance=bound)
+        kept = reference_layers.mars_kept(want, bound)
+        assert result.kept.tolist() == kept
+        assert_same(result.update, updates.numpy()[kept].mean(0))
+        verdicts.append(sum(kept))
+    assert verdicts[0] < verdicts[-1] == 16
+
+
+def test_the_distance_of_mars_is_that_of_the_papers_example() -> None:
+    lists = torch.tensor([[1, 2, 3, 4, 5], [5, 5, 3, 2, 2], [1, 1, 1, 1, 1]], dtype=torch.float64)
+    want = [[0.0, 0.4, 2.0], [0.4, 0.0, 2.4], [2.0, 2.4, 0.0]]
+    assert_same(mars._wasserstein(lists, lists), np.array(want))
+
+
+def inflated(updates: Tensor, clients: list[int], factor: float) -> Tensor:
+    """These clients' models have a first convolution in which one channel, each another, is larger."""
+    updates, start = updates.clone(), root_loss("conv").initial_params
+    for client in clients:
+        channel = slice(9 * (client % 6), 9 * (client % 6 + 1))
+        updates[client, channel] = (factor - 1) * start[channel] + factor * updates[client, channel]
+    return updates
+
+
+def test_mars_keeps_everyone_without_an_attack_and_rejects_inflated_channels() -> None:
+    honest = real_updates("conv")
+    assert apply("mars", honest, "conv").kept.all()
+    few = [0, 1, 2]
+    for clients in (few, [client for client in range(16) if client not in few]):
+        result = apply("mars", inflated(honest, clients, 4), "conv")
+        assert result.kept.tolist() == [client not in clients for client in range(16)], "a majority of attackers is no matter"
+    assert apply("mars", inflated(honest, few, 1.02), "conv").kept.all(), "this little is no difference"
+
+
+def test_mars_needs_neurons() -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(10))
+
+    with pytest.raises(ValueError, match=r"'mars' needs a model with a weight.*, got shift \(10,\) as its parameters; use"):
+        build_rule("mars", dataclasses.replace(context("linear"), module=Shift()))
+
+
+# --- what they refuse -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mars"])
+def test_a_model_that_is_not_the_clients_own_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"defence.rule '{name}' .* trainable parameters, got none; give the clients' model"):
+        build_rule(name, dataclasses.replace(context("conv"), module=nn.Module()))
+    rule = build_rule(name, context("conv"))
+    updates = real_updates("linear")
+    with pytest.raises(ValueError, match=rf"'{name}' needs updates of the model's 729 .*, got 1500 per client; give the"):
+        rule(updates, info_of(updates, "linear"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("mars", {"energy_share": 0.0}, r"defence\.energy_share must be above 0 and at most 1, got 0\.0"),
+        ("mars", {"cluster_distance": 0.0}, r"defence\.cluster_distance must be finite and above 0, got 0\.0"),
+    ],
+)
+def test_settings_out_of_range_are_named(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RULES.settings_of(name)(**settings)
