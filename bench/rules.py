@@ -207,6 +207,19 @@ def _mars(problem: Problem, result: RuleResult) -> str | None:
     return _kept_and_mean(problem, result, kept, rows_NP[kept].mean(0))
 
 
+def _lasa(problem: Problem, result: RuleResult) -> str | None:
+    want_P, counting = reference_layers.lasa(_all_clients(problem), problem.model.loss.shapes)
+    kept = [any(counts) for counts in zip(*counting.values(), strict=True)]
+    return _kept_and_mean(problem, result, kept, want_P)
+
+
+def _flguardian(problem: Problem, result: RuleResult) -> str | None:
+    rows_NP = _all_clients(problem)
+    trust = reference_layers.flguardian_trust(rows_NP, problem.model.loss.shapes)
+    kept = reference_layers.most_trusted(trust, problem.num_clients - problem.num_malicious)
+    return _kept_and_mean(problem, result, kept, rows_NP[kept].mean(0))
+
+
 def _centred_clipping(problem: Problem, result: RuleResult) -> str | None:
     rows_NP = _all_clients(problem)
     start_P = np.zeros(rows_NP.shape[1])
@@ -256,10 +269,12 @@ CHECKS: dict[str, tuple[Check, str]] = {
     ),
     "fedavg": (_mean_of_kept, "NumPy's mean, 500 columns"),
     "fedgreed": (_fedgreed, "a loop over the models"),
+    "flguardian": (_flguardian, "a loop over the layers and the clients"),
     "fltrust": (_fltrust, "a loop over the clients"),
     "foundation-fl": (_foundation_fl, "a loop over the clients, 500 columns"),
     "geometric-median": (_geometric_median, "its defining property"),
     "krum": (_krum(multi=False), "a loop over the clients"),
+    "lasa": (_lasa, "a loop over the layers and the clients"),
     "mars": (_mars, "a loop over the neurons"),
     "median": (_coordinatewise(lambda values_NC, _: reference.median(values_NC)), "a loop over 500 columns"),
     "multi-krum": (_krum(multi=True), "a loop over the clients"),

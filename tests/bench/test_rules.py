@@ -38,7 +38,7 @@ def test_rules_are_checked_before_they_are_timed(name: str, rules_problem: Probl
     mean_P = rules_problem.updates[:-1].mean(0)
     if name != "fedavg" and not torch.allclose(result.update, mean_P, rtol=1e-3):
         assert check(rules_problem, replace(result, update=mean_P)) is not None
-    if name in ("multi-krum", "bulyan", "skymask"):
+    if name in ("multi-krum", "bulyan", "skymask", "flguardian"):
         others_M = result.kept.roll(1)
         assert check(rules_problem, replace(result, kept=~others_M)) is not None
 

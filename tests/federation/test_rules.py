@@ -713,7 +713,8 @@ def test_the_best_cut_is_the_best_of_all() -> None:
 # --- what all rules stand ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in DISTANT if name not in (*REMEMBERING, "fed-nga")])
+# LASA zeroes three values of ten, and here all are equally large.
+@pytest.mark.parametrize("name", [name for name in DISTANT if name not in (*REMEMBERING, "fed-nga", "lasa")])
 def test_a_known_attack_is_withstood(name: str) -> None:
     updates, malicious = attacked_updates()
     result = apply(name, updates, 8, root_update=direction())

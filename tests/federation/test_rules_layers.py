@@ -1,4 +1,4 @@
-"""MARS against loops written from the papers, and what sets it apart."""
+"""MARS, LASA and FLGuardian against loops written from the papers, and what sets each of them apart."""
 
 import dataclasses
 from functools import cache
@@ -21,6 +21,7 @@ from skymask_gpu.federation.rules import (
     mars,
     reference_layers,
 )
+from skymask_gpu.federation.rules.flguardian import FLGuardian, FLGuardianSettings, _most_trusted
 from skymask_gpu.federation.rules.mars import Mars, MarsSettings
 
 
@@ -188,10 +189,100 @@ def test_mars_needs_neurons() -> None:
         build_rule("mars", dataclasses.replace(context("linear"), module=Shift()))
 
 
+# --- LASA -------------------------------------------------------------------------------------------------------------
+
+
+@SEEDS
+@UPDATES
+@OF_BOTH_MODULES
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
+def test_lasa_is_the_loop(kind: str, model: str, seed: int, sparsity: float) -> None:
+    updates = updates_of(kind, model, seed)
+    for bounds in ({"magnitude_bound": 1.0, "purity_bound": 1.0}, {"magnitude_bound": 2.0, "purity_bound": 0.5}):
+        want, counting = reference_layers.lasa(updates.numpy(), root_loss(model).shapes, sparsity, **bounds)
+        result = apply("lasa", updates, model, sparsity=sparsity, **bounds)
+        assert_same(result.update, want)
+        assert result.kept.tolist() == [any(counts) for counts in zip(*counting.values(), strict=True)]
+        assert result.record["kept_by_layer"] == {name: sum(counts) for name, counts in counting.items()}
+        assert min(map(sum, counting.values())) < 16
+
+
+@pytest.mark.parametrize("poison", ["scaled", "flipped"])
+@pytest.mark.parametrize("layer", ["1.weight", "3.weight", "8.bias"])
+def test_lasa_drops_a_poisoned_layer_and_keeps_the_others_of_the_client(poison: str, layer: str) -> None:
+    shapes = root_loss("conv").shapes
+    generator = torch.Generator().manual_seed(0)
+    # Two positive values to a negative one, and lengths from 0.9 to 1.1.
+    direction = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64).repeat(1000)[: root_loss("conv").num_params]
+    noise = torch.randn(16, len(direction), generator=generator, dtype=torch.float64)
+    updates = (direction + 0.05 * noise) * torch.linspace(0.9, 1.1, 16, dtype=torch.float64)[:, None]
+    columns = columns_of(shapes)[layer]
+    updates[8, columns] *= 1.4 if poison == "scaled" else -1
+    _, counting = reference_layers.lasa(updates.numpy(), shapes, 0.0, 2.0, 2.0)
+    assert {name: counts[8] for name, counts in counting.items()} == {name: name != layer for name in shapes}
+    result = apply("lasa", updates, "conv", sparsity=0.0, magnitude_bound=2.0, purity_bound=2.0)
+    assert result.kept[8]
+    others = updates[[client for client in range(16) if client != 8]]
+    cosine = torch.nn.functional.cosine_similarity(result.update[columns], others[:, columns].mean(0), dim=0)
+    assert cosine > 0.99
+
+
+def test_lasa_zeroes_the_smallest_values() -> None:
+    row = real_updates("conv")[:1]
+    result = apply("lasa", row, "conv", sparsity=0.3)
+    assert result.kept.all(), "there is nobody to compare with"
+    order = row[0].abs().argsort()
+    num_zeros = int(0.3 * len(order))
+    assert not result.update[order[:num_zeros]].any()
+    assert torch.equal(result.update[order[num_zeros:]], row[0][order[num_zeros:]])
+
+
+# --- FLGuardian -------------------------------------------------------------------------------------------------------
+
+
+@SEEDS
+@UPDATES
+@OF_BOTH_MODULES
+@pytest.mark.parametrize("depth_weight", [2.0, 0.5])
+def test_flguardian_is_the_loop(kind: str, model: str, seed: int, depth_weight: float) -> None:
+    updates = updates_of(kind, model, seed)
+    want = reference_layers.flguardian_trust(updates.numpy(), root_loss(model).shapes, depth_weight)
+    rule = FLGuardian(context(model), FLGuardianSettings(depth_weight=depth_weight))
+    assert_same(rule._trust(updates), want)
+    assert len(set(want)) > 1
+    for num_malicious in (0, 2, 4, 8, 16):
+        result = apply("flguardian", updates, model, num_malicious, depth_weight=depth_weight)
+        kept = reference_layers.most_trusted(want, max(1, 16 - num_malicious))
+        assert result.kept.tolist() == kept
+        assert_same(result.update, updates.numpy()[kept].mean(0))
+
+
+@pytest.mark.parametrize("poison", [-1.0, 4.0])
+@pytest.mark.parametrize("layer", ["0.weight", "3.weight", "8.weight"])
+def test_a_client_loses_the_trust_of_the_layer_that_it_poisons(poison: float, layer: str) -> None:
+    """The five modules weigh 1, 2, 4, 8 and 16 of 31, so that 31 times the trust has a bit for each."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(root_loss("conv").num_params, generator=generator, dtype=torch.float64)
+    updates = common + 0.1 * torch.randn(16, len(common), generator=generator, dtype=torch.float64)
+    updates[5, columns_of(root_loss("conv").shapes)[layer]] *= poison
+    trust = 31 * FLGuardian(context("conv"), FLGuardianSettings())._trust(updates)
+    weight = {"0.weight": 1, "3.weight": 4, "8.weight": 16}[layer]
+    assert [bool(bits & weight) for bits in trust.round().long().tolist()] == [client != 5 for client in range(16)]
+    if layer == "8.weight":
+        # All others together weigh less than the last layer.
+        assert apply("flguardian", updates, "conv", 1).kept.tolist() == [client != 5 for client in range(16)]
+
+
+def test_clients_who_tie_for_the_last_places_are_not_kept_unless_they_are_the_best() -> None:
+    trust = torch.tensor([1.0, 0.2, 0.5, 1.0, 0.5, 0.0], dtype=torch.float64)
+    kept = {num: _most_trusted(trust, num).nonzero().flatten().tolist() for num in range(1, 7)}
+    assert kept == {1: [0, 3], 2: [0, 3], 3: [0, 3], 4: [0, 2, 3, 4], 5: [0, 1, 2, 3, 4], 6: [0, 1, 2, 3, 4, 5]}
+
+
 # --- what they refuse -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mars"])
+@pytest.mark.parametrize("name", ["mars", "lasa", "flguardian"])
 def test_a_model_that_is_not_the_clients_own_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"defence.rule '{name}' .* trainable parameters, got none; give the clients' model"):
         build_rule(name, dataclasses.replace(context("conv"), module=nn.Module()))
@@ -206,6 +297,10 @@ def test_a_model_that_is_not_the_clients_own_is_refused(name: str) -> None:
     [
         ("mars", {"energy_share": 0.0}, r"defence\.energy_share must be above 0 and at most 1, got 0\.0"),
         ("mars", {"cluster_distance": 0.0}, r"defence\.cluster_distance must be finite and above 0, got 0\.0"),
+        ("lasa", {"sparsity": 1.0}, r"defence\.sparsity must be at least 0 and below 1, got 1\.0"),
+        ("lasa", {"magnitude_bound": float("nan")}, r"defence\.magnitude_bound must be finite and above 0, got nan"),
+        ("lasa", {"purity_bound": -1.0}, r"defence\.purity_bound must be finite and above 0, got -1\.0"),
+        ("flguardian", {"depth_weight": 0.0}, r"defence\.depth_weight must be finite and above 0, got 0\.0"),
     ],
 )
 def test_settings_out_of_range_are_named(name: str, settings: dict[str, Any], message: str) -> None:

@@ -8,13 +8,11 @@ from torch import Tensor
 
 from skymask_gpu.federation.choices import above_zero, positive_share
 from skymask_gpu.federation.rules.interface import RULES, RoundInfo, RuleResult
-from skymask_gpu.federation.rules.rows import clipped_mean, column_blocks, row_norms, weighted_sum
+from skymask_gpu.federation.rules.rows import clipped_mean, column_blocks, median_deviations, row_norms, weighted_sum
 
 __all__ = ["AlignIns", "alignins"]
 
 _TINY = torch.finfo(torch.float64).tiny
-# Deviations below this share of the largest value come from rounding.
-_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +55,8 @@ def alignins(updates_MP: Tensor, info: RoundInfo, settings: AlignIns) -> RuleRes
     along_M = weighted_sum(updates_MP.T, info.global_params)
     length = torch.linalg.vector_norm(info.global_params.double())
     directions_M = along_M / (norms_M * length).clamp_min(_TINY)
-    is_close_M = _scores(directions_M) < settings.direction_bound
-    kept_M = is_close_M & (_scores(_agreement(updates_MP, settings.top_share)) < settings.sign_bound)
+    is_close_M = median_deviations(directions_M) < settings.direction_bound
+    kept_M = is_close_M & (median_deviations(_agreement(updates_MP, settings.top_share)) < settings.sign_bound)
     bound = norms_M[kept_M].quantile(0.5) if kept_M.any() else norms_M.new_zeros(())
     return RuleResult(clipped_mean(updates_MP, kept_M, norms_M, bound), kept_M)
 
@@ -71,10 +69,3 @@ def _agreement(updates_MP: Tensor, top_share: float) -> Tensor:
     principal_P = torch.cat([block.sign().sum(0).sign() for block in column_blocks(updates_MP)])
     agree = [(row_P[top].sign() == principal_P[top]).sum() for row_P, top in zip(updates_MP, tops, strict=True)]
     return torch.stack(agree).double() / num_top
-
-
-def _scores(values_M: Tensor) -> Tensor:
-    """|x - median| / standard deviation, ``(M,)``; 0 if the deviation is only rounding."""
-    deviation = values_M.std(correction=0)
-    is_rounding = deviation <= _ROUNDING * values_M.abs().max()
-    return torch.where(is_rounding, 0, (values_M - values_M.quantile(0.5)).abs() / deviation.clamp_min(_TINY))

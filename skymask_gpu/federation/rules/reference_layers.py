@@ -1,4 +1,4 @@
-"""MARS as literal loops in float64, as in ``reference.py``.
+"""MARS, LASA and FLGuardian as literal loops in float64, as in ``reference.py``.
 
 ``shapes`` holds the shape of each parameter by its name, in the order in which they lie in a row.
 """
@@ -10,7 +10,10 @@ import numpy as np
 
 __all__ = [
     "concentrated_energy",
+    "flguardian_trust",
+    "lasa",
     "mars_kept",
+    "most_trusted",
     "two_clusters",
     "wasserstein",
 ]
@@ -85,3 +88,74 @@ def mars_kept(energies: Sequence[np.ndarray], cluster_distance: float = 0.03) ->
         return [True] * len(energies)
     lower = bool(centres[1].sum() <= centres[0].sum())
     return [second == lower for second in in_second]
+
+
+def _is_close(values: Sequence[float], bound: float) -> list[bool]:
+    middle, deviation = float(np.median(values)), float(np.std(values))
+    return [deviation <= 1e-12 * max(map(abs, values)) or abs(value - middle) / deviation < bound for value in values]
+
+
+def lasa(
+    rows_MP: np.ndarray, shapes: Shapes, sparsity: float = 0.3, magnitude_bound: float = 1.0, purity_bound: float = 1.0
+) -> tuple[np.ndarray, dict[str, list[bool]]]:
+    """LASA's update ``(P,)``, and which clients count in each layer."""
+    middle = float(np.median([np.linalg.norm(row_P) for row_P in rows_MP]))
+    sparse = []
+    for row_P in rows_MP:
+        smallest = sorted(np.abs(row_P))[int(sparsity * len(row_P))]
+        length = float(np.linalg.norm(row_P))
+        clipped_P = row_P * min(1.0, middle / length) if length > 0 else row_P
+        sparse.append(np.array([c if abs(value) >= smallest else 0.0 for c, value in zip(clipped_P, row_P, strict=True)]))
+    update_P, counting = np.zeros(rows_MP.shape[1]), {}
+    for name, columns in _columns(shapes).items():
+        lengths, purities = [], []
+        for row_P in sparse:
+            part_p = row_P[columns]
+            lengths.append(float(np.linalg.norm(part_p)))
+            signs = [float(np.sign(value)) for value in part_p if value != 0]
+            purities.append((1 + sum(signs) / len(signs)) / 2 if signs else 0.5)
+        both = zip(_is_close(lengths, magnitude_bound), _is_close(purities, purity_bound), strict=True)
+        counts = [in_length and in_purity for in_length, in_purity in both]
+        counting[name] = counts if any(counts) else [True] * len(sparse)
+        members = [row_P[columns] for row_P, count in zip(sparse, counting[name], strict=True) if count]
+        update_P[columns] = np.mean(members, 0)
+    return update_P, counting
+
+
+def flguardian_trust(rows_MP: np.ndarray, shapes: Shapes, depth_weight: float = 2.0) -> list[float]:
+    """FLGuardian's trust in each client, as a share of what all layers give."""
+    columns: dict[str, list[int]] = {}
+    for name, of_parameter in _columns(shapes).items():
+        columns.setdefault(name.rpartition(".")[0], []).extend(of_parameter)
+    trust = [0.0] * len(rows_MP)
+    for depth, of_module in enumerate(columns.values(), start=1):
+        parts = [row_P[of_module] for row_P in rows_MP]
+        by_angle = [[_cosine_distance(a_p, b_p) for b_p in parts] for a_p in parts]
+        by_length = [[float(np.linalg.norm(a_p - b_p)) for b_p in parts] for a_p in parts]
+        pairs = zip(_larger_cluster(by_angle), _larger_cluster(by_length), strict=True)
+        for client, (in_angle, in_length) in enumerate(pairs):
+            trust[client] += depth_weight ** (depth - len(columns)) if in_angle and in_length else 0.0
+    return [value / sum(depth_weight ** (depth - len(columns)) for depth in range(1, len(columns) + 1)) for value in trust]
+
+
+def _cosine_distance(a_p: np.ndarray, b_p: np.ndarray) -> float:
+    if a_p is b_p:
+        return 0.0
+    lengths = float(np.linalg.norm(a_p)) * float(np.linalg.norm(b_p))
+    distance = 1 - float(a_p @ b_p) / lengths if lengths > 0 else 1.0
+    return distance if distance > 1e-14 else 0.0
+
+
+def _larger_cluster(distances: list[list[float]]) -> list[bool]:
+    in_second = two_clusters([np.array(row) for row in distances], lambda a, b: float(np.linalg.norm(a - b)))
+    num_second = sum(in_second)
+    if 2 * num_second == len(in_second):
+        return [True] * len(in_second)
+    return [second == (2 * num_second > len(in_second)) for second in in_second]
+
+
+def most_trusted(trust: Sequence[float], num_kept: int) -> list[bool]:
+    """Who has a trust above that of the best client who gets no place, or else the highest one."""
+    beaten = sorted(trust, reverse=True)[num_kept:]
+    kept = [not beaten or value > beaten[0] for value in trust]
+    return kept if any(kept) else [value == max(trust) for value in trust]

@@ -15,6 +15,7 @@ __all__ = [
     "cosine_distances",
     "inner_products",
     "mean_of_kept",
+    "median_deviations",
     "row_norms",
     "squared_distances",
     "squared_distances_to",
@@ -24,6 +25,8 @@ __all__ = [
 _BLOCK_ELEMENTS = 2**22
 # Cosine distances below this come from rounding: float32 rows that differ are further apart.
 _ROUNDING = 1e-14
+# Standard deviations below this share of the largest value come from rounding.
+_SAME = 1e-12
 
 
 def column_blocks(updates_NP: Tensor) -> Iterator[Tensor]:
@@ -94,6 +97,17 @@ def cosine_distances(products_NN: Tensor) -> Tensor:
     lengths_NN = (lengths_N[:, None] * lengths_N).clamp_min(torch.finfo(products_NN.dtype).tiny)
     distances_NN = (1 - products_NN / lengths_NN).fill_diagonal_(0)
     return torch.where(distances_NN < _ROUNDING, 0, distances_NN)
+
+
+def median_deviations(values_N: Tensor) -> Tensor:
+    """Each number's |x - median| in standard deviations (with division by n), ``(N,)`` float64.
+
+    They are 0 if the standard deviation is only rounding.
+    """
+    deviation = values_N.std(correction=0)
+    is_rounding = deviation <= _SAME * values_N.abs().max()
+    distances_N = (values_N - values_N.quantile(0.5)).abs()
+    return torch.where(is_rounding, 0, distances_N / deviation.clamp_min(torch.finfo(values_N.dtype).tiny))
 
 
 def _block_width(updates_NP: Tensor) -> int:
