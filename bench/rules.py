@@ -220,6 +220,19 @@ def _flguardian(problem: Problem, result: RuleResult) -> str | None:
     return _kept_and_mean(problem, result, kept, rows_NP[kept].mean(0))
 
 
+def _fedlaw(problem: Problem, result: RuleResult) -> str | None:
+    loss, start_P = problem.model.loss, problem.model.loss.initial_params
+
+    def gradient(update_P: np.ndarray) -> np.ndarray:
+        params_P = (start_P.double() + torch.from_numpy(update_P).to(start_P.device)).to(start_P.dtype).requires_grad_()
+        return _float64(torch.autograd.grad(loss(params_P), params_P)[0])
+
+    weights, want_P = reference_layers.fedlaw_weights(
+        _all_clients(problem), gradient, problem.num_clients - problem.num_malicious
+    )
+    return _kept_and_mean(problem, result, [weight > 0 for weight in weights], want_P)
+
+
 def _centred_clipping(problem: Problem, result: RuleResult) -> str | None:
     rows_NP = _all_clients(problem)
     start_P = np.zeros(rows_NP.shape[1])
@@ -269,6 +282,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     ),
     "fedavg": (_mean_of_kept, "NumPy's mean, 500 columns"),
     "fedgreed": (_fedgreed, "a loop over the models"),
+    "fedlaw": (_fedlaw, "a loop over the steps and the clients"),
     "flguardian": (_flguardian, "a loop over the layers and the clients"),
     "fltrust": (_fltrust, "a loop over the clients"),
     "foundation-fl": (_foundation_fl, "a loop over the clients, 500 columns"),

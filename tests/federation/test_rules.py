@@ -39,9 +39,9 @@ NUM_PARAMS = 49  # of the small model: 4 x 5 weights, 5 biases, 5 x 4 weights, 4
 JUDGED = [name for name in RULES if name not in ("fedavg", "skymask")]
 REMEMBERING = ("skymask", "fldetector", "centred-clipping")
 SINGLE_ROUND = [name for name in JUDGED if name not in REMEMBERING]
-# FedGreed believes the root loss alone, and these updates have nothing to do with the model's samples.
+# FedGreed and FedLAW believe the root loss alone, and these updates have nothing to do with the model's samples.
 # FoundationFL copies an attacker's row if attackers are as far from both extremes as honest clients are.
-DISTANT = [name for name in JUDGED if name not in ("fedgreed", "foundation-fl")]
+DISTANT = [name for name in JUDGED if name not in ("fedgreed", "fedlaw", "foundation-fl")]
 
 
 def make_module(bias: bool = True) -> nn.Module:

@@ -1,6 +1,7 @@
-"""MARS, LASA and FLGuardian against loops written from the papers, and what sets each of them apart."""
+"""MARS, LASA, FLGuardian and FedLAW against loops written from the papers, and what sets each of them apart."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,9 +19,11 @@ from skymask_gpu.federation.rules import (
     RuleContext,
     RuleResult,
     build_rule,
+    fedlaw,
     mars,
     reference_layers,
 )
+from skymask_gpu.federation.rules.fedlaw import FedLawSettings
 from skymask_gpu.federation.rules.flguardian import FLGuardian, FLGuardianSettings, _most_trusted
 from skymask_gpu.federation.rules.mars import Mars, MarsSettings
 
@@ -279,6 +282,69 @@ def test_clients_who_tie_for_the_last_places_are_not_kept_unless_they_are_the_be
     assert kept == {1: [0, 3], 2: [0, 3], 3: [0, 3], 4: [0, 2, 3, 4], 5: [0, 1, 2, 3, 4], 6: [0, 1, 2, 3, 4, 5]}
 
 
+# --- FedLAW -----------------------------------------------------------------------------------------------------------
+
+
+def gradient_after(model: str) -> Callable[[np.ndarray], np.ndarray]:
+    loss = root_loss(model)
+    return lambda update: gradient(loss, loss.initial_params + torch.from_numpy(update)).numpy()
+
+
+@SEEDS
+@UPDATES
+@OF_BOTH_MODULES
+@pytest.mark.parametrize("settings", [FedLawSettings(), FedLawSettings(weight_steps=3, weight_lr=2.0, cap=3.0)], ids=str)
+def test_fedlaw_is_the_loop(kind: str, model: str, seed: int, settings: FedLawSettings) -> None:
+    updates = updates_of(kind, model, seed)
+    weights, want = reference_layers.fedlaw_weights(
+        updates.numpy(), gradient_after(model), 12, settings.cap, settings.weight_lr, settings.weight_steps
+    )
+    result = apply("fedlaw", updates, model, 4, **dataclasses.asdict(settings))
+    assert_same(result.update, want)
+    assert result.kept.tolist() == [weight > 0 for weight in weights]
+    assert len({round(weight, 9) for weight in weights}) > 2, "they are learnt"
+
+
+@SEEDS
+@pytest.mark.parametrize(("most", "cap"), [(12, 1.1), (12, 1.0), (5, 3.0), (16, 4.0), (1, 1.0)])
+def test_weights_are_projected_on_the_sparse_capped_simplex(seed: int, most: int, cap: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for scale in (1e-6, 0.1, 1e6):
+        values = scale * torch.randn(16, generator=generator, dtype=torch.float64)
+        weights = fedlaw._projected(values, most, cap)
+        assert float(weights.sum()) == pytest.approx(1, abs=1e-9)
+        assert weights.min() >= 0
+        assert weights.max() <= cap / most + 1e-12
+        assert (weights > 0).sum() <= most
+        largest = values.argsort(descending=True)[:most]
+        assert_same(weights[largest], reference_layers.capped_simplex(values[largest].tolist(), cap / most))
+        # No other point of the simplex is nearer: from there, each direction leads away.
+        for _ in range(50):
+            other = torch.zeros_like(values)
+            chosen = torch.randperm(16, generator=generator)[:most]
+            other[chosen] = torch.tensor(
+                reference_layers.capped_simplex(torch.rand(most, generator=generator).tolist(), cap / most), dtype=torch.float64
+            )
+            assert (values - weights).norm() <= (values - other).norm() * (1 + 1e-12)
+
+
+def test_fedlaw_gives_attackers_no_weight_and_lowers_the_loss() -> None:
+    loss = root_loss("conv")
+    params = loss.initial_params
+    updates = real_updates("conv").clone()
+    updates[:5] *= -torch.tensor([1, 2, 5, 100, 1e6], dtype=torch.float64)[:, None]
+    result = apply("fedlaw", updates, "conv", 5)
+    assert result.kept.tolist() == [False] * 5 + [True] * 11
+    assert loss(params + result.update) < loss(params) < loss(params + updates.mean(0))
+
+
+def test_fedlaw_stays_without_a_gradient() -> None:
+    updates = torch.full((4, root_loss("conv").num_params), 1e100, dtype=torch.float64)
+    result = apply("fedlaw", updates, "conv", 1)
+    assert not result.kept.any()
+    assert not result.update.any()
+
+
 # --- what they refuse -------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +367,9 @@ def test_a_model_that_is_not_the_clients_own_is_refused(name: str) -> None:
         ("lasa", {"magnitude_bound": float("nan")}, r"defence\.magnitude_bound must be finite and above 0, got nan"),
         ("lasa", {"purity_bound": -1.0}, r"defence\.purity_bound must be finite and above 0, got -1\.0"),
         ("flguardian", {"depth_weight": 0.0}, r"defence\.depth_weight must be finite and above 0, got 0\.0"),
+        ("fedlaw", {"weight_steps": 0}, r"defence\.weight_steps must be at least 1, got 0"),
+        ("fedlaw", {"weight_lr": float("inf")}, r"defence\.weight_lr must be finite and above 0, got inf"),
+        ("fedlaw", {"cap": 0.9}, r"defence\.cap must be finite and at least 1, the equal weight itself, got 0\.9"),
     ],
 )
 def test_settings_out_of_range_are_named(name: str, settings: dict[str, Any], message: str) -> None:

@@ -9,7 +9,7 @@
 | ``krum.py`` | krum, multi-krum, bulyan |
 | ``fltrust.py``, ``flame.py``, ``deepsight.py`` | one rule each |
 | ``tolpegin.py``, ``fldetector.py``, ``skymask.py`` | one rule each |
-| ``dnc.py``, ``signguard.py``, ``alignins.py``, ``fedgreed.py`` | one rule each |
+| ``dnc.py``, ``signguard.py``, ``alignins.py``, ``fedgreed.py``, ``fedlaw.py`` | one rule each |
 | ``mars.py``, ``lasa.py``, ``flguardian.py`` | one rule each; they look at single layers |
 | ``preaggregators.py`` | nnm, bucketing, foundation-fl: they mix or add updates before another rule |
 | ``wrappers.py`` | a function as a rule; a rule that NaN and Inf do not reach |
@@ -35,6 +35,7 @@ from skymask_gpu.federation.rules.alignins import AlignIns as AlignIns
 from skymask_gpu.federation.rules.clipping import CentredClipping as CentredClipping
 from skymask_gpu.federation.rules.dnc import DivideAndConquer as DivideAndConquer
 from skymask_gpu.federation.rules.fedgreed import FedGreed as FedGreed
+from skymask_gpu.federation.rules.fedlaw import FedLaw as FedLaw
 from skymask_gpu.federation.rules.flguardian import FLGuardian as FLGuardian
 from skymask_gpu.federation.rules.lasa import Lasa as Lasa
 from skymask_gpu.federation.rules.mars import Mars as Mars

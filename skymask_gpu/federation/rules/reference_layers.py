@@ -1,4 +1,4 @@
-"""MARS, LASA and FLGuardian as literal loops in float64, as in ``reference.py``.
+"""MARS, LASA, FLGuardian and FedLAW as literal loops in float64, as in ``reference.py``.
 
 ``shapes`` holds the shape of each parameter by its name, in the order in which they lie in a row.
 """
@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 __all__ = [
+    "capped_simplex",
     "concentrated_energy",
+    "fedlaw_weights",
     "flguardian_trust",
     "lasa",
     "mars_kept",
@@ -159,3 +161,44 @@ def most_trusted(trust: Sequence[float], num_kept: int) -> list[bool]:
     beaten = sorted(trust, reverse=True)[num_kept:]
     kept = [not beaten or value > beaten[0] for value in trust]
     return kept if any(kept) else [value == max(trust) for value in trust]
+
+
+def capped_simplex(values: Sequence[float], cap: float) -> list[float]:
+    """The nearest numbers from 0 to ``cap`` whose sum is 1, by bisection.
+
+    >>> [round(value, 6) for value in capped_simplex([0.9, 0.5, 0.1], 0.6)]
+    [0.6, 0.4, 0.0]
+    """
+    low, high = min(values) - cap, max(values)
+    for _ in range(200):
+        middle = (low + high) / 2
+        is_too_much = sum(min(max(value - middle, 0.0), cap) for value in values) > 1
+        low, high = (middle, high) if is_too_much else (low, middle)
+    return [min(max(value - low, 0.0), cap) for value in values]
+
+
+def fedlaw_weights(
+    rows_MP: np.ndarray,
+    gradient: Callable[[np.ndarray], np.ndarray],
+    most: int,
+    cap: float = 1.1,
+    lr: float = 0.1,
+    steps: int = 10,
+) -> tuple[list[float], np.ndarray]:
+    """FedLAW's weights, and its update ``(P,)``.
+
+    ``gradient`` is that of the root loss of the model after an update, and ``most`` the largest
+    number of clients with a weight.
+    """
+    lengths = [float(np.linalg.norm(row_P)) for row_P in rows_MP]
+    middle = float(np.median(lengths))
+    rows = [row_P * min(1.0, middle / length) if length > 0 else row_P for row_P, length in zip(rows_MP, lengths, strict=True)]
+    weights = [1 / len(rows)] * len(rows)
+    for _ in range(steps):
+        gradient_P = gradient(sum(weight * row_P for weight, row_P in zip(weights, rows, strict=True)))
+        moved = [weight - lr * float(row_P @ gradient_P) for weight, row_P in zip(weights, rows, strict=True)]
+        largest = sorted(range(len(rows)), key=lambda row: -moved[row])[:most]
+        weights = [0.0] * len(rows)
+        for row, weight in zip(largest, capped_simplex([moved[row] for row in largest], cap / most), strict=True):
+            weights[row] = weight
+    return weights, sum(weight * row_P for weight, row_P in zip(weights, rows, strict=True))
