@@ -56,8 +56,10 @@ class Aggregator:
         name: the rule, such as ``"multi-krum"`` or ``"skymask"``.
         f: the number of malicious vectors that the rule assumes. Rules that assume no number
             ignore it.
-        module: the model, for a rule that uses root data. Its parameters are read at each call, so
-            it must be the current global model; each vector is an update of its trainable ones.
+        module: the model, for a rule that uses root data, looks at the global model, or judges
+            layer by layer. Its parameters are read at each call, so it must be the current global
+            model; each vector is an update of its trainable ones. Without it, a rule that looks at
+            the global model sees one of zeros, and one that judges layers is refused.
         root_inputs: the server's clean samples, for such a rule.
         root_labels: their labels.
         root_training: how the server trains on them.
@@ -66,7 +68,8 @@ class Aggregator:
 
     Raises:
         ValueError: there is no such rule, ``f`` is no number of vectors, or a rule that uses root
-            data gets none. From a call: there are no vectors, or they differ in length.
+            data gets none. From a call: there are no vectors, they differ in length, or the module
+            has another number of parameters or none where the rule judges layer by layer.
 
     Example:
         >>> aggregate = Aggregator("trimmed-mean", f=1)
@@ -126,9 +129,15 @@ class Aggregator:
     def _info(self, rows_NP: Tensor) -> RoundInfo:
         self._calls += 1
         params_P, root_P = torch.zeros_like(rows_NP[0]), torch.full_like(rows_NP[0], torch.nan)
+        trainable = [parameter.detach().reshape(-1) for parameter in self._module.parameters() if parameter.requires_grad]
+        if trainable:
+            params_P = torch.cat([parameter.to(torch.float32) for parameter in trainable])
+        if len(params_P) != rows_NP.shape[1]:
+            raise ValueError(
+                f"vectors must have the length of the module's {len(params_P)} trainable parameters, got {rows_NP.shape[1]}; "
+                "give updates of these parameters, or another module"
+            )
         if self._loss is not None:
-            named = dict(self._module.named_parameters())
-            params_P = self._loss.flatten({name: named[name].to(self._loss.initial_params) for name in self._loss.shapes})
             root_P = root_direction(self._loss, params_P, self._root_training)
         return RoundInfo(
             global_params=params_P.to(rows_NP.device),

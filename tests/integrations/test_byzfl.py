@@ -86,6 +86,24 @@ def test_skymask_in_byzfls_form_judges_at_the_modules_own_parameters() -> None:
         nn.utils.vector_to_parameters(params_P + want.update, module.parameters())
 
 
+def test_a_rule_that_looks_at_models_sees_the_modules_parameters() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
+    params = nn.utils.parameters_to_vector(module.parameters()).detach()
+    updates = 0.01 * torch.randn(10, 49, generator=torch.Generator().manual_seed(0))
+    # Neurons four times as large, or of the same size with the other sign: updates alone do not tell them apart.
+    updates[:3] = 3 * params
+    updates[3:5] = -2 * params
+    kept = Aggregator("mars", module=module)(updates.numpy())
+    np.testing.assert_allclose(kept, updates[3:].mean(0).numpy(), rtol=1e-5, atol=1e-6)
+    for name in ("mars", "lasa", "flguardian"):
+        with pytest.raises(ValueError, match=f"'{name}' .* needs a model with trainable parameters, got none"):
+            Aggregator(name)(updates.numpy())
+    with pytest.raises(ValueError, match="the module's 49 trainable parameters, got 48; give updates of these"):
+        Aggregator("median", module=module)(updates.numpy()[:, 1:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
