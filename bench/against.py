@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> None:
     """One side: print the checked rows as JSON, then the seconds of each provider asked for."""
     folder, name, clients, dtype, *left_out = arguments
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # in a new worktree every kernel is compiled anew within a first call
+    # In a new worktree, the first call of each kernel compiles it, which takes long.
     runner, case = Runner(Limits(left_out=tuple(left_out), call_seconds=120.0), device), CASES[name]
     rows, calls = [], {}
     for trial in runner.trials(runner.problem(case, int(clients), dtype)):

@@ -191,7 +191,7 @@ def _wrong_when_captured(model: Model, case: Case, solver: str) -> str | None:
 
     def waiting(params_P: Tensor) -> Tensor:
         value = model.loss(params_P)
-        # this waits for the GPU, which cannot be captured
+        # Reading the value waits for the GPU, and a step that waits cannot be captured.
         value.item()
         return value
 

@@ -295,7 +295,7 @@ def limited_memory(device: torch.device) -> Iterator[None]:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    # a tenth stays for others
+    # A tenth of the free memory is left to other processes.
     limit = held + free * 9 // 10
     resource.setrlimit(resource.RLIMIT_DATA, (limit if before[1] < 0 else min(limit, before[1]), before[1]))
     try:

@@ -138,7 +138,7 @@ class Runner:
             if not self.limits.side_by_side:
                 yield from self._timed(trials, floors)
                 trials = []
-            # what one provider holds must not be in the way of the next
+            # The next provider needs the memory that this one holds.
             del trial
         yield from self._timed(trials, floors)
 
@@ -229,7 +229,7 @@ class Runner:
             if provider.timed is not None:
                 trial.call = provider.timed(trial.problem)
                 seconds = self._timed_call(trial.call)[1]
-            # the first call may have compiled
+            # The first call may have compiled kernels, so only the second shows the pace.
             if seconds > limit:
                 seconds = self._timed_call(trial.call)[1]
             self._note_pace(trial, seconds)

@@ -171,7 +171,7 @@ def _polished(x_BCHW: Tensor, y_BCHW: Tensor, a: Tensor, b: Tensor, *, with_offs
         at_a, at_b = a, b
         for factor in (1 - reach, 1.0, 1 + reach):
             for shift in (-reach / 2, 0.0, reach / 2) if with_offset else (0.0,):
-                # around the mean of the reconstruction, so that contrast and offset do not interact
+                # Contrast changes around the reconstruction's mean, which keeps the offset apart.
                 new_a = at_a * factor
                 new_b = at_b + (at_a - new_a) * y_BCHW.mean((1, 2, 3), keepdim=True) + shift if with_offset else at_b
                 value_B = _plain(x_BCHW, (new_a * y_BCHW + new_b).clamp(0, 1))

@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
         for case in track(CASES, description=f"{num_clients} clients", console=console):
             rows.extend(measure_case(updates_RP, loss, case, direction_P))
     console.print(_table(rows))
-    # a line per row, so that a change shows as one
+    # Each row has a line of its own, so that a diff shows which rows changed.
     write_text(options.out.with_suffix(".json"), "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     _plot(rows, options.out.with_suffix(".png"))
     return 0 if all(row["same_labels"] and (row["within"] or row["float32"] > FLOOR) for row in rows) else 1

@@ -77,12 +77,12 @@ class Chain:
         for name, layer in layers:
             kinds = [kind for kind, _ in layer.named_parameters()]
             own = [f"{name}.{kind}" for kind in kinds]
-            # a weight that is computed from other parameters has other names
+            # Tied or parametrised weights have other names. They are left to autograd.
             if kinds not in ([], ["weight"], ["weight", "bias"]) or not set(own) <= set(params):
                 return None
             names += own
             makers.append(_maker(layer, [params[one] for one in own], [columns[one] for one in own]))
-        # a frozen parameter has no columns, and a layer that is used twice has them twice
+        # The names differ if a parameter is frozen or a layer is used twice.
         if sorted(names) != sorted(params) or not isinstance(layers[-1][1], nn.Linear):
             return None
         return cls(makers, max(one.stop for one in columns.values()))
@@ -195,7 +195,7 @@ class _Sigmoid:
             self._second = None
             return None
         change = moved * self._first
-        # the derivative's own is first * (1 - 2 output)
+        # The sigmoid's second derivative is its first one times (1 - 2 output).
         self._second = change * (1 - 2 * self._output) * self._slope
         return change
 
@@ -258,11 +258,11 @@ class _Linear:
 class _Convolution:
     def __init__(self, layer: nn.Conv2d, params: list[Tensor], columns: list[slice]) -> None:
         self._columns, self._stride = columns, layer.stride
-        # a word instead of numbers, such as "same", is not taken into a chain
+        # Padding may also be a word, such as "same". Such a layer is not taken into a chain.
         self._padding = cast(tuple[int, int], layer.padding)
         self._weight, self._bias = params[0], params[1] if len(params) > 1 else None
         self._kernel = cast(tuple[int, int], self._weight.shape[2:])
-        # as a patch has them: line, place in the line, channel
+        # The weights in the order in which a patch holds its values: line, place in it, channel.
         self._weight_OK = self._weight.permute(0, 2, 3, 1).flatten(1)
 
     def forward(self, value: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ class _Convolution:
 
     def backward(self, slope: Tensor) -> Tensor:
         stride, padding = self._stride, self._padding
-        # pixels that no kernel reached, since the stride is larger than what was left
+        # The number of pixels at the end that no window reached, because the stride was longer.
         rest = [
             size - (places - 1) * step + 2 * edge - kernel
             for size, places, step, edge, kernel in zip(self._size, self._places, stride, padding, self._kernel, strict=True)

@@ -73,8 +73,8 @@ class Curvature:
         self._steps_AMD[rows, slots], self._turns_AMD[rows, slots] = step, turn
         self._along_steps_AM[rows, slots], self._along_turns_AM[rows, slots] = (step * grad).sum(1), (turn * grad).sum(1)
         self._products_AM[rows, slots], self._scale_A[rows] = product, product / square
-        # the oldest pair leaves: the inverse of a triangular matrix, without its first row, is that
-        # of what is left, and its first column holds nothing else
+        # The new pair takes the place of the oldest. The matrix is triangular, so without its first
+        # row and column its inverse is that of the other pairs, and this column is free.
         self._inverse_AMM[rows, slots] = 0
         if used:
             entered = _product(across_AM, self._inverse_AMM[:, :used, :used].transpose(1, 2))[rows]

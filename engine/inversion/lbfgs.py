@@ -228,7 +228,7 @@ class _Run:
         s.step = torch.where(refused, s.step / 2, s.step)
         s.halvings = torch.where(refused, s.halvings + 1, s.halvings)
         stuck = refused & (s.halvings > _HALVINGS)
-        # along the gradient itself no halving helped either
+        # A fresh row steps along its own gradient. If no halving helped there, nothing will.
         self._stop(stuck & s.fresh, "stalled")
         again = stuck & ~s.fresh
         if again.any():
@@ -252,7 +252,7 @@ class _Run:
         step = torch.where(s.fresh, first, self._lr)
         slope = (s.grad * direction).sum(1)
         if self._safe:
-            # rounding can turn a direction uphill; the gradient's own never is
+            # Rounding can make a direction point uphill. The negative gradient never does.
             uphill = slope >= 0
             direction = torch.where(uphill[:, None], -s.grad, direction)
             slope = torch.where(uphill, -s.grad.square().sum(1), slope)

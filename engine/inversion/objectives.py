@@ -82,7 +82,7 @@ class Known:
         parts = []
         for part_BL in targets_BP.split(layer_sizes, dim=1):
             smallest_B1 = part_BL.abs().masked_fill(part_BL == 0, torch.inf).amin(1, keepdim=True)
-            # a layer without any entry left tells nothing
+            # If no entry of a layer is left, there is no smallest one, and the bound is infinite.
             parts.append(torch.where(part_BL == 0, smallest_B1, torch.nan))
         bound_BP = torch.cat(parts, dim=1)
         gone_BP = targets_BP == 0
@@ -147,7 +147,7 @@ class Matching:
         gradients_AP = self._gradients.of(rows_A)(inputs, self._labels[rows_A])
         known = self._known_of(rows_A)
         if self._distance == "l2":
-            # while a gradient moves outside of its interval, the nearest bound stays the same
+            # Outside of its interval, the value nearest to a gradient is a bound, a constant.
             nearest_AP = known.low if known.low is known.high else gradients_AP.detach().clamp(known.low, known.high)
             loss_A = F.mse_loss(gradients_AP, nearest_AP, reduction="none").sum(1) / self._length_B[rows_A]
         else:

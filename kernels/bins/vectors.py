@@ -96,7 +96,7 @@ def _rows_below(builder, reached, target, column, stride, first, last):
 
 
 def _around(builder, ordered, reached, column, stride, rows):
-    """For each column, the values in its row and in the row before, and what both have reached."""
+    """The entries of two matrices in each column's own row and in the row before it."""
     around = [llvm.Constant(FLOATS, llvm.Undefined)] * 4
     for lane in range(LANES):
         number = llvm.IntType(32)(lane)

@@ -54,13 +54,13 @@ def arena(
     command = ["arena", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes), "--jobs", jobs]
     command += [*given("--shard", shard), *["--json"] * as_json, "--resume"]
     with answer(as_json=as_json) as found:
-        # for all cells together: what is missing is said once, before anything is overwritten
+        # What is missing is said once for all cells, before anything is overwritten.
         with console.status("loading ..."):
             check_inputs(list(own.recipes.values()))
         if left_out:
             console.print(f"left out, since their data need --data-dir: {', '.join(left_out)}", markup=False, soft_wrap=True)
         with locked(folder, shared=shard is not None), resumable(*command):
-            # another arena may have come and gone while this one loaded
+            # Another arena may have written to the folder while this one loaded.
             check()
             if overwrite:
                 clear_cells(folder, cells)

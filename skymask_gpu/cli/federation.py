@@ -62,8 +62,8 @@ def run(
     command = ["run", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes)]
     command += ["--strict"] * strict + ["--json"] * as_json + ["--resume"]
     with answer(as_json=as_json) as found:
-        # all of them before the first round, and before anything is overwritten: what cannot run is
-        # said now
+        # All runs are built before the first round, so that what cannot run is said before anything
+        # is overwritten.
         with console.status("loading ..."):
             keys = {(r.data.dataset, r.data.data_dir) for r in runs}
             datasets = {(name, where): load_dataset(name, Path(where) if where else None) for name, where in keys}
@@ -71,7 +71,7 @@ def run(
         with ExitStack() as locks:
             for path in dict.fromkeys([folder, *folders]):
                 locks.enter_context(locked(path))
-            # another run may have come and gone while this one loaded
+            # Another run may have written to the folder while this one loaded.
             check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
             if overwrite:
                 for existing in folders:
@@ -122,11 +122,11 @@ def sweep(
     command = ["sweep", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes), "--jobs", jobs]
     command += [*given("--shard", shard), *["--json"] * as_json, "--resume"]
     with answer(as_json=as_json) as found:
-        # for all cells together: what is missing is said once, before anything is overwritten
+        # What is missing is said once for all cells, before anything is overwritten.
         with console.status("loading ..."):
             check_inputs(cells)
         with locked(folder, shared=shard is not None), resumable(*command):
-            # another sweep may have come and gone while this one loaded
+            # Another sweep may have written to the folder while this one loaded.
             check()
             if overwrite:
                 clear_cells(folder, cells)

@@ -44,7 +44,7 @@ def leak(
     command = ["leak", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes)]
     command += [*["--json"] * as_json, "--resume"]
     with answer(as_json=as_json) as found:
-        # before anything is overwritten: what cannot run is said now
+        # What cannot run is said now, before anything is overwritten.
         with console.status("loading ..."):
             victims = Victims.build(audit)
             check_attackers(audit, victims)

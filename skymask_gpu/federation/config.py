@@ -195,7 +195,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> "RunConfig":
-        """The run whose :meth:`to_dict` this is.
+        """Make the run of which :meth:`to_dict` made this table.
 
         Raises:
             ValueError: an unknown key, or a value out of range.

@@ -64,7 +64,7 @@ def _made(kind: type, values: Table, source: str, prefix: str) -> Any:
 def _value(name: str, value: Any, wanted: Any, source: str, tables: type) -> Any:
     """Convert a TOML value to a field's type: an integer to a float, a list to a tuple."""
     if isinstance(wanted, UnionType):
-        # a string in the place of a list; the dataclass checks which
+        # The field takes a string or a list. The dataclass checks which strings it knows.
         (wanted,) = (one for one in get_args(wanted) if one is not str)
         if isinstance(value, str):
             return value

@@ -25,7 +25,7 @@ _FILES = (
     "mnist",
     about="handwritten digits, 28 x 28; 60,000 + 10,000",
     files=_FILES,
-    # what other loaders of these files check, such as TensorFlow Datasets
+    # The hashes are those that other loaders check, such as TensorFlow Datasets.
     source=Source(
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
         {
@@ -45,7 +45,7 @@ def load_mnist(folder: Path) -> Dataset:
     "fashion-mnist",
     about="photos of clothes, 28 x 28; 60,000 + 10,000",
     files=_FILES,
-    # what other loaders of these files check, such as TensorFlow Datasets
+    # The hashes are those that other loaders check, such as TensorFlow Datasets.
     source=Source(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         {

@@ -212,7 +212,7 @@ def _labels(audit: Audit, victims: Victims, sent_VP: Tensor) -> Tensor:
 def _starts(audit: Audit, victims: Victims, own: range) -> Tensor:
     """Where each victim's restarts begin, ``(V * K, D)``, whatever the obfuscation and attacker."""
     values, count = victims.images[0].numel(), audit.leak.restarts
-    # a stream of its own, so that starts share nothing with the draws of the masks
+    # Another seed than that of the masks, so that starts and masks are independent.
     generator = torch.Generator().manual_seed(audit.seed + 2**31)
     drawn = torch.rand(len(victims.images), count, values, generator=generator)
     return drawn[own.start : own.stop].flatten(0, 1)
