@@ -321,15 +321,15 @@ class Federation:
         return sum(hits_C) / len(labels), by_class
 
     def attack_success_rate(self, model: GlobalModel) -> float:
-        """The share of test samples with the trigger that the model assigns to the target class.
+        """The share of the backdoor's test inputs that the model assigns to the target class.
 
-        Samples whose true class is the target class are left out.
+        See :meth:`Attack.test_inputs`. A ValueError says that the data set has none.
         """
-        target = self.attack.target_class
-        assert target is not None, "only a backdoor has a success rate"
-        others = self.dataset.test_inputs[self.dataset.test_labels != target]
-        hits = self._predictions(model, self.attack.trigger(others)) == target
-        return int(hits.sum()) / len(hits)
+        assert self.attack.target_class is not None, "only a backdoor has a success rate"
+        inputs = self.attack.test_inputs(self.dataset.test_inputs, self.dataset.test_labels)
+        if len(inputs) == 0:
+            raise ValueError(f"attack.name {self.config.attack.name!r}: no test sample is of a class that it attacks")
+        return int((self._predictions(model, inputs) == self.attack.target_class).sum()) / len(inputs)
 
     @torch.no_grad()
     def _predictions(self, model: GlobalModel, inputs: Tensor) -> Tensor:

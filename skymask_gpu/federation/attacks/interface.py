@@ -144,7 +144,7 @@ class Attack:
     Attributes:
         poisons_data: whether :meth:`poison` changes batches.
         target_class: the class for which a backdoor wants inputs with its trigger to be taken.
-            None means that there is no trigger, and that no success is measured.
+            None means that there is no backdoor, and that no success is measured.
     """
 
     poisons_data: ClassVar[bool] = False
@@ -198,7 +198,19 @@ class Attack:
 
     def trigger(self, inputs: Tensor) -> Tensor:
         """Copies of test inputs, ``(n, *sample)``, with the whole trigger of a backdoor."""
-        raise NotImplementedError("an attack with a target_class must define its trigger")
+        raise NotImplementedError("an attack with a target_class must define its trigger, or its test_inputs")
+
+    def test_inputs(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """What a backdoor's success is measured on, ``(k, *sample)``, the trigger included.
+
+        Without an override, these are all test inputs whose true class is not the target class,
+        with the trigger.
+
+        Args:
+            inputs: ``(n, *sample)``, the test inputs; do not write to them.
+            labels: ``(n,)`` int64.
+        """
+        return self.trigger(inputs[labels != self.target_class])
 
     def state(self) -> dict[str, Tensor]:
         """What the attack remembers from round to round; a checkpoint holds it.
