@@ -18,6 +18,7 @@ less.
 | ``data.py`` | label-flip, lie-backdoor, scaling-backdoor: on what malicious clients train on |
 | ``backdoors.py`` | neurotoxin, lga, dba, collapois: backdoors that act while clients train, and a Trojan model |
 | ``layerwise.py`` | lp: a backdoor in the few layers that it needs |
+| ``pill.py`` | pill: another attack in a chain of neurons, within the distances of honest updates |
 | ``triggers.py``, ``lab.py`` | what is stamped on images; where attackers train models of their own |
 """
 
@@ -46,6 +47,7 @@ from skymask_gpu.federation.attacks.backdoors import CollaPois, DistributedBackd
 from skymask_gpu.federation.attacks.lab import Lab
 from skymask_gpu.federation.attacks.layerwise import LayerwisePoisoning
 from skymask_gpu.federation.attacks.models_only import Mpaf, PoisonedFL
+from skymask_gpu.federation.attacks.pill import Pill
 from skymask_gpu.federation.attacks.search import opt_alie as opt_alie
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "Mpaf",
     "Neurotoxin",
     "Noise",
+    "Pill",
     "PoisonedFL",
     "Replay",
     "Rop",
