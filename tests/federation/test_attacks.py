@@ -46,7 +46,7 @@ def make_lab() -> Lab:
 
 CONTEXT = AttackContext(layers=LAYERS, num_classes=10, input_shape=(1, 8, 8), brightest=3.0, lab=make_lab())
 # These act while clients train, and send what they got.
-IN_TRAINING = ("label-flip", "neurotoxin", "lga", "dba")
+IN_TRAINING = ("label-flip", "neurotoxin", "lga", "dba", "edge-case")
 
 
 def configured(name: str, **settings: Any) -> AttackConfig:
@@ -385,7 +385,7 @@ def test_the_share_says_how_many_are_malicious() -> None:
 
 def test_which_attacks_poison_data_and_which_have_a_backdoor() -> None:
     attacks = {name: built(name) for name in ATTACKS}
-    backdoors = {"lie-backdoor", "scaling-backdoor", "neurotoxin", "lga", "dba", "collapois"}
+    backdoors = {"lie-backdoor", "scaling-backdoor", "neurotoxin", "lga", "dba", "collapois", "edge-case"}
     assert {name for name, one in attacks.items() if one.poisons_data} == {"label-flip", *backdoors}
-    # LP trains its poisoned models apart from the clients' own training
-    assert {name for name, one in attacks.items() if one.target_class == 0} == {"lp", *backdoors}
+    # these train their poisoned models apart from the clients' own training
+    assert {name for name, one in attacks.items() if one.target_class == 0} == {"lp", "f3ba", "chameleon", *backdoors}

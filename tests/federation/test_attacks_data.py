@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from skymask_gpu.federation.attacks import ATTACKS, Attack, AttackConfig, AttackContext, Layers, add_trigger, build_attack
+from skymask_gpu.federation.attacks import ATTACKS, Attack, AttackConfig, AttackContext, Lab, Layers, add_trigger, build_attack
+from skymask_gpu.federation.clients import LocalTraining
 
-CONTEXT = AttackContext(layers={"fc": slice(0, 10)}, num_classes=10, input_shape=(1, 8, 8), brightest=3.0)
+LAB = Lab(nn.Linear(1, 1), torch.rand(40, 1, 8, 8), torch.arange(40) % 10, [torch.arange(40)], LocalTraining())
+CONTEXT = AttackContext(layers={"fc": slice(0, 10)}, num_classes=10, input_shape=(1, 8, 8), brightest=3.0, lab=LAB)
 
 
 def built(name: str, context: AttackContext = CONTEXT, **settings: Any) -> Attack:

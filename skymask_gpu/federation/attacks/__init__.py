@@ -18,6 +18,8 @@ less.
 | ``data.py`` | label-flip, lie-backdoor, scaling-backdoor: on what malicious clients train on |
 | ``backdoors.py`` | neurotoxin, lga, dba, collapois: backdoors that act while clients train, and a Trojan model |
 | ``layerwise.py`` | lp: a backdoor in the few layers that it needs |
+| ``focused_flip.py``, ``chameleon.py`` | f3ba, chameleon: backdoors that flip signs; that last |
+| ``tails.py`` | edge-case: a backdoor for rare samples, without a trigger |
 | ``pill.py`` | pill: another attack in a chain of neurons, within the distances of honest updates |
 | ``triggers.py``, ``lab.py`` | what is stamped on images; where attackers train models of their own |
 """
@@ -44,11 +46,14 @@ from skymask_gpu.federation.attacks.adaptive import BetterThanHonest, Bridges, D
 # isort: split
 from skymask_gpu.federation.attacks.among_honest import HybridSparse, Mimic, Rop, Strike
 from skymask_gpu.federation.attacks.backdoors import CollaPois, DistributedBackdoor, Neurotoxin
+from skymask_gpu.federation.attacks.chameleon import Chameleon
+from skymask_gpu.federation.attacks.focused_flip import FocusedFlip
 from skymask_gpu.federation.attacks.lab import Lab
 from skymask_gpu.federation.attacks.layerwise import LayerwisePoisoning
 from skymask_gpu.federation.attacks.models_only import Mpaf, PoisonedFL
 from skymask_gpu.federation.attacks.pill import Pill
 from skymask_gpu.federation.attacks.search import opt_alie as opt_alie
+from skymask_gpu.federation.attacks.tails import EdgeCases
 
 __all__ = [
     "ATTACKS",
@@ -60,10 +65,13 @@ __all__ = [
     "BaseAttack",
     "BetterThanHonest",
     "Bridges",
+    "Chameleon",
     "CollaPois",
     "Decoys",
     "Direction",
     "DistributedBackdoor",
+    "EdgeCases",
+    "FocusedFlip",
     "HostageRoot",
     "HybridSparse",
     "Jitter",
