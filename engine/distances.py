@@ -22,6 +22,9 @@ __all__ = ["Distances", "mask_distances", "sharded_distances", "sharded_keep_sha
 _EXACT_ROWS = 4096
 # The number of elements of a temporary that is made from rows of the matrix.
 _CHUNK_ELEMENTS = 2**22
+# The same for products on a CPU: 8 MB in float64, which the cache can hold between the conversion
+# and the product.
+_CACHED_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -57,21 +60,28 @@ class Distances:
 
         Each block overwrites the one before it.
         """
+        for first, block_TR in self._converted(_CHUNK_ELEMENTS):
+            yield first, block_TR.mul_(self.unit)
+
+    def times(self, vectors_RK: Tensor) -> Tensor:
+        """The product of the matrix with ``(R, K)`` float64 vectors: ``(R, K)`` float64."""
+        # A product reads whole lines of memory if the few vectors are rows, too.
+        vectors_KR = (vectors_RK * self.unit).T.contiguous()
+        product_KR = torch.empty_like(vectors_KR)
+        for first, block_TR in self._converted(_CACHED_ELEMENTS if self.device.type == "cpu" else _CHUNK_ELEMENTS):
+            product_KR[:, first : first + len(block_TR)] = vectors_KR @ block_TR.T
+        return product_KR.T
+
+    def _converted(self, num_elements: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield the stored rows in float64, about ``num_elements`` values at a time."""
         num_rows = len(self.stored)
-        step = max(1, min(num_rows, _CHUNK_ELEMENTS // num_rows))
+        step = max(1, min(num_rows, num_elements // num_rows))
         # One buffer serves all blocks. With a large temporary per block and small results in
         # between, the C library could not give the memory back to the system.
         buffer_TR = torch.empty(step, num_rows, dtype=torch.float64, device=self.device)
         for first in range(0, num_rows, step):
             part_TR = self.stored[first : first + step]
-            yield first, buffer_TR[: len(part_TR)].copy_(part_TR).mul_(self.unit)
-
-    def times(self, vectors_RK: Tensor) -> Tensor:
-        """The product of the matrix with ``(R, K)`` float64 vectors: ``(R, K)`` float64."""
-        product_RK = torch.empty_like(vectors_RK)
-        for first, block_TR in self.blocks():
-            product_RK[first : first + len(block_TR)] = block_TR @ vectors_RK
-        return product_RK
+            yield first, buffer_TR[: len(part_TR)].copy_(part_TR)
 
 
 def mask_distances(bits: Tensor, num_params: int) -> Distances:

@@ -24,11 +24,14 @@ def has_room(distances: Distances) -> bool:
     return len(distances) <= _ROWS_TO_PLACE
 
 
-def scores_among(distances: Distances, chosen_N: Tensor, backend: Backend) -> tuple[Tensor, Tensor | bool]:
+def scores_among(distances: Distances, scores_R2: Tensor, chosen_N: Tensor, backend: Backend) -> tuple[Tensor, Tensor | bool]:
     """Principal scores of the chosen clients alone, ``(N, 2)``, and whether they settled.
 
-    The scores of the other clients are 0 if there is room to move them.
+    The scores of the other clients are 0 if there is room to move them. Otherwise the scores are
+    those of all rows, ``scores_R2``, which are not computed again, since they are most of the work.
     """
+    if not has_room(distances):
+        return scores_R2[:-1], True
     among_R = torch.cat([chosen_N, chosen_N.new_zeros(1)])
     scores_R2, settled = backend.principal_scores(others_at_the_centroid(distances, among_R))
     return scores_R2[:-1], settled

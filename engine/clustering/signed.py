@@ -32,7 +32,7 @@ Shapes: N clients, R = N + 1 rows, root last.
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.clustering.among import has_room, scores_among
+from skymask_gpu.engine.clustering.among import scores_among
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.by_root import copies_reason, signed_by_root
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separation
@@ -71,8 +71,11 @@ FOLLOWING = 1.5
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
 
 
-def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruling:
-    """Which clients are kept, and why the others are not."""
+def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backend: Backend) -> Ruling:
+    """Which clients are kept, and why the others are not.
+
+    ``scores_R2`` are the principal scores of all rows.
+    """
     copy_N = _many_copies(distances)
     idle_N = torch.zeros_like(copy_N) if witnesses.norms is None else witnesses.norms == 0
     # If few clients are left beside copies and zeros, they are too few to compare with. Every
@@ -84,10 +87,8 @@ def signed(distances: Distances, witnesses: Witnesses, backend: Backend) -> Ruli
     once_N = kept_N = ~copy_N & ~idle_N
     sure: Tensor | bool = True
     cuts: list[Cut] = []
-    scores_N2, settled = scores_among(distances, kept_N, backend)
     for factor in (1.0, SECOND_CUT):
-        if cuts and has_room(distances):
-            scores_N2, settled = scores_among(distances, kept_N, backend)
+        scores_N2, settled = scores_among(distances, scores_R2, kept_N, backend)
         cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)

@@ -230,7 +230,7 @@ def _judge(
     if config.rule == "published":
         ruling = published(distances, scores_R2, config.seed, backend)
     elif config.rule == "signed":
-        ruling = signed(distances, witnesses, backend)
+        ruling = signed(distances, scores_R2, witnesses, backend)
     else:
         ruling = two_stage(distances, scores_R2, witnesses.alignment, backend)
     facts = _on_host(

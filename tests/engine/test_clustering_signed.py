@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances, cluster_masks, pack_bits
-from skymask_gpu.engine.clustering import among, cut_statistics, signed
+from skymask_gpu.engine.clustering import among, cut_statistics, spectrum
 from skymask_gpu.engine.clustering.among import others_at_the_centroid, scores_among
 from skymask_gpu.engine.clustering.backends import dense_backend
-from skymask_gpu.engine.clustering.spectrum import dense_principal_scores
+from skymask_gpu.engine.clustering.spectrum import dense_principal_scores, principal_scores
 from skymask_gpu.engine.distances import Distances
 from tests.stored_masks import MILD, MaskSet, stored_sets
 
@@ -112,7 +112,8 @@ def test_the_side_does_not_hang_on_the_root_row(recipes: dict[str, MaskSet], jud
         distances[-1, :-1] = distances[:-1, -1] = distances[0, :-1] + 0.001  # beside the first attacker
         assert torch.equal(replace(masks, distances=distances).judge().benign, judged[name].benign), name
         everyone, backend = torch.ones(60, dtype=torch.bool), dense_backend()
-        with_root, without = (scores_among(Distances(d), everyone, backend)[0] for d in (masks.distances, distances))
+        unused = torch.zeros(61, 2)
+        with_root, without = (scores_among(Distances(d), unused, everyone, backend)[0] for d in (masks.distances, distances))
         torch.testing.assert_close(with_root, without, rtol=0, atol=1e-12, msg=name)
 
 
@@ -386,19 +387,19 @@ def test_many_copies_go_if_they_follow_the_root_clearly_less(copies: int, lower:
     assert benign[:copies].tolist() == [not goes] * copies
 
 
-@pytest.mark.parametrize(("rows_to_place", "times"), [(4096, 2), (10, 1)])
+@pytest.mark.parametrize(("rows_to_place", "times"), [(4096, 3), (10, 1)])
 def test_scores_are_computed_anew_only_where_others_can_be_moved(
     rows_to_place: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With more rows the scores of any choice are the same, and computing them is most of the work."""
     called: list[int] = []
 
-    def counting(*arguments: object) -> object:
+    def counting(distances: Distances) -> torch.Tensor:
         called.append(1)
-        return scores_among(*arguments)  # type: ignore[arg-type]
+        return principal_scores(distances)
 
     monkeypatch.setattr(among, "_ROWS_TO_PLACE", rows_to_place)
-    monkeypatch.setattr(signed, "scores_among", counting)
+    monkeypatch.setattr(spectrum, "principal_scores", counting)
     few_clients(20, 0, 0).judge()
     assert len(called) == times
 
