@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 FLOWER := .venv-flower
+FLARE := .venv-flare
 DOCS := .venv-docs
 # `python -m` must not find the checkout's own skymask_gpu/ before the installed one.
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo leak arena test test-slow test-portable portable-plain portable-avx2 portable-native test-oldest \
-	test-flower test-wheel lint typecheck bench docs wheel clean
+	test-flower test-flare test-wheel lint typecheck bench docs wheel clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +45,13 @@ $(FLOWER)/.test: setup.py Makefile
 	@$(PYTHON) -m venv $(FLOWER)
 	$(FLOWER)/bin/pip install -q $(TORCH)
 	$(FLOWER)/bin/pip install -q -e '.[run,flower]' 'pytest>=8.4' 'pytest-xdist>=3.5'
+	@touch $@
+
+# NVIDIA FLARE brings a web server and much else along, so it has an environment of its own, too.
+$(FLARE)/.test: setup.py Makefile
+	@$(PYTHON) -m venv $(FLARE)
+	$(FLARE)/bin/pip install -q $(TORCH)
+	$(FLARE)/bin/pip install -q -e '.[run,nvflare]' 'pytest>=8.4' 'pytest-xdist>=3.5'
 	@touch $@
 
 # Flower's notebook is executed, so the site needs Flower, and with it an environment of its own.
@@ -110,6 +118,9 @@ test-oldest: $(OLDEST)/.test  ## kernels and engine with the oldest versions tha
 test-flower: $(FLOWER)/.test  ## the Flower strategies, in .venv-flower
 	$(FLOWER)/bin/pytest -q -n auto --dist worksteal -m 'not slow' tests/integrations tests/test_examples_in_docstrings.py -k flower
 
+test-flare: $(FLARE)/.test  ## NVIDIA FLARE's aggregator, in .venv-flare, and its example in FLARE's simulator
+	$(FLARE)/bin/pytest -q -m 'slow or not slow' tests/integrations tests/test_examples_in_docstrings.py -k flare
+
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -129,5 +140,5 @@ wheel: $(VENV)/.dev  ## sdist and wheel in dist/, checked as an index checks the
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove what the targets made, .venv included
-	rm -rf $(VENV) $(OLDEST) $(FLOWER) $(DOCS) build dist demo-out leak-out arena-out bench-out profile-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(FLOWER) $(FLARE) $(DOCS) build dist demo-out leak-out arena-out bench-out profile-out flare-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

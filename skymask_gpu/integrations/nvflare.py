@@ -15,7 +15,7 @@ from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor
 
-from skymask_gpu.defence import SkyMask, VerdictWarning
+from skymask_gpu.defence import ClientHistory, SkyMask, VerdictWarning
 
 __all__ = ["SkyMaskAggregator"]
 
@@ -33,6 +33,8 @@ class SkyMaskAggregator(ModelAggregator):
 
     Attributes:
         verdicts: per round, the reason for each rejected client, by the client's name.
+        history: what is remembered of each client from earlier rounds, by its name, which FLARE's
+            FedAvg gives it; see :class:`ClientHistory`.
 
     Raises:
         ValueError: ``defence`` is no SkyMask.
@@ -52,6 +54,7 @@ class SkyMaskAggregator(ModelAggregator):
         self._global: dict[str, Tensor] | None = None
         self._sent: list[FLModel] = []
         self.verdicts: list[dict[str, str]] = []
+        self.history = ClientHistory()
 
     def accept_model(self, model: FLModel) -> None:
         self._sent.append(model)
@@ -61,7 +64,7 @@ class SkyMaskAggregator(ModelAggregator):
 
     def aggregate_model(self) -> FLModel:
         sent, self._sent = self._sent, []
-        names = [str((model.meta or {}).get("client_name", number)) for number, model in enumerate(sent)]
+        names = _names(sent)
         # What most clients send is what the server's controller expects.
         is_full = _most(model.params_type == ParamsType.FULL for model in sent)
         as_tensors = _most(isinstance(value, Tensor) for model in sent for value in _values(model))
@@ -72,18 +75,21 @@ class SkyMaskAggregator(ModelAggregator):
             with warnings.catch_warnings():
                 # The log has the verdict.
                 warnings.simplefilter("ignore", VerdictWarning)
-                result = self._defence.aggregate([self._update(model, before) for model in sent], before)
+                updates = [self._update(model, before) for model in sent]
+                result = self._defence.aggregate(updates, before, client_ids=names, history=self.history)
         except ValueError as error:
             rejected = dict.fromkeys(names, str(error))
             if self.fl_ctx is not None:
                 self.error(f"nobody is judged, and the model stays as it is: {error}")
         else:
-            rejected = {names[int(row)]: reason for row, reason in result.rejected.items()}
+            rejected = {str(name): reason for name, reason in result.rejected.items()}
             for name, change in self._defence.settings.flat.unflatten(result.update.cpu()).items():
                 after[name] = before[name] + change.to(before[name].dtype)
             after |= {name: value.cpu() for name, value in result.buffers.items()}
             if self.fl_ctx is not None:
-                self.info(f"{result.headline()}: {result.clusters.reason}")
+                # FLARE also shows the logger ``skymask_gpu``, which says how many are kept.
+                for name, reason in rejected.items():
+                    self.info(f"rejected {name}: {reason}")
         self.verdicts.append(rejected)
         self._global = after
         # A difference leaves out buffers that nobody sent.
@@ -120,6 +126,12 @@ class SkyMaskAggregator(ModelAggregator):
                 value = (tensor.double() - known.double()) if is_full else (tensor.double() + known.double()).to(known.dtype)
             update[name] = value
         return update
+
+
+def _names(sent: list[FLModel]) -> list[str]:
+    """Each client's name; with numbers if two have the same, which FLARE's FedAvg never gives."""
+    names = [str((model.meta or {}).get("client_name", number)) for number, model in enumerate(sent)]
+    return names if len(set(names)) == len(names) else [f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def _values(model: FLModel) -> list[Any]:

@@ -1,4 +1,4 @@
-"""SkyMask as NVIDIA FLARE's aggregator, called as FLARE's FedAvg calls it; no simulation is run."""
+"""SkyMask as NVIDIA FLARE's aggregator, called as FLARE's FedAvg calls it."""
 
 from typing import Any
 
@@ -94,6 +94,30 @@ def test_a_hostile_client_is_rejected_by_its_name() -> None:
     assert verdict["site-5"].startswith("0.weight must be floating point")
     assert verdict["site-6"] == "sent a str instead of a state dict"
     assert verdict["site-7"].startswith("its update contains NaN or Inf")
+
+
+def test_clients_are_remembered_by_their_names() -> None:
+    """Who attacked in the first three rounds and then behaves is not forgotten; who comes under a new name is."""
+    aggregator, params_P = SkyMaskAggregator(SkyMask(MODULE, INPUTS, LABELS)), FLAT.initial_params
+    for number in range(4):
+        rows = updates(params_P)
+        if number == 3:
+            rows[:2] /= -2
+        for client, row in enumerate(rows):
+            name = 100 if client == 1 and number == 3 else client
+            aggregator.accept_model(sent(row, STATE, "DIFF", name, arrays=False))
+        aggregator._global = dict(STATE)
+        aggregator.aggregate_model()
+    assert [list(verdict) for verdict in aggregator.verdicts] == [["site-0", "site-1"]] * 3 + [["site-0"]]
+    assert len(aggregator.history) == 9
+
+
+def test_two_clients_of_one_name_are_told_apart() -> None:
+    aggregator = SkyMaskAggregator(SkyMask(MODULE, INPUTS, LABELS))
+    for row in updates(FLAT.initial_params):
+        aggregator.accept_model(sent(row, STATE, "DIFF", 3, arrays=False))
+    aggregator.aggregate_model()
+    assert list(aggregator.verdicts[0]) == ["site-3 (0)", "site-3 (1)"]
 
 
 def test_without_a_usable_client_the_model_stays() -> None:
