@@ -12,14 +12,14 @@ from torch import Tensor
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.distances import Distances
 
-__all__ = ["has_room", "others_at_the_centroid", "scores_among"]
+__all__ = ["others_at_the_centroid", "scores_among"]
 
 # Moving the other clients takes a second matrix of distances, which has as many entries as the
 # first. It is made only up to this number of rows.
 _ROWS_TO_PLACE = 4096
 
 
-def has_room(distances: Distances) -> bool:
+def _has_room(distances: Distances) -> bool:
     """Whether other rows can be moved; otherwise the scores are the same for all choices."""
     return len(distances) <= _ROWS_TO_PLACE
 
@@ -30,7 +30,7 @@ def scores_among(distances: Distances, scores_R2: Tensor, chosen_N: Tensor, back
     The scores of the other clients are 0 if there is room to move them. Otherwise the scores are
     those of all rows, ``scores_R2``, which are not computed again, since they are most of the work.
     """
-    if not has_room(distances):
+    if not _has_room(distances):
         return scores_R2[:-1], True
     among_R = torch.cat([chosen_N, chosen_N.new_zeros(1)])
     scores_R2, settled = backend.principal_scores(others_at_the_centroid(distances, among_R))
@@ -43,7 +43,7 @@ def others_at_the_centroid(distances: Distances, chosen_R: Tensor) -> Distances:
     With more than 4,096 rows there is no room for a second matrix. The distances then come back as
     they are, and every row stays where it is.
     """
-    if not has_room(distances):
+    if not _has_room(distances):
         return distances
     all_RR = distances.stored.to(torch.float64) * distances.unit
     share_R = chosen_R.to(torch.float64) / chosen_R.sum()

@@ -66,7 +66,7 @@ def minimise_by_sign(
             better = losses < best_loss
             best_loss = torch.where(better, losses, best_loss)
             best = torch.where(better[:, None], point, best)
-            # A row whose loss is NaN takes no step, and the others go on.
+            # The gradient counts as 0 where the loss is NaN, so that the other rows go on.
             point.grad = torch.nan_to_num(grad.sign())
             adam.step()
             point.clamp_(low, high)
