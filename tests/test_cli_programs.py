@@ -120,7 +120,7 @@ def test_two_shards_in_one_folder_and_what_is_missing_in_between(
 
     def play_cells(configs: list, folder: Path, jobs: int) -> Iterator[sweep.CellState]:
         for config in configs:
-            sweep._play(config.to_dict(), sweep.cell_folder(folder, config))
+            sweep._play(config.to_dict(), sweep.cell_folder(folder, config), num_threads=1)
             yield sweep.CellState(config, "done", config.rounds)
 
     monkeypatch.setattr(sweep, "play_cells", play_cells)

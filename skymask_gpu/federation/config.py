@@ -21,7 +21,7 @@ from skymask_gpu.federation.plugins import load_plugins
 from skymask_gpu.federation.privacy import PrivacyConfig
 from skymask_gpu.federation.rules import RULES
 from skymask_gpu.federation.rules.interface import clients_per_malicious
-from skymask_gpu.federation.tables import Table, applied, as_table, merged, read_table
+from skymask_gpu.federation.tables import Table, applied, as_table, dotted, merged, read_table
 from skymask_gpu.federation.tracking import TrackingConfig
 from skymask_gpu.federation.transforms import TransformConfig
 
@@ -266,9 +266,11 @@ def _apply(contents: list[Table], before: list[Table], changes: Sequence[str], p
 def read_grid(path: Path, changes: Sequence[str] = ()) -> list[RunConfig]:
     """The runs of a sweep: every combination of the lists in the file's ``[grid]`` table.
 
-    The keys of the table are dotted keys of a run. The settings of an attack or a rule apply only
-    to the cells that have it, and cells that are then the same are played once. With attack
-    ``"none"`` the share of attackers is 0, so that several shares give one such run.
+    The keys are dotted keys of a run. A table of a run is a key, too, so that some of its keys
+    change together: ``privacy = [{obfuscation = "mask", strength = 0.9}]``. The settings of an
+    attack or a rule apply only to the cells that have it, and cells that are then the same are
+    played once. With attack ``"none"`` the share of attackers is 0, so that several shares give one
+    such run.
 
     Args:
         path: the file.
@@ -281,7 +283,7 @@ def read_grid(path: Path, changes: Sequence[str] = ()) -> list[RunConfig]:
     before = _combinations(read_toml(path), path)[0] if changes else []
     runs: dict[str, RunConfig] = {}
     for cell, chosen, dropped in zip(cells, choices, _apply(cells, before, changes, path), strict=True):
-        name = ",".join(f"{_short(key)}={value}" for key, value in chosen.items() if key not in dropped)
+        name = ",".join(f"{_short(key)}={value}" for key, value in dotted(chosen).items() if key not in dropped)
         name = "".join("_" if character in '/\\:*?"<>|' else character for character in name)
         runs[name] = read_table(RunConfig, {**cell, "name": name}, str(path))
     return list(runs.values())

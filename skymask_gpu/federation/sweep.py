@@ -11,16 +11,14 @@ the same folder.
 
 import json
 import multiprocessing
-import os
 import re
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +30,9 @@ from skymask_gpu.federation.playing import play
 from skymask_gpu.federation.run_folder import METRICS, check_same_run, clear_results, has_results
 from skymask_gpu.federation.simulation import Federation
 from skymask_gpu.io.files import InUseError, locked, write_text
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 __all__ = [
     "CELLS",
@@ -45,8 +46,9 @@ __all__ = [
     "most_held",
     "planned_cells",
     "play_cells",
+    "processes",
     "shard_of",
-    "threads_for",
+    "threads_per_job",
     "write_plan",
 ]
 
@@ -54,7 +56,6 @@ CELLS, ERROR, _MEMORY, _PLAN = "cells", "error.txt", "memory.json", "sweep.json"
 # The exit status of a cell's process if another process plays the cell.
 _IN_USE = 75
 _POLL_SECONDS = 0.2
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -184,36 +185,40 @@ def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Ce
             process.join()
 
 
+def processes() -> "ForkServerContext | SpawnContext":
+    """How the processes of a sweep or a board are started.
+
+    Importing PyTorch takes seconds, as long as playing a short run does. So a server process, which
+    does nothing else, imports it once, and each cell's process is a fork of it. CUDA is not
+    initialised in the server, and has to be initialised after a fork. Where there is no such server
+    (Windows), each process imports everything for itself.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def threads_per_job(jobs: int) -> int:
+    """The number of threads of each of ``jobs`` processes that share this process's threads."""
+    return max(1, torch.get_num_threads() // jobs)
+
+
 def _start(config: RunConfig, folder: Path, jobs: int) -> BaseProcess:
     (folder / ERROR).unlink(missing_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=_play, args=(config.to_dict(), folder), daemon=True)
-    with threads_for(jobs):
-        process.start()
+    process = processes().Process(target=_play, args=(config.to_dict(), folder, threads_per_job(jobs)), daemon=True)
+    process.start()
     return process
 
 
-@contextmanager
-def threads_for(jobs: int) -> Iterator[None]:
-    """Set the number of threads of processes that start inside; a single job has all threads."""
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    if jobs > 1:
-        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(max(1, torch.get_num_threads() // jobs))))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _play(settings: dict[str, Any], folder: Path) -> None:
+def _play(settings: dict[str, Any], folder: Path, num_threads: int) -> None:
     """Play all rounds in the cell's own process. An error goes to disk, with exit status 1.
 
     The settings come as tables, since the classes of a plugin's settings are not known before the
     plugin is imported.
     """
+    torch.set_num_threads(num_threads)
     try:
         config = RunConfig.from_dict(settings)
         # Another shard may play the same cell; and if a sweep was killed, one of its cells may

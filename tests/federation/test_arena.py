@@ -264,7 +264,7 @@ class Interrupt:
         if len(self.played) == self.at:
             raise KeyboardInterrupt
         self.played.append(config.name)
-        sweep._play(config.to_dict(), folder)
+        sweep._play(config.to_dict(), folder, num_threads=1)
         return SimpleNamespace(is_alive=lambda: False, exitcode=0, terminate=lambda: None, join=lambda: None)
 
 

@@ -190,6 +190,26 @@ def test_a_grid_is_every_combination_and_no_attack_is_one_share(tmp_path: Path) 
     assert len({cell.name for cell in cells}) == len(cells)
 
 
+def test_keys_of_a_table_change_together(tmp_path: Path) -> None:
+    text = """
+[grid]
+privacy = [{ obfuscation = "none" }, { obfuscation = "mask", strength = 0.9 }, { obfuscation = "clip", strength = 0.5 }]
+defence = [{ rule = "median" }, { rule = "median", skip_zeros = true }]
+"""
+    cells = {cell.name: cell for cell in read_grid(write(tmp_path, text))}
+    assert list(cells) == [
+        "obfuscation=none,rule=median",
+        "obfuscation=none,rule=median,skip_zeros=True",
+        "obfuscation=mask,strength=0.9,rule=median",
+        "obfuscation=mask,strength=0.9,rule=median,skip_zeros=True",
+        "obfuscation=clip,strength=0.5,rule=median",
+        "obfuscation=clip,strength=0.5,rule=median,skip_zeros=True",
+    ]
+    last = cells["obfuscation=clip,strength=0.5,rule=median,skip_zeros=True"]
+    assert (last.privacy.settings.strength, last.defence.settings.skip_zeros) == (0.5, True)
+    assert not cells["obfuscation=mask,strength=0.9,rule=median"].defence.settings.skip_zeros
+
+
 def test_a_grid_keeps_settings_where_they_apply(tmp_path: Path) -> None:
     """Without them, cells that differ in nothing else are one."""
     text = """

@@ -66,7 +66,7 @@ def test_a_cell_that_another_process_plays_is_left_alone(cells: list, tmp_path: 
         with pytest.raises(InUseError):
             clear_cells(out, [config])
         with pytest.raises(SystemExit) as ended:
-            sweep._play(config.to_dict(), folder)
+            sweep._play(config.to_dict(), folder, num_threads=1)
     finally:
         os.close(descriptor)
     state = sweep._finished(config, SimpleNamespace(exitcode=ended.value.code), folder, 0)  # type: ignore[arg-type]

@@ -1,14 +1,15 @@
 """Make the sets of several recipes and seeds at the same time, each in a process of its own."""
 
-import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 
+import torch
+
 from skymask_gpu.federation.board.config import SetKey, read_board
 from skymask_gpu.federation.board.making import SETS, by_cell, make_sets
-from skymask_gpu.federation.sweep import threads_for
+from skymask_gpu.federation.sweep import processes, threads_per_job
 
 __all__ = ["make_sets_side_by_side"]
 
@@ -36,10 +37,8 @@ def make_sets_side_by_side(
     """
     # Sets that are made again lie there already, so a file counts once it has been replaced.
     before = {key: _stored_at(folder, key) for key in keys}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_ctrl_c) as pool:
-        with threads_for(jobs):
-            futures = [pool.submit(_make, config, data_dir, changes, own, folder) for own in by_cell(keys).values()]
+    with ProcessPoolExecutor(jobs, processes(), initializer=_begin, initargs=(threads_per_job(jobs),)) as pool:
+        futures = [pool.submit(_make, config, data_dir, changes, own, folder) for own in by_cell(keys).values()]
         try:
             running = set(futures)
             while running:
@@ -60,8 +59,9 @@ def _stored_at(folder: Path, key: SetKey) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def _end_with_ctrl_c() -> None:
+def _begin(num_threads: int) -> None:
     """Ctrl-C reaches every process of the terminal; the processes of the pool end silently."""
+    torch.set_num_threads(num_threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
