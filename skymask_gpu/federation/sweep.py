@@ -56,6 +56,9 @@ CELLS, ERROR, _MEMORY, _PLAN = "cells", "error.txt", "memory.json", "sweep.json"
 # The exit status of a cell's process if another process plays the cell.
 _IN_USE = 75
 _POLL_SECONDS = 0.2
+# What a run imports only on its way: the digits, torch's wrapper of `split`, and the CPU kernels.
+# The server skips what is not installed.
+_IMPORTED_LATE = ("sklearn.datasets", "torch._dynamo", "numba")
 
 
 @dataclass(frozen=True)
@@ -188,15 +191,15 @@ def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Ce
 def processes() -> "ForkServerContext | SpawnContext":
     """How the processes of a sweep or a board are started.
 
-    Importing PyTorch takes seconds, as long as playing a short run does. So a server process, which
-    does nothing else, imports it once, and each cell's process is a fork of it. CUDA is not
+    Importing PyTorch and the like takes longer than playing a short run does. So a server process,
+    which does nothing else, imports them once, and each cell's process is a fork of it. CUDA is not
     initialised in the server, and has to be initialised after a fork. Where there is no such server
     (Windows), each process imports everything for itself.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *_IMPORTED_LATE])
     return context
 
 
