@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from skymask_gpu.bench import solvers
-from skymask_gpu.bench.studies import accuracy, costs, few_clients, frozen_base, large, many_clients, real_updates
+from skymask_gpu.bench.studies import accuracy, costs, few_clients, frozen_base, large, many_clients, privacy, real_updates
 from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import FlatModel
+from skymask_gpu.report.summary import FinishedRun
 
 SMALL_MODEL = solvers.make_model("logreg", (561,), 6, num_samples=20)
 
@@ -123,3 +124,56 @@ def test_the_memory_of_rounds_with_a_frozen_base_is_measured(capsys: pytest.Capt
     assert lines[0].endswith("adapters: 8,192 parameters")
     assert lines[-1].startswith("ratio to base and pass: ")
     assert float(lines[-1].split()[-1]) > 0.5
+
+
+def privacy_run(
+    method: str, strength: float | None = None, attack: str = "none", rule: str = "skymask", rate: float = 0.0, **privacy: Any
+) -> FinishedRun:
+    """A run of two rounds, whose rates and accuracy follow from ``rate``."""
+    table = {"obfuscation": method, "attackers_too": True, "root_too": True, **privacy}
+    config = {
+        "privacy": table if strength is None else {**table, "strength": strength},
+        "attack": {"name": attack},
+        "defence": {"rule": rule},
+        "data": {"partition": "iid"},
+    }
+    rounds = [
+        {"round": 0, "accuracy": None, "false_positive_rate": 0.0, "false_negative_rate": rate},
+        {"round": 1, "accuracy": 1 - rate, "false_positive_rate": rate, "false_negative_rate": rate},
+    ]
+    return FinishedRun(config, Path("run"), rounds, [])
+
+
+def test_accuracies_behind_obfuscation_are_means_over_seeds() -> None:
+    runs = [privacy_run("none", rate=0.1), privacy_run("none", rate=0.2), privacy_run("mask", 0.9, rule="median", rate=0.5)]
+    lines = privacy.tradeoff_table(runs).splitlines()
+    assert lines[0] == "| data | obfuscation | skymask | median |"
+    assert lines[2:] == ["| iid | none | 85.0 (10.0) | - |", "| iid | mask 0.9 | - | 50.0 (0.0) |"]
+
+
+def test_who_is_rejected_behind_obfuscation_is_a_table_and_a_picture(tmp_path: Path) -> None:
+    """Honest rejected in one of two rounds, attackers kept in both."""
+    runs = [
+        privacy_run("none"),
+        privacy_run("none", None, "trim", rate=0.2),
+        privacy_run("mask", 0.5, rate=0.4),
+        privacy_run("mask", 0.5, "trim", rate=0.4, attackers_too=False),
+        privacy_run("mask", 0.5, "trim", rate=1.0, root_too=False),
+        *(privacy_run(method, 0.5, "trim") for method in ("mask", "clip", "prune", "noise")),
+    ]
+    lines = privacy.skymask_table(runs).splitlines()
+    assert lines[0] == "| obfuscation | none | trim |"
+    assert lines[2:6] == [
+        "| none | 0 / - / 100.0 | 10 / 20 / 80.0 |",
+        "| mask 0.5 | 20 / - / 60.0 | 0 / 0 / 100.0 |",
+        "| mask 0.5, not the attackers | - | 20 / 40 / 60.0 |",
+        "| mask 0.5, not the root | - | 50 / 100 / 0.0 |",
+    ]
+    columns = ("obfuscation", "strength", "attacker", "leaked")
+    leaks = [
+        dict(zip(columns, (method, strength, attacker, "0.5"), strict=True))
+        for method, strength in (("none", "0.0"), ("mask", "0.5"), ("clip", "0.5"), ("prune", "0.5"), ("noise", "0.5"))
+        for attacker in ("naive", "aware")
+    ]
+    privacy.draw(runs, leaks, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
