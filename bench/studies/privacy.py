@@ -51,6 +51,15 @@ def _in_order(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
+def _by_strength(run: FinishedRun) -> tuple[bool, int, float, str]:
+    """No obfuscation first, then each method from its smallest strength to its largest."""
+    privacy = run.config["privacy"]
+    method = privacy["obfuscation"]
+    if method == "none":
+        return (False, 0, 0.0, "")
+    return (True, _METHODS.index(method), privacy["strength"], obfuscation_of(run))
+
+
 def tradeoff_table(runs: list[FinishedRun]) -> str:
     """A line per partition and obfuscation, a column per rule: the mean accuracy over the seeds."""
     rules = _in_order(map(_rule_of, runs))
@@ -159,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--leak", type=Path, help="the audit's folder, for the picture")
     parser.add_argument("--picture", type=Path, help="where to draw")
     options = parser.parse_args(arguments)
-    runs = list(load_runs(options.folder))
+    runs = sorted(load_runs(options.folder), key=_by_strength)
     print(tradeoff_table(runs) if options.table == "tradeoff" else skymask_table(runs), end="")
     if options.picture is not None:
         if options.leak is None:
