@@ -35,7 +35,7 @@ def looped(victims: Victims, number: int, start_D: Tensor) -> Tensor:
     module, parameters = victims.module, list(victims.module.parameters())
     target = victims.gradients[number]
     scale = SCALE / target.square().sum()
-    point = start_D.view(1, *victims.images.shape[1:]).clone().requires_grad_()
+    point = start_D.view(1, *victims.shape).clone().requires_grad_()
     optimiser = torch.optim.LBFGS([point], lr=1, max_iter=_INNER)
     calls, last = 0, torch.inf
 
@@ -43,7 +43,7 @@ def looped(victims: Victims, number: int, start_D: Tensor) -> Tensor:
         nonlocal calls, last
         calls += 1
         optimiser.zero_grad()
-        loss = F.cross_entropy(module(point), victims.labels[number : number + 1])
+        loss = F.cross_entropy(module(point), victims.labels[number])
         gradients = torch.autograd.grad(loss, parameters, create_graph=True)
         distance = scale * (torch.cat([one.reshape(-1) for one in gradients]) - target).square().sum()
         distance.backward(inputs=[point])
@@ -65,17 +65,17 @@ def batched(victims: Victims, start_BD: Tensor) -> Tensor:
     loss = Matching(
         RowGradients(victims.module),
         Known.exactly(victims.gradients[:count]),
-        victims.labels[:count],
-        tuple(victims.images.shape[1:]),
+        victims.labels[:count, 0],
+        victims.shape,
     )
     found = minimise(loss, start_BD, evaluations=_EVALUATIONS, target=_TARGET)
-    return found.points.view(count, *victims.images.shape[1:])
+    return found.points.view(count, *victims.shape)
 
 
 def main(data_dir: Path) -> None:
     audit = Audit(data=LeakData(dataset="mnist", data_dir=str(data_dir)), leak=LeakConfig(victims=max(_ROWS)))
     victims = Victims.build(audit)
-    start_BD = torch.rand(max(_ROWS), victims.images[0].numel(), generator=torch.Generator().manual_seed(1))
+    start_BD = torch.rand(max(_ROWS), victims.values, generator=torch.Generator().manual_seed(1))
     ratios: dict[int, list[float]] = {rows: [] for rows in _ROWS}
     print("| how | CPU s per image | leaked at SSIM 0.9 |\n| --- | --- | --- |", flush=True)
     for repeat in range(_REPEATS):
@@ -83,12 +83,12 @@ def main(data_dir: Path) -> None:
         begun = time.process_time()
         images = torch.cat([looped(victims, number, start_BD[number]) for number in own])
         loop = (time.process_time() - begun) / _LOOPED
-        _print("loop", loop, victims.images[own.start : own.stop], images)
+        _print("loop", loop, victims.images[own.start : own.stop, 0], images)
         for rows in _ROWS:
             begun = time.process_time()
             images = batched(victims, start_BD[:rows])
             each = (time.process_time() - begun) / rows
-            _print(f"batch of {rows}", each, victims.images[:rows], images)
+            _print(f"batch of {rows}", each, victims.images[:rows, 0], images)
             ratios[rows].append(loop / each)
     for rows, repeats in ratios.items():
         ratio = Ratio.of(repeats)

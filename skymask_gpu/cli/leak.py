@@ -36,7 +36,7 @@ def leak(
         from skymask_gpu.federation.leak.config import read_audit
         from skymask_gpu.federation.leak.page import write_audit
         from skymask_gpu.federation.leak.recording import VICTIMS, check_settings, read_records
-        from skymask_gpu.federation.leak.tables import SCOPE
+        from skymask_gpu.federation.leak.tables import scope
         from skymask_gpu.federation.leak.victims import Victims
 
     audit = read_audit(config, changes or []).with_data(data_dir)
@@ -57,8 +57,8 @@ def leak(
             records = read_records(folder)
             with console.status("drawing ..."):
                 written = write_audit(config.stem, audit, victims, records, folder)
-        found |= {"title": config.stem, **_print(config.stem, audit, victims, records), "scope": SCOPE, "files": written}
-        console.print(SCOPE, style="dim")
+        found |= {"title": config.stem, **_print(config.stem, audit, victims, records), "scope": scope(audit), "files": written}
+        console.print(scope(audit), style="dim")
         for path in written:
             console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 

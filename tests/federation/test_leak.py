@@ -108,14 +108,14 @@ def test_who_knows_the_mask_sees_what_the_naive_attacker_does_not() -> None:
     assert all(line.labels == 1 for line in table.values())
     # the stored image is the one that was compared
     (own,) = [one for one in records if (one["obfuscation"], one["attacker"]) == ("none", "naive")]
-    stored = torch.tensor([row["image"] for row in own["victims"]]).view_as(victims.images)
-    torch.testing.assert_close(stored, victims.images, rtol=0, atol=0.2)
+    stored = torch.tensor([row["image"] for row in own["victims"]]).view_as(victims.images[:, 0])
+    torch.testing.assert_close(stored, victims.images[:, 0], rtol=0, atol=0.2)
 
 
 def test_the_images_are_pixels_and_their_gradients_those_of_autograd() -> None:
     victims = Victims.build(replace(SMALL, leak=LeakConfig(victims=4, side=12)))
     assert (float(victims.images.min()), float(victims.images.max()) <= 1) == (0.0, True)
-    for image, label, gradient in zip(victims.images, victims.labels, victims.gradients, strict=True):
+    for image, label, gradient in zip(victims.images[:, 0], victims.labels[:, 0], victims.gradients, strict=True):
         victims.module.zero_grad()
         nn.functional.cross_entropy(victims.module(image[None]), label[None]).backward()
         wanted = torch.cat([one.grad.reshape(-1) for one in victims.module.parameters() if one.grad is not None])
@@ -138,7 +138,7 @@ def test_who_sees_no_gradient_finds_a_smooth_image_of_no_victim() -> None:
     (line,) = lines([record])
     assert (line.leaked, line.labels) == (0, 0)
     image = torch.tensor(record["victims"][0]["image"]).view(12, 12)
-    assert image.diff(dim=0).abs().mean() < 0.05 < victims.images[0, 0].diff(dim=0).abs().mean()
+    assert image.diff(dim=0).abs().mean() < 0.05 < victims.images[0, 0, 0].diff(dim=0).abs().mean()
 
 
 def test_the_best_restart_is_chosen_by_its_matching_loss() -> None:
@@ -277,14 +277,14 @@ def test_the_bound_from_counting_is_that_of_the_formula() -> None:
     """LeNet has 7,536 numbers of convolutions on MNIST, and 588 features that any of 10 classes shows."""
     victims = Victims.build(SMALL)
     for shape, wanted in (((1, 28, 28), 0.93), ((3, 32, 32), 0.71)):
-        own = replace(victims, module=build_model("lenet", shape, 10, 0), images=torch.zeros(1, *shape))
+        own = replace(victims, module=build_model("lenet", shape, 10, 0), images=torch.zeros(1, 1, *shape))
         bound = counting_bound(own)
         assert bound == pytest.approx(wanted, abs=0.01)
         convolutions = sum(one.numel() for name, one in own.module.named_parameters() if not name.startswith("fc"))
         features = own.module.fc.in_features
         left = convolutions * (1 - bound) + features * (1 - bound**10) + 10 * (1 - bound ** (features + 1)) - 1
         assert left == pytest.approx(torch.Size(shape).numel(), abs=0.01)
-    none = replace(victims, module=nn.Linear(1, 2), images=torch.zeros(1, 1, 28, 28))
+    none = replace(victims, module=nn.Linear(1, 2), images=torch.zeros(1, 1, 1, 28, 28))
     assert counting_bound(none) == 0
 
 
@@ -401,7 +401,7 @@ def test_faces_of_a_search_are_those_that_it_ended_between(tmp_path: Path, monke
     trials += [trial("mask", one, True, "aware") for one in METHODS["mask"].grid]
     trials += [trial("none", 0.0, True, name) for name in ("naive", "aware", "prior")] + [trial("noise", 0.1, True)]
     for one in trials:
-        one["victims"][0]["image"] = victims.images[0].flatten().tolist()
+        one["victims"][0]["image"] = victims.images[0, 0].flatten().tolist()
     shown: list[str] = []
     monkeypatch.setattr(pictures, "_draw_sheet", lambda rows, path: shown.extend(label for label, *_ in rows))
     table = lines(trials)

@@ -79,7 +79,7 @@ def first_trials(audit: Audit) -> list[Trial]:
 
 def batches(audit: Audit, victims: Victims, trials: list[Trial]) -> list[Batch]:
     """All pieces of some trials, in the groups that are attacked together."""
-    leak, num_params, values = audit.leak, victims.gradients.shape[1], victims.images[0].numel()
+    leak, num_params, values = audit.leak, victims.gradients.shape[1], victims.values
     row_bytes = 4 * (2 * _HISTORY * values + _COPIES * num_params)
     rows = max(1, min(_MOST_ROWS, _BATCH_BYTES // row_bytes))
     per_block = max(1, min(leak.victims, rows // leak.restarts))
@@ -108,7 +108,7 @@ def check_attackers(audit: Audit, victims: Victims) -> None:
     if set(audit.leak.attackers) - {"rank1"}:
         start = _starts(audit, victims, range(1))[:1].requires_grad_()
         rows = RowGradients(victims.module)
-        loss = Matching(rows, Known.exactly(victims.gradients[:1]), victims.labels[:1], tuple(victims.images.shape[1:]))
+        loss = Matching(rows, Known.exactly(victims.gradients[:1]), victims.labels[:1, 0], victims.shape)
         (slope,) = torch.autograd.grad(loss(start, torch.tensor([0])).sum(), start, allow_unused=True)
         if slope is None or not slope.any():
             raise ValueError(
@@ -136,7 +136,7 @@ def attacked(audit: Audit, victims: Victims, batch: Batch, tick: Callable[[], No
     else:
         found = _by_search(audit, victims, batch, sent, guessed, tick)
     own = torch.cat([torch.tensor(piece.victims) for piece in batch])
-    shown = torch.cat([one.images for one in found]).view(-1, *victims.images.shape[1:])
+    shown = torch.cat([one.images for one in found]).view(-1, *victims.shape)
     columns = _compared(victims, own, shown)
     columns["label_found"] = [
         None if piece.attacker == "prior" else label
@@ -157,21 +157,32 @@ def attacked(audit: Audit, victims: Victims, batch: Batch, tick: Callable[[], No
 
 
 def _compared(victims: Victims, own: Tensor, shown: Tensor) -> dict[str, list[Any]]:
-    """How alike reconstructions ``(B, C, H, W)`` and the images of these victims ``(B,)`` are."""
-    images = victims.images[own]
+    """How alike reconstructions ``(B, C, H, W)`` and the images of these victims ``(B,)`` are.
+
+    A victim with several images is compared by the one that correlates most.
+    """
+    num_victims, num_images = victims.labels.shape
+    alike_BM = normalised(shown.flatten(1)) @ victims.pool.T
+    alike_BVK = alike_BM[:, : num_victims * num_images].view(-1, num_victims, num_images)
+
+    def nearest_of(chosen: Tensor) -> Tensor:
+        return alike_BVK[torch.arange(len(chosen)), chosen].argmax(1)
+
+    number = nearest_of(own)
+    images = victims.images[own, number]
     # A wrong image of the same class says how much similarity means nothing.
-    wrong = [] if victims.others is None else [victims.images[victims.others[own]]]
+    others = None if victims.others is None else victims.others[own]
+    wrong = [] if others is None else [victims.images[others, nearest_of(others)]]
     # The search for the best brightness costs as much for a few images as for hundreds.
     similar = ssim(torch.cat([images, *wrong]), shown.repeat(1 + len(wrong), 1, 1, 1)).split(len(own))
-    nearest = (normalised(shown.flatten(1)) @ victims.pool.T).argmax(1)
     return {
         "victim": own.tolist(),
-        "sample": victims.samples[own].tolist(),
-        "label": victims.labels[own].tolist(),
+        "sample": victims.samples[own, number].tolist(),
+        "label": victims.labels[own, number].tolist(),
         "ssim": similar[0].tolist(),
         "ssim_wrong": similar[1].tolist() if wrong else [None] * len(own),
         "mse": (shown.clamp(0, 1) - images).square().flatten(1).mean(1).tolist(),
-        "identified": (nearest == own).tolist(),
+        "identified": (alike_BM.argmax(1) // num_images == own).tolist(),
     }
 
 
@@ -195,10 +206,10 @@ def _last_layer(audit: Audit, victims: Victims) -> tuple[str, nn.Linear]:
 
 def _first_layer(audit: Audit, victims: Victims) -> tuple[str, nn.Linear]:
     name, layer = _layer(audit, victims, 0, "begin (for leak.attackers 'rank1') with")
-    if layer.bias is None or layer.in_features != victims.images[0].numel():
+    if layer.bias is None or layer.in_features != victims.values:
         raise ValueError(
             f"model.name {audit.model.name!r} must (for leak.attackers 'rank1') begin with a linear layer that has a bias and "
-            f"{victims.images[0].numel()} inputs, got {layer}"
+            f"{victims.values} inputs, got {layer}"
         )
     return name, layer
 
@@ -211,7 +222,7 @@ def _labels(audit: Audit, victims: Victims, sent_VP: Tensor) -> Tensor:
 
 def _starts(audit: Audit, victims: Victims, own: range) -> Tensor:
     """Where each victim's restarts begin, ``(V * K, D)``, whatever the obfuscation and attacker."""
-    values, count = victims.images[0].numel(), audit.leak.restarts
+    values, count = victims.values, audit.leak.restarts
     # Another seed than that of the masks, so that starts and masks are independent.
     generator = torch.Generator().manual_seed(audit.seed + 2**31)
     drawn = torch.rand(len(victims.images), count, values, generator=generator)
@@ -231,7 +242,7 @@ class _Found:
 def _by_search(
     audit: Audit, victims: Victims, batch: Batch, sent: list[Tensor], guessed: list[Tensor], tick: Callable[[], None]
 ) -> list[_Found]:
-    count, shape = audit.leak.restarts, tuple(victims.images.shape[1:])
+    count, shape = audit.leak.restarts, victims.shape
     known = [_known(victims, piece, one) for piece, one in zip(batch, sent, strict=True)]
     # a victim's restarts share its bounds, label and prior
     low, high = (torch.cat([getattr(one, name) for one in known]).repeat_interleave(count, 0) for name in ("low", "high"))

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from skymask_gpu.engine.registry import one_of
+from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.config import ModelConfig, read_toml
 from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.federation.leak.obfuscation import METHODS, UNTOUCHED, Obfuscation
 from skymask_gpu.federation.tables import as_table, read_table
 
-__all__ = ["ATTACKERS", "SEARCH", "Audit", "LeakConfig", "LeakData", "Strengths", "read_audit"]
+__all__ = ["ATTACKERS", "OBSERVED", "SEARCH", "Audit", "LeakConfig", "LeakData", "Strengths", "read_audit"]
 
 ATTACKERS = ("naive", "aware", "rank1", "prior")
+OBSERVED = ("gradient", "update")
 # What stands in the place of a list of strengths if the weakest one without a leak is wanted.
 SEARCH = "search"
 
@@ -50,6 +52,8 @@ class LeakConfig:
         tv: the weight of total variation beside the relative matching loss, for the attackers
             ``"aware"`` and ``"prior"``.
         side: images are resized to this height and width; 0 leaves them as they are.
+        observe: what the attacker sees of a victim: ``"gradient"``, that of one image, or
+            ``"update"``, what a client of a run sends after training by the recipe in ``[local]``.
     """
 
     victims: int = 32
@@ -58,6 +62,7 @@ class LeakConfig:
     evaluations: int = 900
     tv: float = 2e-7
     side: int = 0
+    observe: str = "gradient"
 
     def __post_init__(self) -> None:
         for name in ("victims", "restarts", "evaluations"):
@@ -67,6 +72,7 @@ class LeakConfig:
             raise ValueError(f"leak.attackers must be a list of different names, got {list(self.attackers)}")
         for attacker in self.attackers:
             one_of("leak.attackers", attacker, ATTACKERS)
+        one_of("leak.observe", self.observe, OBSERVED)
         if not (math.isfinite(self.tv) and self.tv >= 0):
             raise ValueError(f"leak.tv must be finite and at least 0, got {self.tv}")
         if self.side < 0:
@@ -132,12 +138,22 @@ class Audit:
     plugins: tuple[str, ...] = ()
     data: LeakData = field(default_factory=LeakData)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(name="lenet"))
+    local: LocalTraining = field(default_factory=LocalTraining)
     leak: LeakConfig = field(default_factory=LeakConfig)
     privacy: Strengths = field(default_factory=Strengths)
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be between 0 and 2**31 - 1, got {self.seed}")
+        if self.local.epochs:
+            raise ValueError(
+                f"local.epochs must be 0 in an audit, got {self.local.epochs}; a victim sees local.steps batches of its own"
+            )
+
+    @property
+    def images_per_victim(self) -> int:
+        """The number of images that each victim trains on."""
+        return self.local.steps * self.local.batch_size if self.leak.observe == "update" else 1
 
     def with_data(self, data_dir: Path | None) -> "Audit":
         """The same audit with the data set's files in another folder."""
@@ -147,6 +163,8 @@ class Audit:
         """What the results depend on, as tables that JSON can hold."""
         table: dict[str, Any] = as_table(self)
         del table["data"]["data_dir"], table["plugins"]
+        if self.leak.observe == "gradient":
+            del table["local"]
         return table
 
 

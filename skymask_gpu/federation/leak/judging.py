@@ -112,11 +112,11 @@ def interval(hits: int, trials: int) -> tuple[float, float]:
 
 
 def lookalikes(victims: Victims) -> list[int]:
-    """The victims whose wrong image is a leak of theirs before anybody attacks.
+    """The victims of one image whose wrong image is a leak of theirs before anybody attacks.
 
     Where they are, reconstructions that reach 0.9 beside a wrong image are no fault of the attack.
     """
-    if victims.others is None:
+    if victims.others is None or victims.images.shape[1] > 1:
         return []
-    similar = ssim(victims.images[victims.others], victims.images)
+    similar = ssim(victims.images[victims.others, 0], victims.images[:, 0])
     return [victim for victim, value in enumerate(similar.tolist()) if value >= THRESHOLDS[0]]

@@ -60,8 +60,8 @@ def plot_faces(audit: Audit, victims: Victims, records: list[dict[str, Any]], fo
         if images and _is_shown(audit, *key, found):
             stored.setdefault(key, []).extend(images)
     count = min(map(len, stored.values()))
-    originals = victims.images[:count]
-    rows = [("original", originals, originals)]
+    originals = victims.images[:count, 0]
+    rows = [("original" if victims.images.shape[1] == 1 else "one of the client's images", originals, originals)]
     for (obfuscation, attacker), images in sorted(stored.items(), key=lambda item: (item[0][1] == "prior", item[0])):
         shown = torch.stack(images).view_as(originals)
         rows.append((f"{obfuscation.label}, {attacker}", shown.clamp(0, 1), brightness_adjusted(originals, shown)))

@@ -142,7 +142,7 @@ def counting_bound(victims: Victims) -> float:
     Returns:
         The probability; 0 if even the whole gradient has fewer numbers.
     """
-    wanted = victims.images[0].numel()
+    wanted = victims.values
     layers = [one for one in victims.module.modules() if list(one.parameters(recurse=False))]
 
     def left(p: float) -> float:
