@@ -85,7 +85,7 @@ def _mean(run: FinishedRun, key: str) -> float:
 
 def skymask_table(runs: list[FinishedRun]) -> str:
     """A line per obfuscation, a column per attack: honest rejected, attackers kept, accuracy."""
-    attacks = _in_order(run.config["attack"]["name"] for run in runs)
+    attacks = sorted({run.config["attack"]["name"] for run in runs}, key=lambda name: (name != "none", name))
     by_cell = {(_setting(run), run.config["attack"]["name"]): run for run in runs}
     rows = []
     for setting in _in_order(map(_setting, runs)):
