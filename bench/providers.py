@@ -48,6 +48,8 @@ _LEAST_COLLAPSED_DIFFERING, _MOST_COLLAPSED_LOSS_ERROR = 1e-4, 1e-3
 _MOST_BY_A_KINK, _STABLE_STEPS = 1e-3, 3
 # torch.compile writes out every row and parameter tensor, which takes about 20 s for this many.
 _MOST_COMPILED = 1_000
+# Beyond this number of clients, only rounds without a root update are measured.
+_MOST_WITH_ROOT_UPDATE = 500
 
 Call = Callable[[], Any]
 
@@ -300,9 +302,15 @@ def _rounds() -> list[Provider]:
     """A whole round, with and without a root update of the caller's."""
     named = {"SkyMask": False, "SkyMask, root_update": True}
     return [
-        Provider(name, partial(TimedRound, given=given), partial(_check_round, given), phases=tuple(PHASES))
+        Provider(name, partial(_prepare_round, given), partial(_check_round, given), phases=tuple(PHASES))
         for name, given in named.items()
     ]
+
+
+def _prepare_round(given: bool, problem: Problem) -> TimedRound:
+    if given and problem.num_clients > _MOST_WITH_ROOT_UPDATE:
+        raise CannotRunError(f"up to N = {_MOST_WITH_ROOT_UPDATE} it costs what a round without root_update costs")
+    return TimedRound(problem, given=given)
 
 
 def _check_round(given: bool, problem: Problem, result: Aggregation, truth: Truth) -> str:
