@@ -80,7 +80,7 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
     ),
     "count_products": (
         product.count_products,
-        {"counts": Argument(("R", "R"), ("int32", "uint16")), "vectors": Argument(("R", 3), ("float64",), ANY)},
+        {"counts": Argument(("R", "R"), ("int32", "uint16")), "vectors": Argument(("R", "S"), ("float64",), ANY)},
         {},
     ),
     "two_normals": (
