@@ -31,7 +31,8 @@ class Case:
 
     Attributes:
         name: the name on the command line.
-        what: whether each solver trains masks, or each aggregation rule plays a round.
+        what: whether each solver trains masks, each aggregation rule plays a round, or SkyMask's
+            round is measured phase by phase.
         model: a name that ``build_model`` knows.
         input_shape: the shape of one sample.
         num_classes: the number of the model's outputs.
@@ -40,10 +41,11 @@ class Case:
             amplifies rounding, so that no two solvers would agree.
         mask_steps: steps of mask training; few where more are not stable in float32.
         dtypes: the types in which the updates are tried.
+        attack: what the malicious clients do, with its default settings.
     """
 
     name: str
-    what: Literal["solvers", "rules"] = "solvers"
+    what: Literal["solvers", "rules", "round"] = "solvers"
     model: str = "cnn"
     input_shape: tuple[int, ...] = (1, 28, 28)
     num_classes: int = 10
@@ -51,6 +53,7 @@ class Case:
     trained_steps: int = 0
     mask_steps: int = 20
     dtypes: tuple[str, ...] = ("float32",)
+    attack: str = "lie"
 
     @cached_property
     def num_params(self) -> int:
@@ -63,6 +66,7 @@ CASES = {
     for case in (
         Case("cnn", dtypes=("float32", "bfloat16")),
         Case("rules", "rules"),
+        Case("round", "round", attack="sign-flip"),
         Case("logreg", model="logreg", input_shape=(561,), num_classes=6),
         Case("resnet20", model="resnet20", input_shape=(3, 32, 32), trained_steps=20, mask_steps=2),
         Case("resnet18", model="resnet18", input_shape=(3, 32, 32), root_samples=20, trained_steps=5, mask_steps=2),
@@ -135,7 +139,7 @@ class Problem:
         rows_RP = honest_rows(model.loss, num_clients + 1, SEED)
         malicious_N = torch.arange(num_clients, device=rows_RP.device) < num_clients // 5
         for part_RC in rows_RP.split(max(1, _ATTACKED_VALUES // num_clients), dim=1):
-            part_RC[:-1] = attack(part_RC[:-1], malicious_N, Threat(AttackConfig(name="lie", share=0.2)))
+            part_RC[:-1] = attack(part_RC[:-1], malicious_N, Threat(AttackConfig(name=case.attack, share=0.2)))
         if case.what == "rules":
             # Different, unevenly spaced lengths: otherwise rounding would decide whose neighbours
             # are nearest, and which of two copies is nearer to the median.

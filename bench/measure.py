@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -19,6 +20,7 @@ from skymask_gpu.engine.peak_memory import peak_bytes, proc_field, resident, sta
 __all__ = [
     "Floor",
     "Measured",
+    "Phased",
     "StoppedError",
     "free_memory",
     "freed_memory_kept",
@@ -55,11 +57,25 @@ class Measured:
         peak_bytes: the peak of memory above what was held before the first call; None: unknown.
         ratios: by baseline, the seconds of each repeat over those of the baseline before and after
             it.
+        phases: the same of each phase of a call that knows its phases, without peaks.
     """
 
     seconds: list[float]
     peak_bytes: int | None
     ratios: dict[str, list[float]] = field(default_factory=dict)
+    phases: "dict[str, Measured]" = field(default_factory=dict)
+
+
+@runtime_checkable
+class Phased(Protocol):
+    """A call that knows what its phases took."""
+
+    @property
+    def phases(self) -> Mapping[str, float]:
+        """The seconds of each phase of the latest call."""
+        ...
+
+    def __call__(self) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ def measure_steadily(
 
     def measured() -> dict[str, Measured | Exception]:
         begun = {name: t for name, t in timings.items() if t.error or t.seconds}
-        return {name: t.error or Measured(t.seconds, t.peak, t.ratios) for name, t in begun.items()}
+        return {name: t.error or t.measured() for name, t in begun.items()}
 
     try:
         timed = [_TimedFloor(name, floor, device) for name, floor in floors.items()]
@@ -143,7 +159,11 @@ class _Timing:
     spent: float = 0.0
     seconds: list[float] = field(default_factory=list)
     ratios: dict[str, list[float]] = field(default_factory=dict)
+    phases: dict[str, Measured] = field(default_factory=dict)
     error: Exception | None = None
+
+    def measured(self) -> Measured:
+        return Measured(self.seconds, self.peak, self.ratios, self.phases)
 
     def begin(self) -> None:
         """The first call, which measures the peak of memory.
@@ -173,8 +193,14 @@ class _Timing:
 
     def _note(self, taken: float) -> None:
         self.seconds.append(taken)
+        noted = [(self.ratios, taken)]
+        if isinstance(self.call, Phased):
+            for name, seconds in self.call.phases.items():
+                phase = self.phases.setdefault(name, Measured([], None))
+                phase.seconds.append(seconds)
+                noted.append((phase.ratios, seconds))
         for floor in self.yardsticks:
-            floor.note(self, taken)
+            floor.note(noted)
 
     def wants_more(self, seconds: float) -> bool:
         if self.error is not None:
@@ -194,14 +220,17 @@ class _TimedFloor:
 
     def __init__(self, name: str, floor: Floor, device: torch.device) -> None:
         self._name, self._call, self._device = name, floor.call, device
-        self._waiting: list[tuple[_Timing, float]] = []
+        self._waiting: list[tuple[dict[str, list[float]], float]] = []
         self._time(0.0)
         self._took_least = self._took
         self.is_yardstick = device.type != "cpu" or self._before >= floor.parts * _SHORTEST_FLOOR
 
-    def note(self, timing: _Timing, seconds: float) -> None:
-        """Note a repeat; its ratio follows when the baseline is timed next."""
-        self._waiting.append((timing, seconds))
+    def note(self, repeat: list[tuple[dict[str, list[float]], float]]) -> None:
+        """Note a repeat: the seconds of a call and its phases, and where their ratios go.
+
+        The ratios follow when the baseline is timed next.
+        """
+        self._waiting += repeat
         passed = time.perf_counter() - self._end
         if passed * _FLOOR_SHARE >= self._took_least:
             self.settle(passed * _FLOOR_SHARE)
@@ -210,8 +239,8 @@ class _TimedFloor:
         if self._waiting:
             before, waiting = self._before, self._waiting
             self._time(least_seconds)
-            for timing, seconds in waiting:
-                timing.ratios.setdefault(self._name, []).append(2 * seconds / (before + self._before))
+            for ratios, seconds in waiting:
+                ratios.setdefault(self._name, []).append(2 * seconds / (before + self._before))
             self._waiting = []
 
     def _time(self, least_seconds: float) -> None:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.bench.cases import Case, Model, Problem
+from skymask_gpu.bench.rounds import PHASES, TimedRound, wrong_round
 from skymask_gpu.bench.rules import BYZFL, CHECKS, byzfl_aggregator, make_info, make_rule
 from skymask_gpu.bench.solvers import differing_share, disagreement
 from skymask_gpu.bench.table import CannotRunError, NoCheckError, WrongResultError
+from skymask_gpu.defence import Aggregation
 from skymask_gpu.engine import TrainedMasks, train_masks, why_not_solver
 from skymask_gpu.engine.solvers import reference
 from skymask_gpu.federation.rules import RULES, RuleResult
@@ -46,6 +48,8 @@ _LEAST_COLLAPSED_DIFFERING, _MOST_COLLAPSED_LOSS_ERROR = 1e-4, 1e-3
 _MOST_BY_A_KINK, _STABLE_STEPS = 1e-3, 3
 # torch.compile writes out every row and parameter tensor, which takes about 20 s for this many.
 _MOST_COMPILED = 1_000
+# Beyond this number of clients, only rounds without a root update are measured.
+_MOST_WITH_ROOT_UPDATE = 500
 
 Call = Callable[[], Any]
 
@@ -88,6 +92,7 @@ class Provider:
             a CPU.
         timed: makes the call that is timed, if it is another one than the one that is checked.
         moved_bytes: makes the number of bytes that the call has to read and write.
+        phases: the names of the phases that the call knows; each gets a row of its own.
     """
 
     name: str
@@ -98,15 +103,16 @@ class Provider:
     parts: Callable[[Problem], int] = lambda problem: 1
     timed: Callable[[Problem], Call] | None = None
     moved_bytes: Callable[[Problem], int] | None = None
+    phases: tuple[str, ...] = ()
 
 
 def providers(case: Case) -> list[Provider]:
-    """The two baselines, then the solvers or the rules."""
+    """The two baselines, then the solvers, the rules or SkyMask's rounds."""
     baselines = [
         Provider(MEAN, _prepare_mean, partial(check_rule, "fedavg"), ("to_mean",), "to_mean"),
         Provider(PASSES, _prepare_passes, check_gradient, ("to_mean",), "to_passes", lambda problem: problem.case.mask_steps),
     ]
-    return baselines + (_solvers() if case.what == "solvers" else _rules())
+    return baselines + {"solvers": _solvers, "rules": _rules, "round": _rounds}[case.what]()
 
 
 # --- baselines ------------------------------------------------------------------------------------
@@ -290,6 +296,28 @@ def check_rule(name: str, problem: Problem, result: RuleResult, truth: Truth) ->
     if reason is not None:
         raise WrongResultError(reason)
     return compared_with
+
+
+def _rounds() -> list[Provider]:
+    """A whole round, with and without a root update of the caller's."""
+    named = {"SkyMask": False, "SkyMask, root_update": True}
+    return [
+        Provider(name, partial(_prepare_round, given), partial(_check_round, given), phases=tuple(PHASES))
+        for name, given in named.items()
+    ]
+
+
+def _prepare_round(given: bool, problem: Problem) -> TimedRound:
+    if given and problem.num_clients > _MOST_WITH_ROOT_UPDATE:
+        raise CannotRunError(f"up to N = {_MOST_WITH_ROOT_UPDATE} it costs what a round without root_update costs")
+    return TimedRound(problem, given=given)
+
+
+def _check_round(given: bool, problem: Problem, result: Aggregation, truth: Truth) -> str:
+    reason = wrong_round(problem, result, given=given)
+    if reason is not None:
+        raise WrongResultError(reason)
+    return "solver fused, NumPy in float64"
 
 
 def _prepare_byzfl(name: str, problem: Problem) -> Call:

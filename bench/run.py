@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
@@ -40,7 +40,7 @@ def measure_cases(limits: Limits, device: torch.device, started: Callable[[str],
 
 
 def count_rows(limits: Limits) -> int:
-    return sum(len(providers(case)) for case, _, _ in points(limits))
+    return sum(1 + len(one.phases) for case, _, _ in points(limits) for one in providers(case))
 
 
 class SlowError(BaseException):
@@ -127,7 +127,7 @@ class Runner:
             problem = self.problem(case, num_clients, dtype)
         except Exception as error:
             for provider in self._providers_of(case):
-                yield self._row(case, num_clients, dtype, provider, **status_of(error))
+                yield from _with_phases(self._row(case, num_clients, dtype, provider, **status_of(error)), provider, None)
             return
         floors: dict[str, Floor] = {}
         trials: list[Trial] = []
@@ -296,7 +296,7 @@ class Runner:
                 trial.give_up(**status_of(own))
             elif trial.call is not None:
                 trial.row.status, trial.row.detail = "skipped", "stopped" if stopped else self._over()
-            yield trial.row
+            yield from _with_phases(trial.row, trial.provider, own if isinstance(own, Measured) else None)
         if stopped is not None:
             raise stopped
 
@@ -322,6 +322,19 @@ class Runner:
 
     def _over(self) -> str:
         return f"the {self.limits.total_seconds:g} s of this run were spent"
+
+
+def _with_phases(row: Row, provider: Provider, measured: Measured | None) -> Iterator[Row]:
+    """A row, then one per phase of its call. A phase has no first call and no peak of its own."""
+    yield row
+    for name in provider.phases:
+        phase = replace(row.without_measurements(), provider=f"{row.provider}: {name}")
+        if measured is not None:
+            own = measured.phases[name]
+            phase.set_times(own.seconds)
+            for baseline in provider.baselines:
+                phase.set_ratio(baseline, Ratio.of(own.ratios.get(baseline, [])))
+        yield phase
 
 
 def _key(trial: Trial) -> tuple[str, str, str]:

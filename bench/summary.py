@@ -66,7 +66,8 @@ def _lines(rows: list[Row]) -> list[str]:
 def _table_row(row: Row, ratios: tuple[str, ...]) -> str:
     time, *others = cells(row, ratios)
     times = f"{time} ({_seconds(row.p20_s)} - {_seconds(row.p80_s)})"
-    return f"| {' | '.join([row.provider, times, *others, _seconds(row.first_s), row.compared_with])} |"
+    first = "" if row.first_s is None else _seconds(row.first_s)
+    return f"| {' | '.join([row.provider, times, *others, first, row.compared_with])} |"
 
 
 def shown_ratios(rows: list[Row]) -> tuple[str, ...]:
@@ -77,9 +78,10 @@ def shown_ratios(rows: list[Row]) -> tuple[str, ...]:
 def cells(row: Row, ratios: tuple[str, ...]) -> list[str]:
     """A row's median time, its ratios, and its peak memory in MiB.
 
-    A ratio that is not known well is an interval.
+    A ratio that is not known well is an interval. A phase of a call has no peak of its own.
     """
-    memory = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else "unknown"
+    unknown = "" if row.first_s is None else "unknown"
+    memory = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes is not None else unknown
     return [_seconds(row.median_s), *(_ratio(row.ratio(name)) for name in ratios), memory]
 
 

@@ -5,9 +5,9 @@ import io
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ __all__ = [
 COPY = "copy"
 # All that is random in a run follows from it.
 SEED = 0
+_KNOWN_BEFORE = ("params", "threads", "seed")
 RATIOS = ("to_reference", "to_passes", "to_mean")
 
 
@@ -145,6 +146,12 @@ class Row:
     def set_times(self, seconds: list[float]) -> None:
         self.median_s, self.p20_s, self.p80_s = (float(np.quantile(seconds, share)) for share in (0.5, 0.2, 0.8))
         self.repeats = len(seconds)
+
+    def without_measurements(self) -> Self:
+        """A copy with only what is known before a call."""
+        names = [f.name for f in fields(self) if f.type in (float | None, int | None) and f.name not in _KNOWN_BEFORE]
+        nothing: dict[str, Any] = dict.fromkeys(names)
+        return replace(self, **nothing)
 
     def ratio(self, name: str) -> Ratio | None:
         """A ratio (``"to_mean"``) with its interval."""

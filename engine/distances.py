@@ -13,7 +13,8 @@ from torch import Tensor
 from skymask_gpu.engine.bits import keep_share
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.sharding import ColumnShards
-from skymask_gpu.kernels.anywhere import hamming_counts, varying_ones
+from skymask_gpu.kernels.anywhere import count_products, hamming_counts, varying_ones
+from skymask_gpu.kernels.product import COUNTS, count_products_reference
 
 __all__ = ["Distances", "mask_distances", "sharded_distances", "sharded_keep_share"]
 
@@ -22,9 +23,8 @@ __all__ = ["Distances", "mask_distances", "sharded_distances", "sharded_keep_sha
 _EXACT_ROWS = 4096
 # The number of elements of a temporary that is made from rows of the matrix.
 _CHUNK_ELEMENTS = 2**22
-# The same for products on a CPU: 8 MB in float64, which the cache can hold between the conversion
-# and the product.
-_CACHED_ELEMENTS = 2**20
+# Up to this number of vectors, products are computed by a kernel.
+_FEW_VECTORS = 8
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,20 @@ class Distances:
 
         Each block overwrites the one before it.
         """
-        for first, block_TR in self._converted(_CHUNK_ELEMENTS):
+        for first, block_TR in self._converted():
             yield first, block_TR.mul_(self.unit)
 
     def times(self, vectors_RK: Tensor) -> Tensor:
         """The product of the matrix with ``(R, K)`` float64 vectors: ``(R, K)`` float64."""
-        # A product reads whole lines of memory if the few vectors are rows, too.
-        vectors_KR = (vectors_RK * self.unit).T.contiguous()
-        product_KR = torch.empty_like(vectors_KR)
-        for first, block_TR in self._converted(_CACHED_ELEMENTS if self.device.type == "cpu" else _CHUNK_ELEMENTS):
-            product_KR[:, first : first + len(block_TR)] = vectors_KR @ block_TR.T
-        return product_KR.T
+        # With many vectors, a product takes longer than the conversion that the kernel saves.
+        few_counts = self.stored.dtype in COUNTS and self.stored.is_contiguous() and vectors_RK.shape[1] <= _FEW_VECTORS
+        product = count_products if few_counts else count_products_reference
+        return product(self.stored, vectors_RK * self.unit)
 
-    def _converted(self, num_elements: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the stored rows in float64, about ``num_elements`` values at a time."""
+    def _converted(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the stored rows in float64, a block at a time."""
         num_rows = len(self.stored)
-        step = max(1, min(num_rows, num_elements // num_rows))
+        step = max(1, min(num_rows, _CHUNK_ELEMENTS // num_rows))
         # One buffer serves all blocks. With a large temporary per block and small results in
         # between, the C library could not give the memory back to the system.
         buffer_TR = torch.empty(step, num_rows, dtype=torch.float64, device=self.device)

@@ -198,12 +198,13 @@ class Recording:
 
 
 @contextmanager
-def recording(device: torch.device) -> Iterator[Recording]:
+def recording(device: torch.device, *, memory: bool = True) -> Iterator[Recording]:
     """Record the phases of the work inside, which runs on ``device``.
 
     Afterwards, :meth:`Recording.profile` tells what they cost; :func:`phase` has an example.
+    Without ``memory``, only times are taken, and a peak that somebody else measures stays right.
     """
-    record = Recording(device, start_peak(device))
+    record = Recording(device, start_peak(device) if memory else None)
     token = _current.set(record)
     try:
         with record.phase(OTHER):

@@ -17,6 +17,7 @@ Every kernel has a folder of its own, which holds all of its files:
 | ``hamming/`` | in how many bits each two masks differ |
 | ``ones/`` | how many ones each mask has, in the columns in which the masks differ |
 | ``mean/`` | the mean of the benign updates |
+| ``product/`` | a matrix of counts times a few vectors, for principal components; on a GPU plain PyTorch |
 | ``mixture/``, ``tree/`` | mixtures of two normals, minimum spanning trees: clustering |
 
 | file or folder | what it is for |
@@ -69,6 +70,7 @@ from skymask_gpu.kernels.mixture import (
     two_normals_reference,
 )
 from skymask_gpu.kernels.ones import varying_ones, varying_ones_reference
+from skymask_gpu.kernels.product import count_products, count_products_reference
 from skymask_gpu.kernels.tree import path_maxima, path_maxima_reference
 
 __all__ = [
@@ -80,6 +82,8 @@ __all__ = [
     "bin_step_reference",
     "chosen_mean",
     "chosen_mean_reference",
+    "count_products",
+    "count_products_reference",
     "cut_bits",
     "cut_bits_reference",
     "find_cuts",

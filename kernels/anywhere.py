@@ -12,10 +12,18 @@ from typing import Concatenate, ParamSpec
 
 from torch import Tensor
 
-from skymask_gpu.kernels import hamming, mean, mixture, ones, tree
+from skymask_gpu.kernels import hamming, mean, mixture, ones, product, tree
 from skymask_gpu.kernels.dispatch import why_not
 
-__all__ = ["chosen_mean", "gaussian_mixture", "hamming_counts", "path_maxima", "two_normals", "varying_ones"]
+__all__ = [
+    "chosen_mean",
+    "count_products",
+    "gaussian_mixture",
+    "hamming_counts",
+    "path_maxima",
+    "two_normals",
+    "varying_ones",
+]
 
 P = ParamSpec("P")
 Kernel = Callable[Concatenate[Tensor, P], Tensor]
@@ -32,6 +40,7 @@ def _or_twin(kernel: Kernel[P], twin: Kernel[P]) -> Kernel[P]:
 
 
 chosen_mean = _or_twin(mean.chosen_mean, mean.chosen_mean_reference)
+count_products = _or_twin(product.count_products, product.count_products_reference)
 gaussian_mixture = _or_twin(mixture.gaussian_mixture, mixture.gaussian_mixture_reference)
 hamming_counts = _or_twin(hamming.hamming_counts, hamming.hamming_counts_reference)
 path_maxima = _or_twin(tree.path_maxima, tree.path_maxima_reference)

@@ -211,7 +211,7 @@ def test_the_root_direction_goes_through_its_batches_in_turn() -> None:
     torch.testing.assert_close(direction_P, params_P - loss.initial_params)
 
 
-def test_with_a_root_update_a_round_costs_the_mask_steps_and_ten_passes() -> None:
+def test_a_round_costs_the_mask_steps_and_ten_passes_unless_the_rule_trusts_the_roots_row() -> None:
     passed: list[int] = []
 
     class Counting(nn.Sequential):
@@ -219,14 +219,19 @@ def test_with_a_root_update_a_round_costs_the_mask_steps_and_ten_passes() -> Non
             passed.append(len(inputs))
             return super().forward(inputs)
 
-    skymask = SkyMask(Counting(*toy_module()), *toy_data(100, 1), training=MaskTraining(steps=4))
-    passed.clear()
-    assert skymask.aggregate(HONEST_NP, root_update=local_update(MODULE, 1)).masks.steps == 4
-    # 20 small batches for the root direction, and every sample in each mask step
-    assert passed == 20 * [50] + 4 * [100]
-    passed.clear()
-    skymask.aggregate(HONEST_NP)
-    assert passed == 20 * [100] + 4 * [100]
+    # For the root direction, 20 small batches if nobody trusts it as the root's row.
+    for rule, root_update, samples in (
+        ("signed", None, 50),
+        ("signed", local_update(MODULE, 1), 50),
+        ("two-stage", None, 100),
+        ("two-stage", local_update(MODULE, 1), 50),
+        ("published", None, 100),
+    ):
+        clustering = Clustering(rule=rule)
+        skymask = SkyMask(Counting(*toy_module()), *toy_data(100, 1), training=MaskTraining(steps=4), clustering=clustering)
+        passed.clear()
+        assert skymask.aggregate(HONEST_NP, root_update=root_update).masks.steps == 4
+        assert passed == 20 * [samples] + 4 * [100]
 
 
 def test_global_params_default_to_the_modules() -> None:

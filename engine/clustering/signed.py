@@ -88,6 +88,12 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
     sure: Tensor | bool = True
     cuts: list[Cut] = []
     for factor in (1.0, SECOND_CUT):
+        if cuts and backend.waits and not cuts[0].found:
+            # Without a first cut, the second one is sought among the same clients by stricter
+            # numbers, so there is none either. Where looking would make the host wait, it is sought
+            # all the same.
+            cuts.append(cuts[0])
+            break
         scores_N2, settled = scores_among(distances, scores_R2, kept_N, backend)
         cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled

@@ -139,7 +139,9 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
             in_memory = settings.solver != "auto" and not SOLVERS[settings.solver].from_disk
             assert not isinstance(call.updates, np.ndarray), "receive() has made a tensor of it"
             clients = parse(call.updates, this.loss, settings.module, subtracted_L, in_memory=in_memory)
-        small_batches = call.root_update is not None
+        # The other rules trust the root model's row. If the direction serves as that row, it is
+        # trained on all root data, because small batches take it far from clients with larger ones.
+        small_batches = call.root_update is not None or settings.clustering.rule == "signed"
         # Each step reads the parameters and writes their gradient.
         with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
             direction_P = _direction(this, small_batches)
@@ -181,11 +183,7 @@ def params_of(global_params: Form, loss: FlatModel, settings: Settings) -> Tenso
 
 
 def _direction(this: _Round, small_batches: bool) -> Tensor:
-    """The root direction, ``(P,)``, which only the first rank trains.
-
-    Small batches are too noisy for the root model's row: it would lie far from clients with larger
-    batches.
-    """
+    """The root direction, ``(P,)``, which only the first rank trains."""
     config = this.settings.root_training
     return this.shards.from_first(
         lambda: root_direction(this.loss, this.global_params_P, config, small_batches=small_batches), like=this.global_params_P

@@ -181,17 +181,17 @@ def _measure(rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, s
     """
     direction, model = _length(direction_P), _length(global_params_P)
     # A vector of length 0 has no direction and stays 0.
-    unit_L = shards.own((direction_P / direction.clamp_min(_TINY)).float())
-    model_L = shards.own((global_params_P / model.clamp_min(_TINY)).float())
+    unit_P, model_P = direction_P / direction.clamp_min(_TINY), global_params_P / model.clamp_min(_TINY)
+    units_2L = torch.stack([shards.own(unit_P.float()), shards.own(model_P.float())])
     chunk = max(1, _CHUNK_ELEMENTS // rows.num_params)
-    norms, products, along = [], [], []
+    norms, products = [], []
     for block in rows:
         for part in block.split(chunk):
             part = part.float()
             norms.append(torch.linalg.vector_norm(part, dim=1))
-            products.append(part @ unit_L)
-            along.append(part @ model_L)
-    own_products_2K = torch.stack([torch.cat(products), torch.cat(along)]).double()
+            # One product with both, because each reads all of the rows.
+            products.append(units_2L @ part.T)
+    own_products_2K = torch.cat(products, 1).double()
     norms_K, (alignments_K, along_K) = shards.of_whole_rows(torch.cat(norms), own_products_2K)
     return _Measured(norms_K, alignments_K * direction, along_K)
 

@@ -236,3 +236,25 @@ def test_a_c_library_that_cannot_give_memory_back_says_so(monkeypatch: pytest.Mo
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     assert not give_back_freed()
     assert start_peak(CPU) is None
+
+
+def test_the_phases_of_a_call_have_times_and_ratios_of_the_same_repeat(clock: Any) -> None:
+    class Round:
+        """Each call is slower than the one before, and its first phase takes a quarter of it."""
+
+        def __init__(self) -> None:
+            self.calls, self.phases = 0, {}
+
+        def __call__(self) -> None:
+            self.calls += 1
+            taken = 0.1 * self.calls
+            clock.now += taken
+            self.phases = {"first": taken / 4, "second": taken * 3 / 4}
+
+    measured = measured_alone(Round(), floor=clock.spending(0.02))
+    assert len(measured.seconds) == 7
+    for name, share in (("first", 0.25), ("second", 0.75)):
+        phase = measured.phases[name]
+        assert phase.seconds == pytest.approx([share * seconds for seconds in measured.seconds])
+        assert phase.ratios == {"floor": pytest.approx([share * ratio for ratio in measured.ratios["floor"]])}
+        assert phase.peak_bytes is None

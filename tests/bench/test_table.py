@@ -117,4 +117,4 @@ def test_the_command_keeps_what_is_there_when_it_is_stopped(tmp_path: Path, monk
     again = CliRunner().invoke(app, ["bench", "--quick", "--out", str(tmp_path / "bench")])
     assert "holds results already" in str(again.exception)
     unknown = CliRunner().invoke(app, ["bench", "--case", "cnm", "--out", str(tmp_path / "other")])
-    assert "--case must be one of cnn, rules, logreg, resnet20, resnet18, got 'cnm'" in str(unknown.exception)
+    assert "--case must be one of cnn, rules, round, logreg, resnet20, resnet18, got 'cnm'" in str(unknown.exception)

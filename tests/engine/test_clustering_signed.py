@@ -15,7 +15,9 @@ from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances, cl
 from skymask_gpu.engine.clustering import among, cut_statistics, spectrum
 from skymask_gpu.engine.clustering.among import others_at_the_centroid, scores_among
 from skymask_gpu.engine.clustering.backends import dense_backend
+from skymask_gpu.engine.clustering.signed import signed
 from skymask_gpu.engine.clustering.spectrum import dense_principal_scores, principal_scores
+from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.distances import Distances
 from tests.stored_masks import MILD, MaskSet, stored_sets
 
@@ -387,11 +389,14 @@ def test_many_copies_go_if_they_follow_the_root_clearly_less(copies: int, lower:
     assert benign[:copies].tolist() == [not goes] * copies
 
 
-@pytest.mark.parametrize(("rows_to_place", "times"), [(4096, 3), (10, 1)])
+@pytest.mark.parametrize(("rows_to_place", "malicious", "times"), [(4096, 4, 3), (4096, 0, 2), (10, 4, 1)])
 def test_scores_are_computed_anew_only_where_others_can_be_moved(
-    rows_to_place: int, times: int, monkeypatch: pytest.MonkeyPatch
+    rows_to_place: int, malicious: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With more rows the scores of any choice are the same, and computing them is most of the work."""
+    """With more rows the scores of any choice are the same, and computing them is most of the work.
+
+    Without a first cut there is no second one, and its scores are not needed.
+    """
     called: list[int] = []
 
     def counting(distances: Distances) -> torch.Tensor:
@@ -400,8 +405,24 @@ def test_scores_are_computed_anew_only_where_others_can_be_moved(
 
     monkeypatch.setattr(among, "_ROWS_TO_PLACE", rows_to_place)
     monkeypatch.setattr(spectrum, "principal_scores", counting)
-    few_clients(20, 0, 0).judge()
+    masks = few_clients(20, malicious, 0)
+    assert masks.judge().benign.sum() == 20 - malicious
     assert len(called) == times
+
+
+def test_a_second_cut_that_is_not_sought_would_not_be_found(recipes: dict[str, MaskSet]) -> None:
+    """A GPU seeks it all the same, because it cannot look at the first cut without waiting."""
+    blind = replace(dense_backend(), waits=False)
+    without_a_cut = 0
+    for masks in [few_clients(20, 0, 0), *[recipes[name] for name in sorted(recipes)[::12]]]:
+        distances = Distances(masks.distances)
+        scores_R2 = dense_principal_scores(distances)
+        witnesses = Witnesses(masks.alignment, masks.keep_share[:-1], masks.norms)
+        quick, full = (signed(distances, scores_R2, witnesses, backend) for backend in (dense_backend(), blind))
+        assert torch.equal(quick.benign_N, full.benign_N)
+        torch.testing.assert_close(quick.facts, full.facts, rtol=0, atol=0, equal_nan=True)
+        without_a_cut += int(quick.facts["cut off"] == 0)
+    assert without_a_cut >= 3
 
 
 def test_degenerate_sets_are_defined() -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, ones, tree
+from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, ones, product, tree
 
 REALS, FLOAT32, DTYPES = (
     ("float32", "bfloat16"),
@@ -76,6 +76,11 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
     "chosen_mean": (
         mean.chosen_mean,
         {"rows": ROWS, "chosen": Argument(("R",), ("bool",), ANY), "factors": Argument(("R",), refused=ANY)},
+        {},
+    ),
+    "count_products": (
+        product.count_products,
+        {"counts": Argument(("R", "R"), ("int32", "uint16")), "vectors": Argument(("R", "S"), ("float64",), ANY)},
         {},
     ),
     "two_normals": (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu import kernels
-from skymask_gpu.kernels import anywhere, bins, cuts, hamming, mask_step, mean, mixture, tree
+from skymask_gpu.kernels import anywhere, bins, cuts, hamming, mask_step, mean, mixture, product, tree
 
 META = torch.device("meta")
 
@@ -35,6 +35,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "cut_bits": lambda: cuts.cut_bits(rows, row, row > 0, bits),
         "hamming_counts": lambda: hamming.hamming_counts(bits),
         "chosen_mean": lambda: mean.chosen_mean(rows, chosen),
+        "count_products": lambda: product.count_products(torch.zeros(4, 4, dtype=torch.int32, device=device), x),
         "two_normals": lambda: mixture.two_normals(x[:, 0], 2, 1e-3),
         "gaussian_mixture": lambda: mixture.gaussian_mixture(x, indices),
         "path_maxima": lambda: tree.path_maxima(x @ x.T, chosen[1:]),
