@@ -7,6 +7,7 @@ R ranks, C rows of a round (its clients, and the root model as the last row), P 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -56,7 +57,7 @@ class Ranks:
         """Each rank's block of rows; their sizes differ by at most one."""
         least, longer = divmod(num_rows, count)
         ends = [least * rank + min(rank, longer) for rank in range(count + 1)]
-        return [slice(begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+        return [slice(begin, end) for begin, end in pairwise(ends)]
 
     def own_rows(self, num_rows: int) -> slice:
         """The rows that this rank trains."""
