@@ -1,6 +1,8 @@
 """The commands of simulated federations: ``skymask-gpu run | sweep | data``."""
 
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +27,7 @@ from skymask_gpu.cli.options import (
 from skymask_gpu.cli.report import report_on, warn_of
 from skymask_gpu.federation.datasets import DATASETS
 from skymask_gpu.io.files import locked
+from skymask_gpu.io.torchrun import column_mesh
 
 
 def register(app: typer.Typer) -> None:
@@ -48,38 +51,73 @@ def run(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate a federated run round by round, and report it with plots and one HTML page."""
+    """Simulate a federated run round by round, and report it with plots and one HTML page.
+
+    Under torchrun each process trains a share of the clients; the first prints and writes.
+    """
     with extra_named("run"):
         from skymask_gpu.federation.config import read_config
-        from skymask_gpu.federation.datasets import load_dataset
+        from skymask_gpu.federation.ranks import Ranks
         from skymask_gpu.federation.run_folder import clear_results, has_results
-        from skymask_gpu.federation.simulation import Federation
 
     runs = with_data(read_config(config, changes or []), data_dir)
     folder = out or Path("runs") / config.stem
     folders = [folder / r.name if len(runs) > 1 else folder for r in runs]
-    check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
     command = ["run", config, "--out", folder, *given("--data-dir", data_dir), *given("--set", changes)]
     command += ["--strict"] * strict + ["--json"] * as_json + ["--resume"]
-    with answer(as_json=as_json) as found:
+    finished = []
+
+    def check() -> None:
+        check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
+
+    def prepare(locks: ExitStack) -> None:
+        for path in dict.fromkeys([folder, *folders]):
+            locks.enter_context(locked(path))
+        # Another run may have written to the folder while this one loaded.
+        check()
+        if overwrite:
+            for existing in folders:
+                clear_results(existing)
+
+    with column_mesh() as mesh, _only_first_speaks(Ranks(mesh)) as ranks, answer(as_json=as_json) as found:
+        ranks.on_first(check)
         # All runs are built before the first round, so that what cannot run is said before anything
         # is overwritten.
         with console.status("loading ..."):
             keys = {(r.data.dataset, r.data.data_dir) for r in runs}
-            datasets = {(name, where): load_dataset(name, Path(where) if where else None) for name, where in keys}
-            federations = [Federation.build(r, datasets[r.data.dataset, r.data.data_dir]) for r in runs]
+            federations = ranks.together(lambda: _built(runs, {key: _loaded(*key) for key in keys}, ranks))
         with ExitStack() as locks:
-            for path in dict.fromkeys([folder, *folders]):
-                locks.enter_context(locked(path))
-            # Another run may have written to the folder while this one loaded.
-            check_folders([f for f in folders if has_results(f)], resume=resume, overwrite=overwrite)
-            if overwrite:
-                for existing in folders:
-                    clear_results(existing)
+            ranks.on_first(partial(prepare, locks))
             with resumable(*command):
                 _play(runs, federations, folders)
-                finished = report_on(config.stem, [folder], folder, found)
-        warn_of(finished, strict=strict)
+                if ranks.is_first:
+                    finished = report_on(config.stem, [folder], folder, found)
+        if ranks.is_first:
+            warn_of(finished, strict=strict)
+
+
+def _loaded(name: str, where: str) -> Any:
+    from skymask_gpu.federation.datasets import load_dataset
+
+    return load_dataset(name, Path(where) if where else None)
+
+
+def _built(runs: list[Any], datasets: dict[tuple[str, str], Any], ranks: Any) -> list[Any]:
+    from skymask_gpu.federation.simulation import Federation
+
+    return [Federation.build(r, datasets[r.data.dataset, r.data.data_dir], ranks) for r in runs]
+
+
+@contextmanager
+def _only_first_speaks(ranks: Any) -> Iterator[Any]:
+    """Under torchrun all ranks would print and warn of the same; an error is printed by its rank."""
+    if ranks.is_first:
+        yield ranks
+        return
+    console.quiet = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield ranks
 
 
 def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:

@@ -10,6 +10,7 @@ add in another order and change the last digits (not measured).
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from skymask_gpu.federation.run_folder import (
     read_checkpoint,
     write_checkpoint,
 )
-from skymask_gpu.federation.simulation import Federation, GlobalModel, Progress
-from skymask_gpu.federation.tracking import followed
+from skymask_gpu.federation.simulation import Federation, GlobalModel, Progress, RoundResult
+from skymask_gpu.federation.tracking import TrackingConfig, followed
 from skymask_gpu.federation.tracking.following import Follow
 from skymask_gpu.io.files import append_line, write_text
 
@@ -44,6 +45,7 @@ _BUFFER, _RULE, _ATTACK = "buffer/", "rule/", "attack/"
 def play(federation: Federation, folder: Path, progress: Progress = lambda text: None) -> Iterator[dict[str, Any]]:
     """Play the rounds that ``folder`` does not yet hold, and yield each one's record.
 
+    Under torchrun every rank calls it; the first alone writes, and the others yield nothing.
     A record is on disk when it is yielded. A round after which the global model holds NaN or Inf is
     the last one: no later round could mend it. Its record says ``"diverged": true``. The run's
     tracker is told of every round after it is on disk.
@@ -69,10 +71,12 @@ def play(federation: Federation, folder: Path, progress: Progress = lambda text:
         (2, 0)
     """
     config = federation.config
-    folder.mkdir(parents=True, exist_ok=True)
-    first, model, diverged, earlier = _resume(federation, folder)
-    write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n")
-    with followed(config.tracking, config.to_dict(), folder, earlier) as follow:
+    ranks = federation.ranks
+    ranks.on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    first, model, diverged, earlier = ranks.together(lambda: _resume(federation, folder))
+    ranks.agree(first, f"{folder}: the round to go on from")
+    ranks.on_first(lambda: write_text(folder / CONFIG, json.dumps(config.to_dict(), indent=2) + "\n"))
+    with followed(config.tracking if ranks.is_first else TrackingConfig(), config.to_dict(), folder, earlier) as follow:
         if not diverged:
             yield from _rounds(federation, folder, first, model, progress, follow)
 
@@ -81,28 +85,40 @@ def _rounds(
     federation: Federation, folder: Path, first: int, model: GlobalModel, progress: Progress, follow: Follow
 ) -> Iterator[dict[str, Any]]:
     """Play the rounds from ``first`` on."""
-    config = federation.config
+    config, ranks = federation.config, federation.ranks
     for number in range(first, config.rounds):
         with deterministic_convolutions():
             played = federation.play_round(number, model, progress)
-            model = played.model
-            diverged = not model.is_finite()
-            progress("testing")
-            is_last = diverged or number + 1 == config.rounds
-            record = metrics_line(federation, number, played, is_last=is_last, diverged=diverged)
-        # The lines are written first. A checkpoint is then never ahead of the metrics, and lines
-        # ahead of the checkpoint are dropped when the run is resumed.
+        model = played.model
+        diverged = not model.is_finite()
+        progress("testing")
+        is_last = diverged or number + 1 == config.rounds
+        record: _Line = {}
         times = times_line(number, played)
-        append_line(folder / TIMES, times)
-        append_line(folder / METRICS, record)
-        write_rule_tensors(folder, number, played, federation.malicious)
+        ranks.on_first(partial(_write_lines, federation, folder, number, played, record, is_last, diverged))
+        write_rule_tensors(folder, number, played, federation.malicious, writes=ranks.is_first)
         if (number + 1) % config.checkpoint_every == 0 or is_last:
             states = _prefixed(_RULE, federation.rule.state()) | _prefixed(_ATTACK, federation.attack.state())
-            write_checkpoint(folder, number, config, _model_tensors(model) | states)
+            ranks.on_first(partial(write_checkpoint, folder, number, config, _model_tensors(model) | states))
         follow(record, times)
-        yield record
+        if ranks.is_first:
+            yield record
         if diverged:
             return
+
+
+def _write_lines(
+    federation: Federation, folder: Path, number: int, played: RoundResult, record: _Line, is_last: bool, diverged: bool
+) -> None:
+    """Test the model, fill in the round's record, and write the round's lines.
+
+    The lines are written before the checkpoint. It is then never ahead of the metrics, and lines
+    ahead of the checkpoint are dropped when the run is resumed.
+    """
+    with deterministic_convolutions():
+        record.update(metrics_line(federation, number, played, is_last=is_last, diverged=diverged))
+    append_line(folder / TIMES, times_line(number, played))
+    append_line(folder / METRICS, record)
 
 
 def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, bool, list[tuple[_Line, _Line]]]:
@@ -125,7 +141,7 @@ def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, boo
     if not diverged and not model.is_finite():
         raise damaged(folder / CHECKPOINT, "the global model holds NaN or Inf, and no line of the metrics says so")
     for name, records in kept.items():
-        if (folder / name).exists():
+        if federation.ranks.is_first and (folder / name).exists():
             write_text(folder / name, "".join(json.dumps(record) + "\n" for record in records))
     times = {line["round"]: line for line in kept[TIMES]}
     return done + 1, model, diverged, [(record, times.get(record["round"], {})) for record in kept[METRICS]]

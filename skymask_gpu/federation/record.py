@@ -82,11 +82,16 @@ def times_line(number: int, played: "RoundResult") -> dict[str, Any]:
     return {"round": number, **{name: round(value, 4) for name, value in played.seconds.items()}, **phases}
 
 
-def write_rule_tensors(folder: Path, number: int, played: "RoundResult", malicious_N: Tensor) -> None:
-    """Store the rule's tensors of this round and who is malicious, in place of the round before."""
+def write_rule_tensors(folder: Path, number: int, played: "RoundResult", malicious_N: Tensor, *, writes: bool = True) -> None:
+    """Store the rule's tensors of this round and who is malicious, in place of the round before.
+
+    Under torchrun all ranks call it, because each has a part of them; one of them ``writes``.
+    """
     if played.rule_result.tensors is None:
         return
     tensors, texts = played.rule_result.tensors()
+    if not writes:
+        return
     if "clients" in tensors:
         tensors["malicious"] = malicious_N[tensors["clients"]]
     write_tensors(folder / MASKS, tensors, {"round": str(number), **texts})

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,13 +12,18 @@ from torch.func import functional_call
 from skymask_gpu.defence import RootTraining, mean_buffer
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import columns_of, fast_layout
+from skymask_gpu.engine.sharding import ColumnShards
 from skymask_gpu.federation.attacks import Attack, AttackContext, Lab, Threat, build_attack
-from skymask_gpu.federation.clients import LocalUpdates, draw_batches, train_clients
+from skymask_gpu.federation.clients import Batches, LocalUpdates, draw_batches, train_clients
 from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.datasets import Dataset, load_dataset
+from skymask_gpu.federation.local_hooks import poison_hook, step_hook
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.privacy import batch_norm_columns, obfuscated
-from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, RuleResult, build_rule
+from skymask_gpu.federation.ranks import Ranks
+from skymask_gpu.federation.rounds import GlobalModel, RoundResult
+from skymask_gpu.federation.rules import RoundInfo, Rule, RuleContext, build_rule
+from skymask_gpu.federation.rules.skymask import SkyMaskRule
 from skymask_gpu.federation.run_folder import read_start
 from skymask_gpu.federation.sharing import shared_out
 from skymask_gpu.federation.transforms import client_generators, transformed
@@ -31,42 +36,6 @@ _TEST_BATCH = 1000
 _ROOT = torch.tensor([-1])
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class GlobalModel:
-    """The global model before a round.
-
-    Attributes:
-        params: ``(P,)`` the parameters.
-        buffers: the buffers, by name.
-        previous: ``(P,)`` the parameters before the last round; None before the first round.
-    """
-
-    params: Tensor
-    buffers: dict[str, Tensor]
-    previous: Tensor | None = None
-
-    def is_finite(self) -> bool:
-        """Whether no value is NaN or Inf."""
-        return all(bool(torch.isfinite(tensor).all()) for tensor in (self.params, *self.buffers.values()))
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """The result of a round.
-
-    Attributes:
-        model: the global model after the round.
-        clients: ``(M,)`` int64, the numbers of the clients that took part.
-        rule_result: the result of the aggregation rule.
-        seconds: how long local training and aggregation took.
-    """
-
-    model: GlobalModel
-    clients: Tensor
-    rule_result: RuleResult
-    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -83,6 +52,7 @@ class Federation:
         malicious: ``(N,)`` bool, which clients attack.
         attack: what the malicious clients do; it may remember earlier rounds.
         rule: how the server aggregates; it may remember earlier rounds.
+        ranks: the processes that play it together.
 
     Example:
         >>> from skymask_gpu.federation import AttackConfig, DataConfig
@@ -101,16 +71,17 @@ class Federation:
     malicious: Tensor
     attack: Attack
     rule: Rule
+    ranks: Ranks = field(default_factory=Ranks)
 
     @classmethod
-    def build(cls, config: RunConfig, dataset: Dataset | None = None) -> "Federation":
+    def build(cls, config: RunConfig, dataset: Dataset | None = None, ranks: Ranks | None = None) -> "Federation":
         """Load the data, distribute them among the clients, and make model, attack and rule.
 
-        Everything is placed on the GPU if there is one.
+        Everything is placed on the GPU if there is one. ``ranks`` is None for one process.
 
         Raises:
             ValueError: the data are missing, or the model, the attack or the rule does not fit
-                them.
+                them, or there are more ranks than clients.
         """
         data = config.data
         dataset = dataset or load_dataset(data.dataset, Path(data.data_dir) if data.data_dir else None)
@@ -122,6 +93,8 @@ class Federation:
         root_inputs, root_labels = dataset.train_inputs[parts[-1]], dataset.train_labels[parts[-1]]
         flat = FlatModel(module, root_inputs, root_labels)
         layers = columns_of(flat.shapes)
+        ranks = ranks or Ranks()
+        ranks.check(config.clients_per_round or data.clients, flat.num_params)
         attack_context = AttackContext(
             layers=layers,
             num_classes=dataset.num_classes,
@@ -153,6 +126,7 @@ class Federation:
             torch.arange(data.clients) < config.attack.num_malicious(data.clients),
             build_attack(config.attack, attack_context),
             build_rule(config.defence.rule, rule_context, config.defence.settings),
+            ranks,
         )
 
     def first_model(self) -> GlobalModel:
@@ -180,7 +154,9 @@ class Federation:
         clients = self._taking_part(generator)
         malicious_M = self.attackers(number)[clients]
         threat = Threat(config.attack, generator, clients, model.params, model.previous, model.buffers)
-        sent = self._train(clients, malicious_M, model, threat, progress)
+        columns_only = self._columns_suffice(malicious_M)
+        sent = self._train(clients, malicious_M, model, threat, progress, columns_only=columns_only)
+        shards = ColumnShards(self.flat.num_params, self.ranks.mesh)
         trained = self._now()
         draws = client_generators(config.seed, number, clients) if config.transforms else []
         rows_MP = transformed(sent.updates[:-1], config.transforms, draws, self.layers)
@@ -190,7 +166,7 @@ class Federation:
         assumed = config.defence.assumed_malicious
         info = RoundInfo(
             global_params=model.params,
-            root_update=sent.updates[-1],
+            root_update=shards.gather(sent.updates[-1]) if columns_only else sent.updates[-1],
             clients=clients,
             num_malicious=int(self.malicious[clients].sum()) if assumed < 0 else min(assumed, len(clients)),
             generator=generator,
@@ -201,12 +177,23 @@ class Federation:
             self._obfuscate(updates_MP, malicious_M, clients, number)
         attacked = self._now()
         progress("aggregating")
+        if self.ranks.mesh is not None and isinstance(self.rule, SkyMaskRule):
+            own_ML = updates_MP if columns_only else updates_MP[:, shards.columns].contiguous()
+            updates_MP = self.ranks.sharded(own_ML, shards.num_params)
         result = self.rule(updates_MP, info)
         seconds = {"local_training": trained - start, "aggregation": self._now() - attacked}
-        params_P = model.params + config.server_lr * result.update
+        params_P = self.ranks.from_first(model.params + config.server_lr * result.update)
         kept_M = torch.ones(len(clients), dtype=torch.bool) if result.kept is None else result.kept.cpu()
-        after = GlobalModel(params_P, _mean_buffers(model, sent, kept_M), previous=model.params)
+        buffers = {name: self.ranks.from_first(value) for name, value in _mean_buffers(model, sent, kept_M).items()}
+        after = GlobalModel(params_P, buffers, previous=model.params)
         return RoundResult(after, clients, result, seconds)
+
+    def _columns_suffice(self, malicious_M: Tensor) -> bool:
+        """Whether no rank needs whole rows: SkyMask judges, and nobody changes a row after training."""
+        attack = type(self.attack)
+        sends_as_trained = (attack.send, attack.replaced) == (Attack.send, Attack.replaced) or not malicious_M.any()
+        changed = bool(self.config.transforms) or self.config.privacy.obfuscation != "none"
+        return self.ranks.mesh is not None and isinstance(self.rule, SkyMaskRule) and sends_as_trained and not changed
 
     def _asked(self, info: RoundInfo) -> Callable[[Tensor], Tensor]:
         """What the rule would make of a round's rows; it forgets that it was asked."""
@@ -249,56 +236,48 @@ class Federation:
         return torch.randperm(num_clients, generator=generator)[:wanted].sort().values
 
     def _train(
-        self, clients: Tensor, malicious_M: Tensor, model: GlobalModel, threat: Threat, progress: Progress
+        self,
+        clients: Tensor,
+        malicious_M: Tensor,
+        model: GlobalModel,
+        threat: Threat,
+        progress: Progress,
+        *,
+        columns_only: bool = False,
     ) -> LocalUpdates:
-        """The updates after local training, before any attack; the root model's is the last row."""
+        """The updates after local training, before any attack; the root model's is the last row.
+
+        Each rank trains its own block of rows and gets all of them, or all rows of its own columns.
+        """
         parts = [self.parts[client] for client in clients.tolist()] + [self.parts[-1]]
         batches = draw_batches(parts, self.config.local, threat.generator)
+        rows = self.ranks.own_rows(len(parts))
+        poisoned_C = torch.cat([malicious_M, torch.tensor([False])])[rows]
         # If a model has dropout, it draws from PyTorch's global random state. A seed from the
-        # round's generator makes these draws the same in every repeat.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=threat.generator)))
+        # round's generator makes these draws the same in every repeat; ranks must draw differently.
+        seed = int(torch.randint(2**31, (), generator=threat.generator)) + self.ranks.number
+
+        def train() -> LocalUpdates:
+            torch.manual_seed(seed)
             return train_clients(
                 self.module,
                 model.params,
                 self.dataset.train_inputs,
                 self.dataset.train_labels,
-                batches,
+                Batches(batches.index_CSB[rows], batches.steps_C[rows]),
                 self.config.local,
                 buffers=model.buffers,
-                poison=self._poison_of(clients) if self.attack.poisons_data else None,
-                poisoned=torch.cat([malicious_M, torch.tensor([False])]),
-                progress=lambda done: progress(f"training client {done} of {len(parts)}"),
-                after_step=self._attackers_steps(malicious_M, threat),
+                poison=poison_hook(self.attack, clients, rows.start),
+                poisoned=poisoned_C,
+                progress=lambda done: progress(f"training client {done} of {len(poisoned_C)}"),
+                after_step=step_hook(self.attack, malicious_M, threat, rows.start),
             )
 
-    def _poison_of(self, clients: Tensor) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The attack's poison, for batches of the rows of a round."""
-        return lambda inputs, labels, rows_C: self.attack.poison_of(inputs, labels, clients[rows_C])
-
-    def _attackers_steps(self, malicious_M: Tensor, threat: Threat) -> Callable[[Tensor, int, Tensor], Tensor | None] | None:
-        """The attack's hook after a local step, restricted to the malicious clients.
-
-        It is None if the attack has no such hook.
-        """
-        if type(self.attack).after_step is Attack.after_step:
-            return None
-        clients = threat.clients
-        assert clients is not None
-
-        def after_step(params_CP: Tensor, step: int, rows_C: Tensor) -> Tensor | None:
-            # The last row belongs to the root model, which is no client and never attacks.
-            is_client_C = rows_C < len(clients)
-            malicious_C = is_client_C & malicious_M[rows_C.clamp_max(len(clients) - 1)]
-            if not malicious_C.any():
-                return None
-            here_C = malicious_C.to(params_CP.device)
-            changed_FP = self.attack.after_step(params_CP[here_C], step, clients[rows_C[malicious_C]], threat)
-            if changed_FP is not None:
-                params_CP[here_C] = changed_FP
-            return params_CP
-
-        return after_step
+        with torch.random.fork_rng(devices=[]):
+            own = self.ranks.together(train)
+        exchanged = self.ranks.in_columns if columns_only else self.ranks.gathered
+        buffers = {name: self.ranks.gathered(value, len(parts)) for name, value in own.buffers.items()}
+        return LocalUpdates(exchanged(own.updates, len(parts)), buffers)
 
     def _now(self) -> float:
         """The time in seconds, taken after all work that was started on the device is done."""

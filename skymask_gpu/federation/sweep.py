@@ -14,7 +14,7 @@ import multiprocessing
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,6 +43,7 @@ __all__ = [
     "check_inputs",
     "clear_cells",
     "has_cells",
+    "least_used",
     "most_held",
     "planned_cells",
     "play_cells",
@@ -157,10 +158,11 @@ def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Ce
     """Play every cell that is not done, ``jobs`` at a time; yield each change of a cell's state.
 
     A cell that failed before is tried again. With several jobs the threads are shared out among
-    them.
+    them, and each job has one of the GPUs of this machine, in turn.
     """
     waiting = list(reversed(configs))
     running: list[tuple[RunConfig, BaseProcess, int]] = []
+    gpus: dict[str, int] = {}  # of the cells that are running
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -169,13 +171,17 @@ def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Ce
                 if done >= config.rounds:
                     yield CellState(config, "done", done)
                 else:
-                    running.append((config, _start(config, cell_folder(folder, config), jobs), -1))
+                    gpu = least_used(gpus.values(), torch.cuda.device_count())
+                    running.append((config, _start(config, cell_folder(folder, config), jobs, gpu), -1))
+                    if gpu is not None:
+                        gpus[config.name] = gpu
             time.sleep(_POLL_SECONDS)
             still: list[tuple[RunConfig, BaseProcess, int]] = []
             for config, process, told in running:
                 alive = process.is_alive()
                 done = _num_rounds(cell_folder(folder, config))
                 if not alive:
+                    gpus.pop(config.name, None)
                     yield _finished(config, process, cell_folder(folder, config), done)
                     continue
                 if done != told:
@@ -208,21 +214,37 @@ def threads_per_job(jobs: int) -> int:
     return max(1, torch.get_num_threads() // jobs)
 
 
-def _start(config: RunConfig, folder: Path, jobs: int) -> BaseProcess:
+def least_used(used: Iterable[int], num_gpus: int) -> int | None:
+    """The first of the GPUs on which the fewest cells run; None if there are no GPUs.
+
+    Example:
+        >>> least_used([], 2), least_used([0], 2), least_used([0, 1, 0], 2), least_used([], 0)
+        (0, 1, 1, None)
+    """
+    cells = list(used)
+    return min(range(num_gpus), key=cells.count, default=None)
+
+
+def _start(config: RunConfig, folder: Path, jobs: int, gpu: int | None) -> BaseProcess:
     (folder / ERROR).unlink(missing_ok=True)
-    process = processes().Process(target=_play, args=(config.to_dict(), folder, threads_per_job(jobs)), daemon=True)
+    arguments = (config.to_dict(), folder, threads_per_job(jobs), gpu)
+    process = processes().Process(target=_play, args=arguments, daemon=True)
     process.start()
     return process
 
 
-def _play(settings: dict[str, Any], folder: Path, num_threads: int) -> None:
-    """Play all rounds in the cell's own process. An error goes to disk, with exit status 1.
+def _play(settings: dict[str, Any], folder: Path, num_threads: int, gpu: int | None = None) -> None:
+    """Play all rounds in the cell's own process, on GPU number ``gpu``.
+
+    An error goes to disk, with exit status 1.
 
     The settings come as tables, since the classes of a plugin's settings are not known before the
     plugin is imported.
     """
     torch.set_num_threads(num_threads)
     try:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
         config = RunConfig.from_dict(settings)
         # Another shard may play the same cell; and if a sweep was killed, one of its cells may
         # still be playing.

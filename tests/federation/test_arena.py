@@ -260,7 +260,7 @@ class Interrupt:
     def __init__(self, at: int | None = None) -> None:
         self.at, self.played = at, list[str]()
 
-    def start(self, config: RunConfig, folder: Path, jobs: int) -> Any:
+    def start(self, config: RunConfig, folder: Path, jobs: int, gpu: int | None) -> Any:
         if len(self.played) == self.at:
             raise KeyboardInterrupt
         self.played.append(config.name)
