@@ -110,7 +110,7 @@ def _built(runs: list[Any], datasets: dict[tuple[str, str], Any], ranks: Any) ->
 
 @contextmanager
 def _only_first_speaks(ranks: Any) -> Iterator[Any]:
-    """Under torchrun all ranks would print and warn of the same; an error is printed by its rank."""
+    """All ranks would print and warn of the same, so one does. An error is printed by its rank."""
     if ranks.is_first:
         yield ranks
         return

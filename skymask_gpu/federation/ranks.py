@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from skymask_gpu.engine.sharding import ColumnShards
+from skymask_gpu.io.torchrun import column_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -154,10 +155,7 @@ class Ranks:
     def sharded(self, own_ML: Tensor, num_params: int) -> Tensor:
         """The ``DTensor`` ``(M, P)``, sharded by columns, of which ``own_ML`` is this rank's part."""
         assert self.mesh is not None, "one process has all columns"
-        from torch.distributed.tensor import DTensor, Shard
-
-        shape = torch.Size((len(own_ML), num_params))
-        return DTensor.from_local(own_ML, self.mesh, [Shard(1)], run_check=False, shape=shape, stride=(num_params, 1))
+        return column_sharded(own_ML, num_params, self.mesh)
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """The first rank's tensor, on every rank: rounding must not let the ranks drift apart."""

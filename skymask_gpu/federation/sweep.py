@@ -59,7 +59,8 @@ _IN_USE = 75
 _POLL_SECONDS = 0.2
 # What a run imports only on its way: the digits, torch's wrapper of `split`, and the CPU kernels.
 # The server skips what is not installed.
-_IMPORTED_LATE = ("sklearn.datasets", "torch._dynamo", "numba")
+_KERNELS = tuple(f"skymask_gpu.kernels.{name}.cpu" for name in ("bins", "cuts", "mask_step"))
+_IMPORTED_LATE = ("sklearn.datasets", "torch._dynamo", *_KERNELS)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from skymask_gpu.io.user_files import UserUpdates, load_updates
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["ShardedUpdates", "column_mesh", "load_own_columns"]
+__all__ = ["ShardedUpdates", "column_mesh", "column_sharded", "load_own_columns"]
 
 # The number of bytes of a stacked file that are mapped at a time.
 _BLOCK_BYTES = 2**24
@@ -89,7 +89,7 @@ def load_own_columns(
     assert isinstance(sent.updates, Tensor)
     check_form(sent.updates, model.num_params)
     own_NL = _from_stacked(path, sent.updates, model.initial_params if local_models else None, shards, device)
-    return ShardedUpdates(_sharded(own_NL, shards, mesh), sent.names, {}, [{} for _ in sent.names])
+    return ShardedUpdates(column_sharded(own_NL, shards.num_params, mesh), sent.names, {}, [{} for _ in sent.names])
 
 
 def _from_stacked(
@@ -129,7 +129,7 @@ def _from_state_dicts(
         buffers.append({b: state[b].to(device, known[b].dtype, copy=True) for b in buffer_names if b in state})
     if not names:
         raise_none_left(dict(enumerate(faults.values())))
-    updates = _sharded(own_NL[: len(names)], shards, mesh)
+    updates = column_sharded(own_NL[: len(names)], shards.num_params, mesh)
     return ShardedUpdates(updates, names, {**faults, **sent.unreadable}, buffers)
 
 
@@ -143,8 +143,9 @@ def _own_part(state: Mapping[str, Tensor], model: FlatModel, shards: ColumnShard
     return torch.cat(parts)
 
 
-def _sharded(own_NL: Tensor, shards: ColumnShards, mesh: "DeviceMesh") -> Tensor:
+def column_sharded(own_NL: Tensor, num_params: int, mesh: "DeviceMesh") -> Tensor:
+    """The ``DTensor`` ``(N, P)``, sharded by columns, of which ``own_NL`` is this rank's part."""
     from torch.distributed.tensor import DTensor, Shard
 
-    shape = torch.Size((len(own_NL), shards.num_params))
-    return DTensor.from_local(own_NL, mesh, [Shard(1)], run_check=False, shape=shape, stride=(shards.num_params, 1))
+    shape = torch.Size((len(own_NL), num_params))
+    return DTensor.from_local(own_NL, mesh, [Shard(1)], run_check=False, shape=shape, stride=(num_params, 1))

@@ -338,15 +338,15 @@ def check_page(folder: Path, found: dict[str, Any]) -> None:
 def test_runs_whose_warm_up_failed_are_missing(
     play: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(config: RunConfig, folder: Path, jobs: int) -> Any:
+    def failing(config: RunConfig, folder: Path, jobs: int, gpu: int | None) -> Any:
         folder.mkdir(parents=True)
         (folder / sweep.ERROR).write_text("ValueError: no luck\n")
         return SimpleNamespace(is_alive=lambda: False, exitcode=1, terminate=lambda: None, join=lambda: None)
 
     real = Interrupt.start
 
-    def start(self: Interrupt, config: RunConfig, folder: Path, jobs: int) -> Any:
-        return (failing if "warm-up" in config.name else real.__get__(self))(config, folder, jobs)
+    def start(self: Interrupt, config: RunConfig, folder: Path, jobs: int, gpu: int | None) -> Any:
+        return (failing if "warm-up" in config.name else real.__get__(self))(config, folder, jobs, gpu)
 
     monkeypatch.setattr(Interrupt, "start", start)
     code, printed, _ = play("out", "--set", 'rules=["fedavg"]', "--json")

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from skymask_gpu.federation import AttackConfig, DataConfig, DefenceConfig, Federation, RunConfig, play
+from skymask_gpu.federation.config import read_config
 from skymask_gpu.federation.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# attack and rule; in the first no rank ever holds whole rows of other ranks' clients
-CASES = [("label-flip", "skymask"), ("min-max", "skymask"), ("lie", "median")]
+pytestmark = pytest.mark.long
+
+# attack and rule; in the first no rank ever holds whole rows of other ranks' clients, and in the last both remember rounds
+CASES = [("label-flip", "skymask"), ("min-max", "skymask"), ("lie", "median"), ("poisoned-fl", "centred-clipping")]
 ENVIRONMENT = os.environ | {
     "PYTHONSAFEPATH": "1",
     "OMP_NUM_THREADS": "1",
@@ -33,11 +37,24 @@ def run_config(attack: str, rule: str) -> RunConfig:
     return RunConfig(rounds=2, data=DataConfig(clients=10), attack=attacked, defence=DefenceConfig(rule=rule))
 
 
+class Counted(Ranks):
+    """It counts the all-to-all exchanges."""
+
+    exchanged = 0
+
+    def in_columns(self, own_cP: torch.Tensor, num_rows: int) -> torch.Tensor:
+        self.exchanged += 1
+        return super().in_columns(own_cP, num_rows)
+
+
 def on_ranks(folder: Path, mesh: "DeviceMesh | None") -> None:
-    """Play every case, and note the error of work that fails on the last rank."""
-    ranks = Ranks(mesh)
+    """Play every case, note how often rows became columns, and the error of work that fails on the last rank."""
+    ranks = Counted(mesh)
     for attack, rule in CASES:
+        before = ranks.exchanged
         list(play(Federation.build(run_config(attack, rule), ranks=ranks), folder / f"{attack}-{ranks.count}"))
+        if ranks.is_first:
+            (folder / f"{attack}-{ranks.count}" / "exchanged").write_text(str(ranks.exchanged - before))
 
     def fails_on_the_last() -> None:
         if ranks.number == ranks.count - 1:
@@ -63,25 +80,18 @@ def same(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
             assert mine["root_losses"] == pytest.approx(theirs["root_losses"], rel=1e-3)
 
 
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
+def test_ranks_play_the_rounds_of_one_process_and_an_error_on_one_ends_all(tmp_path: Path) -> None:
     program = Path(__file__).parents[1] / "run_on_ranks.py"
     calls = [f"on_ranks:{count}" for count in (1, 2, 3)]
-    run = [sys.executable, str(program), __file__, str(folder), *calls]
+    run = [sys.executable, str(program), __file__, str(tmp_path), *calls]
     done = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
-@pytest.mark.parametrize("attack", [attack for attack, _ in CASES])
-@pytest.mark.parametrize("count", [2, 3])
-def test_ranks_play_the_rounds_of_one_process(played: Path, attack: str, count: int) -> None:
-    same(lines(played / f"{attack}-{count}"), lines(played / f"{attack}-1"))
-
-
-def test_an_error_on_one_rank_ends_all(played: Path) -> None:
-    errors = [(played / f"{rank}-of-3.error").read_text() for rank in range(3)]
+    for count in (2, 3):
+        for attack, _ in CASES:
+            same(lines(tmp_path / f"{attack}-{count}"), lines(tmp_path / f"{attack}-1"))
+            exchanged = int((tmp_path / f"{attack}-{count}" / "exchanged").read_text())
+            assert exchanged == (2 if attack == "label-flip" else 0)
+    errors = [(tmp_path / f"{rank}-of-3.error").read_text() for rank in range(3)]
     assert errors == ["the run ended because another rank failed; its own error says why"] * 2 + ["no room"]
 
 
@@ -98,25 +108,24 @@ def torchrun(count: int, *arguments: str) -> list[str]:
     return [*launcher, "-m", "skymask_gpu", "run", *arguments]
 
 
-def test_the_demo_is_killed_and_resumed_under_torchrun(checkout: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the ranks are found in /proc")
+def test_the_demo_is_killed_under_torchrun_and_resumed_with_another_number_of_ranks(checkout: Path, tmp_path: Path) -> None:
     changes = ["--set", "rounds=4", "--set", "data.clients=20"]
-    demo, out = str(checkout / "examples" / "demo.toml"), tmp_path / "out"
+    demo, out = checkout / "examples" / "demo.toml", tmp_path / "out"
     last = out / "SkyMask, attacked" / "metrics.jsonl"
-    process = subprocess.Popen(
-        torchrun(2, demo, "--out", str(out), *changes), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = torchrun(2, str(demo), "--out", str(out), *changes)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not last.exists() and process.poll() is None:
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.poll() is None, "it is killed before its end"
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
     assert process.wait(timeout=120) != 0
-    assert len(lines(last.parent)) < 4, "it was killed before its end"
-    done = subprocess.run(
-        torchrun(2, demo, "--out", str(out), "--resume", *changes), env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    assert len(lines(last.parent)) < 4
+    again = torchrun(3, str(demo), "--out", str(out), "--resume", *changes)
+    done = subprocess.run(again, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("report.html") == 1, "the first rank alone prints"
-    alone = [sys.executable, "-m", "skymask_gpu", "run", demo, "--out", str(tmp_path / "alone"), *changes]
-    subprocess.run(alone, env=ENVIRONMENT, capture_output=True, check=True)
-    for folder in (tmp_path / "alone").glob("*/metrics.jsonl"):
-        same(lines(out / folder.parent.name), lines(folder.parent))
+    for config in read_config(demo, ["rounds=4", "data.clients=20"]):
+        alone = list(play(Federation.build(config), tmp_path / config.name))
+        same(lines(out / config.name), [json.loads(json.dumps(line)) for line in alone])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig
 from skymask_gpu.federation.playing import play
 from skymask_gpu.federation.run_folder import CHECKPOINT, CONFIG, MASKS, METRICS, TIMES
 from skymask_gpu.federation.simulation import Federation
-from skymask_gpu.federation.sweep import _play
+from skymask_gpu.federation.sweep import _play, processes
 from skymask_gpu.io.files import read_lines, read_tensors
 
 SMALL = RunConfig(
@@ -104,15 +103,10 @@ def test_every_kind_of_state_survives_a_stop(changes: dict, tmp_path: Path) -> N
 def test_a_run_that_is_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path) -> None:
     """kill -9 at random moments: of starting, of a round, of writing."""
     config = dataclasses.replace(SMALL, rounds=120, checkpoint_every=2, local=LocalTraining(steps=2, batch_size=8))
-    processes = multiprocessing.get_context("forkserver")
-    # vmap(grad) loads PyTorch's compiler in the first round, and kernels load Numba: once here, not in every child
-    kernels = [f"skymask_gpu.kernels.{name}.cpu" for name in ("bins", "cuts", "mask_step")]
-    federation = ["skymask_gpu.federation.playing", "skymask_gpu.federation.sweep"]
-    processes.set_forkserver_preload([*federation, *kernels, "torch._dynamo", "sklearn.datasets"])
-    _play(config.to_dict(), tmp_path / "whole")
+    _play(config.to_dict(), tmp_path / "whole", num_threads=1)
     metrics, pause, lengths = tmp_path / "killed" / METRICS, random.Random(0), []
     for kill in range(20):
-        process = processes.Process(target=_play, args=(config.to_dict(), tmp_path / "killed"))
+        process = processes().Process(target=_play, args=(config.to_dict(), tmp_path / "killed", 1))
         process.start()
         before, deadline = lengths[-1] if lengths else 0, time.monotonic() + 60
         # every fourth is killed while it starts; the others once they have got on
@@ -127,7 +121,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_if_left_alone(tmp_path: Path)
         lengths.append(metrics.read_bytes().count(b"\n") if metrics.exists() else 0)
     assert lengths[-1] < 120, "the run ended before it was killed twenty times"
     assert len(set(lengths)) > 10, "it did not get on between kills"
-    _play(config.to_dict(), tmp_path / "killed")
+    _play(config.to_dict(), tmp_path / "killed", num_threads=1)
     assert metrics.read_bytes() == (tmp_path / "whole" / METRICS).read_bytes()
     assert_same_checkpoints(tmp_path / "killed", tmp_path / "whole")
 
@@ -195,8 +189,8 @@ class Net(nn.Sequential):
     sent = {}
     train = federation._train
 
-    def remember(*arguments: object) -> object:
-        sent["updates"] = train(*arguments)  # type: ignore[arg-type]
+    def remember(*arguments: object, columns_only: bool) -> object:
+        sent["updates"] = train(*arguments, columns_only=columns_only)  # type: ignore[arg-type]
         return sent["updates"]
 
     object.__setattr__(federation, "_train", remember)
