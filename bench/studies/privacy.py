@@ -114,7 +114,8 @@ def draw(runs: list[FinishedRun], leaks: list[dict[str, Any]], path: Path) -> No
     """A panel per method over its strengths, from weak to strong.
 
     Each shows the shares of images that leak to the naive and to the aware attacker, and SkyMask's
-    shares of rejected honest clients and of kept attackers, as means over all attacks.
+    shares of rejected honest clients and of kept attackers, as means over all attacks, and the test
+    accuracy without an attack.
     """
     plain = [run for run in runs if _is_plain(run)]
     with styled(grid=True):
@@ -122,7 +123,7 @@ def draw(runs: list[FinishedRun], leaks: list[dict[str, Any]], path: Path) -> No
         for axes, method in zip(figure.subplots(1, len(_METHODS), sharey=True), _METHODS, strict=True):
             _draw_panel(axes, method, plain, leaks)
         figure.axes[0].set_ylabel("share (%)")
-        figure.axes[0].legend(fontsize="small")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize="small")
         save(figure, path)
 
 
@@ -153,6 +154,9 @@ def _draw_panel(axes: Axes, method: str, runs: list[FinishedRun], leaks: list[di
             shares = [[run for run in group if run.config["attack"]["name"] != "none"] for group in shares]
         values = [100 * statistics.fmean(_mean(run, key) for run in group) for group in shares]
         axes.plot(at, values, "s:", color=colour, label=label)
+    unattacked = [run for run in runs if run.config["attack"]["name"] == "none" and _has(run, names)]
+    accuracy = {run.config["privacy"].get("strength"): 100 * (run.last("accuracy") or 0) for run in unattacked}
+    axes.plot(at, [accuracy[one] for one in ordered], "^--", color=COLOURS[4], label="accuracy, nobody attacks")
     axes.set_xticks(at, ["none" if one is None else f"{one:g}" for one in ordered])
     axes.set(xlabel=f"{method}, from weak to strong", ylim=(-3, 103))
 

@@ -153,7 +153,7 @@ class Ranks:
         return got_CL
 
     def sharded(self, own_ML: Tensor, num_params: int) -> Tensor:
-        """The ``DTensor`` ``(M, P)``, sharded by columns, of which ``own_ML`` is this rank's part."""
+        """The ``DTensor`` ``(M, P)``, sharded by columns; ``own_ML`` is this part of it."""
         assert self.mesh is not None, "one process has all columns"
         return column_sharded(own_ML, num_params, self.mesh)
 
