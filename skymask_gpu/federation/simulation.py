@@ -189,7 +189,7 @@ class Federation:
         return RoundResult(after, clients, result, seconds)
 
     def _columns_suffice(self, malicious_M: Tensor) -> bool:
-        """Whether no rank needs whole rows: nobody changes one after training, and SkyMask judges."""
+        """Whether no rank needs whole rows: SkyMask judges what clients trained, unchanged."""
         attack = type(self.attack)
         sends_as_trained = (attack.send, attack.replaced) == (Attack.send, Attack.replaced) or not malicious_M.any()
         changed = bool(self.config.transforms) or self.config.privacy.obfuscation != "none"
