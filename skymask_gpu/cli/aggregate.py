@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from skymask_gpu.cli.console import UNCERTAIN, answer, console, warn
+from skymask_gpu.cli.console import UNCERTAIN, answer, console, only_first_speaks, warn
 from skymask_gpu.cli.options import progress_bar
 from skymask_gpu.defence import Aggregation, ClientHistory, RootTraining, SkyMask, mean_buffers
 from skymask_gpu.defence.means import NORM_BOUND_NAMES
@@ -80,11 +79,7 @@ def aggregate(
     module = load_module(model, global_state)
     root_inputs, root_labels = load_root(root)
     flat = flat_model(model, module, root_inputs, root_labels)
-    with column_mesh() as mesh:
-        is_first = mesh is None or mesh.get_rank() == 0
-        console.quiet = not is_first
-        if not is_first:
-            warnings.simplefilter("ignore")  # all ranks would say the same
+    with column_mesh() as mesh, only_first_speaks(is_first := mesh is None or mesh.get_rank() == 0):
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         solver = solver if mesh is None else _solver_of_ranks(solver, updates)
         sent = _load(updates, flat, module, global_state, mesh, local_models)

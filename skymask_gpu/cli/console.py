@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["UNCERTAIN", "answer", "as_dicts", "console", "errors", "extra_named", "print_table", "resumable", "warn"]
+__all__ = [
+    "UNCERTAIN",
+    "answer",
+    "as_dicts",
+    "console",
+    "errors",
+    "extra_named",
+    "only_first_speaks",
+    "print_table",
+    "resumable",
+    "warn",
+]
 
 # The exit code of --strict if everything was done and written, but there is something to warn of.
 UNCERTAIN = 3
@@ -36,6 +48,24 @@ errors = _console(stderr=True)
 def warn(message: str) -> None:
     """Print a warning in one line on stderr."""
     errors.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def only_first_speaks(is_first: bool) -> Iterator[None]:
+    """Under torchrun, let the first rank alone print and warn inside: all would say the same.
+
+    Errors are printed by every rank that has one.
+    """
+    if is_first:
+        yield
+        return
+    console.quiet = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        console.quiet = False
 
 
 @contextmanager

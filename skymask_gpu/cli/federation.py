@@ -1,8 +1,6 @@
 """The commands of simulated federations: ``skymask-gpu run | sweep | data``."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.progress import Progress, TaskID
 
-from skymask_gpu.cli.console import answer, console, extra_named, resumable
+from skymask_gpu.cli.console import answer, console, extra_named, only_first_speaks, resumable
 from skymask_gpu.cli.options import (
     AsJson,
     Changes,
@@ -79,7 +77,7 @@ def run(
             for existing in folders:
                 clear_results(existing)
 
-    with column_mesh() as mesh, _only_first_speaks(Ranks(mesh)) as ranks, answer(as_json=as_json) as found:
+    with column_mesh() as mesh, only_first_speaks((ranks := Ranks(mesh)).is_first), answer(as_json=as_json) as found:
         ranks.on_first(check)
         # All runs are built before the first round, so that what cannot run is said before anything
         # is overwritten.
@@ -106,18 +104,6 @@ def _built(runs: list[Any], datasets: dict[tuple[str, str], Any], ranks: Any) ->
     from skymask_gpu.federation.simulation import Federation
 
     return [Federation.build(r, datasets[r.data.dataset, r.data.data_dir], ranks) for r in runs]
-
-
-@contextmanager
-def _only_first_speaks(ranks: Any) -> Iterator[Any]:
-    """All ranks would print and warn of the same, so one does. An error is printed by its rank."""
-    if ranks.is_first:
-        yield ranks
-        return
-    console.quiet = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield ranks
 
 
 def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:

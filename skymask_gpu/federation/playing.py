@@ -93,32 +93,32 @@ def _rounds(
         diverged = not model.is_finite()
         progress("testing")
         is_last = diverged or number + 1 == config.rounds
-        record: _Line = {}
         times = times_line(number, played)
-        ranks.on_first(partial(_write_lines, federation, folder, number, played, record, is_last, diverged))
+        record = ranks.on_first(partial(_write_lines, federation, folder, number, played, times, is_last, diverged))
         write_rule_tensors(folder, number, played, federation.malicious, writes=ranks.is_first)
         if (number + 1) % config.checkpoint_every == 0 or is_last:
             states = _prefixed(_RULE, federation.rule.state()) | _prefixed(_ATTACK, federation.attack.state())
             ranks.on_first(partial(write_checkpoint, folder, number, config, _model_tensors(model) | states))
-        follow(record, times)
-        if ranks.is_first:
+        if record is not None:
+            follow(record, times)
             yield record
         if diverged:
             return
 
 
 def _write_lines(
-    federation: Federation, folder: Path, number: int, played: RoundResult, record: _Line, is_last: bool, diverged: bool
-) -> None:
-    """Test the model, fill in the round's record, and write the round's lines.
+    federation: Federation, folder: Path, number: int, played: RoundResult, times: _Line, is_last: bool, diverged: bool
+) -> _Line:
+    """Test the model, and write the round's lines; the round's record is returned.
 
     The lines are written before the checkpoint. It is then never ahead of the metrics, and lines
     ahead of the checkpoint are dropped when the run is resumed.
     """
     with deterministic_convolutions():
-        record.update(metrics_line(federation, number, played, is_last=is_last, diverged=diverged))
-    append_line(folder / TIMES, times_line(number, played))
+        record = metrics_line(federation, number, played, is_last=is_last, diverged=diverged)
+    append_line(folder / TIMES, times)
     append_line(folder / METRICS, record)
+    return record
 
 
 def _resume(federation: Federation, folder: Path) -> tuple[int, GlobalModel, bool, list[tuple[_Line, _Line]]]:

@@ -104,9 +104,12 @@ class Ranks:
             raise ValueError("the run ended because another rank failed; its own error says why")
         return result
 
-    def on_first(self, work: Callable[[], object]) -> None:
-        """Do work that sends nothing on the first rank, while the others wait; see ``together``."""
-        self.together(work if self.is_first else lambda: None)
+    def on_first(self, work: Callable[[], Result]) -> Result | None:
+        """Do work that sends nothing on the first rank, while the others wait; see ``together``.
+
+        The others get None.
+        """
+        return self.together(lambda: work() if self.is_first else None)
 
     def agree(self, value: int, what: str) -> None:
         """Raise a ValueError on every rank unless all have the same value."""

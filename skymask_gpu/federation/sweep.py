@@ -159,11 +159,10 @@ def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Ce
     """Play every cell that is not done, ``jobs`` at a time; yield each change of a cell's state.
 
     A cell that failed before is tried again. With several jobs the threads are shared out among
-    them, and each job has one of the GPUs of this machine, in turn.
+    them, and each gets the GPU of this machine on which the fewest of them run.
     """
     waiting = list(reversed(configs))
-    running: list[tuple[RunConfig, BaseProcess, int]] = []
-    gpus: dict[str, int] = {}  # of the cells that are running
+    running: list[tuple[RunConfig, BaseProcess, int, int | None]] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -172,25 +171,22 @@ def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Ce
                 if done >= config.rounds:
                     yield CellState(config, "done", done)
                 else:
-                    gpu = least_used(gpus.values(), torch.cuda.device_count())
-                    running.append((config, _start(config, cell_folder(folder, config), jobs, gpu), -1))
-                    if gpu is not None:
-                        gpus[config.name] = gpu
+                    gpu = least_used([one for *_, one in running], torch.cuda.device_count())
+                    running.append((config, _start(config, cell_folder(folder, config), jobs, gpu), -1, gpu))
             time.sleep(_POLL_SECONDS)
-            still: list[tuple[RunConfig, BaseProcess, int]] = []
-            for config, process, told in running:
+            still: list[tuple[RunConfig, BaseProcess, int, int | None]] = []
+            for config, process, told, gpu in running:
                 alive = process.is_alive()
                 done = _num_rounds(cell_folder(folder, config))
                 if not alive:
-                    gpus.pop(config.name, None)
                     yield _finished(config, process, cell_folder(folder, config), done)
                     continue
                 if done != told:
                     yield CellState(config, "running", done)
-                still.append((config, process, done))
+                still.append((config, process, done, gpu))
             running = still
     finally:
-        for _, process, _ in running:
+        for _, process, *_ in running:
             process.terminate()
             process.join()
 
@@ -215,7 +211,7 @@ def threads_per_job(jobs: int) -> int:
     return max(1, torch.get_num_threads() // jobs)
 
 
-def least_used(used: Iterable[int], num_gpus: int) -> int | None:
+def least_used(used: Iterable[int | None], num_gpus: int) -> int | None:
     """The first of the GPUs on which the fewest cells run; None if there are no GPUs.
 
     Example:

@@ -1,4 +1,4 @@
-"""``torchrun -m skymask_gpu aggregate``: the process group, and each rank's own columns."""
+"""Under torchrun: the process group, and for ``aggregate`` each rank's own columns."""
 
 import os
 from collections.abc import Iterator, Mapping

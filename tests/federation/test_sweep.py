@@ -4,10 +4,14 @@ import json
 import multiprocessing
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from skymask_gpu.federation.config import read_grid
+from skymask_gpu.federation import sweep
+from skymask_gpu.federation.config import RunConfig, read_grid
 from skymask_gpu.federation.run_folder import CONFIG, METRICS
 from skymask_gpu.federation.sweep import ERROR, CellState, cell_folder, clear_cells, has_cells, play_cells
 
@@ -80,3 +84,23 @@ def test_a_killed_cell_is_a_failed_one(tmp_path: Path) -> None:
     assert last is not None
     assert (last.state, last.error) == ("failed", "the process ended with signal 9 (out of memory?)")
     assert last.rounds >= 1
+
+
+def test_cells_share_the_threads_and_are_spread_over_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three jobs on two GPUs. A cell that ends leaves its GPU to the next one."""
+    (tmp_path / "grid.toml").write_text(GRID.replace('"defence.rule" = ["fedavg", "bulyan"]', "seed = [0, 1, 2, 3, 4]"))
+    gpus: list[int | None] = []
+
+    def start(config: RunConfig, folder: Path, jobs: int, gpu: int | None) -> Any:
+        gpus.append(gpu)
+        ends = iter([False] if config.seed == 1 else [True, False])
+        return SimpleNamespace(is_alive=lambda: next(ends), exitcode=0, terminate=lambda: None, join=lambda: None)
+
+    monkeypatch.setattr(sweep, "_start", start)
+    monkeypatch.setattr(sweep, "_POLL_SECONDS", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    list(play_cells(read_grid(tmp_path / "grid.toml"), tmp_path / "out", jobs=3))
+    # Seeds 0, 1 and 2 begin together. Seed 1 ends first, so that GPU 1 is free for seed 3.
+    assert gpus[:4] == [0, 1, 0, 1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert [sweep.threads_per_job(jobs) for jobs in (1, 2, 8)] == [5, 2, 1]
