@@ -32,7 +32,7 @@ from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.rules import RULES, RoundInfo, RuleContext, build_rule
 from skymask_gpu.integrations.flower import RuleStrategy, SkyMaskStrategy
-from skymask_gpu.integrations.flower.arrays import UnusableReplyError, read_array
+from skymask_gpu.integrations.flower.arrays import UnusableReplyError, WantedArray, read_array
 from skymask_gpu.io.text_tables import markdown_table
 
 NUM_CLIENTS, NUM_ATTACKERS = 50, 3
@@ -313,8 +313,8 @@ def test_a_forged_header_allocates_nothing() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(UnusableReplyError):
-            read_array(forged, "w", wanted)
-        assert read_array(good, "w", wanted).shape == wanted.shape
+            read_array(forged, "w", WantedArray.like(wanted))
+        assert read_array(good, "w", WantedArray.like(wanted)).shape == wanted.shape
         assert tracemalloc.get_traced_memory()[1] < 2**16
         good.numpy()
         assert tracemalloc.get_traced_memory()[1] > wanted.nbytes, "an allocation must be seen"
@@ -328,7 +328,7 @@ def test_a_forged_header_allocates_nothing() -> None:
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_good_arrays_are_read_as_they_were_sent(values: np.ndarray, order: str) -> None:
     values = np.asarray(values, order=order)
-    read = read_array(Array(values), "w", np.zeros_like(values))
+    read = read_array(Array(values), "w", WantedArray.like(values))
     assert read.dtype == values.dtype
     np.testing.assert_array_equal(read, values)
 

@@ -6,6 +6,8 @@ by the id of its node, and the round goes on.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor, nn
 
 from skymask_gpu.engine.flat_model import columns_of
-from skymask_gpu.integrations.flower.arrays import UnusableReplyError, read_array, shown
+from skymask_gpu.integrations.flower.arrays import UnusableReplyError, WantedArray, read_array, shown
 
 __all__ = ["Decoded", "SentModel", "decode"]
 
@@ -55,6 +57,23 @@ class SentModel:
             )
         buffers = frozenset(name for name, _ in module.named_buffers()) & values.keys()
         return cls(arrays, values, columns_of(shapes), buffers)
+
+    @cached_property
+    def wanted(self) -> dict[str, WantedArray]:
+        """name -> what a reply must hold under that name."""
+        return {name: WantedArray.like(values) for name, values in self.values.items()}
+
+    @cached_property
+    def before(self) -> list[tuple[str, slice, np.ndarray, np.dtype[Any]]]:
+        """For each trainable parameter its name and columns, its values in one row, and a dtype.
+
+        The dtype is the one in which the values are subtracted: float32, or float64 for parameters
+        in float64.
+        """
+        return [
+            (name, columns, self.values[name].reshape(-1), np.result_type(self.values[name], np.float32))
+            for name, columns in self.columns.items()
+        ]
 
     @property
     def num_params(self) -> int:
@@ -180,7 +199,7 @@ def _read_arrays(content: RecordDict, sent: SentModel, record_key: str) -> dict[
         parts = [f"lacks {', '.join(missing[:3])}"] if missing else []
         parts += [f"has unknown {', '.join(map(shown, unknown[:3]))}"] if unknown else []
         raise UnusableReplyError(f"its ArrayRecord {' and '.join(parts)}")
-    found = {name: read_array(array, name, sent.values[name]) for name, array in record.items()}
+    found = {name: read_array(array, name, sent.wanted[name]) for name, array in record.items()}
     for name in found.keys() & sent.buffers:
         if not np.isfinite(found[name]).all():
             raise UnusableReplyError(f"{name} contains NaN or Inf")
@@ -191,7 +210,5 @@ def _subtract(found: Mapping[str, np.ndarray], sent: SentModel, row_P: np.ndarra
     """Write local minus global parameters, computed in float32 or float64, into a row."""
     # A difference beyond float32 becomes Inf, which the rule rejects.
     with np.errstate(all="ignore"):
-        for name, columns in sent.columns.items():
-            before = sent.values[name]
-            out = row_P[columns].reshape(before.shape)
-            np.subtract(found[name], before, out=out, dtype=np.result_type(before, np.float32), casting="same_kind")
+        for name, columns, before, dtype in sent.before:
+            np.subtract(found[name].reshape(-1), before, out=row_P[columns], dtype=dtype, casting="same_kind")
