@@ -11,12 +11,14 @@ the same folder.
 
 import json
 import multiprocessing
+import os
 import re
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,9 @@ CELLS, ERROR, _MEMORY, _PLAN = "cells", "error.txt", "memory.json", "sweep.json"
 # The exit status of a cell's process if another process plays the cell.
 _IN_USE = 75
 _POLL_SECONDS = 0.2
+# The path of a Unix socket has at most 107 bytes, and multiprocessing adds "/listener-" and eight
+# characters to its folder.
+_LONGEST_FOLDER = 107 - 18
 # What a run imports only on its way: the digits, torch's wrapper of `split`, and the CPU kernels.
 # The server skips what is not installed.
 _KERNELS = tuple(f"skymask_gpu.kernels.{name}.cpu" for name in ("bins", "cuts", "mask_step"))
@@ -196,10 +201,12 @@ def processes() -> "ForkServerContext | SpawnContext":
 
     Importing PyTorch and the like takes longer than playing a short run does. So a server process,
     which does nothing else, imports them once, and each cell's process is a fork of it. CUDA is not
-    initialised in the server, and has to be initialised after a fork. Where there is no such server
-    (Windows), each process imports everything for itself.
+    initialised in the server, and has to be initialised after a fork. Where there can be no such
+    server, each process imports everything for itself: on Windows, and where the path of the
+    server's socket, in the folder for temporary files, would be too long for the system.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    too_long = len(os.fsencode(get_temp_dir())) > _LONGEST_FOLDER
+    if too_long or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *_IMPORTED_LATE])

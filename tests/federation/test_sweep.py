@@ -104,3 +104,10 @@ def test_cells_share_the_threads_and_are_spread_over_the_gpus(tmp_path: Path, mo
     assert gpus[:4] == [0, 1, 0, 1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     assert [sweep.threads_per_job(jobs) for jobs in (1, 2, 8)] == [5, 2, 1]
+
+
+def test_a_socket_whose_path_would_be_too_long_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "get_temp_dir", lambda: "/" + "x" * 88)
+    assert sweep.processes().get_start_method() == "forkserver"
+    monkeypatch.setattr(sweep, "get_temp_dir", lambda: "/" + "x" * 89)
+    assert sweep.processes().get_start_method() == "spawn"

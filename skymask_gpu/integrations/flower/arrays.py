@@ -92,8 +92,8 @@ def read_array(array: Any, name: str, wanted: WantedArray) -> np.ndarray:
     data = array.data
     if not isinstance(data, bytes):
         raise UnusableReplyError(f"{name} must be sent as bytes, got {type(data).__name__}")
-    # Nearly all headers are exactly this one, so it is compared first. Reading one takes longer than
-    # all the other checks.
+    # Nearly all headers are exactly this one, so it is compared first. Reading one takes longer
+    # than all the other checks.
     usual = data.startswith(wanted.header)
     begin, is_fortran = (len(wanted.header), False) if usual else _header(data, name, wanted)
     num_bytes = wanted.size * wanted.dtype.itemsize
