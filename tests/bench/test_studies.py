@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from skymask_gpu.bench import solvers
-from skymask_gpu.bench.studies import accuracy, costs, few_clients, large, many_clients, privacy, real_updates
+from skymask_gpu.bench.studies import accuracy, costs, few_clients, large, many_clients, privacy, real_updates, sign_flips
 from skymask_gpu.defence import RootTraining, root_direction
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.report.summary import FinishedRun
@@ -183,3 +183,11 @@ def test_who_is_rejected_behind_obfuscation_is_a_table_and_a_picture(tmp_path: P
     unattacked = [privacy_run(method, 0.5) for method in ("clip", "prune", "noise")]
     privacy.draw([*runs, *unattacked], leaks, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sign_flips_are_judged_by_each_rule(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for name, value in {"TASKS": ("regression (MSE)",), "CLIPS": (0.01,), "SIZES": (10,), "WIDTHS": (16,), "SEEDS": 1}.items():
+        monkeypatch.setattr(sign_flips, name, value)
+    assert sign_flips.judged_exactly("classification", 0.01, 10, 16, 0)["signed"]
+    assert sign_flips.main([]) == 0
+    assert "0 of 1 (0.0%)" in capsys.readouterr().out
