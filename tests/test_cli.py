@@ -158,10 +158,10 @@ def test_aggregate_remembers_clients_by_the_names_of_their_files(files: Files, t
     once = ClientHistory.load(history)
     assert len(once) == 16
     _, report, _ = aggregate(files, tmp_path, files["updates"], "--history", history, run=run)
-    cosine = report["clients"]["client07"]["cosine"]
-    weights, _, cosines, _ = ClientHistory.load(history).sums(["client07"])[0].tolist()
+    agreement = report["clients"]["client07"]["agreement"]
+    weights, _, agreements, _ = ClientHistory.load(history).sums(["client07"])[0].tolist()
     assert weights == pytest.approx(1.8), "the earlier round counts 0.8"
-    assert cosines == pytest.approx(1.8 * cosine)
+    assert agreements == pytest.approx(1.8 * agreement)
     history.write_bytes(b"none")
     code, printed = run(
         "aggregate", "--global", files["global"], "--updates", files["updates"], "--model", f"{files['my_model']}:Net",

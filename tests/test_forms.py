@@ -281,7 +281,7 @@ def test_suspicion_orders_clients_and_is_the_mean_distance_below_the_kept_ones()
     clients, kept = result.clients.tolist(), result.clusters.benign.tolist()
     for row, client in enumerate(clients):
         below = []
-        for values in (result.keep_share.tolist(), result.cosines.tolist()):
+        for values in (result.keep_share.tolist(), result.agreement.tolist()):
             of_kept = [value for value, is_kept in zip(values, kept, strict=True) if is_kept]
             mean = sum(of_kept) / len(of_kept)
             spread = (sum((value - mean) ** 2 for value in of_kept) / len(of_kept)) ** 0.5

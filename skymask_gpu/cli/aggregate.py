@@ -268,7 +268,7 @@ def _verdict_json(result: Aggregation, sent: UserUpdates) -> str:
     for name, shares_KL in by_layer.items():
         for client, shares in zip(evidence.clients, shares_KL.tolist(), strict=True):
             clients[str(client)][name] = dict(zip(evidence.layers, shares, strict=True))
-    facts = {"keep_share": result.keep_share, "cosine": result.cosines, "factor": result.factors}
+    facts = {"keep_share": result.keep_share, "cosine": result.cosines, "agreement": result.agreement, "factor": result.factors}
     for name, values in facts.items():
         for client, value in zip(evidence.clients, values.tolist(), strict=True):
             clients[str(client)][name] = value

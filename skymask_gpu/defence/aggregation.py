@@ -49,8 +49,12 @@ class Aggregation:
             the columns in which masks differ. It says how much of the update the root data want;
             honest clients have the larger shares.
         cosines: ``(K,)`` float64, the cosine of each of their updates with the root direction: how
-            well it is aligned with what the server itself would do. They are those of this round,
-            also if the clients were judged by what is remembered of them.
+            well it is aligned with what the server itself would do.
+        agreement: ``(K,)`` float64, by which clients are judged: the mean of that cosine and the
+            mean cosine over the outputs of linear layers, see
+            :class:`skymask_gpu.defence.output_cosines.OutputCosines`. For a model without a linear
+            layer it is the cosine alone. It is that of this round, also if the clients were judged
+            by what is remembered of them.
         norms: ``(K,)`` float32, the Euclidean norms of their updates.
         factors: ``(K,)`` float32, what each of their updates was multiplied by before the mean over
             the benign clients was taken: 1, unless there are weights or the update was longer than
@@ -94,6 +98,7 @@ class Aggregation:
     clients: Tensor
     keep_share: Tensor
     cosines: Tensor
+    agreement: Tensor
     norms: Tensor
     factors: Tensor
     buffers: dict[str, Tensor]
@@ -126,7 +131,7 @@ class Aggregation:
         has no mask, because its update could not be used.
         """
         scores_N = torch.full((len(self.benign),), torch.inf, dtype=torch.float64, device=self.benign.device)
-        scores_N[self.clients] = suspicion(self.keep_share, self.cosines, self.clusters.benign)
+        scores_N[self.clients] = suspicion(self.keep_share, self.agreement, self.clusters.benign)
         return scores_N
 
     @property

@@ -1,8 +1,8 @@
-"""``ClientHistory``: each client's cosines with the root direction, from round to round.
+"""``ClientHistory``: how each client agrees with the root direction, from round to round.
 
-One round's cosine says little about a client whose data differ much from the others'. The root
+One round's agreement says little about a client whose data differ much from the others'. The root
 direction is noisy, and so is the client's own update. Both average out over the rounds, while what
-a client aims at does not. A client that comes back is therefore judged by its mean cosine.
+a client aims at does not. A client that comes back is therefore judged by its mean agreement.
 
 Shapes: K clients of a round, C clients known so far.
 """
@@ -23,10 +23,10 @@ __all__ = ["ClientHistory", "Remembered"]
 # and 0.9 rejected the same attackers, and 0.7 kept every twelfth of those who play ``ipm``. The
 # longer the memory is, the later a client that changes is found.
 DECAY = 0.8
-# A cosine that lies this number of a client's own spreads below its mean is no noise. The client
-# has changed, and its memory begins anew. In the same trials 3 rejected half as many honest clients
-# again as 4 did. The larger the number is, the fewer of those who begin to attack later are noticed
-# at once.
+# An agreement that lies this number of a client's own spreads below its mean is no noise. The
+# client has changed, and its memory begins anew. In the same trials 3 rejected half as many honest
+# clients again as 4 did. The larger the number is, the fewer of those who begin to attack later are
+# noticed at once.
 FALL = 3.5
 # The smallest effective number of rounds that tell a spread. Two rounds have 1.99.
 _TWO_ROUNDS = 1.5
@@ -38,7 +38,7 @@ class Remembered:
 
     Attributes:
         ids: the ids of the K clients.
-        means: ``(K,)`` float64, each client's mean cosine.
+        means: ``(K,)`` float64, each client's mean agreement.
         errors: ``(K,)`` float64, the standard error of each mean; Inf until any client has been
             seen twice.
         sums: ``(K, 4)`` float64, what :class:`ClientHistory` remembers of them after this round.
@@ -58,8 +58,8 @@ class ClientHistory:
 
     Example:
         >>> history = ClientHistory()
-        >>> for cosines in ([0.5, 0.4], [0.3, 0.4]):
-        ...     remembered = history.recall(["a", "b"], torch.tensor(cosines).double())
+        >>> for agreement in ([0.5, 0.4], [0.3, 0.4]):
+        ...     remembered = history.recall(["a", "b"], torch.tensor(agreement).double())
         ...     history.remember(remembered)
         >>> remembered.means
         tensor([0.3889, 0.4000], dtype=torch.float64)
@@ -69,8 +69,8 @@ class ClientHistory:
 
     def __init__(self) -> None:
         self._rows: dict[int | str, int] = {}
-        # For each client the sums over its rounds of w, w^2, w c and w c^2, with c the cosine and
-        # w = DECAY ** (its rounds since).
+        # For each client the sums over its rounds of w, w^2, w c and w c^2, with c the agreement
+        # and w = DECAY ** (its rounds since).
         self._sums_C4 = torch.zeros(0, 4, dtype=torch.float64)
 
     def __len__(self) -> int:
@@ -79,21 +79,22 @@ class ClientHistory:
     def __repr__(self) -> str:
         return f"ClientHistory({len(self)} clients)"
 
-    def recall(self, ids: Sequence[int | str], cosines_K: Tensor) -> Remembered:
-        """What is known of the clients, with their cosines of this round; nothing is changed.
+    def recall(self, ids: Sequence[int | str], agreement_K: Tensor) -> Remembered:
+        """What is known of the clients, with their agreement in this round; nothing is changed.
 
-        A client whose cosine has fallen far below its mean is known by this round alone.
+        A client whose agreement has fallen far below its mean is known by this round alone.
 
         Args:
             ids: K different ids.
-            cosines_K: ``(K,)``, the cosines of this round.
+            agreement_K: ``(K,)``, the agreement in this round.
         """
-        cosines_K = cosines_K.double()
-        before_K4 = self.sums(ids).to(cosines_K.device)
-        added_K4 = torch.stack([torch.ones_like(cosines_K), torch.ones_like(cosines_K), cosines_K, cosines_K.square()], 1)
-        decays_4 = torch.tensor([DECAY, DECAY**2, DECAY, DECAY], dtype=torch.float64, device=cosines_K.device)
+        agreement_K = agreement_K.double()
+        before_K4 = self.sums(ids).to(agreement_K.device)
+        one_K = torch.ones_like(agreement_K)
+        added_K4 = torch.stack([one_K, one_K, agreement_K, agreement_K.square()], 1)
+        decays_4 = torch.tensor([DECAY, DECAY**2, DECAY, DECAY], dtype=torch.float64, device=agreement_K.device)
         spread = _common_spread(before_K4)
-        fell_K = (_rounds(before_K4) > _TWO_ROUNDS) & (cosines_K < _means(before_K4) - FALL * spread)
+        fell_K = (_rounds(before_K4) > _TWO_ROUNDS) & (agreement_K < _means(before_K4) - FALL * spread)
         sums_K4 = torch.where(fell_K[:, None], 0.0, decays_4 * before_K4) + added_K4
         return Remembered(tuple(ids), _means(sums_K4), _common_spread(sums_K4) / _rounds(sums_K4).sqrt(), sums_K4)
 
@@ -162,9 +163,9 @@ def _rounds(sums_K4: Tensor) -> Tensor:
 
 
 def _common_spread(sums_K4: Tensor) -> Tensor:
-    """The standard deviation of cosines around each client's own mean, pooled over clients, ``()``.
+    """The standard deviation of the agreement around each client's own mean, ``()``.
 
-    It is Inf if no client has been seen twice.
+    It is pooled over the clients, and Inf if no client has been seen twice.
     """
     rounds_K = _rounds(sums_K4)
     known_K = rounds_K > _TWO_ROUNDS

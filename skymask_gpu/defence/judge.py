@@ -20,6 +20,7 @@ from skymask_gpu.defence.clock import Clock
 from skymask_gpu.defence.forms import Form
 from skymask_gpu.defence.history import ClientHistory, Remembered
 from skymask_gpu.defence.means import Mean, NormBound, Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
+from skymask_gpu.defence.output_cosines import linear_layers
 from skymask_gpu.defence.parse import Clients, Updates, parse, receive
 from skymask_gpu.defence.root import RootTraining, root_direction
 from skymask_gpu.defence.screen import Screened, culprits, screen
@@ -146,7 +147,10 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
         with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
             direction_P = _direction(this, small_batches)
         with clock.phase("collect", clients.rows.nbytes):
-            screened = screen(clients, direction_P, this.global_params_P, this.own_loss, shards, local_models=call.local_models)
+            layers, is_local = linear_layers(this.loss.shapes), call.local_models
+            screened = screen(
+                clients, direction_P, this.global_params_P, this.own_loss, shards, layers=layers, local_models=is_local
+            )
             root_row_P = _root_row(this, call.root_update, direction_P, screened)
         masks, screened = _train(this, screened, root_row_P, call.progress)
         _log.debug("%s", masks)
@@ -249,27 +253,31 @@ class _Verdict:
         clusters: which clients are benign, and why.
         keep_share: ``(K,)`` float64, see :class:`Aggregation`.
         cosines: ``(K,)`` float64, the cosine of each update with the root direction.
-        remembered: the cosines of this and earlier rounds; None without a history.
+        agreement: ``(K,)`` float64, see :class:`Aggregation`.
+        remembered: the agreement in this and earlier rounds; None without a history.
     """
 
     clusters: ClusteredMasks
     keep_share: Tensor
     cosines: Tensor
+    agreement: Tensor
     remembered: Remembered | None
 
 
 def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P: Tensor, call: Call) -> _Verdict:
     keep_share_R = sharded_keep_share(masks.bits, this.shards)
     # An update of zeros, or a root direction of zeros, has no direction. Its cosine is set to 0.
-    lengths_K = screened.norms.double() * torch.linalg.vector_norm(direction_P.double())
+    norms_K = screened.norms.double()
+    lengths_K = norms_K * torch.linalg.vector_norm(direction_P.double())
     cosines_K = torch.where(lengths_K > 0, screened.alignments / lengths_K, 0.0).clamp(-1, 1)
-    remembered, alignments_K, errors_K = None, screened.alignments, None
+    agreement_K = cosines_K if screened.by_output is None else (cosines_K + screened.by_output) / 2
+    remembered, alignments_K, errors_K = None, agreement_K * norms_K, None
     if call.history is not None:
         assert call.client_ids is not None, "judge() has checked them"
         ids = [call.client_ids[number] for number in screened.clients.numbers.tolist()]
-        remembered = call.history.recall(ids, cosines_K)
-        alignments_K = remembered.means * lengths_K
-        errors_K = torch.where(lengths_K > 0, remembered.errors * lengths_K, torch.inf)
+        remembered = call.history.recall(ids, agreement_K)
+        alignments_K = remembered.means * norms_K
+        errors_K = torch.where(norms_K > 0, remembered.errors * norms_K, torch.inf)
     clusters = cluster(
         sharded_distances(masks.bits, this.shards),
         alignments_K,
@@ -278,7 +286,7 @@ def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P:
         norms=screened.norms,
         alignment_error=errors_K,
     )
-    return _Verdict(clusters, keep_share_R[:-1], cosines_K, remembered)
+    return _Verdict(clusters, keep_share_R[:-1], cosines_K, agreement_K, remembered)
 
 
 def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, verdict: _Verdict) -> Aggregation:
@@ -309,6 +317,7 @@ def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, 
         clients=clients.numbers,
         keep_share=verdict.keep_share,
         cosines=verdict.cosines,
+        agreement=verdict.agreement,
         norms=screened.norms,
         factors=counts.factors,
         buffers=buffers,

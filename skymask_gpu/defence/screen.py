@@ -1,20 +1,22 @@
 """Screening: which rows can be judged at all, and which drive the masked model's loss out of range.
 
-One pass over the rows measures their norms and two inner products. ``screen`` rejects each client
-that sent NaN, Inf or a norm beyond float32, and refuses local models that were passed as updates.
-It then looks more closely at rows that are longer than the model itself: whether a single one
-drives the root loss to NaN or Inf (``harmful``). The cost of this is bounded, no matter how many
-such rows are sent. If mask training fails all the same, ``culprits`` says whose rows are to blame.
+``screen`` measures every row (``measured.py``), rejects each client that sent NaN, Inf or a norm
+beyond float32, and refuses local models that were passed as updates. It then looks more closely at
+rows that are longer than the model itself: whether a single one drives the root loss to NaN or Inf
+(``harmful``). The cost of this is bounded, no matter how many such rows are sent. If mask training
+fails all the same, ``culprits`` says whose rows are to blame.
 """
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from skymask_gpu.defence.measured import measure
+from skymask_gpu.defence.output_cosines import OutputCosines
 from skymask_gpu.defence.parse import Clients, raise_none_left
 from skymask_gpu.engine import ClientBlocks
 from skymask_gpu.engine.profiling import phase
@@ -24,15 +26,6 @@ from skymask_gpu.engine.step_loop import StepLoop
 
 __all__ = ["Screened", "culprits", "drive_loss_out_of_range", "harmful", "screen"]
 
-# A local model is the global model plus a small change, so it has nearly the global model's
-# direction and length. Honest updates of a model of more than a few parameters have neither. This
-# is the least cosine with the global model, in absolute value, that makes an update suspicious.
-_LIKE_MODEL = 0.9
-# The range of suspicious lengths, in lengths of the global model.
-_LIKE_LENGTH = (0.5, 2.0)
-# An update whose cosine with the root direction is below this points clearly away from it. Chance
-# alone does not give such a cosine.
-_OPPOSED = -0.1
 # The attack model allows 80% attackers, so what more clients than that do is no attack but a
 # mistake of the caller. With a lower limit, attackers could stop every round by sending multiples
 # of the global model. With "all clients" as the limit, a single attacker could hide the mistake.
@@ -46,20 +39,17 @@ _FEWEST_HONEST = 0.2
 _FAR_OUT = 1.0
 # The number of rows, the longest first, whose loss is evaluated one by one.
 _ONE_BY_ONE = 16
-# The smallest normal float32 number. A length is divided by at least this, so that it is never 0.
-_TINY = torch.finfo(torch.float32).tiny
-# The number of elements of a temporary that is made from rows of the updates.
-_CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class Screened:
-    """The K clients whose rows are finite, and two facts about each row.
+    """The K clients whose rows are finite, and three facts about each row.
 
     Attributes:
         clients: the clients and their rows.
         norms: ``(K,)`` float32, the Euclidean norms of whole rows; finite.
         alignments: ``(K,)`` float64, the inner products of whole rows with the root direction.
+        by_output: ``(K,)`` float64, the mean output cosine; None if no layer is linear.
         longest_honest: ``()``, the length up to which an update is not suspicious: that of the
             global model, or of the root direction if that is longer.
     """
@@ -67,6 +57,7 @@ class Screened:
     clients: Clients
     norms: Tensor
     alignments: Tensor
+    by_output: Tensor | None
     longest_honest: Tensor
 
     @property
@@ -100,11 +91,20 @@ class Screened:
             buffers=[buffers for row, buffers in enumerate(old.buffers) if row not in reasons],
             rejected={**old.rejected, **{int(old.numbers[row]): reason for row, reason in reasons.items()}},
         )
-        return replace(self, clients=clients, norms=self.norms[keep_K], alignments=self.alignments[keep_K])
+        norms_K, alignments_K = self.norms[keep_K], self.alignments[keep_K]
+        by_output_K = None if self.by_output is None else self.by_output[keep_K]
+        return replace(self, clients=clients, norms=norms_K, alignments=alignments_K, by_output=by_output_K)
 
 
 def screen(
-    clients: Clients, direction_P: Tensor, global_params_P: Tensor, loss: Loss, shards: ColumnShards, *, local_models: bool
+    clients: Clients,
+    direction_P: Tensor,
+    global_params_P: Tensor,
+    loss: Loss,
+    shards: ColumnShards,
+    *,
+    layers: Sequence[tuple[slice, int]],
+    local_models: bool,
 ) -> Screened:
     """Measure every row, and reject the clients whose rows are not finite or break the root loss.
 
@@ -117,6 +117,7 @@ def screen(
         global_params_P: the model before the round.
         loss: the root loss; if the updates are sharded, as a function of this rank's own columns.
         shards: which columns the rows hold.
+        layers: see :func:`skymask_gpu.defence.output_cosines.linear_layers`.
         local_models: whether the caller had the global parameters subtracted. The advice of the
             error below depends on it.
 
@@ -124,14 +125,15 @@ def screen(
         ValueError: no usable client is left, or more than 80% of the rows are local models (or
             updates from which the global parameters were subtracted twice).
     """
-    measured = _measure(clients.rows, direction_P, global_params_P, shards)
+    by_output = OutputCosines(layers, direction_P, shards) if layers else None
+    measured = measure(clients.rows, direction_P, global_params_P, shards, by_output)
     # One transfer from the device answers everything that is asked about single rows.
     doubtful, like, unlike, against = measured.flags(direction_P, global_params_P).tolist()
     reasons = _non_finite(clients.rows, [row for row, is_doubtful in enumerate(doubtful) if is_doubtful], shards)
     if len(reasons) == len(clients.rows):
         raise_none_left({**clients.rejected, **reasons})
     scale = torch.maximum(torch.linalg.vector_norm(global_params_P), torch.linalg.vector_norm(direction_P))
-    screened = Screened(clients, measured.norms, measured.alignments, _FAR_OUT * scale).without(reasons)
+    screened = Screened(clients, measured.norms, measured.alignments, measured.by_output, _FAR_OUT * scale).without(reasons)
     _refuse_local_models(sum(like), sum(unlike), len(doubtful) - sum(doubtful), local_models)
     num_usable, num_clients, num_rejected = len(screened.rows), clients.num_clients, len(screened.clients.rejected)
     if sum(against) > _MOST_ATTACKERS * num_usable:
@@ -143,61 +145,6 @@ def screen(
     if 2 * num_rejected > num_clients:
         warnings.warn(f"{num_rejected} of {num_clients} clients sent an unusable update and were rejected", stacklevel=5)
     return screened.without(harmful(screened.rows, screened.norms, screened.far_out(), shards.own(global_params_P), loss))
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What one pass over the rows measures.
-
-    Attributes:
-        norms: ``(K,)`` float32.
-        alignments: ``(K,)`` float64, the inner products with the root direction.
-        along_model: ``(K,)`` float64, the inner products with the unit vector of the global model.
-    """
-
-    norms: Tensor
-    alignments: Tensor
-    along_model: Tensor
-
-    def flags(self, direction_P: Tensor, global_params_P: Tensor) -> Tensor:
-        """Four facts about each row, ``(4, K)`` bool.
-
-        They are: its norm is not finite; it is like the global model; it is like the global model
-        with the opposite sign; it points away from the root direction.
-        """
-        direction, length = _length(direction_P), _length(global_params_P)
-        low, high = _LIKE_LENGTH
-        long = (self.norms > low * length) & (self.norms < high * length)
-        against = self.alignments < _OPPOSED * self.norms * direction
-        like, unlike = self.along_model > _LIKE_MODEL * self.norms, self.along_model < -_LIKE_MODEL * self.norms
-        return torch.stack([~torch.isfinite(self.norms), long & like, long & unlike, against])
-
-
-def _measure(rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, shards: ColumnShards) -> _Measured:
-    """Norms and inner products, in one pass over the rows.
-
-    If a row holds NaN or Inf, its norm is NaN or Inf. It is Inf also if the square of a value
-    overflows.
-    """
-    direction, model = _length(direction_P), _length(global_params_P)
-    # A vector of length 0 has no direction and stays 0.
-    unit_P, model_P = direction_P / direction.clamp_min(_TINY), global_params_P / model.clamp_min(_TINY)
-    units_2L = torch.stack([shards.own(unit_P.float()), shards.own(model_P.float())])
-    chunk = max(1, _CHUNK_ELEMENTS // rows.num_params)
-    norms, products = [], []
-    for block in rows:
-        for part in block.split(chunk):
-            part = part.float()
-            norms.append(torch.linalg.vector_norm(part, dim=1))
-            # One product with both, because each reads all of the rows.
-            products.append(units_2L @ part.T)
-    own_products_2K = torch.cat(products, 1).double()
-    norms_K, (alignments_K, along_K) = shards.of_whole_rows(torch.cat(norms), own_products_2K)
-    return _Measured(norms_K, alignments_K * direction, along_K)
-
-
-def _length(vector_P: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vector_P.double())
 
 
 def _non_finite(rows: ClientBlocks, doubtful: list[int], shards: ColumnShards) -> dict[int, str]:

@@ -59,7 +59,7 @@ def _run_data(run: FinishedRun, *, with_clients: bool) -> dict[str, Any]:
         "rounds": [number + 1 for number in found.rounds],
         "states": ["".join(map(str, row)) for row in found.states.tolist()],
         "keep_share": witness_by_round(run, "keep_share", found.rounds, num_clients),
-        "cosine": witness_by_round(run, "cosine", found.rounds, num_clients),
+        "agreement": witness_by_round(run, "agreement", found.rounds, num_clients),
         "positions": [_points(positions.get(number)) for number in found.rounds] if positions else None,
     }
     return data

@@ -90,12 +90,12 @@ def plot_evidence(runs: list[FinishedRun], path: Path) -> bool:
 
 
 def plot_witnesses(runs: list[FinishedRun], path: Path) -> bool:
-    """Plot each client's keep share and cosine in the last round, coloured by client kind.
+    """Plot each client's keep share and agreement in the last round, coloured by client kind.
 
     Returns:
         False, with nothing written, if no run has masks.
     """
-    return _plot_masked(runs, _scatter_witnesses, {"keep_share", "cosine"}, 4.5, "witnesses", path)
+    return _plot_masked(runs, _scatter_witnesses, {"keep_share", "agreement"}, 4.5, "witnesses", path)
 
 
 def _lines_by_run(runs: list[FinishedRun]) -> Figure:
@@ -260,9 +260,9 @@ def _scatter_masks(axes: Axes, tensors: dict[str, Tensor], metadata: dict[str, s
 
 
 def _scatter_witnesses(axes: Axes, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    _scatter_clients(axes, torch.stack([tensors["keep_share"], tensors["cosine"]], 1).numpy(), tensors)
+    _scatter_clients(axes, torch.stack([tensors["keep_share"], tensors["agreement"]], 1).numpy(), tensors)
     axes.axhline(0, color="grey", lw=0.8)
-    axes.set(xlabel="keep share: ones among the bits that vary", ylabel="cosine with the root direction")
+    axes.set(xlabel="keep share: ones among the bits that vary", ylabel="agreement with the root direction")
     _legend_below(axes)
 
 

@@ -130,7 +130,7 @@ def test_the_table_has_a_line_per_recipe_attack_and_rule(made: tuple[Board, Path
     assert (by_name["ipm 2.0", "median"]["fpr"], by_name["ipm 2.0", "median"]["accuracy"] != "") == ("", True)
     assert (by_name["ipm 2.0", "bulyan"]["fpr"], by_name["ipm 2.0", "bulyan"]["accuracy"]) == ("", "")
     assert "bulyan could not judge 8 of its sets" in (folder / "board.md").read_text()
-    assert float(by_name["ipm 2.0", "skymask signed"]["auc_cosine"]) > 0.9
+    assert float(by_name["ipm 2.0", "skymask signed"]["auc_agreement"]) > 0.9
     page = (folder / "board.html").read_text()
     assert page.count('class="map"') == 5
     assert page.count("judged nobody") == 1

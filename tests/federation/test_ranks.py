@@ -75,8 +75,8 @@ def same(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> None:
     for mine, theirs in zip(got, want, strict=True):
         assert mine["rejected"] == theirs["rejected"]
         assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=0.01)
-        if "cosine" in theirs:
-            assert mine["cosine"] == pytest.approx(theirs["cosine"], abs=2e-3)
+        if "agreement" in theirs:
+            assert mine["agreement"] == pytest.approx(theirs["agreement"], abs=2e-3)
             assert mine["root_losses"] == pytest.approx(theirs["root_losses"], rel=1e-3)
 
 

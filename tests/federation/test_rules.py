@@ -929,7 +929,7 @@ def test_skymask_records_keep_share_and_cosine_of_every_client_that_takes_part()
     assert not result.kept[4]
     assert result.tensors is not None
     tensors, _ = result.tensors()
-    for name in ("keep_share", "cosine"):
+    for name in ("keep_share", "agreement"):
         recorded = result.record[name]
         assert len(recorded) == 12
         assert recorded[4] is None

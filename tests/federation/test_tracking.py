@@ -169,7 +169,7 @@ def test_numbers_and_settings() -> None:
         "kept": 3,
         "diverged": True,
         "reason": "x",
-        "cosine": [0.1],
+        "agreement": [0.1],
         "rejected": [],
         "seconds": {"a": {"b": 1}},
     }

@@ -67,7 +67,7 @@ def test_witnesses_go_to_the_clients_that_took_part() -> None:
     run = finished(records)
     table = witness_by_round(run, "keep_share", [0, 1], 5)
     assert table == [[0.1, None], [0.2, 0.6], [None, None], [0.4, None], [0.5, 0.7]]
-    assert witness_by_round(run, "cosine", [0, 1], 5) is None
+    assert witness_by_round(run, "agreement", [0, 1], 5) is None
 
 
 def test_positions_are_mirrored_to_resemble_the_round_before() -> None:
@@ -140,13 +140,13 @@ def test_masks_of_every_round(figures: dict[str, Any]) -> None:
 
 def test_the_pages_data(tmp_path: Path) -> None:
     points = [[1.0, 2.0], None, [0.0, 0.0], [0.5, 0.5], [2.0, 2.0], [-1.0, 0.0]]
-    run = finished([record(0, [0, 3], positions=points, cosine=[0.1] * 5), record(1, [])])
+    run = finished([record(0, [0, 3], positions=points, agreement=[0.1] * 5), record(1, [])])
     (data,) = json.loads(json.dumps(page_data([run]), allow_nan=False))["runs"]
     assert data["rounds"] == [1, 2]
     assert data["false_negative_rate"] == [None, 1.0]
     assert "attack_success_rate" not in data
     assert data["clients"]["states"] == ["43", "33", "11", "21", "11"]
-    assert data["clients"]["cosine"][0] == [0.1, None]
+    assert data["clients"]["agreement"][0] == [0.1, None]
     assert data["clients"]["keep_share"] is None
     assert data["clients"]["positions"] == [points, None]
     # too much for a page: curves only
@@ -244,7 +244,7 @@ def test_the_page_sorts_toggles_and_tells_histories(tmp_path: Path) -> None:
     if browser is None:
         pytest.skip("there is no Chromium to run the page's script in")
     points = [[1.0, 2.0], None, [0.0, 0.0], [0.5, 0.5], [2.0, 2.0], [-1.0, 0.0]]
-    records = [record(number, [1, 3], positions=points, cosine=[0.5] * 5, keep_share=[0.5] * 5) for number in range(3)]
+    records = [record(number, [1, 3], positions=points, agreement=[0.5] * 5, keep_share=[0.5] * 5) for number in range(3)]
     written(tmp_path / "a", records)
     written(tmp_path / "b", [{**line, "accuracy": 0.05} for line in records])
     page = write_report("t", load_folders([tmp_path]), tmp_path).page.read_text(encoding="utf-8")

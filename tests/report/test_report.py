@@ -82,7 +82,7 @@ def write_masks(folder: Path, malicious: int = 4, clients: int = 20) -> None:
     tensors = {
         "evidence": torch.rand(clients, 3, generator=generator) * 0.4 + 0.5 * bad[:, None],
         "keep_share": torch.rand(clients, generator=generator) * 0.2 + 0.4 * ~bad,
-        "cosine": torch.rand(clients, generator=generator) - bad.float(),
+        "agreement": torch.rand(clients, generator=generator) - bad.float(),
         "clients": torch.arange(clients),
         "scores": scores,
         "malicious": bad,
@@ -633,14 +633,14 @@ def test_witnesses_are_drawn_per_client_with_the_rejected_ones_ringed(tmp_path: 
     assert plot_witnesses(runs, tmp_path / "witnesses.png")
     (axes,) = figures["witnesses"].axes
     stored, _ = read_tensors(tmp_path / "a" / "masks.safetensors")
-    points = torch.stack([stored["keep_share"], stored["cosine"]], 1)
+    points = torch.stack([stored["keep_share"], stored["agreement"]], 1)
     honest, attackers, rejected = (torch.from_numpy(drawn.get_offsets().data) for drawn in axes.collections)
     torch.testing.assert_close(honest.float(), points[~stored["malicious"]])
     torch.testing.assert_close(attackers.float(), points[stored["malicious"]])
     torch.testing.assert_close(rejected.float(), points[~stored["benign"]])
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["honest client (16)", "attacker (4)", "rejected (4)"]
     # older versions stored no witnesses: the picture of the masks is still made
-    old = {name: value for name, value in stored.items() if name not in ("keep_share", "cosine")}
+    old = {name: value for name, value in stored.items() if name not in ("keep_share", "agreement")}
     write_tensors(tmp_path / "a" / "masks.safetensors", old, {"round": "2"})
     assert not plot_witnesses(runs, tmp_path / "witnesses.png")
     assert plot_masks(runs, tmp_path / "masks.png")

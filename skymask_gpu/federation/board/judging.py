@@ -67,7 +67,7 @@ class Judged:
         accuracy: the test accuracy after the rule's step.
         accuracy_fedavg, accuracy_honest: the test accuracy after the mean of all clients, and after
             the mean of the honest ones.
-        auc_keep_share, auc_cosine, auc_root: how well each witness orders the clients; 1 is
+        auc_keep_share, auc_agreement, auc_root: how well each witness orders the clients; 1 is
             perfect.
         failed: why the rule could not judge; empty if it could.
     """
@@ -81,7 +81,7 @@ class Judged:
     accuracy_fedavg: float
     accuracy_honest: float
     auc_keep_share: float | None
-    auc_cosine: float | None
+    auc_agreement: float | None
     auc_root: float | None
     failed: str = ""
 
@@ -120,7 +120,7 @@ def _accuracy_of_mean(made: MaskSet, kept_N: Tensor) -> float | None:
 def _judged(key: SetKey, rule: str, made: MaskSet, kept_N: Tensor | None, accuracy: float | None) -> Judged:
     malicious_N = made.malicious
     malicious_K = malicious_N[made.clients]
-    cosines_K = torch.where(made.norms > 0, made.alignments / made.norms, 0.0)
+    agreement_K = torch.where(made.norms > 0, made.alignments / made.norms, 0.0)
     to_root_K = made.counts()[-1, :-1]
     fpr = None if kept_N is None else float((~kept_N)[~malicious_N].double().mean())
     fnr = None if kept_N is None or not malicious_N.any() else float(kept_N[malicious_N].double().mean())
@@ -139,7 +139,7 @@ def _judged(key: SetKey, rule: str, made: MaskSet, kept_N: Tensor | None, accura
         accuracy_fedavg=made.accuracy[ALL],
         accuracy_honest=made.accuracy[HONEST],
         auc_keep_share=order(made.keep_share[:-1]),
-        auc_cosine=order(cosines_K),
+        auc_agreement=order(agreement_K),
         # The sign is turned because attackers lie farther from the root than honest clients do.
         auc_root=order(-to_root_K),
         failed=made.failed.get(rule, ""),
@@ -156,7 +156,7 @@ class Line:
         wrong_side, worse_than_fedavg: the number of sets in which this is so; None if it is not
             known for any set.
         accuracy, accuracy_fedavg, accuracy_honest: the mean test accuracies after one step.
-        auc_keep_share, auc_cosine, auc_root: the means over the sets.
+        auc_keep_share, auc_agreement, auc_root: the means over the sets.
     """
 
     recipe: str
@@ -171,7 +171,7 @@ class Line:
     accuracy_fedavg: float | None
     accuracy_honest: float | None
     auc_keep_share: float | None
-    auc_cosine: float | None
+    auc_agreement: float | None
     auc_root: float | None
 
 
@@ -180,7 +180,7 @@ def lines(judged: list[Judged]) -> list[Line]:
     groups: dict[tuple[str, str, str], list[Judged]] = {}
     for one in judged:
         groups.setdefault((one.key.recipe, one.key.attack, one.rule), []).append(one)
-    means = ("accuracy", "accuracy_fedavg", "accuracy_honest", "auc_keep_share", "auc_cosine", "auc_root")
+    means = ("accuracy", "accuracy_fedavg", "accuracy_honest", "auc_keep_share", "auc_agreement", "auc_root")
     found = []
     for names, group in groups.items():
 

@@ -182,7 +182,7 @@ class _Cell:
         made = MaskSet(
             distances=counts_RR[above_2T[0], above_2T[1]],
             keep_share=result.masks.keep_share().cpu(),
-            alignments=result.cosines.cpu() * norms_K,
+            alignments=result.agreement.cpu() * norms_K,
             norms=norms_K,
             clients=result.clients.cpu(),
             malicious=federation.malicious,

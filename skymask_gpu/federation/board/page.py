@@ -15,7 +15,7 @@ __all__ = ["COLUMNS", "LEGEND", "SUMMARY", "TRAJECTORIES", "summary", "trajector
 
 COLUMNS = (
     "recipe", "attack", "rule", "sets", "FPR", "FNR", "wrong side", "worse than FedAvg", "accuracy", "FedAvg's",
-    "honest mean's", "AUC keep share", "AUC cosine", "AUC distance to root",
+    "honest mean's", "AUC keep share", "AUC agreement", "AUC distance to root",
 )  # fmt: skip
 SUMMARY = ("rule", "attacked sets", "FPR and FNR within 5%", "wrong side", "worse than FedAvg", "FPR")
 TRAJECTORIES = (

@@ -112,13 +112,13 @@ class SkyMaskRule:
 
 
 def _witnesses(result: Aggregation) -> dict[str, list[float | None]]:
-    """Keep share and cosine of each client that takes part, in their order, with four decimals.
+    """Keep share and agreement of each client that takes part, in their order, with four decimals.
 
     A client whose update cannot be used has neither.
     """
     lists: dict[str, list[float | None]] = {}
     rows = result.clients.tolist()
-    for name, values_K in (("keep_share", result.keep_share), ("cosine", result.cosines)):
+    for name, values_K in (("keep_share", result.keep_share), ("agreement", result.agreement)):
         lists[name] = [None] * len(result.benign)
         for row, value in zip(rows, values_K.tolist(), strict=True):
             lists[name][row] = round(value, 4)
@@ -143,7 +143,7 @@ def _tensors(result: Aggregation, clients_M: Tensor) -> tuple[dict[str, Tensor],
     tensors = {
         "evidence": evidence.shares,
         "keep_share": result.keep_share,
-        "cosine": result.cosines,
+        "agreement": result.agreement,
         "clients": clients_M[result.clients.cpu()],
         "scores": result.clusters.scores,
         "benign": result.clusters.benign,
