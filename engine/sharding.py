@@ -84,18 +84,6 @@ class ColumnShards:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def of_whole_rows(self, own_norms_K: Tensor, own_products_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms and inner products of whole rows from those of each rank's own columns.
-
-        Args:
-            own_norms_K: ``(K,)`` float32, Euclidean norms. A norm of a whole row is Inf if the
-                square of a value overflows.
-            own_products_K: ``(..., K)`` float64, inner products; they are overwritten.
-        """
-        if self.group is None:
-            return own_norms_K, own_products_K
-        return self.sum(own_norms_K.double().square()).float().sqrt(), self.sum(own_products_K)
-
     def gather(self, own_L: Tensor) -> Tensor:
         """The whole vector, ``(P,)``, on every rank, from each rank's own part, ``(L,)``."""
         if self.group is None:

@@ -1,4 +1,4 @@
-"""The kernels of clustering and averaging on any device; where none is compiled, the twin runs.
+"""The kernels that measure, compare and average, on any device, as twins if need be.
 
 Masks may be trained in plain PyTorch on any device (``mps``, CUDA without Triton), and must be
 compared and averaged there too. This is the only place where a plain twin stands in for a compiled
@@ -12,13 +12,14 @@ from typing import Concatenate, ParamSpec
 
 from torch import Tensor
 
-from skymask_gpu.kernels import hamming, mean, mixture, ones, product, tree
+from skymask_gpu.kernels import hamming, mean, mixture, ones, product, sums, tree
 from skymask_gpu.kernels.dispatch import why_not
 
 __all__ = [
     "chosen_mean",
     "count_products",
     "gaussian_mixture",
+    "group_sums",
     "hamming_counts",
     "path_maxima",
     "two_normals",
@@ -42,6 +43,7 @@ def _or_twin(kernel: Kernel[P], twin: Kernel[P]) -> Kernel[P]:
 chosen_mean = _or_twin(mean.chosen_mean, mean.chosen_mean_reference)
 count_products = _or_twin(product.count_products, product.count_products_reference)
 gaussian_mixture = _or_twin(mixture.gaussian_mixture, mixture.gaussian_mixture_reference)
+group_sums = _or_twin(sums.group_sums, sums.group_sums_reference)
 hamming_counts = _or_twin(hamming.hamming_counts, hamming.hamming_counts_reference)
 path_maxima = _or_twin(tree.path_maxima, tree.path_maxima_reference)
 two_normals = _or_twin(mixture.two_normals, mixture.two_normals_reference)

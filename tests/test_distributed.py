@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from skymask_gpu import Aggregation, MaskTraining, RootTraining, SkyMask, cli
-from skymask_gpu.defence.output_cosines import linear_layers
+from skymask_gpu.defence.output_cosines import Groups
 from skymask_gpu.defence.parse import parse
 from skymask_gpu.defence.screen import screen
 from skymask_gpu.engine import Clustering, FlatModel, unpack_bits
@@ -139,8 +139,8 @@ def judge_all(folder: Path, mesh: "DeviceMesh | None") -> None:
     shards, own_NL = own_columns(shared_out(stored["honest"], mesh), NUM_PARAMS)
     clients = parse(own_NL, flat, net(), None)
     own_loss = flat if shards.group is None else ShardedLoss(flat, shards)
-    layers = linear_layers(flat.shapes)
-    screened = screen(clients, stored["root"], flat.initial_params, own_loss, shards, layers=layers, local_models=False)
+    groups = Groups.of(flat.shapes)
+    screened = screen(clients, stored["root"], flat.initial_params, own_loss, shards, groups=groups, local_models=False)
     assert screened.by_output is not None
     tensors |= {"norms": screened.norms, "alignments": screened.alignments, "by_output": screened.by_output}
     facts["errors"] = errors(stored, mesh) if mesh is not None and mesh.size() == 3 else {}
@@ -351,7 +351,7 @@ def test_norms_and_cosines_are_those_of_whole_rows(name: str, outcomes: dict[str
     got, want = outcomes[name][0], outcomes["0-of-1"][0]
     for key in ("norms", "alignments"):
         torch.testing.assert_close(got[key], want[key], rtol=1e-5, atol=0)
-    torch.testing.assert_close(got["by_output"], want["by_output"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(got["by_output"], want["by_output"], rtol=0, atol=1e-9)
 
 
 def test_input_that_does_not_fit_is_an_error_on_every_rank(outcomes: dict[str, Outcome]) -> None:

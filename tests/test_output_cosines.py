@@ -1,7 +1,6 @@
 """Output cosines against a loop over outputs, and what they are there for."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,24 +8,28 @@ import torch
 from torch import Tensor, nn
 
 from skymask_gpu.defence import Aggregation, RootTraining, SkyMask, root_direction
-from skymask_gpu.defence.output_cosines import OutputCosines, linear_layers
-from skymask_gpu.engine import FlatModel
+from skymask_gpu.defence.measured import measure
+from skymask_gpu.defence.output_cosines import Groups
+from skymask_gpu.engine import ClientBlocks, FlatModel
 from skymask_gpu.engine.sharding import ColumnShards
 from skymask_gpu.federation import Federation, RunConfig
 
-Layers = Sequence[tuple[slice, int]]
+Shapes = dict[str, torch.Size]
 
 
-def layers_of(module: nn.Module) -> Layers:
-    return linear_layers({name: parameter.shape for name, parameter in module.named_parameters()})
+def shapes_of(module: nn.Module) -> Shapes:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
-def plain_mean(update_P: Tensor, direction_P: Tensor, layers: Layers) -> float:
-    """The mean over layers of the mean over outputs of the cosine of their weights, in a loop."""
-    by_layer = []
-    for columns, num_outputs in layers:
-        mine = update_P[columns].double().view(num_outputs, -1).tolist()
-        wanted = direction_P[columns].double().view(num_outputs, -1).tolist()
+def plain_mean(update_P: Tensor, direction_P: Tensor, shapes: Shapes) -> float:
+    """The mean over linear layers of the mean over outputs of the cosine of their weights, in a loop."""
+    by_layer, begin = [], 0
+    for shape in shapes.values():
+        columns = slice(begin, begin + shape.numel())
+        begin += shape.numel()
+        if len(shape) != 2:
+            continue
+        mine, wanted = (vector_P[columns].double().view(shape).tolist() for vector_P in (update_P, direction_P))
         cosines = []
         for weights, along in zip(mine, wanted, strict=True):
             if not any(along):
@@ -38,47 +41,57 @@ def plain_mean(update_P: Tensor, direction_P: Tensor, layers: Layers) -> float:
     return sum(by_layer) / len(by_layer) if by_layer else 0.0
 
 
-def measured(rows_KP: Tensor, direction_P: Tensor, layers: Layers, lengths: Sequence[int]) -> list[float]:
-    cosines = OutputCosines(layers, direction_P, ColumnShards(len(direction_P)))
-    for part in rows_KP.split(lengths):
-        cosines.add(part)
-    return cosines.result().tolist()
+def measured(rows_KP: Tensor, direction_P: Tensor, shapes: Shapes, *lengths: int) -> list[float]:
+    blocks = ClientBlocks(list(rows_KP.split(lengths or len(rows_KP))))
+    found = measure(blocks, direction_P, torch.ones_like(direction_P), ColumnShards(len(direction_P)), Groups.of(shapes))
+    assert found.by_output is not None
+    return found.by_output.tolist()
 
 
 @pytest.mark.parametrize(
-    ("module", "layers"),
+    ("module", "groups"),
     [
-        (nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), [(slice(0, 12), 3), (slice(15, 21), 2)]),
-        (nn.Linear(4, 1), [(slice(0, 4), 1)]),
-        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), []),
+        (nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), Groups((0, 4, 8, 12, 15, 18, 21, 23), ((0, 3), (4, 6)))),
+        (nn.Linear(4, 1, bias=False), Groups((0, 4), ((0, 1),))),
+        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Linear(2, 2)), Groups((0, 63, 65, 67, 69), ((1, 3),))),
+        (nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), Groups((0, 63), ())),
     ],
 )
-def test_linear_layers_are_the_parameters_with_two_axes(module: nn.Module, layers: Layers) -> None:
-    assert layers_of(module) == layers
+def test_each_output_of_a_linear_layer_is_a_group(module: nn.Module, groups: Groups) -> None:
+    assert Groups.of(shapes_of(module)) == groups
 
 
 @pytest.mark.parametrize(("num_outputs", "width"), [(10, 7), (1, 20), (33, 1)])
 def test_cosines_are_those_of_a_loop_however_rows_are_parted(num_outputs: int, width: int) -> None:
     generator = torch.Generator().manual_seed(num_outputs)
-    first, second = 5 + num_outputs * width, 9 + num_outputs * width
-    layers = [(slice(5, first), num_outputs), (slice(second, second + 12), 3)]
-    rows_KP = torch.randn(6, second + 14, generator=generator)
-    direction_P = torch.randn(second + 14, generator=generator)
-    rows_KP[2, 5:first] = 0
+    sizes = {"a": (5,), "b": (num_outputs, width), "c": (2, 1, 2), "d": (3, 4), "e": (2,)}
+    shapes = {name: torch.Size(size) for name, size in sizes.items()}
+    num_params = sum(shape.numel() for shape in shapes.values())
+    rows_KP = torch.randn(6, num_params, generator=generator)
+    direction_P = torch.randn(num_params, generator=generator)
+    rows_KP[2, 5 : 5 + num_outputs * width] = 0
     rows_KP[3, 5 : 5 + width] = 0
-    rows_KP[4] *= 1e18  # nearly the longest that is not rejected
-    direction_P[second : second + 4] = 0
-    want = [plain_mean(row_P, direction_P, layers) for row_P in rows_KP]
-    for lengths in ([6], [1, 4, 1]):
-        assert measured(rows_KP, direction_P, layers, lengths) == pytest.approx(want, rel=0, abs=1e-6)
+    rows_KP[4] *= 1e17  # nearly the longest that is not rejected
+    direction_P[-14:-10] = 0
+    want = [plain_mean(row_P, direction_P, shapes) for row_P in rows_KP]
+    # The direction's unit vector is rounded to float32.
+    for lengths in ((), (1, 4, 1)):
+        assert measured(rows_KP, direction_P, shapes, *lengths) == pytest.approx(want, rel=0, abs=1e-6)
 
 
 def test_what_the_root_data_do_not_move_is_not_counted() -> None:
-    layers = [(slice(0, 4), 2), (slice(4, 8), 2)]
+    shapes = {"a": torch.Size((2, 2)), "b": torch.Size((2, 2))}
     rows_KP = torch.tensor([[1.0, 0, 1, 0, 1, 0, 0, 0], [0.0] * 8])
-    assert measured(rows_KP, torch.zeros(8), layers, [2]) == [0, 0]
-    direction_P = torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0])
-    assert measured(rows_KP, direction_P, layers, [2]) == [1, 0]
+    assert measured(rows_KP, torch.zeros(8), shapes) == [0, 0]
+    assert measured(rows_KP, torch.tensor([0.0, 0, 0, 0, 1, 0, 0, 0]), shapes) == [1, 0]
+
+
+def test_norms_that_overflow_float32_are_infinite() -> None:
+    rows_KP = torch.tensor([[1e19, 1e19], [3e38, 0.0], [1e-30, 0.0], [torch.nan, 0.0]])
+    found = measure(ClientBlocks([rows_KP]), torch.ones(2), torch.ones(2), ColumnShards(2), Groups((0, 2), ()))
+    assert found.norms[:3].tolist() == pytest.approx([2**0.5 * 1e19, torch.inf, 1e-30])
+    assert found.norms[3].isnan()
+    assert found.by_output is None
 
 
 def test_clients_are_judged_by_the_mean_of_both_cosines() -> None:
@@ -90,7 +103,7 @@ def test_clients_are_judged_by_the_mean_of_both_cosines() -> None:
     direction_P = root_direction(loss, loss.initial_params, RootTraining(), small_batches=True)
     updates_NP = direction_P + direction_P.std() * torch.randn(9, loss.num_params)
     result = SkyMask(module, inputs, labels).aggregate(updates_NP)
-    by_output = [plain_mean(row_P, direction_P, layers_of(module)) for row_P in updates_NP]
+    by_output = [plain_mean(row_P, direction_P, shapes_of(module)) for row_P in updates_NP]
     want_K = (result.cosines + torch.tensor(by_output, dtype=torch.float64)) / 2
     torch.testing.assert_close(result.agreement, want_K, rtol=0, atol=1e-6)
     without = SkyMask(nn.BatchNorm1d(12), inputs, torch.randn(60, 12), loss_fn=nn.functional.mse_loss)

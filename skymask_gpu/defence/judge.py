@@ -20,7 +20,7 @@ from skymask_gpu.defence.clock import Clock
 from skymask_gpu.defence.forms import Form
 from skymask_gpu.defence.history import ClientHistory, Remembered
 from skymask_gpu.defence.means import Mean, NormBound, Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
-from skymask_gpu.defence.output_cosines import linear_layers
+from skymask_gpu.defence.output_cosines import Groups
 from skymask_gpu.defence.parse import Clients, Updates, parse, receive
 from skymask_gpu.defence.root import RootTraining, root_direction
 from skymask_gpu.defence.screen import Screened, culprits, screen
@@ -147,9 +147,9 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
         with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
             direction_P = _direction(this, small_batches)
         with clock.phase("collect", clients.rows.nbytes):
-            layers, is_local = linear_layers(this.loss.shapes), call.local_models
+            groups, is_local = Groups.of(this.loss.shapes), call.local_models
             screened = screen(
-                clients, direction_P, this.global_params_P, this.own_loss, shards, layers=layers, local_models=is_local
+                clients, direction_P, this.global_params_P, this.own_loss, shards, groups=groups, local_models=is_local
             )
             root_row_P = _root_row(this, call.root_update, direction_P, screened)
         masks, screened = _train(this, screened, root_row_P, call.progress)

@@ -1,13 +1,16 @@
 """What one pass over the clients' rows measures: norms, two inner products, output cosines."""
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from skymask_gpu.defence.output_cosines import OutputCosines
+from skymask_gpu.defence.output_cosines import Groups, OutputCosines
 from skymask_gpu.engine import ClientBlocks
 from skymask_gpu.engine.sharding import ColumnShards
+from skymask_gpu.kernels.anywhere import group_sums
 
 __all__ = ["Measured", "measure"]
 
@@ -22,8 +25,8 @@ _LIKE_LENGTH = (0.5, 2.0)
 _OPPOSED = -0.1
 # The smallest normal float32 number. A length is divided by at least this, so that it is never 0.
 _TINY = torch.finfo(torch.float32).tiny
-# The number of elements of a temporary that is made from rows of the updates.
-_CHUNK_ELEMENTS = 2**22
+# The number of groups' sums that are held at a time.
+_CHUNK_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -56,31 +59,45 @@ class Measured:
         return torch.stack([~torch.isfinite(self.norms), long & like, long & unlike, against])
 
 
-def measure(
-    rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, shards: ColumnShards, by_output: OutputCosines | None
-) -> Measured:
+def measure(rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, shards: ColumnShards, groups: Groups) -> Measured:
     """Norms, inner products and output cosines, in one pass over the rows.
 
-    If a row holds NaN or Inf, its norm is NaN or Inf. It is Inf also if the square of a value
-    overflows.
+    If a row holds NaN or Inf, its norm is NaN or Inf. It is Inf also if its square overflows
+    float32.
     """
     direction, model = _length(direction_P), _length(global_params_P)
     # A vector of length 0 has no direction and stays 0.
     unit_P, model_P = direction_P / direction.clamp_min(_TINY), global_params_P / model.clamp_min(_TINY)
     units_2L = torch.stack([shards.own(unit_P.float()), shards.own(model_P.float())])
-    chunk = max(1, _CHUNK_ELEMENTS // rows.num_params)
-    norms, products = [], []
+    by_output = OutputCosines(groups, unit_P.float()) if groups.layers else None
+    own = _OwnGroups(groups, shards)
+    sums, cosines = [], []
     for block in rows:
-        for part in block.split(chunk):
-            part = part.float()
-            norms.append(torch.linalg.vector_norm(part, dim=1))
-            # One product with both, because each reads all of the rows.
-            products.append(units_2L @ part.T)
+        for part in block.split(max(1, _CHUNK_ELEMENTS // own.num_groups)):
+            sums_3KG = own.sums(part, units_2L)
+            sums.append(sums_3KG.sum(2))
             if by_output is not None:
-                by_output.add(part)
-    own_products_2K = torch.cat(products, 1).double()
-    norms_K, (alignments_K, along_K) = shards.of_whole_rows(torch.cat(norms), own_products_2K)
-    return Measured(norms_K, alignments_K * direction, along_K, None if by_output is None else by_output.result())
+                cosines.append(by_output(sums_3KG[0], sums_3KG[1]))
+    squares_K, alignments_K, along_K = torch.cat(sums, 1)
+    norms_K = torch.where(squares_K > torch.finfo(torch.float32).max, torch.inf, squares_K).sqrt().float()
+    return Measured(norms_K, alignments_K * direction, along_K, torch.cat(cosines) if cosines else None)
+
+
+class _OwnGroups:
+    """The groups of which this rank holds columns; their sums are those of whole groups."""
+
+    def __init__(self, groups: Groups, shards: ColumnShards) -> None:
+        self._shards = shards
+        begin, end = shards.columns.start, shards.columns.stop
+        first, last = bisect_right(groups.edges, begin) - 1, bisect_left(groups.edges, end)
+        self._edges = [0, *(edge - begin for edge in groups.edges[first + 1 : last]), end - begin]
+        self._padding = first, len(groups.edges) - 1 - last
+        self.num_groups = len(groups.edges) - 1
+
+    def sums(self, rows_KL: Tensor, units_2L: Tensor) -> Tensor:
+        """Squares and products per group, ``(3, K, G)``; all ranks pass the same clients."""
+        own_3KG = group_sums(rows_KL, units_2L, self._edges)
+        return own_3KG if self._shards.group is None else self._shards.sum(F.pad(own_3KG, self._padding))
 
 
 def _length(vector_P: Tensor) -> Tensor:

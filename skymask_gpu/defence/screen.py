@@ -9,14 +9,14 @@ fails all the same, ``culprits`` says whose rows are to blame.
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from skymask_gpu.defence.measured import measure
-from skymask_gpu.defence.output_cosines import OutputCosines
+from skymask_gpu.defence.output_cosines import Groups
 from skymask_gpu.defence.parse import Clients, raise_none_left
 from skymask_gpu.engine import ClientBlocks
 from skymask_gpu.engine.profiling import phase
@@ -103,7 +103,7 @@ def screen(
     loss: Loss,
     shards: ColumnShards,
     *,
-    layers: Sequence[tuple[slice, int]],
+    groups: Groups,
     local_models: bool,
 ) -> Screened:
     """Measure every row, and reject the clients whose rows are not finite or break the root loss.
@@ -117,7 +117,7 @@ def screen(
         global_params_P: the model before the round.
         loss: the root loss; if the updates are sharded, as a function of this rank's own columns.
         shards: which columns the rows hold.
-        layers: see :func:`skymask_gpu.defence.output_cosines.linear_layers`.
+        groups: the groups of columns whose cosines are measured.
         local_models: whether the caller had the global parameters subtracted. The advice of the
             error below depends on it.
 
@@ -125,8 +125,7 @@ def screen(
         ValueError: no usable client is left, or more than 80% of the rows are local models (or
             updates from which the global parameters were subtracted twice).
     """
-    by_output = OutputCosines(layers, direction_P, shards) if layers else None
-    measured = measure(clients.rows, direction_P, global_params_P, shards, by_output)
+    measured = measure(clients.rows, direction_P, global_params_P, shards, groups)
     # One transfer from the device answers everything that is asked about single rows.
     doubtful, like, unlike, against = measured.flags(direction_P, global_params_P).tolist()
     reasons = _non_finite(clients.rows, [row for row, is_doubtful in enumerate(doubtful) if is_doubtful], shards)

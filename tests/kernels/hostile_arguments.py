@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, ones, product, tree
+from skymask_gpu.kernels import bins, cuts, hamming, mask_step, mean, mixture, ones, product, sums, tree
 
 REALS, FLOAT32, DTYPES = (
     ("float32", "bfloat16"),
@@ -45,6 +45,14 @@ LOGITS = Argument(("R", "P"), refused=WRITTEN)
 VECTOR, BINS, COUNTS = Argument(("P",)), Argument(("B", "P")), Argument(("B", "P"), ("uint16",))
 ENDS, HISTORY = Argument((2, "P")), Argument(("T", "P"))
 STEP = {"updates": UPDATES, "logits": LOGITS, "slope": VECTOR, "mean": VECTOR}
+
+
+def _sums_of_all_columns(rows: Any, vectors: Any) -> Tensor:
+    """One group, whose edges fit the rows if these are any."""
+    num_columns = rows.shape[-1] if isinstance(rows, Tensor) and rows.dim() == 2 else 1
+    return sums.group_sums(rows, vectors, [0, num_columns])
+
+
 KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, float]]] = {
     "first_step": (mask_step.first_step, STEP, TRAINING),
     "next_step": (mask_step.next_step, STEP, {"full_step": 1.0}),
@@ -83,6 +91,7 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
         {"counts": Argument(("R", "R"), ("int32", "uint16")), "vectors": Argument(("R", "S"), ("float64",), ANY)},
         {},
     ),
+    "group_sums": (_sums_of_all_columns, {"rows": ROWS, "vectors": Argument((2, "P"))}, {}),
     "two_normals": (
         mixture.two_normals,
         {"x": Argument(("R",), ("float64",), ANY)},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu import kernels
-from skymask_gpu.kernels import anywhere, bins, cuts, hamming, mask_step, mean, mixture, product, tree
+from skymask_gpu.kernels import anywhere, bins, cuts, hamming, mask_step, mean, mixture, product, sums, tree
 
 META = torch.device("meta")
 
@@ -36,6 +36,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "hamming_counts": lambda: hamming.hamming_counts(bits),
         "chosen_mean": lambda: mean.chosen_mean(rows, chosen),
         "count_products": lambda: product.count_products(torch.zeros(4, 4, dtype=torch.int32, device=device), x),
+        "group_sums": lambda: sums.group_sums(rows, ends, [0, 2, 5]),
         "two_normals": lambda: mixture.two_normals(x[:, 0], 2, 1e-3),
         "gaussian_mixture": lambda: mixture.gaussian_mixture(x, indices),
         "path_maxima": lambda: tree.path_maxima(x @ x.T, chosen[1:]),
