@@ -1,10 +1,10 @@
 """The signed rule: it rejects a group that differs from the others in everything and is worse.
 
 The rule sees four witnesses per client. The first is the cosine of its update with the root
-direction. The second is the keep share of its mask: the share of ones among the columns in which
-masks differ, which tells how much of the update the root data want. The other two are the first two
-principal components of all clients' masks. The root's own row is not a witness, because with
-ordinary recipes it often lies with the attackers.
+direction; ``SkyMask`` passes a mean of cosines, the agreement. The second is the keep share of its
+mask: the share of ones among the columns in which masks differ, which tells how much of the update
+the root data want. The other two are the first two principal components of all clients' masks. The
+root's own row is not a witness, because with ordinary recipes it often lies with the attackers.
 
 1. Copies are three or more masks that are nearer to each other than models come that are each
    trained on their own data. They are left out of all that follows, and so are updates of zeros. At

@@ -15,8 +15,8 @@ class Witnesses:
     None stands for a witness that is not known.
 
     Attributes:
-        alignment: inner products of updates with the root direction. SkyMask passes its agreement
-            with the root direction times the norm, which is the same for the whole update's cosine.
+        alignment: inner products of updates with the root direction. ``SkyMask`` passes the norm
+            times the agreement with the root direction, a mean of cosines.
         keep_share: share of ones among the columns in which masks differ.
         norms: Euclidean norms of the updates.
         alignment_error: standard errors of the alignments, where these are known from several
