@@ -29,6 +29,8 @@ better (``by_root.py``).
 Shapes: N clients, R = N + 1 rows, root last.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.clustering.worse_side import WORSE, Cut, worse_side
 from skymask_gpu.engine.distances import Distances
 
-__all__ = ["signed"]
+__all__ = ["by_cuts", "cuts_among", "signed"]
 
 # The clients left after a cut are cut again only if the second cut explains more by this factor.
 # Values from 2 to 3 give the same; at 1.3, 148 of 153 stored sets with harmful attacks come out
@@ -84,7 +86,17 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
     copy_N, idle_N = copy_N & enough, idle_N & enough
     if not witnesses.of_side:
         return signed_by_root(distances, witnesses.alignment, copy_N, backend)
-    once_N = kept_N = ~copy_N & ~idle_N
+    once_N = ~copy_N & ~idle_N
+    cuts, sure = cuts_among(distances, scores_R2, witnesses, once_N, backend)
+    ruling = by_cuts(witnesses, copy_N, idle_N, cuts, sure)
+    return replace(ruling, separation=separation(distances, ruling.benign_N))
+
+
+def cuts_among(
+    distances: Distances, scores_R2: Tensor, witnesses: Witnesses, once_N: Tensor, backend: Backend
+) -> tuple[list[Cut], Tensor | bool]:
+    """Both cuts of the clients ``once_N``, which are no copies or zeros, and whether they are sure."""
+    kept_N = once_N
     sure: Tensor | bool = True
     cuts: list[Cut] = []
     for factor in (1.0, SECOND_CUT):
@@ -98,7 +110,14 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
         cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)
-    opposed_N = kept_N & _steadily_opposed(witnesses, ~copy_N & ~idle_N)
+    return cuts, sure
+
+
+def by_cuts(witnesses: Witnesses, copy_N: Tensor, idle_N: Tensor, cuts: list[Cut], sure: Tensor | bool) -> Ruling:
+    """Which clients are kept, given both cuts; the separation of the two sides is left at 0."""
+    once_N = ~copy_N & ~idle_N
+    kept_N = once_N & ~cuts[0].far_N & ~cuts[1].far_N
+    opposed_N = kept_N & _steadily_opposed(witnesses, once_N)
     kept_N = kept_N & ~opposed_N
     worse_N = _far_below(witnesses, kept_N) | _odd(witnesses, kept_N)
     if witnesses.cosine is not None:
@@ -109,7 +128,7 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
     benign_N = kept_N | copy_N & ~bad_copy_N | idle_N
     named = {KEEP_SHARE: witnesses.keep_share, AGREEMENT: witnesses.agreement}
     figures = {name: witness for name, witness in named.items() if witness is not None}
-    return Ruling(benign_N, separation(distances, benign_N), _reason, facts, figures, sure)
+    return Ruling(benign_N, torch.zeros((), dtype=torch.float64, device=benign_N.device), _reason, facts, figures, sure)
 
 
 def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
