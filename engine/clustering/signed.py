@@ -95,7 +95,7 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
 def cuts_among(
     distances: Distances, scores_R2: Tensor, witnesses: Witnesses, once_N: Tensor, backend: Backend
 ) -> tuple[list[Cut], Tensor | bool]:
-    """Both cuts of the clients ``once_N``, which are no copies or zeros, and whether they are sure."""
+    """Both cuts of ``once_N``, the clients that are neither copies nor zeros, and whether sure."""
     kept_N = once_N
     sure: Tensor | bool = True
     cuts: list[Cut] = []
