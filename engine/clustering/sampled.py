@@ -16,7 +16,7 @@ are then compared with these only, so time grows linearly with the number of cli
 5. Whatever needs no distances is decided for all clients together, as otherwise: updates of zeros,
    which copies are bad, and who opposes the root data steadily.
 
-A group of attackers of which the sample holds less than a few clients is not found: with 4,095 of
+A group of attackers of which the sample holds less than a few clients is not found: with 2,047 of
 100,000 clients these are groups of about a hundred.
 
 Shapes: N clients, R = N + 1 rows, S sampled clients, F witnesses; the root's row is the last.
@@ -30,7 +30,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.clustering.among import scores_among
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.cut_statistics import LEAST_LEFT
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, separation
@@ -47,9 +46,11 @@ __all__ = ["SampledDistances", "is_sampled", "rows_in_memory", "signed_on_sample
 
 # Up to this number of clients all pairs are compared. Their distances take 800 MB.
 MOST_COMPARED = 20_000
-# The number of clients in a sample. With the root's row these are 4,096 rows, the most for which
-# distances are exact and components can be computed among chosen clients only.
-SAMPLED = 4_095
+# The number of clients in a sample. What a cut must explain grows with the number of clients, like
+# what it does explain, so a larger sample finds hardly more; but the time to compare all clients
+# with it grows. Distances of up to 4,096 rows are exact, and their components can be computed among
+# chosen clients only, which the assignment of the others relies on.
+SAMPLED = 2_047
 # The number of elements of a temporary that is made from rows of bits.
 _CHUNK_ELEMENTS = 2**22
 
@@ -152,15 +153,14 @@ def signed_on_sample(
     # If few clients are left beside copies and zeros, they are too few to compare with.
     enough = once_S.sum() >= _least_in_sample(len(once_S), len(idle_N))
     once_S = once_S | ~enough
-    cuts_S, sure = cuts_among(sample, scores_S2, witnesses.of(clients_S), once_S, backend)
+    cuts_S, scores_of_cuts, sure = cuts_among(sample, scores_S2, witnesses.of(clients_S), once_S, backend)
 
     # Everything that is asked about the distances of all clients, in one pass over them: first the
     # scores of the picture, then the scores that each cut was found by.
     places = [_place_of_others(sample, scores_S2, torch.ones_like(scores_S2[:, 0], dtype=torch.bool))]
     among_S = once_S
-    for cut in cuts_S:
-        scores_N2, _ = scores_among(sample, scores_S2, among_S, backend)
-        places.append(_place_of_others(sample, *_with_root(scores_N2, among_S)))
+    for cut, scores_of_cut_S2 in zip(cuts_S, scores_of_cuts, strict=True):
+        places.append(_place_of_others(sample, *_with_root(scores_of_cut_S2, among_S)))
         among_S = among_S & ~cut.far_N
     near_N, (scores_R2, *scores_by_cut) = _compared_with_sample(masks, nearby, places)
     # A client of the sample is near itself.

@@ -87,30 +87,38 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
     if not witnesses.of_side:
         return signed_by_root(distances, witnesses.alignment, copy_N, backend)
     once_N = ~copy_N & ~idle_N
-    cuts, sure = cuts_among(distances, scores_R2, witnesses, once_N, backend)
+    cuts, _, sure = cuts_among(distances, scores_R2, witnesses, once_N, backend)
     ruling = by_cuts(witnesses, copy_N, idle_N, cuts, sure)
     return replace(ruling, separation=separation(distances, ruling.benign_N))
 
 
 def cuts_among(
     distances: Distances, scores_R2: Tensor, witnesses: Witnesses, once_N: Tensor, backend: Backend
-) -> tuple[list[Cut], Tensor | bool]:
-    """Both cuts of ``once_N``, the clients that are neither copies nor zeros, and whether sure."""
+) -> tuple[list[Cut], list[Tensor], Tensor | bool]:
+    """Cut the clients ``once_N``, which are neither copies nor zeros, twice.
+
+    Returns:
+        Both cuts, the principal scores ``(N, 2)`` that each was sought by, and whether the scores
+        settled.
+    """
     kept_N = once_N
     sure: Tensor | bool = True
     cuts: list[Cut] = []
+    scores: list[Tensor] = []
     for factor in (1.0, SECOND_CUT):
         if cuts and backend.waits and not cuts[0].found:
             # Without a first cut, the second one is sought among the same clients by stricter
             # numbers, so there is none either. Where looking would make the host wait, it is sought
             # all the same.
             cuts.append(cuts[0])
+            scores.append(scores[0])
             break
         scores_N2, settled = scores_among(distances, scores_R2, kept_N, backend)
         cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)
-    return cuts, sure
+        scores.append(scores_N2)
+    return cuts, scores, sure
 
 
 def by_cuts(witnesses: Witnesses, copy_N: Tensor, idle_N: Tensor, cuts: list[Cut], sure: Tensor | bool) -> Ruling:
