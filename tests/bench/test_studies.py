@@ -41,11 +41,15 @@ def test_a_wrong_label_of_a_client_from_disk_is_counted(
     large.write_clients(tmp_path, case, 30)
     report = large.judge(tmp_path, case, 30, compare=True)
     assert report["wrong_labels"] == report["compared"]["labels_differ"] == 0
+    assert "drawn from all" not in report["reason"]
     for clock in ("wall", "cpu"):
         assert report["ratio_to_passes"][clock] == report["seconds"][clock] / report["passes"][clock] > 0
     assert ClientBlocks.from_folder(tmp_path).dtype == dtype
+    monkeypatch.setattr(sampled, "MOST_COMPARED", 29)
     monkeypatch.setattr(large, "is_malicious", lambda size: torch.arange(size) < size // 5 + 1)
-    assert large.judge(tmp_path, case, 30)["wrong_labels"] == 1
+    report = large.judge(tmp_path, case, 30)
+    assert report["wrong_labels"] == 1
+    assert report["reason"].endswith("among 20 clients drawn from all")
 
 
 def test_the_cases_of_large_models_have_the_parameters_that_the_table_says() -> None:

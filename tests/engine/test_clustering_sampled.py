@@ -75,14 +75,17 @@ def test_up_to_the_limit_all_pairs_are_compared(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("small_limit")
 def test_who_is_not_in_the_sample_is_judged_like_those_in_it() -> None:
-    by_sample, all_pairs = both(*federation(500))
+    masks, witnesses = federation(500)
+    witnesses["alignment"][300:320] = witnesses["norms"][300:320] = 0  # zeros, which are kept although the cosine is low
+    by_sample, all_pairs = both(masks, witnesses)
+    assert by_sample.benign.tolist() == [client >= 100 for client in range(500)]
     assert torch.equal(by_sample.benign, all_pairs.benign)
     assert by_sample.reason == f"{all_pairs.reason}; groups were looked for among 200 clients drawn from all"
     assert by_sample.scores.shape == all_pairs.scores.shape
     # The components of a sample are close to those of all, and may have the other sign.
     first = torch.corrcoef(torch.stack([by_sample.scores[:, 0], all_pairs.scores[:, 0]]))[0, 1]
     assert first.abs() > 0.99
-    assert torch.equal(judge(*federation(500)).benign, by_sample.benign)
+    assert torch.equal(judge(masks, witnesses).benign, by_sample.benign)
 
 
 @pytest.mark.usefixtures("small_limit")
@@ -119,6 +122,38 @@ def test_near_copies_beyond_the_sample_are_copies() -> None:
     witnesses["alignment"][:100] = 0.2
     by_sample, all_pairs = both(masks, witnesses)
     assert not by_sample.benign[:100].any()
+    assert torch.equal(by_sample.benign, all_pairs.benign)
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_a_few_equal_masks_are_copies_also_if_none_is_in_the_sample() -> None:
+    masks, witnesses = federation(500)
+    for first in range(100, 500, 4):
+        equal, lower = masks.clone(), {name: values.clone() for name, values in witnesses.items()}
+        equal[first : first + 4], lower["alignment"][first : first + 4] = equal[first].clone(), -0.4
+        drawn = SampledDistances.of_masks(pack_bits(equal), ColumnShards(NUM_PARAMS)).clients_S
+        if not ((drawn >= first) & (drawn < first + 4)).any():
+            break
+    by_sample, all_pairs = both(equal, lower)
+    assert by_sample.reason.startswith(all_pairs.reason)
+    assert all_pairs.reason.startswith("4 masks are copies of two others' or more and 100 clients are a worse group")
+    assert torch.equal(by_sample.benign, all_pairs.benign)
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_two_sampled_neighbours_make_a_copy() -> None:
+    """Five masks are nearly equal, and two of them are in the sample: these do not see the other three, who see them."""
+    masks, witnesses = federation(500)
+    for first in range(100, 500, 5):
+        near, lower = masks.clone(), {name: values.clone() for name, values in witnesses.items()}
+        near[first : first + 5], lower["alignment"][first : first + 5] = near[first].clone(), -0.4
+        near[range(first, first + 5), range(5)] ^= True
+        drawn = SampledDistances.of_masks(pack_bits(near), ColumnShards(NUM_PARAMS)).clients_S
+        if ((drawn >= first) & (drawn < first + 5)).sum() == 2:
+            break
+    by_sample, all_pairs = both(near, lower)
+    assert by_sample.reason.startswith("3 masks are copies of two others' or more and 102 clients are a worse group")
+    assert all_pairs.reason.startswith("5 masks are copies of two others' or more and 100 clients are a worse group")
     assert torch.equal(by_sample.benign, all_pairs.benign)
 
 
