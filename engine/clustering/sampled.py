@@ -33,7 +33,7 @@ from torch import Tensor
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.cut_statistics import LEAST_LEFT
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, separation
-from skymask_gpu.engine.clustering.signed import by_cuts, cuts_among
+from skymask_gpu.engine.clustering.signed import Cuts, by_cuts, cuts_among
 from skymask_gpu.engine.clustering.two_stage import SMALLEST_SHARE, copy_reach, nearest_neighbours
 from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.clustering.worse_side import Cut
@@ -153,13 +153,13 @@ def signed_on_sample(
     # If few clients are left beside copies and zeros, they are too few to compare with.
     enough = once_S.sum() >= _least_in_sample(len(once_S), len(idle_N))
     once_S = once_S | ~enough
-    cuts_S, scores_of_cuts, sure = cuts_among(sample, scores_S2, witnesses.of(clients_S), once_S, backend)
+    cuts_S = cuts_among(sample, scores_S2, witnesses.of(clients_S), once_S, backend)
 
     # Everything that is asked about the distances of all clients, in one pass over them: first the
     # scores of the picture, then the scores that each cut was found by.
     places = [_place_of_others(sample, scores_S2, torch.ones_like(scores_S2[:, 0], dtype=torch.bool))]
     among_S = once_S
-    for cut, scores_of_cut_S2 in zip(cuts_S, scores_of_cuts, strict=True):
+    for cut, scores_of_cut_S2 in zip(cuts_S.cuts, cuts_S.scores, strict=True):
         places.append(_place_of_others(sample, *_with_root(scores_of_cut_S2, among_S)))
         among_S = among_S & ~cut.far_N
     near_N, (scores_R2, *scores_by_cut) = _compared_with_sample(masks, nearby, places)
@@ -168,19 +168,20 @@ def signed_on_sample(
     copy_N = ((near_N >= 3) | (masks.alike_N >= 3)) & enough
     idle_N = idle_N & enough
 
-    cuts, among_S, among_N = [], once_S, ~copy_N & ~idle_N
-    for cut, (first_N, second_N) in zip(cuts_S, (scores[:-1].T for scores in scores_by_cut), strict=True):
+    cuts, among_S = [], once_S
+    once_N = among_N = ~copy_N & ~idle_N
+    for cut, (first_N, second_N) in zip(cuts_S.cuts, (scores[:-1].T for scores in scores_by_cut), strict=True):
         seen = [x_N for x_N in (witnesses.agreement, witnesses.keep_share, first_N, second_N) if x_N is not None]
         far_N = _far_side(torch.stack(seen), clients_S, cut, among_S) & among_N
         cuts.append(replace(cut, far_N=far_N))
         among_S, among_N = among_S & ~cut.far_N, among_N & ~far_N
-    ruling = by_cuts(witnesses, copy_N, idle_N, cuts, sure)
+    placed = Cuts(once_N, among_N, cuts, [scores[:-1] for scores in scores_by_cut], cuts_S.sure)
+    ruling = by_cuts(witnesses, copy_N, idle_N, placed, lambda benign_N: separation(sample, benign_N[clients_S]))
 
     def reason(facts: Facts) -> str:
         return f"{ruling.reason(facts)}; groups were looked for among {len(clients_S):,} clients drawn from all"
 
-    apart = separation(sample, ruling.benign_N[clients_S])
-    return replace(ruling, separation=apart, reason=reason), scores_R2
+    return replace(ruling, reason=reason), scores_R2
 
 
 def _least_in_sample(num_sampled: int, num_clients: int) -> float:

@@ -29,7 +29,9 @@ better (``by_root.py``).
 Shapes: N clients, R = N + 1 rows, root last.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.clustering.worse_side import WORSE, Cut, worse_side
 from skymask_gpu.engine.distances import Distances
 
-__all__ = ["by_cuts", "cuts_among", "signed"]
+__all__ = ["Cuts", "by_cuts", "cuts_among", "signed"]
 
 # The clients left after a cut are cut again only if the second cut explains more by this factor.
 # Values from 2 to 3 give the same; at 1.3, 148 of 153 stored sets with harmful attacks come out
@@ -86,21 +88,31 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
     copy_N, idle_N = copy_N & enough, idle_N & enough
     if not witnesses.of_side:
         return signed_by_root(distances, witnesses.alignment, copy_N, backend)
-    once_N = ~copy_N & ~idle_N
-    cuts, _, sure = cuts_among(distances, scores_R2, witnesses, once_N, backend)
-    ruling = by_cuts(witnesses, copy_N, idle_N, cuts, sure)
-    return replace(ruling, separation=separation(distances, ruling.benign_N))
+    cuts = cuts_among(distances, scores_R2, witnesses, ~copy_N & ~idle_N, backend)
+    return by_cuts(witnesses, copy_N, idle_N, cuts, partial(separation, distances))
 
 
-def cuts_among(
-    distances: Distances, scores_R2: Tensor, witnesses: Witnesses, once_N: Tensor, backend: Backend
-) -> tuple[list[Cut], list[Tensor], Tensor | bool]:
-    """Cut the clients ``once_N``, which are neither copies nor zeros, twice.
+@dataclass(frozen=True)
+class Cuts:
+    """Two cuts of the clients that are neither copies nor zeros.
 
-    Returns:
-        Both cuts, the principal scores ``(N, 2)`` that each was sought by, and whether the scores
-        settled.
+    Attributes:
+        once_N: these clients, ``(N,)`` bool.
+        kept_N: those among them that neither cut took off, ``(N,)`` bool.
+        cuts: the two cuts.
+        scores: the principal scores ``(N, 2)`` by which each cut was sought.
+        sure: whether the scores settled.
     """
+
+    once_N: Tensor
+    kept_N: Tensor
+    cuts: list[Cut]
+    scores: list[Tensor]
+    sure: Tensor | bool
+
+
+def cuts_among(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, once_N: Tensor, backend: Backend) -> Cuts:
+    """Cut the clients ``once_N`` twice."""
     kept_N = once_N
     sure: Tensor | bool = True
     cuts: list[Cut] = []
@@ -118,25 +130,27 @@ def cuts_among(
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)
         scores.append(scores_N2)
-    return cuts, scores, sure
+    return Cuts(once_N, kept_N, cuts, scores, sure)
 
 
-def by_cuts(witnesses: Witnesses, copy_N: Tensor, idle_N: Tensor, cuts: list[Cut], sure: Tensor | bool) -> Ruling:
-    """Which clients are kept, given both cuts; the separation of the two sides is left at 0."""
-    once_N = ~copy_N & ~idle_N
-    kept_N = once_N & ~cuts[0].far_N & ~cuts[1].far_N
-    opposed_N = kept_N & _steadily_opposed(witnesses, once_N)
+def by_cuts(witnesses: Witnesses, copy_N: Tensor, idle_N: Tensor, cuts: Cuts, separated: Callable[[Tensor], Tensor]) -> Ruling:
+    """Which clients are kept, given both cuts.
+
+    ``separated`` tells how far the kept clients, ``(N,)`` bool, lie from the others.
+    """
+    kept_N, (first, second) = cuts.kept_N, cuts.cuts
+    opposed_N = kept_N & _steadily_opposed(witnesses, ~copy_N & ~idle_N)
     kept_N = kept_N & ~opposed_N
     worse_N = _far_below(witnesses, kept_N) | _odd(witnesses, kept_N)
     if witnesses.cosine is not None:
         many = (copy_N & ~idle_N).sum() > MANY * len(copy_N)
         worse_N = worse_N | many & (_z(witnesses.cosine, kept_N) < MANY_Z)
     bad_copy_N = copy_N & ~idle_N & worse_N
-    facts = {"copies": bad_copy_N.sum(), "opposed": opposed_N.sum(), **_facts(witnesses, kept_N, once_N, cuts[0], cuts[1])}
+    facts = {"copies": bad_copy_N.sum(), "opposed": opposed_N.sum(), **_facts(witnesses, kept_N, cuts.once_N, first, second)}
     benign_N = kept_N | copy_N & ~bad_copy_N | idle_N
     named = {KEEP_SHARE: witnesses.keep_share, AGREEMENT: witnesses.agreement}
     figures = {name: witness for name, witness in named.items() if witness is not None}
-    return Ruling(benign_N, torch.zeros((), dtype=torch.float64, device=benign_N.device), _reason, facts, figures, sure)
+    return Ruling(benign_N, separated(benign_N), _reason, facts, figures, cuts.sure)
 
 
 def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
