@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from skymask_gpu.engine import FlatModel, TrainedMasks, cluster_masks, unpack_bits
 from skymask_gpu.federation.models import build_model
 
-__all__ = ["differing_share", "disagreement", "honest_rows", "make_model"]
+__all__ = ["differing_share", "disagreement", "downhill", "honest_rows", "make_model", "noisy_rows"]
 
 # Float32 solvers may differ in this share of the bits, and their losses by this share of the first
 # loss.
@@ -32,14 +32,23 @@ def make_model(
 
 def honest_rows(loss: FlatModel, num_rows: int, seed: int) -> Tensor:
     """``(num_rows, P)`` on the loss's device: noisy steps downhill, as real clients' are."""
+    return noisy_rows(downhill(loss), num_rows, seed)
+
+
+def downhill(loss: FlatModel) -> Tensor:
+    """Ten clipped steps downhill from the model, ``(P,)``."""
     params_P = loss.initial_params.clone()
     for _ in range(10):
         params_P.requires_grad_()
         (grad_P,) = torch.autograd.grad(loss(params_P), params_P)
         params_P = (params_P - 0.1 * grad_P.clamp(-0.01, 0.01)).detach()
-    downhill_P = params_P - loss.initial_params
-    generator = torch.Generator(params_P.device).manual_seed(seed)
-    rows_RP = torch.randn(num_rows, loss.num_params, generator=generator, device=params_P.device)
+    return params_P - loss.initial_params
+
+
+def noisy_rows(downhill_P: Tensor, num_rows: int, seed: int) -> Tensor:
+    """``(num_rows, P)``: the step downhill with noise of half its spread."""
+    generator = torch.Generator(downhill_P.device).manual_seed(seed)
+    rows_RP = torch.randn(num_rows, len(downhill_P), generator=generator, device=downhill_P.device)
     return rows_RP.mul_(downhill_P.std() / 2).add_(downhill_P)
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from skymask_gpu import Aggregation, Clustering, MaskTraining, RootTraining, SkyMask
 from skymask_gpu.engine import ClientBlocks, flat_model, profiling, step_loop
+from skymask_gpu.engine.clustering import sampled
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.federation import simulation
@@ -317,6 +318,15 @@ def test_other_settings(
     evidence, wanted = got.evidence(), want.evidence()
     assert values(evidence.shares).tolist() == wanted.shares.tolist()
     assert (evidence.clients, evidence.varying) == (wanted.clients, wanted.varying)
+
+
+def test_clients_beyond_a_sample(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampled, "MOST_COMPARED", 10)
+    monkeypatch.setattr(sampled, "SAMPLED", 15)
+    want = defence().aggregate(poisoned())
+    assert "among 15 clients drawn from all" in want.clusters.reason
+    request.getfixturevalue("gpu")
+    assert_same_verdict(defence(device="cuda").aggregate(poisoned()), want)
 
 
 def test_a_root_update_and_global_parameters(request: pytest.FixtureRequest) -> None:

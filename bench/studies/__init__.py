@@ -6,7 +6,7 @@ Run one with ``python -m skymask_gpu.bench.studies.NAME``.
 | --- | --- |
 | ``accuracy`` | docs/collapsed.md: which bits the collapsed solver gets wrong |
 | ``many_clients`` | docs/collapsed.md: the learning rate and the number of clients |
-| ``large`` | docs/collapsed.md: 20,000 clients from disk |
+| ``large`` | docs/performance.md: many clients, and large models, from disk |
 | ``frozen_base`` | README.md: memory of two rounds with a frozen base of one GiB |
 | ``costs`` | the constants by which ``solver="auto"`` chooses |
 | ``few_clients`` | docs/verdict.md: 4 to 20 clients, one of them attacking |

@@ -1,6 +1,6 @@
 """Turns masks into a verdict: which clients' masks lie with the root model's mask.
 
-A verdict needs nothing but D, an (R, R) matrix. Its entry for two rows is the share of mask bits in
+A verdict needs D, an (R, R) matrix. Its entry for two rows is the share of mask bits in
 which they differ, which is the squared distance of two 0/1 vectors, per bit. With J the centring
 matrix, K = -1/2 J D J is the Gram matrix of the centred masks. Its leading eigenvectors times the
 square roots of their eigenvalues are the PCA scores. There are three rules:
@@ -20,6 +20,7 @@ square roots of their eigenvalues are the PCA scores. There are three rules:
 | ``config.py`` | ``Clustering``: which rule, which library |
 | ``verdict.py`` | ``cluster_masks``, ``cluster_distances``, ``ClusteredMasks``: checks, the rule, the one look from the host |
 | ``signed.py``, ``two_stage.py``, ``published.py`` | the rules; all but the last are deterministic |
+| ``sampled.py`` | the signed rule for more clients than are compared pair by pair |
 | ``worse_side.py``, ``cut_statistics.py`` | the signed rule's cut: which one counts; the formulas |
 | ``witnesses.py``, ``among.py``, ``by_root.py`` | the signed rule: what it sees, some clients only, no witness |
 | ``ruling.py`` | what a rule hands over, and the separation of two sides |

@@ -29,6 +29,10 @@ better (``by_root.py``).
 Shapes: N clients, R = N + 1 rows, root last.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -41,7 +45,7 @@ from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.clustering.worse_side import WORSE, Cut, worse_side
 from skymask_gpu.engine.distances import Distances
 
-__all__ = ["signed"]
+__all__ = ["Cuts", "by_cuts", "cuts_among", "signed"]
 
 # The clients left after a cut are cut again only if the second cut explains more by this factor.
 # Values from 2 to 3 give the same; at 1.3, 148 of 153 stored sets with harmful attacks come out
@@ -73,8 +77,7 @@ STEADY = 1.5
 # quotient of normal or evenly spread cosines around 0 is at most 1.4, and without the lower half
 # about 2.
 FOLLOWING, MOST_OPPOSED = 2.0, 0.4
-# The names of the witnesses in the reasons. The agreement is the cosine times the length of the
-# root direction.
+# The names of the witnesses in the reasons.
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
 
 
@@ -91,20 +94,57 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
     copy_N, idle_N = copy_N & enough, idle_N & enough
     if not witnesses.of_side:
         return signed_by_root(distances, witnesses.alignment, copy_N, backend)
-    once_N = kept_N = ~copy_N & ~idle_N
+    cuts = cuts_among(distances, scores_R2, witnesses, ~copy_N & ~idle_N, backend)
+    return by_cuts(witnesses, copy_N, idle_N, cuts, partial(separation, distances))
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Two cuts of the clients that are neither copies nor zeros.
+
+    Attributes:
+        once_N: these clients, ``(N,)`` bool.
+        kept_N: those among them that neither cut took off, ``(N,)`` bool.
+        cuts: the two cuts.
+        scores: the principal scores ``(N, 2)`` by which each cut was sought.
+        sure: whether the scores settled.
+    """
+
+    once_N: Tensor
+    kept_N: Tensor
+    cuts: list[Cut]
+    scores: list[Tensor]
+    sure: Tensor | bool
+
+
+def cuts_among(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, once_N: Tensor, backend: Backend) -> Cuts:
+    """Cut the clients ``once_N`` twice."""
+    kept_N = once_N
     sure: Tensor | bool = True
     cuts: list[Cut] = []
+    scores: list[Tensor] = []
     for factor in (1.0, SECOND_CUT):
         if cuts and backend.waits and not cuts[0].found:
             # Without a first cut, the second one is sought among the same clients by stricter
             # numbers, so there is none either. Where looking would make the host wait, it is sought
             # all the same.
             cuts.append(cuts[0])
+            scores.append(scores[0])
             break
         scores_N2, settled = scores_among(distances, scores_R2, kept_N, backend)
         cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)
+        scores.append(scores_N2)
+    return Cuts(once_N, kept_N, cuts, scores, sure)
+
+
+def by_cuts(witnesses: Witnesses, copy_N: Tensor, idle_N: Tensor, cuts: Cuts, separated: Callable[[Tensor], Tensor]) -> Ruling:
+    """Which clients are kept, given both cuts.
+
+    ``separated`` tells how far the kept clients, ``(N,)`` bool, lie from the others.
+    """
+    kept_N, (first, second) = cuts.kept_N, cuts.cuts
     opposed_N = kept_N & _steadily_opposed(witnesses, ~copy_N & ~idle_N)
     kept_N = kept_N & ~opposed_N
     worse_N = _far_below(witnesses, kept_N) | _odd(witnesses, kept_N)
@@ -112,11 +152,11 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
         many = (copy_N & ~idle_N).sum() > MANY * len(copy_N)
         worse_N = worse_N | many & (_z(witnesses.cosine, kept_N) < MANY_Z)
     bad_copy_N = copy_N & ~idle_N & worse_N
-    facts = {"copies": bad_copy_N.sum(), "opposed": opposed_N.sum(), **_facts(witnesses, kept_N, once_N, cuts[0], cuts[1])}
+    facts = {"copies": bad_copy_N.sum(), "opposed": opposed_N.sum(), **_facts(witnesses, kept_N, cuts.once_N, first, second)}
     benign_N = kept_N | copy_N & ~bad_copy_N | idle_N
     named = {KEEP_SHARE: witnesses.keep_share, AGREEMENT: witnesses.agreement}
     figures = {name: witness for name, witness in named.items() if witness is not None}
-    return Ruling(benign_N, separation(distances, benign_N), _reason, facts, figures, sure)
+    return Ruling(benign_N, separated(benign_N), _reason, facts, figures, cuts.sure)
 
 
 def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:

@@ -16,14 +16,17 @@ from skymask_gpu.engine.clustering.backends import Backend, dense_backend, pick_
 from skymask_gpu.engine.clustering.config import Clustering
 from skymask_gpu.engine.clustering.published import published
 from skymask_gpu.engine.clustering.ruling import Facts
+from skymask_gpu.engine.clustering.sampled import SampledDistances, is_sampled, signed_on_sample
 from skymask_gpu.engine.clustering.signed import signed
 from skymask_gpu.engine.clustering.two_stage import two_stage
 from skymask_gpu.engine.clustering.witnesses import Witnesses
-from skymask_gpu.engine.distances import Distances, mask_distances
+from skymask_gpu.engine.distances import Distances, sharded_distances
+from skymask_gpu.engine.sharding import ColumnShards
 
-__all__ = ["ClusteredMasks", "cluster", "cluster_distances", "cluster_masks"]
+__all__ = ["ClusteredMasks", "cluster", "cluster_bits", "cluster_distances", "cluster_masks"]
 
 _ALL_EQUAL = "all masks are equal: all kept"
+_SAMPLE_EQUAL = "all masks in a sample of the clients are equal: all kept"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,9 @@ def cluster_masks(
 ) -> ClusteredMasks:
     """The verdict from packed bits.
 
+    With more than 20,000 clients, the rule ``signed`` compares them with a sample of 2,047 of them
+    instead of pair by pair, if it has a keep share or a cosine (``sampled.py``).
+
     Args:
         bits: ``(R, ceil(num_params / 8))`` uint8, root row last.
         num_params: the number of parameters P.
@@ -117,7 +123,30 @@ def cluster_masks(
         raise ValueError(
             f"bits must be (R, {-(-num_params // 8)}) uint8 for {num_params} parameters, got {tuple(bits.shape)} {bits.dtype}"
         )
-    distances = mask_distances(bits, num_params)
+    return cluster_bits(
+        bits, ColumnShards(num_params), alignment, config, keep_share=keep_share, norms=norms, alignment_error=alignment_error
+    )
+
+
+def cluster_bits(
+    bits: Tensor,
+    shards: ColumnShards,
+    alignment: Tensor | None,
+    config: Clustering,
+    *,
+    keep_share: Tensor | None = None,
+    norms: Tensor | None = None,
+    alignment_error: Tensor | None = None,
+) -> ClusteredMasks:
+    """:func:`cluster_masks` for sharded columns: each rank passes the bits of its own columns.
+
+    Every rank gets the same verdict.
+    """
+    # Without these, only the root's row tells which side is worse, and outliers are sought in all
+    # distances.
+    tells_sides = keep_share is not None or (alignment is not None and norms is not None)
+    sampled = tells_sides and is_sampled(config.rule, len(bits) - 1)
+    distances = SampledDistances.of_masks(bits, shards) if sampled else sharded_distances(bits, shards)
     return cluster(distances, alignment, config, keep_share=keep_share, norms=norms, alignment_error=alignment_error)
 
 
@@ -175,7 +204,7 @@ def cluster_distances(
 
 
 def cluster(
-    distances: Distances,
+    distances: Distances | SampledDistances,
     alignment: Tensor | None,
     config: Clustering,
     finite: Mapping[str, Tensor] = MappingProxyType({}),
@@ -184,7 +213,7 @@ def cluster(
     norms: Tensor | None = None,
     alignment_error: Tensor | None = None,
 ) -> ClusteredMasks:
-    """The verdict from distances as they are stored.
+    """The verdict from distances as they are stored; those to a sample are for the rule ``signed``.
 
     ``finite`` says whether the caller's arguments are finite, as ``()`` bools by name.
     """
@@ -205,7 +234,8 @@ def cluster(
         else:
             finite = {**finite, f"{name} finite": torch.isfinite(given[name]).all()}
     witnesses = Witnesses(**given)
-    backend = pick_backend(config.backend, distances.device, len(distances))
+    num_compared = len(distances.sample if isinstance(distances, SampledDistances) else distances)
+    backend = pick_backend(config.backend, distances.device, num_compared)
     verdict = _judge(distances, witnesses, config, backend, finite)
     if verdict is None:
         verdict = _judge(distances, witnesses, config, dense_backend(), finite)
@@ -214,20 +244,29 @@ def cluster(
 
 
 def _judge(
-    distances: Distances, witnesses: Witnesses, config: Clustering, backend: Backend, finite: Mapping[str, Tensor]
+    distances: Distances | SampledDistances,
+    witnesses: Witnesses,
+    config: Clustering,
+    backend: Backend,
+    finite: Mapping[str, Tensor],
 ) -> ClusteredMasks | None:
     """The verdict; None if a backend that does not wait is not sure of it."""
     num_clients = len(distances) - 1
     if backend.waits:
         _refuse_not_finite(_on_host(finite), num_clients)
-    scores_R2, settled = backend.principal_scores(distances)
+    compared = distances.sample if isinstance(distances, SampledDistances) else distances
+    scores_R2, settled = backend.principal_scores(compared)
     everyone_N = torch.ones(num_clients, dtype=torch.bool, device=distances.device)
     if backend.waits:
         nothing = _nothing_to_compare(distances)
         if nothing is not None:
+            # Equal masks have equal scores, also beyond a sample.
+            scores_R2 = scores_R2 if compared is distances else scores_R2.new_zeros(num_clients + 1, 2)
             return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, nothing, judged=False)
 
-    if config.rule == "published":
+    if isinstance(distances, SampledDistances):
+        ruling, scores_R2 = signed_on_sample(distances, scores_R2, witnesses, backend)
+    elif config.rule == "published":
         ruling = published(distances, scores_R2, config.seed, backend)
     elif config.rule == "signed":
         ruling = signed(distances, scores_R2, witnesses, backend)
@@ -238,7 +277,7 @@ def _judge(
             **finite,
             **ruling.facts,
             "sure": settled & ruling.sure,
-            "masks differ": backend.waits or distances.stored.any(),
+            "masks differ": backend.waits or compared.stored.any(),
             "separation": ruling.separation,
             "keeps all": ruling.benign_N.all(),
         }
@@ -279,7 +318,7 @@ def _not_one_a_client(name: str, num_clients: int, got: str) -> str:
     return f"{name} must be ({num_clients},) finite numbers, one a client, got {got}"
 
 
-def _nothing_to_compare(distances: Distances) -> str | None:
+def _nothing_to_compare(distances: Distances | SampledDistances) -> str | None:
     """Why the masks cannot be compared, so that everyone is kept.
 
     It is None if there is something to compare.
@@ -287,4 +326,6 @@ def _nothing_to_compare(distances: Distances) -> str | None:
     num_clients = len(distances) - 1
     if num_clients < 3:
         return f"{num_clients} clients are too few to compare: all kept"
+    if isinstance(distances, SampledDistances):
+        return None if distances.sample.stored.any() else _SAMPLE_EQUAL
     return None if any(block.any() for _, block in distances.blocks()) else _ALL_EQUAL

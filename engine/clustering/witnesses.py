@@ -1,6 +1,6 @@
 """``Witnesses``: what is known per client beside the distances of the masks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ class Witnesses:
     keep_share: Tensor | None = None
     norms: Tensor | None = None
     alignment_error: Tensor | None = None
+
+    def of(self, clients_K: Tensor) -> "Witnesses":
+        """The witnesses of these clients alone."""
+        known = {each.name: getattr(self, each.name) for each in fields(self)}
+        return Witnesses(**{name: None if values is None else values[clients_K] for name, values in known.items()})
 
     @property
     def agreement(self) -> Tensor | None:

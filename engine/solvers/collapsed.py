@@ -16,7 +16,7 @@ from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import why_not
-from skymask_gpu.kernels.bins import MOST_ROWS, bin_edges, bin_rows, bin_step
+from skymask_gpu.kernels.bins import MOST_ROWS, bin_edges, bin_rows, bin_step, counts_dtype
 from skymask_gpu.kernels.cuts import cut_bits, find_cuts, replay
 
 # The edges of the bins are found from this number of evenly spaced rows.
@@ -41,8 +41,8 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _bin_bytes(num_rows: int, num_params: int, dtype: torch.dtype, config: MaskTraining) -> int:
-    """Each bin has a float32 logit, a float32 mean and a uint16 count per parameter."""
-    return 10 * config.bins * num_params
+    """Each bin has a float32 logit, a float32 mean and a count per parameter."""
+    return (8 + counts_dtype(num_rows).itemsize) * config.bins * num_params
 
 
 def _cost(device_type: str, num_rows: int, config: MaskTraining) -> float:
@@ -64,7 +64,7 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     """Train the masks of all bins, then give every row its bits; arguments as in :class:`Solver`.
 
     Raises:
-        ValueError: there are more rows than the 16-bit counts of the bins can hold.
+        ValueError: there are more rows than the counts of the bins can hold.
     """
     num_rows, num_params = len(updates), updates.num_params
     if num_rows > MOST_ROWS:
@@ -100,8 +100,8 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
     """The bins of each column.
 
     Returns:
-        The bins' counts ``(B, P)`` uint16 and means ``(B, P)``, each column's smallest and largest
-        value ``(2, P)``, and its mean ``(P,)``.
+        The bins' counts ``(B, P)``, uint16 or int32, and means ``(B, P)``, each column's smallest
+        and largest value ``(2, P)``, and its mean ``(P,)``.
     """
     num_rows, num_params, device = len(updates), updates.num_params, updates.device
     # Made on the CPU, so that every device samples the same rows.
@@ -113,7 +113,7 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
         edges_EP = bin_edges(sample_SP, torch.arange(len(sampled), device=device), num_bins)
         del sample_SP
     # On a GPU, torch has little more than zeros and casts for uint16; nothing else is used here.
-    counts_BP = torch.zeros(num_bins, num_params, dtype=torch.uint16, device=device)
+    counts_BP = torch.zeros(num_bins, num_params, dtype=counts_dtype(num_rows), device=device)
     sums_BP = torch.zeros(num_bins, num_params, device=device)
     ends_2P = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, num_params)
     for block_RP in updates:

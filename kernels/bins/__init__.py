@@ -7,7 +7,7 @@ their bits back.
 
 Shapes: R rows, S sampled rows, P parameters, B bins, E = B - 1 edges. Devices: CUDA through Triton,
 CPU through Numba. Rows are float32 or bfloat16, with any row stride and unit column stride. All
-else is contiguous float32, counts are uint16.
+else is contiguous float32. Counts are uint16, or int32 for more rows than uint16 can count.
 """
 
 from functools import partial
@@ -35,10 +35,23 @@ __all__ = [
     "bin_rows_reference",
     "bin_step",
     "bin_step_reference",
+    "counts_dtype",
 ]
 
-# The most rows that counts in uint16 can hold.
-MOST_ROWS = 2**16 - 1
+# The most rows that counts can hold. A step multiplies with counts in float32, which has every
+# whole number up to 2**24. Counts in int32 therefore end there, although they could go on.
+MOST_ROWS = 2**24
+_MOST = {torch.uint16: 2**16 - 1, torch.int32: MOST_ROWS}
+
+
+def counts_dtype(num_rows: int) -> torch.dtype:
+    """The smallest dtype whose counts can hold this number of rows: uint16 or int32.
+
+    Example:
+        >>> counts_dtype(65_535), counts_dtype(65_536)
+        (torch.uint16, torch.int32)
+    """
+    return torch.uint16 if num_rows <= _MOST[torch.uint16] else torch.int32
 
 
 def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
@@ -83,10 +96,10 @@ def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tens
     blocks of rows in turn give the same sums, to the bit, as all rows at once.
 
     Args:
-        rows_RP: ``(R, P)`` float32 or bfloat16. All calls together may add at most 65,535 rows,
-            which is what uint16 holds; each call checks only its own.
+        rows_RP: ``(R, P)`` float32 or bfloat16. All calls together may add at most 65,535 rows to
+            counts in uint16, and 2**24 to counts in int32; each call checks only its own.
         edges_EP: ``(B - 1, P)`` float32, ascending.
-        counts_BP: ``(B, P)`` uint16.
+        counts_BP: ``(B, P)``, see :func:`counts_dtype`.
         sums_BP: ``(B, P)`` float32.
         ends_2P: ``(2, P)`` float32, each column's smallest and largest value; begin with inf and
             -inf.
@@ -100,10 +113,11 @@ def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tens
         ([1, 2], [1.0, 12.0], [1.0, 7.0])
     """
     check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")
-    if len(rows_RP) > MOST_ROWS:
-        raise ValueError(f"rows must be at most {MOST_ROWS:,}, which counts in uint16 can hold, got {len(rows_RP):,}")
     num_params, device = rows_RP.shape[1], rows_RP.device
     num_bins = check_bins(num_params, device, counts=counts_BP, sums=sums_BP)
+    most, held_in = _MOST[counts_BP.dtype], str(counts_BP.dtype).removeprefix("torch.")
+    if len(rows_RP) > most:
+        raise ValueError(f"rows must be at most {most:,}, which counts in {held_in} can hold, got {len(rows_RP):,}")
     check_tensor("edges", edges_EP, (num_bins - 1, num_params), (torch.float32,), device=device)
     check_tensor("ends", ends_2P, (2, num_params), (torch.float32,), device=device)
     _backend("rows", rows_RP).bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
@@ -117,7 +131,7 @@ def bin_step(
     Args:
         logits_BP: ``(B, P)`` float32, overwritten.
         centres_BP: ``(B, P)`` float32, the means of the bins.
-        counts_BP: ``(B, P)`` uint16.
+        counts_BP: ``(B, P)`` uint16 or int32.
         slope_P: ``(P,)`` float32, gradient over gate sum over clip, finite.
         mean_P: ``(P,)`` float32, the masked mean before the step.
         full_step: by how much a clipped gradient moves a logit (lr * clip).

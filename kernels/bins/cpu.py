@@ -132,7 +132,7 @@ def _bins_pass(num_rows, rows, stride, num_params, edges, counts, sums, lowest, 
     # The edges lie between -inf and inf, so that the outermost bins are bins like the others.
     edge_T = np.full((groups * GROUP + 1) * TILE, np.float32(np.inf), np.float32)
     edge_T[:TILE] = -np.float32(np.inf)
-    count_T = np.zeros(groups * GROUP * TILE, np.uint16)
+    count_T = np.zeros(groups * GROUP * TILE, counts.dtype)
     sum_T = np.zeros(groups * GROUP * TILE, np.float32)
     value_T = np.zeros(ROWS_AT_ONCE * TILE, np.float32)
     lowest_T, highest_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
@@ -179,7 +179,7 @@ def _step_pass(
     """``logits``, ``centres`` and ``counts`` are the flat memory of (B, P) arrays."""
     num_bins = logits.size // num_params
     # The last columns, if they are fewer than 64, are copied to here.
-    logit_W, centre_W, count_W = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.float32), np.zeros(WIDE, np.uint16)
+    logit_W, centre_W, count_W = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.float32), np.zeros(WIDE, counts.dtype)
     slope_T, mean_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     gate_sum_T, weighted_sum_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for a in range(begin, end, TILE):

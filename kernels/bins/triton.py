@@ -98,7 +98,7 @@ def bin_rows_kernel(
     # pointers
     rows_ptr,  # (R, P) float32 or bfloat16
     edges_ptr,  # (B - 1, P) float32
-    counts_ptr,  # (B, P) uint16, added to
+    counts_ptr,  # (B, P) uint16 or int32, added to
     sums_ptr,  # (B, P) float32, added to
     ends_ptr,  # (2, P) float32, widened
     # sizes; columns and strides in units of VEC elements
@@ -141,7 +141,7 @@ def bin_rows_kernel(
             inside = (value[None, :] >= lower) & (value[None, :] < upper)
             total = tl.where(inside, total + value[None, :], total)
             count = tl.where(inside, count + 1, count)
-    tl.store(counts_ptr + at, count.to(tl.uint16), mask=mask)
+    tl.store(counts_ptr + at, count.to(counts_ptr.dtype.element_ty), mask=mask)
     tl.store(sums_ptr + at, total, mask=mask)
     tl.store(ends_ptr + offs_p, lowest, mask=mask_p)
     tl.store(ends_ptr + num_cols + offs_p, highest, mask=mask_p)
@@ -152,7 +152,7 @@ def bin_step_kernel(
     # pointers
     logits_ptr,  # (B, P) float32, overwritten
     centres_ptr,  # (B, P) float32
-    counts_ptr,  # (B, P) uint16
+    counts_ptr,  # (B, P) uint16 or int32
     slope_ptr,  # (P,) float32
     mean_ptr,  # (P,) float32
     gate_sum_ptr,  # (P,) float32, written
@@ -294,10 +294,20 @@ VARIANTS = (
         for dtype in ("fp32", "bf16")
     ),
     Variant(
-        "bin_step",
-        bin_step_kernel,
-        STEP_WARPS,
-        {"counts_ptr": "u16"},
-        {"BLOCK_B": STEP_BLOCK_B, "BLOCK_P": STEP_BLOCK_P},
+        "bin_rows[fp32, i32 counts]",
+        bin_rows_kernel,
+        _TILE_WARPS,
+        {"rows_ptr": "fp32", "counts_ptr": "i32"},
+        {"ROWS_AT_ONCE": ROWS_AT_ONCE, "BLOCK_B": _TILE_B, "BLOCK_P": _TILE_P},
+    ),
+    *(
+        Variant(
+            name,
+            bin_step_kernel,
+            STEP_WARPS,
+            {"counts_ptr": counts},
+            {"BLOCK_B": STEP_BLOCK_B, "BLOCK_P": STEP_BLOCK_P},
+        )
+        for name, counts in (("bin_step", "u16"), ("bin_step[i32 counts]", "i32"))
     ),
 )

@@ -152,12 +152,13 @@ def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
     """Add rows of 16 values to ``GROUP`` neighbouring bins, whose lower edges are ``edges[to:]``.
 
     Row i is ``values[at + i * LANES:]``. Bin b's edges begin at ``to + b * stride``; ``counts``
-    (uint16) and ``sums`` have the same layout, and ``edges`` has one row more. Rows are added one
-    after the other.
+    (uint16 or int32) and ``sums`` have the same layout, and ``edges`` has one row more. Rows are
+    added one after the other.
 
     Args:
         num_rows: 1 to ``MOST_ROWS_AT_ONCE``.
     """
+    whole_numbers = _HALVES if counts.dtype == types.uint16 else _WORDS
     places = [to]
     for _ in range(GROUP):
         places.append(builder.add(places[-1], stride))
@@ -180,7 +181,8 @@ def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
     _, *totals = repeat(builder, (INDEX(0), *start, *none), next_row)
     for place, sum_, count in zip(places[:-1], totals[:GROUP], totals[GROUP:], strict=True):
         store(builder, sum_, sums, place)
-        store(builder, builder.add(load(builder, counts, place, _HALVES), builder.zext(count, _HALVES)), counts, place)
+        so_far = load(builder, counts, place, whole_numbers)
+        store(builder, builder.add(so_far, builder.zext(count, whole_numbers)), counts, place)
 
 
 def add_to_bins_reference(values, at, num_rows, edges, counts, sums, to, stride):

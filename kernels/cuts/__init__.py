@@ -9,7 +9,7 @@ column therefore replace the replay of every row:
 
 Shapes: R rows, V values per column, P parameters, B bins, T steps. Devices: CUDA through Triton,
 CPU through Numba. Rows and values are float32 or bfloat16, with any row stride and unit column
-stride. All else is contiguous float32, counts are uint16.
+stride. All else is contiguous float32, counts are uint16 or int32.
 """
 
 from functools import partial
@@ -84,7 +84,7 @@ def find_cuts(
     Args:
         logits_BP: ``(B, P)`` float32, the bins' logits after training.
         centres_BP: ``(B, P)`` float32, the means of the bins.
-        counts_BP: ``(B, P)`` uint16.
+        counts_BP: ``(B, P)`` uint16 or int32.
         ends_2P: ``(2, P)`` float32, each column's smallest and largest value.
         slopes_TP, means_TP, init, full_step: the history, as in :func:`replay`.
         threshold: a logit; a logit equal to it gives bit 0.

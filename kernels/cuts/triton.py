@@ -88,7 +88,7 @@ def find_cuts_kernel(
     # pointers
     logits_ptr,  # (B, P) float32
     centres_ptr,  # (B, P) float32
-    counts_ptr,  # (B, P) uint16
+    counts_ptr,  # (B, P) uint16 or int32
     ends_ptr,  # (2, P) float32
     slopes_ptr,  # (T, P) float32
     means_ptr,  # (T, P) float32
@@ -282,12 +282,15 @@ VARIANTS = (
         )
         for dtype in ("fp32", "bf16")
     ),
-    Variant(
-        "find_cuts",
-        find_cuts_kernel,
-        CUTS_WARPS,
-        {"counts_ptr": "u16", "left_ptr": "i1", "crossings_ptr": "i32"},
-        {"BISECTIONS": BISECTIONS, "BLOCK_P": CUTS_BLOCK_P},
+    *(
+        Variant(
+            name,
+            find_cuts_kernel,
+            CUTS_WARPS,
+            {"counts_ptr": counts, "left_ptr": "i1", "crossings_ptr": "i32"},
+            {"BISECTIONS": BISECTIONS, "BLOCK_P": CUTS_BLOCK_P},
+        )
+        for name, counts in (("find_cuts", "u16"), ("find_cuts[i32 counts]", "i32"))
     ),
     *(
         Variant(

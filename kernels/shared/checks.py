@@ -14,6 +14,9 @@ __all__ = ["REALS", "check_bins", "check_number", "check_tensor"]
 # The dtypes that rows of updates may have.
 REALS = (torch.float32, torch.bfloat16)
 
+# The dtypes that the counts of bins may have.
+COUNTS = (torch.uint16, torch.int32)
+
 # How the elements of a tensor may lie in memory.
 Layout = Literal["any strides", "unit column stride", "unit column stride and rows that do not overlap", "contiguous"]
 
@@ -61,14 +64,14 @@ def check_number(name: str, value: object, least: int) -> None:
 
 
 def check_bins(num_params: int, device: torch.device, **bins: Tensor) -> int:
-    """Check the tensors ``(B, P)`` of bins, and return B. Counts are uint16, all others float32.
+    """Check the tensors ``(B, P)`` of bins, and return B. Counts are whole numbers.
 
     Raises:
         ValueError: a tensor does not fit, or there are fewer than 2 bins.
     """
     num_bins = 0
     for name, tensor in bins.items():
-        dtypes = (torch.uint16,) if name == "counts" else (torch.float32,)
+        dtypes = COUNTS if name == "counts" else (torch.float32,)
         check_tensor(name, tensor, (num_bins or "B", num_params), dtypes, device=device)
         num_bins = len(tensor)
     if num_bins < 2:

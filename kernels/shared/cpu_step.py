@@ -111,8 +111,8 @@ def move_reference(updates, at, logits, start, slopes, means, column, full_step,
 def move_and_add(builder, updates, at, counts, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step):
     """Like ``move``, but in place; what the new logits contribute is added to both sums per column.
 
-    ``counts`` is None if each logit belongs to one row. If it belongs to a bin, the uint16
-    ``counts[to:]`` say how many rows the bin has.
+    ``counts`` is None if each logit belongs to one row. If it belongs to a bin, ``counts[to:]``,
+    uint16 or int32, say how many rows the bin has.
     """
     vector = _vector_of(logits)
     update = load_updates(builder, updates, at, vector)
@@ -121,7 +121,11 @@ def move_and_add(builder, updates, at, counts, logits, to, slopes, means, gate_s
     store(builder, logit, logits, to)
     weight = _sigmoid(builder, logit)
     if counts is not None:
-        weight = builder.fmul(weight, builder.uitofp(load(builder, counts, to, _HALVES), vector))
+        if counts.dtype == types.uint16:
+            num_rows = builder.uitofp(load(builder, counts, to, _HALVES), vector)
+        else:
+            num_rows = builder.sitofp(load(builder, counts, to, _WORDS), vector)
+        weight = builder.fmul(weight, num_rows)
     store(builder, builder.fadd(load(builder, gate_sums, column, vector), weight), gate_sums, column)
     total = _times_plus(builder, weight, update, load(builder, weighted_sums, column, vector))
     store(builder, total, weighted_sums, column)

@@ -29,7 +29,7 @@ LINE = 64
 INDEX = llvm.IntType(64)
 FLOATS = llvm.VectorType(llvm.FloatType(), LANES)
 WIDE_FLOATS = llvm.VectorType(llvm.FloatType(), WIDE)
-_BYTES_OF = {llvm.IntType(16): 2, llvm.FloatType(): 4, llvm.DoubleType(): 8}
+_BYTES_OF = {llvm.IntType(16): 2, llvm.IntType(32): 4, llvm.FloatType(): 4, llvm.DoubleType(): 8}
 
 
 # --- how a function is written ---

@@ -35,8 +35,9 @@ from skymask_gpu.engine import (
     TrainedMasks,
     train_masks,
 )
-from skymask_gpu.engine.clustering.verdict import cluster
-from skymask_gpu.engine.distances import sharded_distances, sharded_keep_share
+from skymask_gpu.engine.clustering.sampled import rows_in_memory
+from skymask_gpu.engine.clustering.verdict import cluster_bits
+from skymask_gpu.engine.distances import sharded_keep_share
 from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.profiling import copy_bandwidth, recording
@@ -131,7 +132,8 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
     clock = Clock()
     num_clients = len(call.updates)
     # At least the bits of the masks and the distances of all pairs are needed.
-    num_bytes = num_clients * settings.flat.num_params // 8 + 4 * num_clients**2
+    num_pairs = rows_in_memory(settings.clustering.rule, num_clients) ** 2
+    num_bytes = num_clients * settings.flat.num_params // 8 + 4 * num_pairs
     remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
     with clock.time("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
         with clock.phase("collect"):
@@ -154,7 +156,7 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
             root_row_P = _root_row(this, call.root_update, direction_P, screened)
         masks, screened = _train(this, screened, root_row_P, call.progress)
         _log.debug("%s", masks)
-        with clock.phase("clustering", 4 * len(masks.bits) ** 2):
+        with clock.phase("clustering", 4 * num_pairs):
             verdict = _verdict(this, masks, screened, direction_P, call)
         with clock.phase("average"):
             result = _average(this, call, screened, masks, verdict)
@@ -278,8 +280,9 @@ def _verdict(this: _Round, masks: TrainedMasks, screened: Screened, direction_P:
         remembered = call.history.recall(ids, agreement_K)
         alignments_K = remembered.means * norms_K
         errors_K = torch.where(norms_K > 0, remembered.errors * norms_K, torch.inf)
-    clusters = cluster(
-        sharded_distances(masks.bits, this.shards),
+    clusters = cluster_bits(
+        masks.bits,
+        this.shards,
         alignments_K,
         this.settings.clustering,
         keep_share=keep_share_R,

@@ -13,28 +13,57 @@ import torch
 from skymask_gpu.bench import solvers
 from skymask_gpu.bench.studies import accuracy, costs, few_clients, large, many_clients, privacy, real_updates, sign_flips
 from skymask_gpu.defence import RootTraining, root_direction
-from skymask_gpu.engine import FlatModel
+from skymask_gpu.engine import ClientBlocks, FlatModel
+from skymask_gpu.engine.clustering import sampled
 from skymask_gpu.report.summary import FinishedRun
 
 SMALL_MODEL = solvers.make_model("logreg", (561,), 6, num_samples=20)
 
 
 def test_clients_from_disk_are_judged_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert large.main([str(tmp_path), "--clients", "30"]) == 0
+    assert large.main([str(tmp_path), "--case", "lenet", "--clients", "30", "--compare"]) == 0
     printed = capsys.readouterr().out
     assert "0 labels wrong" in printed
     assert "auto: the updates are on disk" in printed
+    assert '"labels_differ": 0' in printed
     (file,) = tmp_path.glob("*.safetensors")
     before = file.stat().st_mtime_ns
-    large.write_clients(tmp_path, 30)
+    large.write_clients(tmp_path, large.CASES["lenet"], 30)
     assert file.stat().st_mtime_ns == before, "what is there is used again"
 
 
-def test_a_wrong_label_of_a_client_from_disk_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "make_model", lambda: SMALL_MODEL)
-    large.write_clients(tmp_path, 30)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_label_of_a_client_from_disk_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(sampled, "SAMPLED", 20)
+    case = large.Case(lambda: SMALL_MODEL, 30, dtype)
+    large.write_clients(tmp_path, case, 30)
+    report = large.judge(tmp_path, case, 30, compare=True)
+    assert report["wrong_labels"] == report["compared"]["labels_differ"] == 0
+    assert "drawn from all" not in report["reason"]
+    for clock in ("wall", "cpu"):
+        assert report["ratio_to_passes"][clock] == report["seconds"][clock] / report["passes"][clock] > 0
+    assert ClientBlocks.from_folder(tmp_path).dtype == dtype
+    monkeypatch.setattr(sampled, "MOST_COMPARED", 29)
     monkeypatch.setattr(large, "is_malicious", lambda size: torch.arange(size) < size // 5 + 1)
-    assert large.judge(tmp_path, 30)["wrong_labels"] == 1
+    report = large.judge(tmp_path, case, 30)
+    assert report["wrong_labels"] == 1
+    assert report["reason"].endswith("among 20 clients drawn from all")
+
+
+def test_the_cases_of_large_models_have_the_parameters_that_the_table_says() -> None:
+    assert large.__doc__ is not None
+    for name, case in large.CASES.items():
+        module, inputs, labels = case.make()
+        num_params = sum(param.numel() for param in module.parameters())
+        sizes = large.file_sizes(case.clients, num_params)
+        assert f"| {num_params:,} | {case.clients:,} |" in large.__doc__, name
+        assert sum(sizes) == case.clients
+        assert max(sizes) * num_params <= 2**27
+        assert sum(int(large.is_malicious(size).sum()) for size in sizes) == case.clients // 5
+        assert len(inputs) == len(labels)
+    assert large.ViTSmall()(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
 
 
 def test_a_row_of_the_accuracy_table_is_measured_and_drawn(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from skymask_gpu.engine import distances, layer_evidence, pack_bits
+from skymask_gpu.engine.clustering import sampled
+from skymask_gpu.engine.clustering.sampled import SampledDistances
 from skymask_gpu.engine.distances import mask_distances, sharded_distances
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss
 
@@ -129,6 +131,9 @@ def on_rank(folder: Path, mesh: "DeviceMesh") -> None:
     rounded = sharded_distances(own_bits, wide)
     assert rounded.stored.dtype == torch.uint16
     found["rounded"] = rounded.stored.int() * rounded.unit
+    sampled.SAMPLED = 6
+    few = SampledDistances.of_masks(own_bits, wide)
+    found |= {"drawn": few.clients_S, "alike": few.alike_N, "to sample": torch.cat([block for _, block in few.to_sample()])}
     save_file(found, folder / f"{rank}.safetensors")
 
 
@@ -188,3 +193,15 @@ def test_distances_and_evidence_are_those_of_all_columns(
         assert torch.equal(got["shares"], evidence.shares)
         assert torch.equal(got["rounded"], rounded.stored.int() * rounded.unit), "rounded once, after the sum"
     assert not torch.equal(rounded.stored.int() * 2, counts), "units of two bits"
+
+
+def test_every_rank_draws_the_same_sample_and_compares_all_columns_with_it(found: list[tuple[dict[str, Tensor], str]]) -> None:
+    flags = bits_of_rows(21, 70_001)
+    distances_RR = mask_distances(pack_bits(flags), flags.shape[1])
+    drawn = found[0][0]["drawn"]
+    assert len(drawn) == 6
+    want = torch.stack([distances_RR.row(row)[torch.cat([drawn, torch.tensor([20])])] for row in range(21)])
+    for got, _ in found:
+        assert torch.equal(got["drawn"], drawn)
+        assert got["alike"].tolist() == [1] * 20
+        assert torch.equal(got["to sample"], want)

@@ -42,7 +42,7 @@ WRITTEN = frozenset({"columns apart", "rows on each other"})
 UPDATES = Argument(("R", "P"), (*REALS, "float64"), COLUMNS)
 ROWS = Argument(("R", "P"), REALS, COLUMNS)
 LOGITS = Argument(("R", "P"), refused=WRITTEN)
-VECTOR, BINS, COUNTS = Argument(("P",)), Argument(("B", "P")), Argument(("B", "P"), ("uint16",))
+VECTOR, BINS, COUNTS = Argument(("P",)), Argument(("B", "P")), Argument(("B", "P"), ("uint16", "int32"))
 ENDS, HISTORY = Argument((2, "P")), Argument(("T", "P"))
 STEP = {"updates": UPDATES, "logits": LOGITS, "slope": VECTOR, "mean": VECTOR}
 

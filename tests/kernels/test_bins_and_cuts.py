@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu import kernels
-from skymask_gpu.kernels.bins import GUARD, WIDEST_GAP
+from skymask_gpu.kernels.bins import GUARD, WIDEST_GAP, counts_dtype
 from skymask_gpu.kernels.cuts import BISECTIONS
 
 pytest.importorskip("triton")
@@ -55,9 +55,11 @@ def every(rows_RP: Tensor) -> Tensor:
     return torch.arange(len(rows_RP), device=rows_RP.device)
 
 
-def empty_bins(num_params: int, num_bins: int = NUM_BINS, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def empty_bins(
+    num_params: int, num_bins: int = NUM_BINS, device: str = "cpu", counted: torch.dtype = torch.uint16
+) -> tuple[Tensor, Tensor, Tensor]:
     ends_2P = torch.tensor([[torch.inf], [-torch.inf]]).repeat(1, num_params)
-    counts_BP = torch.zeros(num_bins, num_params, dtype=torch.uint16)
+    counts_BP = torch.zeros(num_bins, num_params, dtype=counted)
     return counts_BP.to(device), torch.zeros(num_bins, num_params, device=device), ends_2P.to(device)
 
 
@@ -435,3 +437,62 @@ def test_what_counts_cannot_hold_is_refused_by_name() -> None:
     counts_BP, sums_BP, ends_2P = empty_bins(4)
     kernels.bin_rows(many_RP[1:], edges_EP, counts_BP, sums_BP, ends_2P)
     assert counts_BP[-1].tolist() == [65_535] * 4
+    many_RP = torch.zeros(1, 4).expand(2**24 + 1, 4)
+    with pytest.raises(ValueError, match="rows must be at most 16,777,216, which counts in int32 can hold, got 16,777,217"):
+        kernels.bin_rows(many_RP, edges_EP, *empty_bins(4, counted=torch.int32))
+
+
+def test_bins_of_more_rows_than_16_bits_count_lose_none() -> None:
+    """100,000 rows in blocks: counts, sums and ends are those of the twin, and the counts add up to all rows."""
+    num_rows, num_params = 100_000, 5
+    assert counts_dtype(num_rows) == torch.int32
+    assert counts_dtype(2**16 - 1) == torch.uint16
+    rows_RP = make_rows((num_rows, num_params))
+    edges_EP = kernels.bin_edges_reference(rows_RP, torch.arange(64), NUM_BINS)
+    got, want = empty_bins(num_params, counted=torch.int32), empty_bins(num_params, counted=torch.int32)
+    for block_RP in rows_RP.split(30_000):
+        kernels.bin_rows(block_RP, edges_EP, *got)
+    kernels.bin_rows_reference(rows_RP, edges_EP, *want)
+    assert (want[0] > 2**16 - 1).any(), "some bin must hold more than 16 bits can count"
+    assert torch.equal(got[0], want[0])
+    assert got[0].sum(0).tolist() == [num_rows] * num_params
+    exact_BP, bound_BP = exact_sums(rows_RP, edges_EP)
+    assert ((got[1] - exact_BP).abs() <= bound_BP).all()
+    assert torch.equal(got[2], want[2])
+
+
+@backends
+def test_counts_of_32_bits_go_on_where_16_bits_end(name: str) -> None:
+    """From almost 2**16 rows on: the counts, a step and the cuts are those of the twins."""
+    rows_RP = make_rows((37, 70), device=device_of(name))
+    edges_EP = kernels.bin_edges_reference(rows_RP.cpu(), every(rows_RP).cpu(), NUM_BINS)
+    got, want = (empty_bins(70, device=device, counted=torch.int32) for device in (device_of(name), "cpu"))
+    for counts_BP, *_ in (got, want):
+        counts_BP += 2**16 - 2
+    backend(name).bin_rows(rows_RP, edges_EP.to(rows_RP.device), *got)
+    kernels.bin_rows_reference(rows_RP.cpu(), edges_EP, *want)
+    assert (want[0] >= 2**16).any()
+    assert torch.equal(got[0].cpu(), want[0])
+    counts_BP, centres_BP, ends_2P = got[0] - (2**16 - 2), got[1] / got[0], got[2]
+    history = make_history(70, 3, device_of(name))
+    before_BP = torch.ones_like(centres_BP)
+    logits_BP, inputs = before_BP.clone(), (centres_BP, got[0], *(h[0] for h in history))
+    sums = backend(name).bin_step(logits_BP, *inputs, full_step=1.0)
+    assert_steps_equal((logits_BP, *sums), before_BP, *inputs)
+    training = {"init": 1.0, "full_step": 1.0, "threshold": 0.0}
+    few, many = (
+        backend(name).find_cuts(logits_BP, centres_BP, counts_BP.to(counted), ends_2P, *history, **training)
+        for counted in (torch.uint16, torch.int32)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
+
+
+@backends
+def test_a_step_weighs_with_every_count_up_to_the_most(name: str) -> None:
+    """In float32, halves of all counts up to 2**24 are exact; the next odd count is not."""
+    device = device_of(name)
+    counts_BP = torch.tensor([[2**24, 2**24 - 1, 2**16], [0, 0, 1]], dtype=torch.int32, device=device)
+    logits_BP, slope_P = torch.zeros(2, 3, device=device), torch.zeros(3, device=device)
+    gates_P, _ = backend(name).bin_step(logits_BP, torch.ones(2, 3, device=device), counts_BP, slope_P, slope_P, full_step=1.0)
+    assert (2 * gates_P.double()).tolist() == [2.0**24, 2.0**24 - 1, 2.0**16 + 1]
+    assert torch.tensor(2**24 + 1).float() == 2**24

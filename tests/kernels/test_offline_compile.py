@@ -83,7 +83,7 @@ def test_kernels_compile_without_spills_and_load_16_bytes(
     sm: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     variants = offline_lines(str(sm), cache=tmp_path)
-    assert len(variants) == 6 + 10 + 7 + 2 + 2
+    assert len(variants) == 6 + 13 + 7 + 2 + 2
     for variant in variants:
         registers = f"{variant['registers']} registers, {variant['shared_bytes']} B shared memory, 0 B local memory"
         record_property(f"sm_{sm} {variant['kernel']}", registers)

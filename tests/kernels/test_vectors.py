@@ -67,12 +67,13 @@ def test_updates_are_taken_and_widen_the_ends(rng: np.random.Generator, dtype: t
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, bins.MOST_ROWS_AT_ONCE])
-def test_rows_are_added_to_bins(rng: np.random.Generator, num_rows: int) -> None:
+@pytest.mark.parametrize(("counted", "most"), [(np.uint16, 1000), (np.int32, 2**24)], ids=["u16", "i32"])
+def test_rows_are_added_to_bins(rng: np.random.Generator, num_rows: int, counted: type, most: int) -> None:
     stride, place = LANES + 5, 3
     values = rng.integers(-6, 7, 10 + num_rows * LANES).astype(np.float32) / 4
     edges = np.sort(rng.integers(-5, 6, (bins.GROUP + 1, stride)), axis=0).astype(np.float32).ravel() / 4
     edges = np.concatenate([np.zeros(place, np.float32), edges])
-    counts, sums = rng.integers(0, 1000, edges.size).astype(np.uint16), rng.normal(size=edges.size).astype(np.float32)
+    counts, sums = rng.integers(0, most, edges.size).astype(counted), rng.normal(size=edges.size).astype(np.float32)
     arguments = (values, 10, num_rows, edges, counts, sums, place, stride)
     assert_equal(*both(bins.add_to_bins, bins.add_to_bins_reference, *arguments))
 
@@ -106,12 +107,12 @@ def test_differing_bits_are_added(rng: np.random.Generator, vectors_of_64: int) 
 
 
 @reals
-@pytest.mark.parametrize("counted", [False, True], ids=["rows", "bins"])
-def test_the_step(rng: np.random.Generator, dtype: type, counted: bool) -> None:
+@pytest.mark.parametrize("counted", [None, np.uint16, np.int32], ids=["rows", "bins", "large bins"])
+def test_the_step(rng: np.random.Generator, dtype: type, counted: type | None) -> None:
     real = np.float64 if dtype == np.float64 else np.float32
     updates, size = updates_of(rng, 100, dtype), 3 + WIDE
     logits, slopes, means = (rng.normal(0, s, 90).astype(real) for s in (3, 500, 1e-3))
-    counts = rng.integers(0, 400, 90).astype(np.uint16) if counted else None
+    counts = None if counted is None else rng.integers(0, 400 if counted == np.uint16 else 2**24, 90).astype(counted)
     sums = [rng.normal(size=90).astype(real) for _ in range(2)]
     exact = [np.asarray(floats_of(updates), np.float64), *(x.astype(np.float64) for x in (logits, slopes, means, *sums))]
 
