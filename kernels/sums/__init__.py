@@ -37,8 +37,8 @@ def group_sums(rows_KL: Tensor, vectors_2L: Tensor, edges: Sequence[int]) -> Ten
             exists for the device.
 
     Example:
-        >>> rows_KL, vectors_2L = torch.tensor([[3.0, 4.0, 2.0]]), torch.tensor([[1.0, 1, 1], [0, 0, 5]])
-        >>> group_sums(rows_KL, vectors_2L, [0, 2, 3]).tolist()
+        >>> vectors_2L = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 5.0]])
+        >>> group_sums(torch.tensor([[3.0, 4.0, 2.0]]), vectors_2L, [0, 2, 3]).tolist()
         [[[25.0, 4.0]], [[7.0, 2.0]], [[0.0, 10.0]]]
     """
     check_tensor("rows", rows_KL, ("K", "L"), REALS, "unit column stride")
