@@ -140,4 +140,4 @@ def bin_step(
     return _backend("logits", logits_BP).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=full_step)
 
 
-_backend = partial(compiled, __name__)
+_backend = partial(compiled, __name__, on_cuda="cuda")
