@@ -5,9 +5,9 @@ of it. So the rows of a column are put into B bins (``bin_edges``, ``bin_rows``)
 trained on the means of the bins, weighted by their counts (``bin_step``). ``cuts/`` gives all rows
 their bits back.
 
-Shapes: R rows, S sampled rows, P parameters, B bins, E = B - 1 edges. Devices: CUDA through Triton,
-CPU through Numba. Rows are float32 or bfloat16, with any row stride and unit column stride. All
-else is contiguous float32, counts are uint16.
+Shapes: R rows, S sampled rows, P parameters, B bins, E = B - 1 edges. Devices: CUDA through CUDA
+C++ (edges and rows) and Triton, CPU through Numba. Rows are float32 or bfloat16, with any row
+stride and unit column stride. All else is contiguous float32, counts are uint16.
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 // The bins in CUDA C++: bin_edges and bin_rows of __init__.py, with one thread per column.
 //
 // NVRTC compiles this file when the first bins on a GPU are made; cuda.py does so and launches it.
-// Triton cannot express these two kernels, because a thread of it has no array that it could index
-// by a number that it found a moment before. It compares each value with all edges instead.
+// Triton cannot express them, because its threads have no array that they could index by a number
+// found a moment before. Its bin_rows compares each value with all edges instead.
 //
 // Every thread works alone: it reads and writes its own column only, in global and in shared memory.
 // There is no barrier and no atomic operation. Results are therefore the same in every run, and a
@@ -10,7 +10,7 @@
 //
 // It must be compiled without contraction of a * b + c, with exact square roots and divisions, and
 // without flushing subnormal numbers to zero. Each operation is then rounded as IEEE 754 says, on
-// every processor, and the edges are those of the CPU's kernels to the bit.
+// every processor, and the edges are the same on every GPU, to the bit.
 //
 // Shapes: R rows, S sampled rows, P columns, B bins, E = B - 1 edges; offsets have 64 bits. Rows are
 // finite.
@@ -28,7 +28,7 @@ constexpr int ROWS_AT_ONCE = 8;
 typedef unsigned short uint16;
 typedef long long int64;
 
-__device__ inline float infinity() { return __int_as_float(0x7f800000); }
+__device__ inline float infinite() { return __int_as_float(0x7f800000); }
 
 // A stored update as a float. A bfloat16 is the upper half of a float.
 __device__ inline float widened(float stored) { return stored; }
@@ -63,7 +63,7 @@ __device__ inline void add_rows(
     Bin* bin = &bins_of[0][threadIdx.x];
 
     // No value reaches the edges of bins that are not there.
-    for (int b = 0; b < BINS; b++) edge[b * COLUMNS] = b < num_bins - 1 ? edges[b * num_cols + col] : infinity();
+    for (int b = 0; b < BINS; b++) edge[b * COLUMNS] = b < num_bins - 1 ? edges[b * num_cols + col] : infinite();
     for (int b = 0; b < num_bins; b++) bin[b * COLUMNS] = {sums[b * num_cols + col], counts[b * num_cols + col]};
     float lowest = ends[col], highest = ends[num_cols + col];
 
@@ -165,7 +165,7 @@ __device__ inline void find_edges(
     float value[SAMPLED];
 #pragma unroll
     for (int i = 0; i < SAMPLED; i++) {
-        value[i] = infinity();
+        value[i] = infinite();
         if (i < num_sampled) {
             // The row numbers are not checked, because that would make the host wait. A wrong one
             // must not read other memory.

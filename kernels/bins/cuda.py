@@ -40,18 +40,16 @@ _failed: dict[int, str] = {}
 
 
 def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
-    num_rows, num_params = rows_RP.shape
-    edges_EP = torch.empty(num_bins - 1, num_params, device=rows_RP.device)
-    sizes = (ctypes.c_int(num_rows), ctypes.c_int(len(sampled_S)), ctypes.c_int(num_bins - 1))
-    if len(sampled_S) <= MOST_SAMPLED and _launched("bin_edges", (rows_RP, sampled_S, edges_EP), sizes):
-        return edges_EP
+    if len(sampled_S) <= MOST_SAMPLED:
+        edges_EP = torch.empty(num_bins - 1, rows_RP.shape[1], device=rows_RP.device)
+        if _launched("bin_edges", (rows_RP, sampled_S, edges_EP), (len(rows_RP), len(sampled_S), num_bins - 1)):
+            return edges_EP
     return in_triton.bin_edges(rows_RP, sampled_S, num_bins)
 
 
 def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
     tensors = (rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
-    sizes = (ctypes.c_int(len(rows_RP)), ctypes.c_int(len(sums_BP)))
-    if not (len(sums_BP) <= MOST_BINS and _launched("bin_rows", tensors, sizes)):
+    if len(sums_BP) > MOST_BINS or not _launched("bin_rows", tensors, (len(rows_RP), len(sums_BP))):
         in_triton.bin_rows(*tensors)
 
 
@@ -68,15 +66,19 @@ def why_triton(device: torch.device) -> str | None:
     return _failed.get(device.index)
 
 
-def _launched(name: str, tensors: tuple[Tensor, ...], sizes: tuple[ctypes.c_int, ...]) -> bool:
+def _launched(name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...]) -> bool:
     """Launch a kernel with a thread per column of the first tensor; False if that failed."""
     rows_RP = tensors[0]
     if why_triton(rows_RP.device) is not None:
         return False
     device, num_params = rows_RP.device.index, rows_RP.shape[1]
     function = f"{name}_{str(rows_RP.dtype).removeprefix('torch.')}"
-    strides = ctypes.c_longlong(num_params), ctypes.c_longlong(rows_RP.stride(0))
-    arguments = (*(ctypes.c_void_p(x.data_ptr()) for x in tensors), *sizes, *strides)
+    arguments = (
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
+        *map(ctypes.c_int, sizes),
+        ctypes.c_longlong(num_params),
+        ctypes.c_longlong(rows_RP.stride(0)),
+    )
     try:
         with on_device_of(rows_RP):
             nvrtc.launch(_loaded(function, device), -(-num_params // COLUMNS), COLUMNS, device, arguments)

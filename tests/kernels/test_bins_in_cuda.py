@@ -1,19 +1,18 @@
 """The bins in CUDA C++: their results, how they are compiled, and what happens where they cannot run.
 
-On a GPU the kernels run there. Without one, a C++ compiler makes the same source into code for this CPU: keywords of CUDA are
-macros, and a loop over all threads of the grid plays the GPU. That is exact, because no thread waits for another one.
+On a GPU the kernels run there. Without one, a C++ compiler makes the same source into code for this CPU, beside a driver that
+runs it in a loop over all threads (``cuda_on_a_cpu.cpp``). That is exact, because no thread waits for another one.
 """
 
 import ctypes
 import importlib
-import itertools
 import logging
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -44,52 +43,52 @@ SIZES = [(1, 1, 0), (2, 7, 3), (7, 64, 0), (8, 65, 0), (9, 130, 8), (31, 63, 1),
 sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: f"R{s[0]}-P{s[1]}")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
-# What the source needs of CUDA. Where a thread writes is its own affair, so shared memory may stay as the last thread left it.
-CUDA_ON_A_CPU = """
-#include <math.h>
-#include <string.h>
-#define __device__
-#define __global__
-#define __shared__ static
-#define __launch_bounds__(threads)
-struct Index { unsigned x; };
-extern "C" { Index blockIdx, threadIdx; }
-static inline float __int_as_float(int bits) { float value; memcpy(&value, &bits, sizeof value); return value; }
-"""
-
-
-class Grid:
-    """Code for this CPU in the place of a GPU's: it takes what the launcher would hand to the driver."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        self._block, self._thread = (ctypes.c_uint.in_dll(library, name) for name in ("blockIdx", "threadIdx"))
-        self.launched: list[str] = []
-
-    def load(self, function: str, device: int | None) -> str:
-        return function
-
-    def launch(self, function: str, blocks: int, threads: int, device: int | None, arguments: Sequence[Any]) -> None:
-        self.launched.append(function)
-        # backwards, because no order is promised
-        for self._block.value, self._thread.value in itertools.product(reversed(range(blocks)), reversed(range(threads))):
-            self._library[function](*arguments)
-
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL | None:
-    if HAS_GPU:
-        return None
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """A driver for this CPU, with the kernels in it."""
     compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if compiler is None:
         pytest.skip("no C++ compiler: install g++ to run CUDA's source on a CPU")
-    folder = tmp_path_factory.mktemp("bins")
-    (folder / "bins.cpp").write_text(CUDA_ON_A_CPU + in_cuda.SOURCE.read_text())
+    out, source = tmp_path_factory.mktemp("bins") / "bins.so", Path(__file__).with_name("cuda_on_a_cpu.cpp")
     macros = [f"-D{name}={value}" for name, value in in_cuda.MACROS.items()]
     # By default a compiler for a processor that can may round a * b + c once, where the GPU's code rounds twice.
-    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-shared", "-fPIC", *macros]
-    subprocess.run([compiler, *options, "bins.cpp", "-o", "bins.so"], cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "bins.so"))
+    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{in_cuda.SOURCE.parent}", *macros]
+    subprocess.run([compiler, *options, str(source), "-o", str(out)], check=True)
+    return ctypes.CDLL(str(out))
+
+
+@pytest.fixture
+def cuda_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CUDA build of torch with a GPU that nothing has failed on yet; tensors are on this CPU all the same."""
+    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(in_cuda, "_failed", {})
+    in_cuda._loaded.cache_clear()
+    yield
+    in_cuda._loaded.cache_clear()
+
+
+@pytest.fixture
+def driver(library: ctypes.CDLL, cuda_build: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The driver for this CPU in the place of the GPU's, and its counters."""
+    monkeypatch.setattr(nvrtc, "_driver", lambda: library)
+    monkeypatch.setattr(in_cuda, "compiled_for", lambda sm: nvrtc.Compiled(b"", ""))
+    counters = {name: ctypes.c_int.in_dll(library, name) for name in ("launches", "contexts", "refusal")}
+    for counter in counters.values():
+        counter.value = 0
+    library.cuCtxSetCurrent(None)
+    return SimpleNamespace(**counters)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """``bin_edges`` and ``bin_rows`` of ``cuda.py``, which must not fall back to Triton."""
+    driver = None if HAS_GPU else request.getfixturevalue("driver")
+    monkeypatch.setattr(in_cuda, "in_triton", None)
+    yield SimpleNamespace(bin_edges=in_cuda.bin_edges, bin_rows=in_cuda.bin_rows)
+    assert driver is None or driver.launches.value > 0
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +97,6 @@ def needs_nvrtc() -> None:
         nvrtc._nvrtc()
     except nvrtc.CudaError as error:
         pytest.skip(f"{error}: pip install nvidia-cuda-nvrtc")
-
-
-@pytest.fixture
-def kernels(library: ctypes.CDLL | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """``bin_edges`` and ``bin_rows`` of ``cuda.py``, which must not fall back to Triton."""
-    monkeypatch.setattr(in_cuda, "in_triton", None)
-    if library is not None:
-        grid = Grid(library)
-        monkeypatch.setattr(in_cuda, "why_triton", lambda device: None)
-        monkeypatch.setattr(in_cuda, "_loaded", grid.load)
-        monkeypatch.setattr(nvrtc, "launch", grid.launch)
-    yield SimpleNamespace(bin_edges=in_cuda.bin_edges, bin_rows=in_cuda.bin_rows)
-    if library is not None:
-        assert grid.launched, "nothing ran"
 
 
 def make_rows(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -193,8 +178,8 @@ def test_bins_are_those_of_triton_to_the_bit(kernels: SimpleNamespace, size: tup
     in_triton.bin_rows(rows_RP, edges_EP, *of_triton)
     assert_bins_equal(got, of_triton)
     # and the twin's counts and ends; its sums are of another order
-    counts_BP, _, ends_2P = want = empty_bins(size[1])
-    bin_rows_reference(rows_RP, edges_EP, *want)
+    counts_BP, _, ends_2P = want = [x.cpu() for x in empty_bins(size[1])]
+    bin_rows_reference(rows_RP.cpu(), edges_EP.cpu(), *want)
     assert_bins_equal((got[0], ends_2P, got[2]), (counts_BP, ends_2P, ends_2P))
     assert (got[0].int().sum(0) == size[0]).all()
 
@@ -364,15 +349,6 @@ def test_more_bins_or_sampled_rows_than_they_know_are_left_to_triton(noted: list
     assert noted == ["bin_edges", "bin_rows", "bin_step"]
 
 
-@pytest.fixture
-def cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA build of torch with a GPU that nothing has failed on yet; tensors are on this CPU all the same."""
-    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(in_cuda, "_failed", {})
-    in_cuda._loaded.cache_clear()
-
-
 def run_twice(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The log of two rounds' calls."""
     with caplog.at_level(logging.INFO):
@@ -407,26 +383,18 @@ def test_without_a_driver_triton_runs_and_one_line_says_so(noted: list[str], cap
     assert noted == ["bin_edges", "bin_rows"] * 2
 
 
-@pytest.mark.usefixtures("cuda_build")
 def test_a_launch_that_fails_is_left_to_triton(
-    noted: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    driver: SimpleNamespace, noted: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Driver:
-        """Takes all code, and refuses to launch it."""
-
-        def __getitem__(self, name: str) -> Callable[..., int]:
-            return lambda *args: 701 * (name == "cuLaunchKernel")
-
-        def cuGetErrorString(self, code: int, text: Any) -> int:  # noqa: N802
-            text._obj.value = b"too many resources requested for launch"
-            return 0
-
-    monkeypatch.setattr(nvrtc, "_driver", Driver)
-    monkeypatch.setattr(in_cuda, "compiled_for", lambda sm: nvrtc.Compiled(b"", ""))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    driver.refusal.value = 701
     (line,) = run_twice(caplog)
     assert line.endswith("instead: cuLaunchKernel failed: too many resources requested for launch")
     assert noted == ["bin_edges", "bin_rows"] * 2
+
+
+def test_a_thread_without_a_context_gets_that_of_the_gpu(driver: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    assert run_twice(caplog) == []
+    assert (driver.launches.value, driver.contexts.value) == (4, 1)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch")
