@@ -196,13 +196,12 @@ __device__ inline void find_edges(
     *out = edge;
     for (int inner = 1; inner < num_edges - 1; inner++) {
         const float target = whole * ((float)inner / (float)(num_edges - 1));
-        // The number of sums below the target, again by a binary search.
+        // The number of sums below the target, again by a binary search. The last sum is not below.
         int after = 0;
 #pragma unroll
         for (int half = SAMPLED / 2; half > 0; half /= 2) after += reached[(after + half - 1) * COLUMNS] < target ? half : 0;
-        after = after > 1 ? after : 1;
-        after = after < last ? after : last;
-        const int before = after > 1 ? after - 1 : 0;
+        // None is below if there are no gaps.
+        const int before = after > 0 ? after - 1 : 0;
         const float lower = sorted[before * COLUMNS], upper = sorted[after * COLUMNS];
         const float start = reached[before * COLUMNS], end = reached[after * COLUMNS];
         const float back = end > start ? (end - target) / (end - start) : 0;

@@ -19,6 +19,7 @@ from skymask_gpu.engine import MaskTraining
 from skymask_gpu.engine.solvers import collapsed
 from skymask_gpu.kernels import offline
 from skymask_gpu.kernels.bins import triton as triton_bins
+from skymask_gpu.kernels.shared.nvrtc import CudaError
 from skymask_gpu.kernels.shared.triton import vector_elements
 
 # Loads of less than 16 bytes, which are few and not what streams: the slope and the mean, or the cut and the bit left of it,
@@ -102,7 +103,7 @@ def test_kernels_compile_without_spills_and_load_16_bytes(
         assert variant["narrow_loads"] <= NARROW_LOADS[name], f"{variant['kernel']} loads less than 16 bytes at a time"
     in_cuda = {line["kernel"]: line for line in lines if line["kernel"] in IN_CUDA}
     if not in_cuda:
-        pytest.skip("of CUDA C++ nothing was compiled: pip install nvidia-cuda-nvrtc")
+        pytest.skip("the kernels in CUDA C++ are not compiled: pip install nvidia-cuda-nvrtc")
     assert in_cuda.keys() == IN_CUDA
     for name, variant in in_cuda.items():
         registers = f"{variant['registers']} registers, {variant['shared_bytes']} B shared memory, 0 B local memory"
@@ -137,6 +138,19 @@ def test_instructions_are_counted_loop_by_loop() -> None:
     assert outside == offline.Code(5, special=1, load_bytes=(2,), store_bytes=(1,))
     assert outer == offline.Code(4, special=0, load_bytes=(16, 16), store_bytes=(8,))
     assert inner == offline.Code(5, special=2, load_bytes=(4,), store_bytes=())
+
+
+def test_without_nvrtc_one_line_says_what_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compile_cuda(sm: int) -> None:
+        raise CudaError("NVRTC is not there")
+
+    monkeypatch.setattr(offline, "compile_cuda", compile_cuda)
+    offline._print_cuda(90)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "the kernels in CUDA C++ are left out: NVRTC is not there (pip install nvidia-cuda-nvrtc)\n"
 
 
 def test_a_real_kernel_asks_for_the_bytes_of_its_formula(tmp_path: Path) -> None:
