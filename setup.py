@@ -48,11 +48,12 @@ BYZFL = ["byzfl>=0.0.11"]
 TRACKING = ["tensorboard>=2.21"]
 # `skymask_gpu.integrations.nvflare`. No part of DEV: it brings a web server along.
 NVFLARE = ["nvflare>=2.9"]
-# Without a GPU, Triton is needed only by the tests (interpreter and offline compile).
+# Without a GPU, Triton and NVRTC are needed only by the tests (interpreter and offline compile).
 TEST = [
     *RUN,
     *DATA,
     "triton>=3.6,<3.10; platform_system == 'Linux'",
+    "nvidia-cuda-nvrtc>=13.0.88; platform_system == 'Linux'",
     "pytest>=8.4",
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
@@ -87,7 +88,11 @@ if __name__ == "__main__":
             for name, folder in ROOTS.items()
             for package in [name, *(f"{name}.{child}" for child in find_packages(folder))]
         ],
-        package_data={"skymask_gpu": ["py.typed"], "skymask_gpu.report": ["*.html.j2"]},
+        package_data={
+            "skymask_gpu": ["py.typed"],
+            "skymask_gpu.report": ["*.html.j2"],
+            "skymask_gpu.kernels.bins": ["bins.cu"],
+        },
         install_requires=REQUIRED,
         extras_require={
             "run": RUN,

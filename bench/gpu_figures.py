@@ -1,6 +1,6 @@
 """What ``bench/gpu.py`` times.
 
-These are a copy, the model's passes, an exact step, the solvers, and the server's round.
+These are a copy, the model's passes, an exact step, the bins, the solvers, and the server's round.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.bench.cases import Case, Model, Problem
+from skymask_gpu.bench.gpu_bins import bin_figures
 from skymask_gpu.bench.providers import FEW_CLIENTS, Call, Provider, Truth, check_gradient, check_rule, providers, solver
 from skymask_gpu.bench.rules import some_columns
 from skymask_gpu.bench.solvers import MOST_DIFFERING, MOST_LOSS_ERROR, differing_share, disagreement
@@ -50,6 +51,7 @@ def figures(case: Case) -> list[Provider]:
         launched,
         Provider(COMPILED, partial(_captured_passes, True), check_gradient),
         Provider("next_step", _next_step, _check_next_step, moved_bytes=lambda problem: 12 * problem.updates.numel()),
+        *bin_figures(),
         replace(solver("reference"), timed=_only_compared),
         *(_all_steps(solver(name)) for name in ("fused", "collapsed")),
         Provider("mask training, clustering, averaging", _judging, _check_judging),

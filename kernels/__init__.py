@@ -7,6 +7,7 @@ Every kernel has a folder of its own, which holds all of its files:
 | ``__init__.py`` | the formula, the checks of the arguments, and the public functions |
 | ``reference.py`` | the constants, and a plain twin ``*_reference`` per function, in PyTorch |
 | ``triton.py`` | the Triton kernels, their launchers, and ``VARIANTS`` for the offline compile |
+| ``cuda.py`` | in ``bins/``, which has kernels in CUDA C++ too: their launchers |
 | ``cpu.py`` | the Numba kernels, where the CPU has any (its mixtures and trees are plain PyTorch) |
 
 | folder | what it computes |
@@ -26,12 +27,12 @@ Every kernel has a folder of its own, which holds all of its files:
 | ``dispatch.py`` | which compiled code runs on which device, or why none can |
 | ``anywhere.py`` | the kernels of clustering and averaging on any device, by twins if need be |
 | ``shared/`` | what the kernels share: checks, the training step, threads, vectors |
-| ``offline.py`` | compiles all Triton kernels without a GPU, and counts their code |
+| ``offline.py`` | compiles all GPU kernels without a GPU, and counts their code |
 
-Where kernels run: a public function runs compiled code (CUDA: Triton, CPU: Numba) or raises a
-ValueError that says why it cannot. It never falls back on its own. Callers that prefer a slow
-answer to none call the twin, which runs on any device; ``anywhere.py`` does so for clustering and
-averaging.
+Where kernels run: a public function runs compiled code (CUDA: Triton or CUDA C++, CPU: Numba) or
+raises a ValueError that says why it cannot. It never falls back to a twin on its own. Callers that
+prefer a slow answer to none call the twin, which runs on any device; ``anywhere.py`` does so for
+clustering and averaging.
 
 What they check: shapes, dtypes, devices and strides, because compiled code has no bounds checks. An
 error names the argument.

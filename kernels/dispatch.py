@@ -42,7 +42,7 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | Non
     return None
 
 
-def compiled(package: str, name: str, tensor: Tensor) -> ModuleType:
+def compiled(package: str, name: str, tensor: Tensor, *, on_cuda: str = "triton") -> ModuleType:
     """The module with the compiled version of a kernel for the device of a tensor.
 
     It is imported here, on the first call, because Triton and Numba take a second to import and are
@@ -52,6 +52,7 @@ def compiled(package: str, name: str, tensor: Tensor) -> ModuleType:
         package: the kernel's folder, as its ``__name__`` says.
         name: what the caller's argument is called, for the error.
         tensor: that argument.
+        on_cuda: the file of the kernel's folder for CUDA, if it is another one.
 
     Raises:
         ValueError: there is no such version, or its compiler is not installed.
@@ -59,5 +60,5 @@ def compiled(package: str, name: str, tensor: Tensor) -> ModuleType:
     reason = why_not(tensor.device)
     if reason is not None:
         raise ValueError(f"{name}: {reason}; the plain twin *_reference runs on any device")
-    _, file = _COMPILERS[tensor.device.type]
+    file = on_cuda if tensor.device.type == "cuda" else _COMPILERS[tensor.device.type][1]
     return importlib.import_module(f"{package}.{file}")

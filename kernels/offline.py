@@ -1,14 +1,16 @@
-"""Compile every Triton kernel for a GPU that this machine need not have, and describe the result.
+"""Compile every GPU kernel for a GPU that this machine need not have, and describe the result.
 
 ``python -m skymask_gpu.kernels.offline 90`` prints one JSON line per variant: its registers,
 spills, and the instructions, loads and stores of each loop. It must run without TRITON_INTERPRET,
-because Triton decides when a kernel is decorated whether it is interpreted.
+because Triton decides when a kernel is decorated whether it is interpreted. The kernels in CUDA C++
+(``bins/bins.cu``) come last, and are left out where there is no NVRTC.
 """
 
 import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from skymask_gpu.kernels.bins import cuda as bins_in_cuda
 from skymask_gpu.kernels.bins.triton import VARIANTS as BINS
 from skymask_gpu.kernels.cuts.triton import VARIANTS as CUTS
 from skymask_gpu.kernels.hamming.triton import VARIANTS as HAMMING
@@ -25,6 +28,7 @@ from skymask_gpu.kernels.mask_step.triton import VARIANTS as MASK_STEP
 from skymask_gpu.kernels.mean.triton import VARIANTS as MEAN
 from skymask_gpu.kernels.mixture.triton import VARIANTS as MIXTURE
 from skymask_gpu.kernels.ones.triton import VARIANTS as ONES
+from skymask_gpu.kernels.shared.nvrtc import CudaError
 from skymask_gpu.kernels.shared.triton import VARYING_POINTERS, Variant, launch_options
 from skymask_gpu.kernels.tree.triton import VARIANTS as TREE
 
@@ -107,25 +111,49 @@ def _type_of(argument: str, variant: Variant, constants: dict[str, object]) -> s
 
 def compile_variant(name: str, source: ASTSource, options: dict[str, object], sm: int) -> CompiledVariant:
     compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, disassembly = (_cuobjdump(option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
-    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    loads = re.findall(r"\bld\.global[\w.:]*|\bcp\.async\.c[ag]\.[^;]*", compiled.asm["ptx"])
+    ((_, usage, disassembly),) = _functions(compiled.asm["cubin"])
+    return _described(
+        name,
+        sm,
+        compiled.asm["ptx"],
+        usage | {"SHARED": compiled.metadata.shared},
+        disassembly,
+        threads=32 * compiled.metadata.num_warps,
+        constants={source.fn.arg_names[at]: value for (at,), value in source.constants.items()},
+    )
+
+
+def compile_cuda(sm: int) -> Iterator[CompiledVariant]:
+    """The kernels in CUDA C++, by the names of their functions.
+
+    Raises:
+        CudaError: there is no NVRTC, or it does not know such a GPU.
+    """
+    compiled = bins_in_cuda.compiled_for(sm)
+    constants = {name: value for name, value in bins_in_cuda.MACROS.items() if isinstance(value, int)}
+    # In the PTX, a function begins with its name and ends with a brace.
+    ptx_of = dict(re.findall(r"\.entry (\w+)\((.*?)^}", compiled.ptx, re.DOTALL | re.MULTILINE))
+    for name, usage, disassembly in _functions(compiled.cubin):
+        yield _described(name, sm, ptx_of[name], usage, disassembly, threads=constants["COLUMNS"], constants=constants)
+
+
+def _described(
+    name: str, sm: int, ptx: str, usage: dict[str, int], disassembly: str, *, threads: int, constants: dict[str, int | float]
+) -> CompiledVariant:
+    loads = re.findall(r"\bld\.global[\w.:]*|\bcp\.async\.c[ag]\.[^;]*", ptx)
     wide = sum(1 for load in loads if re.search(r"\.v4\.b32|\.v2\.b64|, *0x10,", load))
     outside, *loops = count_code(disassembly)
     return CompiledVariant(
         kernel=name,
         sm=sm,
-        registers=resources["REG"],
-        local_bytes=resources["LOCAL"],
-        stack_bytes=resources["STACK"],
-        shared_bytes=compiled.metadata.shared,
+        registers=usage["REG"],
+        local_bytes=usage["LOCAL"],
+        stack_bytes=usage["STACK"],
+        shared_bytes=usage["SHARED"],
         wide_loads=wide,
         narrow_loads=len(loads) - wide,
-        threads=32 * compiled.metadata.num_warps,
-        constants={source.fn.arg_names[at]: value for (at,), value in source.constants.items()},
+        threads=threads,
+        constants=constants,
         outside=outside,
         loops=tuple(loops),
     )
@@ -173,6 +201,18 @@ def _width(name: str) -> int:
     return int(bits[1]) // 8 if bits else 4
 
 
+def _functions(cubin: bytes) -> Iterator[tuple[str, dict[str, int], str]]:
+    """The name, the resources and the disassembly of each function in machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, disassembly = (_cuobjdump(option, file.name) for option in ("--dump-resource-usage", "--dump-sass"))
+    for function in re.split(r"Function : ", disassembly)[1:]:
+        name = function.split()[0]
+        (resources,) = re.findall(rf"Function {re.escape(name)}:\n(.*)", usage)
+        yield name, {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", resources)}, function
+
+
 def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([knobs.nvidia.cuobjdump.path, option, path], capture_output=True, text=True, check=True).stdout
 
@@ -181,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("sm", type=int, nargs="*", default=[80, 90, 100])
     parser.add_argument("--vec", type=int, default=8, choices=(8, 4, 2, 1), help="the number of columns is a multiple of this")
-    parser.add_argument("--kernel", help="only this one, such as next_step[fp32]")
+    parser.add_argument("--kernel", help="only this one in Triton, such as next_step[fp32]")
     options = parser.parse_args()
     names = [name for name, _, _ in sources(options.vec)]
     if options.kernel not in (None, *names):
@@ -190,6 +230,16 @@ def main() -> None:
         for name, source, settings in sources(options.vec):
             if options.kernel in (None, name):
                 print(json.dumps(asdict(compile_variant(name, source, settings, sm))), flush=True)
+        if options.kernel is None:
+            _print_cuda(sm)
+
+
+def _print_cuda(sm: int) -> None:
+    try:
+        for variant in compile_cuda(sm):
+            print(json.dumps(asdict(variant)), flush=True)
+    except CudaError as error:
+        print(f"the kernels in CUDA C++ are left out: {error} (pip install nvidia-cuda-nvrtc)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
         "skymask_gpu/py.typed",
         "skymask_gpu/report/page.html.j2",
         "skymask_gpu/kernels/mask_step/triton.py",
+        "skymask_gpu/kernels/bins/bins.cu",
         "skymask_gpu/engine/solvers/reference.py",
         "skymask_gpu/bench/run.py",
     ):

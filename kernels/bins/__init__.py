@@ -5,9 +5,10 @@ of it. So the rows of a column are put into B bins (``bin_edges``, ``bin_rows``)
 trained on the means of the bins, weighted by their counts (``bin_step``). ``cuts/`` gives all rows
 their bits back.
 
-Shapes: R rows, S sampled rows, P parameters, B bins, E = B - 1 edges. Devices: CUDA through Triton,
-CPU through Numba. Rows are float32 or bfloat16, with any row stride and unit column stride. All
-else is contiguous float32. Counts are uint16, or int32 for more rows than uint16 can count.
+Shapes: R rows, S sampled rows, P parameters, B bins, E = B - 1 edges. Devices: CUDA through CUDA
+C++ (edges and rows) and Triton, CPU through Numba. Rows are float32 or bfloat16, with any row
+stride and unit column stride. All else is contiguous float32. Counts are uint16, or int32 for more
+rows than uint16 can count.
 """
 
 from functools import partial
@@ -154,4 +155,4 @@ def bin_step(
     return _backend("logits", logits_BP).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=full_step)
 
 
-_backend = partial(compiled, __name__)
+_backend = partial(compiled, __name__, on_cuda="cuda")

@@ -6,18 +6,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from skymask_gpu.bench import gpu, gpu_figures, run
+from skymask_gpu.bench import gpu, gpu_bins, gpu_figures, run
 from skymask_gpu.bench.cases import CASES
 from skymask_gpu.bench.points import Limits
-from skymask_gpu.bench.providers import Truth, WrongResultError
-from skymask_gpu.bench.table import Row, read_rows, write_rows
+from skymask_gpu.bench.providers import Truth
+from skymask_gpu.bench.table import CannotRunError, Row, WrongResultError, read_rows, write_rows
 from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.federation.rules import RuleResult
+from skymask_gpu.kernels import bins as kernels
 
 CPU = torch.device("cpu")
 LOGREG = CASES["logreg"]
@@ -46,7 +48,8 @@ def measured() -> dict[str, Row]:
 def test_all_figures_have_times_and_ratios(tmp_path: Path) -> None:
     rows = measured()
     assert [*rows] == [figure.name for figure in gpu.figures(LOGREG)]
-    assert {name for name, row in rows.items() if row.status != "ok"} == {"reference"}, [row.detail for row in rows.values()]
+    untimed = {"reference", "bin_edges in Triton", "bin_rows in Triton"}
+    assert {name for name, row in rows.items() if row.status != "ok"} == untimed, [row.detail for row in rows.values()]
     write_rows(tmp_path / "x.csv", list(rows.values()))
     copy, step = rows["copy"], rows["next_step"]
     assert step.moved_bytes == 12 * 21 * 3372
@@ -106,6 +109,71 @@ def test_a_wrong_step_on_all_rows_is_found(off: int, small: Any) -> None:
     result[off] = 1.001 * result[off]
     with pytest.raises(WrongResultError, match=r"(sum|logits) off by"):
         gpu_figures._check_next_step(problem, tuple(result), Truth())
+
+
+def figure(name: str) -> Any:
+    return next(one for one in gpu.figures(LOGREG) if one.name == name)
+
+
+@pytest.mark.parametrize("off", [0, 1, 2], ids=["counts", "sums", "ends"])
+def test_wrong_bins_are_found(off: int, small: Any) -> None:
+    problem, rows = small.problem(), figure("bin_rows")
+    edges_EP, bins = rows.prepare(problem)()
+    assert rows.check(problem, (edges_EP, bins), Truth()) == "its twin in float64"
+    wrong = list(bins)
+    wrong[off] = 1.001 * bins[off].float()
+    with pytest.raises(WrongResultError, match=r"(counts|sums|ends) off by"):
+        rows.check(problem, (edges_EP, wrong), Truth())
+
+
+def test_wrong_edges_are_found(small: Any) -> None:
+    problem, edges = small.problem(), figure("bin_edges")
+    edges_EP = edges.prepare(problem)()
+    assert edges.check(problem, edges_EP, Truth()) == "its twin in float64"
+    with pytest.raises(WrongResultError, match="edges off by"):
+        edges.check(problem, 1.001 * edges_EP, Truth())
+
+
+def test_bins_are_timed_without_making_them_empty(small: Any) -> None:
+    problem, rows = small.problem(), figure("bin_rows")
+    call = rows.timed(problem)
+    calls = [cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, tuple)]
+    (counts_BP, _, _) = calls[0]
+    for times in (1, 2):
+        call()
+        assert (counts_BP.int().sum(0) == times * len(problem.updates)).all()
+
+
+def test_a_fall_back_to_triton_is_no_time_of_the_kernel(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from skymask_gpu.kernels.bins import cuda
+
+    problem, edges = small.problem(), figure("bin_edges")
+    edges_EP = edges.prepare(problem)()
+    monkeypatch.setattr(gpu_bins, "_on_gpu", lambda problem: True)
+    monkeypatch.setattr(cuda, "why_triton", lambda device: "NVRTC is not there")
+    with pytest.raises(CannotRunError, match="Triton ran instead: NVRTC is not there"):
+        edges.check(problem, edges_EP, Truth())
+
+
+@pytest.mark.parametrize("off", [0, 1, 2], ids=["counts", "sums", "ends"])
+def test_bins_that_are_not_those_of_triton_are_found(off: int, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU both run. Here both are Numba's, and one of them is off in one bin, the sums and ends in the last bit only."""
+    problem = small.problem()
+    edges_EP, bins = figure("bin_rows").prepare(problem)()
+
+    def of_triton(rows: Any, edges: Any, *into: torch.Tensor) -> None:
+        kernels.bin_rows(rows, edges, *into)
+        one = into[off].int() + 1 if off == 0 else into[off].nextafter(torch.tensor(torch.inf))
+        into[off][-1] = one[-1] if change else into[off][-1]
+
+    monkeypatch.setattr(gpu_bins, "_triton", lambda problem: SimpleNamespace(bin_rows=of_triton))
+    monkeypatch.setattr(gpu_bins, "_on_gpu", lambda problem: True)
+    change = False
+    assert gpu_bins._check_rows(problem, (edges_EP, bins), Truth()) == "its twin in float64, Triton to the bit"
+    change = True
+    with pytest.raises(WrongResultError, match="are not those of Triton to the bit"):
+        gpu_bins._check_rows(problem, (edges_EP, bins), Truth())
 
 
 def test_a_wrong_average_or_label_is_found(small: Any) -> None:
