@@ -12,24 +12,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from skymask_gpu.defence.aggregation import Aggregation, warn_of_doubtful
+from skymask_gpu.defence.ahead import Ahead, takes_small_batches
 from skymask_gpu.defence.arguments import check_same_device, checked_ids, checked_weights, flat_vector
 from skymask_gpu.defence.clock import Clock
 from skymask_gpu.defence.forms import Form
-from skymask_gpu.defence.history import ClientHistory, Remembered
-from skymask_gpu.defence.means import Mean, NormBound, Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
+from skymask_gpu.defence.history import Remembered
+from skymask_gpu.defence.means import Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
 from skymask_gpu.defence.parse import Clients, Updates, parse, receive
-from skymask_gpu.defence.root import RootTraining, root_direction
 from skymask_gpu.defence.screen import Screened, culprits, screen
+from skymask_gpu.defence.settings import Call, Settings, params_of
 from skymask_gpu.engine import (
     SOLVERS,
     ClientBlocks,
     ClusteredMasks,
-    Clustering,
     FlatModel,
-    MaskTraining,
     NonFiniteLossError,
     TrainedMasks,
     train_masks,
@@ -42,42 +41,9 @@ from skymask_gpu.engine.profiling import copy_bandwidth, recording
 from skymask_gpu.engine.progress import Progress, check_progress
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss
 
-__all__ = ["Call", "Settings", "judge", "params_of"]
+__all__ = ["judge"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What stays the same from round to round; :class:`skymask_gpu.SkyMask` has checked it.
-
-    ``flat`` computes in float32.
-    """
-
-    module: nn.Module
-    flat: FlatModel
-    training: MaskTraining
-    clustering: Clustering
-    root_training: RootTraining
-    norm_bound: NormBound
-    mean: Mean
-    solver: str
-    device: torch.device | None
-    profile: bool
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one :meth:`skymask_gpu.SkyMask.aggregate`, as the caller gave them."""
-
-    updates: Updates
-    global_params: Form | None
-    root_update: Form | None = None
-    local_models: bool = False
-    weights: Tensor | Sequence[float] | None = None
-    client_ids: Sequence[int | str] | None = None
-    history: ClientHistory | None = None
-    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +51,7 @@ class _Round:
     """What one round works with, on its device.
 
     Attributes:
+        ahead: what was done ahead of this round.
         loss: the root loss as a function of all parameters.
         own_loss: the root loss as a function of this rank's own parameters; it is ``loss`` itself
             if columns are not sharded.
@@ -93,6 +60,7 @@ class _Round:
     """
 
     settings: Settings
+    ahead: Ahead
     shards: ColumnShards
     device: torch.device
     clock: Clock
@@ -102,8 +70,8 @@ class _Round:
     own_params_L: Tensor
 
 
-def judge(settings: Settings, call: Call) -> Aggregation:
-    """Judge the clients of a round.
+def judge(settings: Settings, call: Call, ahead: Ahead) -> Aggregation:
+    """Judge the clients of a round, with what was done ahead of it if that fits.
 
     :meth:`skymask_gpu.SkyMask.aggregate` describes arguments, errors and warnings.
     """
@@ -117,7 +85,7 @@ def judge(settings: Settings, call: Call) -> Aggregation:
     # needs gradients.
     with without_tf32(), torch.inference_mode(False), torch.enable_grad():
         with recording(device) if settings.profile else nullcontext() as record:
-            result = _judge(settings, call, shards, device)
+            result = _judge(settings, call, ahead, shards, device)
         if record is not None:
             result = replace(result, profile=record.profile(copy_bandwidth(device)))
     warn_of_doubtful(result)
@@ -126,7 +94,7 @@ def judge(settings: Settings, call: Call) -> Aggregation:
     return result
 
 
-def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.device) -> Aggregation:
+def _judge(settings: Settings, call: Call, ahead: Ahead, shards: ColumnShards, device: torch.device) -> Aggregation:
     clock = Clock()
     num_clients = len(call.updates)
     # At least the bits of the masks and the distances of all pairs are needed.
@@ -134,17 +102,14 @@ def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.d
     remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
     with clock.time("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
         with clock.phase("collect"):
-            this = _begin(settings, call.global_params, shards, device, clock)
+            this = _begin(settings, ahead, call.global_params, shards, device, clock)
             subtracted_L = this.own_params_L if call.local_models else None
             in_memory = settings.solver != "auto" and not SOLVERS[settings.solver].from_disk
             assert not isinstance(call.updates, np.ndarray), "receive() has made a tensor of it"
             clients = parse(call.updates, this.loss, settings.module, subtracted_L, in_memory=in_memory)
-        # The other rules trust the root model's row. If the direction serves as that row, it is
-        # trained on all root data, because small batches take it far from clients with larger ones.
-        small_batches = call.root_update is not None or settings.clustering.rule == "signed"
         # Each step reads the parameters and writes their gradient.
         with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
-            direction_P = _direction(this, small_batches)
+            direction_P = _direction(this, root_update_given=call.root_update is not None)
         with clock.phase("collect", clients.rows.nbytes):
             screened = screen(clients, direction_P, this.global_params_P, this.own_loss, shards, local_models=call.local_models)
             root_row_P = _root_row(this, call.root_update, direction_P, screened)
@@ -168,26 +133,25 @@ def _device(settings: Settings, updates: Updates, shards: ColumnShards) -> torch
     return device
 
 
-def _begin(settings: Settings, global_params: Form | None, shards: ColumnShards, device: torch.device, clock: Clock) -> _Round:
+def _begin(
+    settings: Settings,
+    ahead: Ahead,
+    global_params: Form | None,
+    shards: ColumnShards,
+    device: torch.device,
+    clock: Clock,
+) -> _Round:
     loss = settings.flat.to(device)
-    params_P = loss.initial_params if global_params is None else params_of(global_params, loss, settings)
+    params_P = params_of(global_params, loss, settings)
     own_loss = loss if shards.group is None else ShardedLoss(loss, shards)
-    return _Round(settings, shards, device, clock, loss, own_loss, params_P, shards.own(params_P))
+    return _Round(settings, ahead, shards, device, clock, loss, own_loss, params_P, shards.own(params_P))
 
 
-def params_of(global_params: Form, loss: FlatModel, settings: Settings) -> Tensor:
-    """Global parameters in any of their forms as ``(P,)`` float32, on the device of ``loss``."""
-    if isinstance(global_params, Tensor):
-        check_same_device("global_params", global_params, loss, settings.device)
-    return flat_vector("global_params", global_params, loss, settings.module)
-
-
-def _direction(this: _Round, small_batches: bool) -> Tensor:
-    """The root direction, ``(P,)``, which only the first rank trains."""
-    config = this.settings.root_training
-    return this.shards.from_first(
-        lambda: root_direction(this.loss, this.global_params_P, config, small_batches=small_batches), like=this.global_params_P
-    )
+def _direction(this: _Round, *, root_update_given: bool) -> Tensor:
+    """The root direction, ``(P,)``, which only the first rank trains, unless it was prepared."""
+    config, params_P = this.settings.root_training, this.global_params_P
+    small_batches = takes_small_batches(this.settings, root_update_given=root_update_given)
+    return this.shards.from_first(lambda: this.ahead.direction(this.loss, params_P, config, small_batches), like=params_P)
 
 
 def _root_row(this: _Round, root_update: Form | None, direction_P: Tensor, screened: Screened) -> Tensor:

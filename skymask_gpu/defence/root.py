@@ -17,7 +17,7 @@ from torch import Tensor
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.numerics import without_tf32
 
-__all__ = ["RootTraining", "root_direction"]
+__all__ = ["RootTraining", "root_direction", "train_direction", "warn_of_no_gradient"]
 
 # In smaller batches, the noise of single samples and the statistics of batch norm decide where a
 # step leads. With bold local steps (a learning rate of 1), batches of 10 led anywhere: the cosines
@@ -88,7 +88,6 @@ def _makes_optimizers(make: Any, lr: float) -> bool:
         return False
 
 
-@without_tf32()
 def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining, *, small_batches: bool = False) -> Tensor:
     """Train the global model on the root data, and return its update.
 
@@ -118,19 +117,33 @@ def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining,
         >>> bool(loss(loss.initial_params + direction) < loss(loss.initial_params))
         True
     """
+    direction_P, moved = train_direction(loss, global_params, config, small_batches=small_batches)
+    if not moved:
+        warn_of_no_gradient()
+    return direction_P
+
+
+@without_tf32()
+def train_direction(
+    loss: FlatModel, global_params: Tensor, config: RootTraining, *, small_batches: bool
+) -> tuple[Tensor, bool]:
+    """As :func:`root_direction`, but without its warning: the direction, and whether it is not 0."""
     batches = _batches(loss, config.steps) if small_batches else [loss]
     direction_P, mean_loss = _descend(batches, global_params, config)
     finite, moved = torch.stack([(direction_P.sum() + mean_loss).isfinite(), (direction_P != 0).any()]).tolist()
     if not finite:
         _raise_not_finite(loss, global_params)
-    if not moved:
-        warnings.warn(
-            "root_training: training on the root data moved no parameter, the root loss has no gradient, so masks cannot be "
-            "trained and there is no verdict; check that loss_fn fits the model's outputs (the default, cross entropy, is "
-            "always 0 for a single output) and that the model's units are not all dead",
-            stacklevel=2,
-        )
-    return direction_P
+    return direction_P, moved
+
+
+def warn_of_no_gradient() -> None:
+    """Warn the caller of the caller that the root data teach the model nothing."""
+    warnings.warn(
+        "root_training: training on the root data moved no parameter, the root loss has no gradient, so masks cannot be "
+        "trained and there is no verdict; check that loss_fn fits the model's outputs (the default, cross entropy, is "
+        "always 0 for a single output) and that the model's units are not all dead",
+        stacklevel=3,
+    )
 
 
 def _descend(batches: list[FlatModel], params: Tensor, config: RootTraining) -> tuple[Tensor, Tensor]:
