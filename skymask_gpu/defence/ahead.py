@@ -43,16 +43,16 @@ class Ahead:
         return Ahead, ()
 
     def prepare(self, settings: Settings, global_params: Form | None) -> None:
-        """Train the root direction, and at first compile; see :meth:`skymask_gpu.SkyMask.prepare`."""
+        """Train the root direction, and compile; see :meth:`skymask_gpu.SkyMask.prepare`."""
         own = settings.flat.initial_params.device
         device = settings.device or (global_params.device if isinstance(global_params, Tensor) else own)
         small_batches = takes_small_batches(settings, root_update_given=False)
         with without_tf32(), torch.inference_mode(False), torch.enable_grad():
-            loss = settings.flat.to(device)
-            # A copy, because the caller may change the parameters afterwards.
-            params_P = params_of(global_params, loss, settings).clone()
             with self._preparing:
                 self._trained = None
+                loss = settings.flat.to(device)
+                # A copy, because the caller may change the parameters afterwards.
+                params_P = params_of(global_params, loss, settings).clone()
                 found = train_direction(loss, params_P, settings.root_training, small_batches=small_batches)
                 self._trained = _Trained(params_P, small_batches, *found)
             if device not in self._warm:

@@ -127,7 +127,7 @@ def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining,
 def train_direction(
     loss: FlatModel, global_params: Tensor, config: RootTraining, *, small_batches: bool
 ) -> tuple[Tensor, bool]:
-    """As :func:`root_direction`, but without its warning: the direction, and whether it is not 0."""
+    """As :func:`root_direction`, without its warning: the direction, and whether it is not 0."""
     batches = _batches(loss, config.steps) if small_batches else [loss]
     direction_P, mean_loss = _descend(batches, global_params, config)
     finite, moved = torch.stack([(direction_P.sum() + mean_loss).isfinite(), (direction_P != 0).any()]).tolist()

@@ -1,4 +1,4 @@
-"""``Settings``, which a ``SkyMask`` was made with, and ``Call``, the arguments of one of its calls."""
+"""``Settings``, which a ``SkyMask`` was made with, and ``Call``, the arguments of one call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
