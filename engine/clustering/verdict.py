@@ -6,7 +6,8 @@ Shapes: N clients, R = N + 1 rows, the root's last.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from types import MappingProxyType
 
 import torch
@@ -17,6 +18,7 @@ from skymask_gpu.engine.clustering.config import Clustering
 from skymask_gpu.engine.clustering.published import published
 from skymask_gpu.engine.clustering.ruling import Facts
 from skymask_gpu.engine.clustering.signed import signed
+from skymask_gpu.engine.clustering.spectrum import principal_scores
 from skymask_gpu.engine.clustering.two_stage import two_stage
 from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.distances import Distances, mask_distances
@@ -33,8 +35,7 @@ class ClusteredMasks:
     Attributes:
         benign: which clients are kept, ``(N,)`` bool, on the device of the masks.
         num_clusters: 1 if everyone is kept, else 2.
-        scores: ``(R, 2)`` float64, the first two principal components of the masks, root last: the
-            picture of the paper.
+        compared: the distances between the masks, or the scores below if the rule needed them.
         separation: squared distance of the two sides' centroids over their pooled variance. It is 0
             if there is one side.
         reason: one sentence that says why these clients were rejected, or why nobody was.
@@ -45,11 +46,27 @@ class ClusteredMasks:
 
     benign: Tensor
     num_clusters: int
-    scores: Tensor
+    compared: Distances | Tensor
     separation: float
     reason: str
     judged: bool = True
     figures: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """The first two principal components of the masks, ``(R, 2)`` float64, the root's last.
+
+        They are the picture of the paper. Where no verdict needs them, they are computed when they
+        are first read, which takes an eigendecomposition.
+
+        Example:
+            >>> import torch
+            >>> distances = Distances(torch.tensor([[0, 4], [4, 0]]))
+            >>> ClusteredMasks(torch.ones(1), 1, distances, 0.0, "").scores
+            tensor([[ 1.0000,  0.0000],
+                    [-1.0000, -0.0000]], dtype=torch.float64)
+        """
+        return self.compared if isinstance(self.compared, Tensor) else principal_scores(self.compared)
 
     def client_reasons(self) -> dict[int, str]:
         """Why each rejected client was rejected, by its row.
@@ -220,24 +237,28 @@ def _judge(
     num_clients = len(distances) - 1
     if backend.waits:
         _refuse_not_finite(_on_host(finite), num_clients)
-    scores_R2, settled = backend.principal_scores(distances)
     everyone_N = torch.ones(num_clients, dtype=torch.bool, device=distances.device)
     if backend.waits:
         nothing = _nothing_to_compare(distances)
         if nothing is not None:
-            return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, nothing, judged=False)
+            return ClusteredMasks(everyone_N, 1, distances, 0.0, nothing, judged=False)
 
-    if config.rule == "published":
-        ruling = published(distances, scores_R2, config.seed, backend)
-    elif config.rule == "signed":
-        ruling = signed(distances, scores_R2, witnesses, backend)
+    all_scores = cache(lambda: backend.principal_scores(distances))
+    if config.rule == "signed":
+        ruling = signed(distances, all_scores, witnesses, backend)
     else:
-        ruling = two_stage(distances, scores_R2, witnesses.alignment, backend)
+        scores_R2, settled = all_scores()
+        if config.rule == "published":
+            ruling = published(distances, scores_R2, config.seed, backend)
+        else:
+            ruling = two_stage(distances, scores_R2, witnesses.alignment, backend)
+        ruling = replace(ruling, sure=settled & ruling.sure)
+    compared = all_scores()[0] if all_scores.cache_info().currsize else distances
     facts = _on_host(
         {
             **finite,
             **ruling.facts,
-            "sure": settled & ruling.sure,
+            "sure": ruling.sure,
             "masks differ": backend.waits or distances.stored.any(),
             "separation": ruling.separation,
             "keeps all": ruling.benign_N.all(),
@@ -247,12 +268,12 @@ def _judge(
     if not facts["sure"]:
         return None
     if not facts["masks differ"]:
-        return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, _ALL_EQUAL, judged=False)
+        return ClusteredMasks(everyone_N, 1, compared, 0.0, _ALL_EQUAL, judged=False)
     num_clusters = 1 if facts["keeps all"] else 2
     # If the root's mask lies apart from all others, only outliers and copies can be recognised.
     judged = num_clusters == 2 or not facts.get("root alone", False)
     return ClusteredMasks(
-        ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts), judged, ruling.figures
+        ruling.benign_N, num_clusters, compared, facts["separation"], ruling.reason(facts), judged, ruling.figures
     )
 
 

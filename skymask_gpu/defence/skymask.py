@@ -198,7 +198,7 @@ class SkyMask:
             >>> from threading import Thread
             >>> module = torch.nn.Linear(20, 5)
             >>> defence = SkyMask(module, torch.randn(100, 20), torch.arange(100) % 5)
-            >>> params = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+            >>> params = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
             >>> Thread(target=defence.prepare, args=[params]).start()
             >>> updates = 0.01 * torch.randn(20, 105)  # what the clients send in the meantime
             >>> defence.aggregate(updates, params).update.shape
