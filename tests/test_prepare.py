@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -177,6 +178,15 @@ def test_a_round_waits_for_a_preparation_in_another_thread(trained: list[Tensor]
         thread.join()
     assert len(trained) == 1
     assert_same(results[0], defence().aggregate(UPDATES_NP))
+
+
+def test_rounds_at_the_same_time_do_not_meet() -> None:
+    one, starts = defence(), [PARAMS_P + 0.01 * number for number in range(4)]
+    want = [defence().aggregate(UPDATES_NP, start_P) for start_P in starts]
+    for _ in range(2):
+        with ThreadPoolExecutor(4) as pool:
+            for got, right in zip(pool.map(lambda start_P: one.aggregate(UPDATES_NP, start_P), starts), want, strict=True):
+                assert_same(got, right)
 
 
 def test_errors_and_what_is_left_after_them(trained: list[Tensor]) -> None:

@@ -68,12 +68,15 @@ class ClusteredMasks:
         """
         return self.compared if isinstance(self.compared, Tensor) else principal_scores(self.compared)
 
-    def client_reasons(self) -> dict[int, str]:
+    def client_reasons(self, numbers: Tensor | None = None) -> dict[int, str]:
         """Why each rejected client was rejected, by its row.
 
         A reason names the client's own figures beside those of the kept clients. Where the rule saw
         nothing but masks, each reason is the sentence on all clients. The figures are read from the
-        device only in this call.
+        device only in this call, all at once.
+
+        Args:
+            numbers: ``(N,)``, whole numbers to name the clients by instead of their rows.
 
         Example:
             >>> import torch
@@ -83,16 +86,16 @@ class ClusteredMasks:
             >>> verdict.client_reasons()
             {0: 'keep share 0.25 where kept clients have 0.62 ± 0.12'}
         """
-        rejected = (~self.benign).nonzero().flatten().tolist()
-        if not self.figures or not rejected:
-            return dict.fromkeys(rejected, self.reason)
-        parts: dict[int, list[str]] = {client: [] for client in rejected}
-        for name, values_N in self.figures.items():
-            kept = values_N[self.benign].double()
-            mean, spread, *values = torch.cat([torch.stack([kept.mean(), kept.std(correction=0)]), values_N.double()]).tolist()
-            for client in rejected:
-                parts[client].append(f"{name} {values[client]:.2g} where kept clients have {mean:.2g} ± {spread:.2g}")
-        return {client: ", ".join(each) for client, each in parts.items()}
+        numbers = torch.arange(len(self.benign), device=self.benign.device) if numbers is None else numbers
+        known = torch.stack([x.to(torch.float64) for x in (self.benign, numbers, *self.figures.values())]).cpu()
+        benign_N, numbers_N, figures_FN = known[0] > 0, known[1].long(), known[2:]
+        parts: dict[int, list[str]] = {row: [] for row in (~benign_N).nonzero().flatten().tolist()}
+        for name, values_N in zip(self.figures, figures_FN, strict=True):
+            kept = values_N[benign_N]
+            mean, spread, values = kept.mean().item(), kept.std(correction=0).item(), values_N.tolist()
+            for row, part in parts.items():
+                part.append(f"{name} {values[row]:.2g} where kept clients have {mean:.2g} ± {spread:.2g}")
+        return {int(numbers_N[row]): ", ".join(part) or self.reason for row, part in parts.items()}
 
     def __repr__(self) -> str:
         kept = f"{int(self.benign.sum())} of {len(self.benign)} clients benign, {self.num_clusters} clusters"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.profiling import phase
+from skymask_gpu.engine.progress import step_done
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, MaskedModel, Solution, stops
 from skymask_gpu.engine.solvers.solver import solver
-from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import why_not
 from skymask_gpu.kernels.bins import MOST_ROWS, bin_edges, bin_rows, bin_step
@@ -72,7 +72,7 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     with phase("binning", updates):
         counts_BP, centres_BP, ends_2P, mean_P = _bins(updates, config.bins)
     masked = MaskedModel(loss, global_params_P.float(), mean_P, num_rows, config, keep_history=True)
-    logits_BP, losses, not_captured = _train_bins(counts_BP, centres_BP, masked, config)
+    logits_BP, losses = _train_bins(counts_BP, centres_BP, masked, config)
     slopes_TP, means_TP = masked.slopes_TP[: len(losses)], masked.means_TP[: len(losses)]
     training = {"init": config.init, "full_step": config.full_step}
     with phase("cuts", logits_BP, centres_BP, counts_BP, slopes_TP, means_TP):
@@ -93,7 +93,7 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
             if logits_RP is not None:
                 logits_RP[rows] = replay(block_RP, slopes_TP, means_TP, **training)
             first = rows.stop
-    return Solution(bits, logits_RP, losses, cuts, not_captured)
+    return Solution(bits, logits_RP, losses, cuts, masked.not_captured)
 
 
 def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,30 +127,27 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
     return counts_BP, sums_BP, ends_2P, mean_P
 
 
-def _train_bins(
-    counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, config: MaskTraining
-) -> tuple[Tensor, list[float], str | None]:
+def _train_bins(counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, config: MaskTraining) -> tuple[Tensor, list[float]]:
     """Train the bins; the history is in ``masked``.
 
     Returns:
-        The final logits ``(B, P)``, the losses, and why the steps were not captured, if so.
+        The final logits ``(B, P)``, and the losses.
     """
     logits_BP = torch.full_like(centres_BP, config.init)
-
-    def step() -> None:
-        masked.evaluate()
-        with phase("mask steps", logits_BP, logits_BP, centres_BP, counts_BP):
-            masked.move(bin_step(logits_BP, centres_BP, counts_BP, masked.slope_P, masked.mean_P, full_step=config.full_step))
-
-    loop = StepLoop(step, centres_BP.device)
     done = 0
     for stop in stops(config):
-        loop.run(stop + 1 - done)
+        for _ in range(stop + 1 - done):
+            masked.evaluate()
+            with phase("mask steps", logits_BP, logits_BP, centres_BP, counts_BP):
+                masked.move(
+                    bin_step(logits_BP, centres_BP, counts_BP, masked.slope_P, masked.mean_P, full_step=config.full_step)
+                )
+            step_done()
         done = stop + 1
         losses = masked.losses(done)
         if config.is_plateau(losses):
             break
-    return logits_BP, losses, loop.not_captured
+    return logits_BP, losses
 
 
 def _replay_uncut_columns(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.defence.aggregation import Aggregation, warn_of_doubtful
-from skymask_gpu.defence.ahead import Ahead, takes_small_batches
+from skymask_gpu.defence.ahead import Ahead, RootModel, takes_small_batches
 from skymask_gpu.defence.arguments import check_same_device, checked_ids, checked_weights, flat_vector
 from skymask_gpu.defence.clock import Clock
 from skymask_gpu.defence.forms import Form
@@ -28,7 +28,6 @@ from skymask_gpu.engine import (
     SOLVERS,
     ClientBlocks,
     ClusteredMasks,
-    FlatModel,
     NonFiniteLossError,
     TrainedMasks,
     train_masks,
@@ -39,6 +38,7 @@ from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.profiling import copy_bandwidth, recording
 from skymask_gpu.engine.progress import Progress, check_progress
+from skymask_gpu.engine.replayed_loss import ReplayedLoss
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss
 
 __all__ = ["judge"]
@@ -52,8 +52,8 @@ class _Round:
 
     Attributes:
         ahead: what was done ahead of this round.
-        loss: the root loss as a function of all parameters.
-        own_loss: the root loss as a function of this rank's own parameters; it is ``loss`` itself
+        root: the root loss as a function of all parameters.
+        own_loss: the root loss as a function of this rank's own parameters; it is that of ``root``
             if columns are not sharded.
         global_params_P: the model before the round, float32.
         own_params_L: this rank's own part of ``global_params_P``.
@@ -63,9 +63,8 @@ class _Round:
     ahead: Ahead
     shards: ColumnShards
     device: torch.device
-    clock: Clock
-    loss: FlatModel
-    own_loss: FlatModel | ShardedLoss
+    root: RootModel
+    own_loss: ReplayedLoss | ShardedLoss
     global_params_P: Tensor
     own_params_L: Tensor
 
@@ -83,9 +82,9 @@ def judge(settings: Settings, call: Call, ahead: Ahead) -> Aggregation:
     device = _device(settings, call.updates, shards)
     # A server may well work under no_grad or in inference mode, but training masks and the root
     # needs gradients.
-    with without_tf32(), torch.inference_mode(False), torch.enable_grad():
+    with without_tf32(), torch.inference_mode(False), torch.enable_grad(), ahead.root_model(settings, device) as root:
         with recording(device) if settings.profile else nullcontext() as record:
-            result = _judge(settings, call, ahead, shards, device)
+            result = _judge(settings, call, ahead, root, shards)
         if record is not None:
             result = replace(result, profile=record.profile(copy_bandwidth(device)))
     warn_of_doubtful(result)
@@ -94,19 +93,19 @@ def judge(settings: Settings, call: Call, ahead: Ahead) -> Aggregation:
     return result
 
 
-def _judge(settings: Settings, call: Call, ahead: Ahead, shards: ColumnShards, device: torch.device) -> Aggregation:
+def _judge(settings: Settings, call: Call, ahead: Ahead, root: RootModel, shards: ColumnShards) -> Aggregation:
     clock = Clock()
-    num_clients = len(call.updates)
+    num_clients, device = len(call.updates), root.flat.initial_params.device
     # At least the bits of the masks and the distances of all pairs are needed.
     num_bytes = num_clients * settings.flat.num_params // 8 + 4 * num_clients**2
     remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
     with clock.time("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
         with clock.phase("collect"):
-            this = _begin(settings, ahead, call.global_params, shards, device, clock)
+            this = _begin(settings, ahead, root, call.global_params, shards)
             subtracted_L = this.own_params_L if call.local_models else None
             in_memory = settings.solver != "auto" and not SOLVERS[settings.solver].from_disk
             assert not isinstance(call.updates, np.ndarray), "receive() has made a tensor of it"
-            clients = parse(call.updates, this.loss, settings.module, subtracted_L, in_memory=in_memory)
+            clients = parse(call.updates, root.flat, settings.module, subtracted_L, in_memory=in_memory)
         # Each step reads the parameters and writes their gradient.
         with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
             direction_P = _direction(this, root_update_given=call.root_update is not None)
@@ -133,25 +132,19 @@ def _device(settings: Settings, updates: Updates, shards: ColumnShards) -> torch
     return device
 
 
-def _begin(
-    settings: Settings,
-    ahead: Ahead,
-    global_params: Form | None,
-    shards: ColumnShards,
-    device: torch.device,
-    clock: Clock,
-) -> _Round:
-    loss = settings.flat.to(device)
-    params_P = params_of(global_params, loss, settings)
-    own_loss = loss if shards.group is None else ShardedLoss(loss, shards)
-    return _Round(settings, ahead, shards, device, clock, loss, own_loss, params_P, shards.own(params_P))
+def _begin(settings: Settings, ahead: Ahead, root: RootModel, global_params: Form | None, shards: ColumnShards) -> _Round:
+    params_P = params_of(global_params, root.flat, settings)
+    own_loss = root.loss if shards.group is None else ShardedLoss(root.flat, shards)
+    return _Round(settings, ahead, shards, params_P.device, root, own_loss, params_P, shards.own(params_P))
 
 
 def _direction(this: _Round, *, root_update_given: bool) -> Tensor:
     """The root direction, ``(P,)``, which only the first rank trains, unless it was prepared."""
-    config, params_P = this.settings.root_training, this.global_params_P
+    params_P = this.global_params_P
     small_batches = takes_small_batches(this.settings, root_update_given=root_update_given)
-    return this.shards.from_first(lambda: this.ahead.direction(this.loss, params_P, config, small_batches), like=params_P)
+    return this.shards.from_first(
+        lambda: this.ahead.direction(this.root, params_P, this.settings, small_batches), like=params_P
+    )
 
 
 def _root_row(this: _Round, root_update: Form | None, direction_P: Tensor, screened: Screened) -> Tensor:
@@ -163,11 +156,11 @@ def _root_row(this: _Round, root_update: Form | None, direction_P: Tensor, scree
     rows = screened.rows
     if root_update is None:
         length = torch.linalg.vector_norm(direction_P)
-        scale = screened.norms.median() / length if length > 0 else 0.0
+        scale = torch.where(length > 0, screened.norms.median() / length, 0.0)
         return (direction_P * scale).to(rows.dtype)
     if isinstance(root_update, Tensor):
-        check_same_device("root_update", root_update, this.loss, this.settings.device)
-    row_P = flat_vector("root_update", root_update, this.loss, this.settings.module).to(rows.dtype)
+        check_same_device("root_update", root_update, this.root.flat, this.settings.device)
+    row_P = flat_vector("root_update", root_update, this.root.flat, this.settings.module).to(rows.dtype)
     if not torch.isfinite(row_P).all():
         raise ValueError("root_update must be finite, got NaN or Inf; without a trusted root there is no verdict")
     return row_P
@@ -259,10 +252,9 @@ def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, 
     if not (clients.rows.in_memory or torch.isfinite(update_P).all()):
         raise ValueError("updates: some became NaN or Inf after they were first read; read the same in every pass")
     benign_N = torch.zeros(clients.num_clients, dtype=torch.bool, device=benign_K.device)
-    benign_N[clients.numbers[benign_K]] = True
-    numbers = clients.numbers.tolist()
+    benign_N.index_copy_(0, clients.numbers, benign_K)
     ids = range(clients.num_clients) if call.client_ids is None else call.client_ids
-    by_mask = {numbers[row]: reason for row, reason in verdict.clusters.client_reasons().items()}
+    by_mask = verdict.clusters.client_reasons(clients.numbers)
     return Aggregation(
         update=update_P,
         benign=benign_N,
@@ -277,7 +269,7 @@ def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, 
         factors=counts.factors,
         buffers=buffers,
         seconds={},
-        shapes=this.loss.shapes,
+        shapes=this.root.flat.shapes,
         device=this.device,
         shards=this.shards,
     )

@@ -184,6 +184,7 @@ class SkyMask:
         it. It works on the device of this object, or else on that of ``global_params`` if they are
         a tensor, or else on that of the module; what is prepared serves updates on this device.
 
+        With several ranks, it may be called on the first alone, which trains the root direction.
         With the rules ``two-stage`` and ``published``, nothing is gained if the caller also passes
         a root update, because the direction is then trained differently.
 

@@ -1,4 +1,4 @@
-"""``warm_up``: compiles the kernels of a round, or loads them from disk, before there is a round."""
+"""``warm_up``: compiles a round's kernels, or loads them from disk, before there is a round."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from skymask_gpu.defence.means import mean_of_rows
 from skymask_gpu.defence.settings import Settings
-from skymask_gpu.engine import SOLVERS, ClientBlocks, FlatModel, NonFiniteLossError, cluster_masks, train_masks, why_not_solver
+from skymask_gpu.engine import SOLVERS, ClientBlocks, NonFiniteLossError, cluster_masks, train_masks, why_not_solver
+from skymask_gpu.engine.replayed_loss import ReplayedLoss
 
 __all__ = ["warm_up"]
 
@@ -17,7 +18,7 @@ __all__ = ["warm_up"]
 _FACTORS = (1.0, 0.5, 0.25)
 
 
-def warm_up(settings: Settings, loss: FlatModel, params_P: Tensor, direction_P: Tensor) -> None:
+def warm_up(settings: Settings, loss: ReplayedLoss, params_P: Tensor, direction_P: Tensor) -> None:
     """Train, compare and average the masks of three made-up clients; nothing is kept of them.
 
     All solvers are tried that may be chosen for a real round.
