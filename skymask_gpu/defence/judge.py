@@ -248,7 +248,8 @@ def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, 
     weights_K = None if call.weights is None else _weights_of_kept(call.weights, clients, benign_K)
     counts = shares(benign_K, screened.norms, weights_K=weights_K, norm_bound=this.settings.norm_bound)
     update_P = this.shards.gather(_mean_update(this, clients, benign_K, counts, masks))
-    buffers = mean_buffers(clients.buffers, benign_K, None if weights_K is None else counts.weights)
+    means = mean_buffers(clients.buffers, benign_K, None if weights_K is None else counts.weights)
+    buffers = {name: mean.to(this.device) for name, mean in means.items()}
     if not (clients.rows.in_memory or torch.isfinite(update_P).all()):
         raise ValueError("updates: some became NaN or Inf after they were first read; read the same in every pass")
     benign_N = torch.zeros(clients.num_clients, dtype=torch.bool, device=benign_K.device)

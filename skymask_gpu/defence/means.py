@@ -197,7 +197,8 @@ def mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor, weights_K: 
     means = {}
     for name in sorted({name for number in chosen for name in buffers[number]}):
         senders = [number for number in chosen if name in buffers[number]]
-        values = torch.stack([buffers[number][name] for number in senders])
+        where = buffers[senders[0]][name].device
+        values = torch.stack([buffers[number][name].to(where) for number in senders])
         means[name] = mean_buffer(values, None if weights_K is None else weights_K[senders])
     return means
 
