@@ -58,8 +58,8 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
     },
     "collapsed": {
         "average": (32, 1),
-        "binning": (38, 1),
-        "bits": (176, 34),
+        "binning": (38, 0),
+        "bits": (33, 2),
         "clustering": (5056, 1),
         "collect": (52, 1),
         "cuts": (1, 0),

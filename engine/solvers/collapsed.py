@@ -86,10 +86,11 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     logits_RP = torch.empty(num_rows, num_params, device=updates.device) if keep_logits else None
     first = 0
     with phase("bits", updates, bits, logits_RP):
+        uncut = _by_bit(cuts.several)
         for block_RP in updates:
             rows = slice(first, first + len(block_RP))
             cut_bits(block_RP, cuts.position, cuts.left, bits[rows])
-            _replay_uncut_columns(block_RP, cuts, slopes_TP, means_TP, config, bits[rows])
+            _replay_columns(uncut, block_RP, slopes_TP, means_TP, config, bits[rows])
             if logits_RP is not None:
                 logits_RP[rows] = replay(block_RP, slopes_TP, means_TP, **training)
             first = rows.stop
@@ -115,7 +116,8 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
     # On a GPU, torch has little more than zeros and casts for uint16; nothing else is used here.
     counts_BP = torch.zeros(num_bins, num_params, dtype=torch.uint16, device=device)
     sums_BP = torch.zeros(num_bins, num_params, device=device)
-    ends_2P = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, num_params)
+    ends_2P = torch.full((2, num_params), torch.inf, device=device)
+    ends_2P[1].neg_()
     for block_RP in updates:
         bin_rows(block_RP, edges_EP, counts_BP, sums_BP, ends_2P)
     del edges_EP
@@ -150,20 +152,28 @@ def _train_bins(counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, conf
     return logits_BP, losses
 
 
-def _replay_uncut_columns(
-    updates_RP: Tensor, cuts: Cuts, slopes_TP: Tensor, means_TP: Tensor, config: MaskTraining, bits: Tensor
+def _by_bit(chosen_P: Tensor) -> list[Tensor]:
+    """The chosen columns whose bit is the first, second, ... eighth of its byte: 8 index tensors.
+
+    No two columns of one of them share a byte. The host waits for the device, once or twice.
+    """
+    columns_C = chosen_P.nonzero().flatten()
+    if len(columns_C) == 0:
+        return []
+    bit_C = columns_C % 8
+    counts = (bit_C == torch.arange(8, device=bit_C.device)[:, None]).sum(1).tolist()
+    return list(columns_C[bit_C.argsort(stable=True)].split(counts))
+
+
+def _replay_columns(
+    columns: list[Tensor], updates_RP: Tensor, slopes_TP: Tensor, means_TP: Tensor, config: MaskTraining, bits: Tensor
 ) -> None:
     """Overwrite the bits of columns for which one cut is not enough, by replaying every row."""
-    columns = cuts.several.nonzero().flatten()
-    if len(columns) == 0:
-        return
-    for part in columns.split(max(1, _CHUNK_ELEMENTS // len(updates_RP))):
-        # Indexing by columns need not return a contiguous tensor.
-        updates_RC, slopes_TC, means_TC = (x[:, part].contiguous() for x in (updates_RP, slopes_TP, means_TP))
-        logits_RC = replay(updates_RC, slopes_TC, means_TC, init=config.init, full_step=config.full_step)
-        flags_RC = (logits_RC > config.logit_threshold).to(torch.uint8)
-        for j in range(8):
-            # No two of these columns share a byte, so each byte is written once.
-            chosen = part % 8 == j
-            at = part[chosen] // 8
-            bits[:, at] = (bits[:, at] & (255 ^ (1 << j))) | (flags_RC[:, chosen] << j)
+    for bit, columns_C in enumerate(columns):
+        for part in columns_C.split(max(1, _CHUNK_ELEMENTS // len(updates_RP))) if len(columns_C) else ():
+            # Indexing by columns need not return a contiguous tensor.
+            updates_RC, slopes_TC, means_TC = (x[:, part].contiguous() for x in (updates_RP, slopes_TP, means_TP))
+            logits_RC = replay(updates_RC, slopes_TC, means_TC, init=config.init, full_step=config.full_step)
+            flags_RC = (logits_RC > config.logit_threshold).to(torch.uint8)
+            at = part // 8
+            bits[:, at] = (bits[:, at] & (255 ^ (1 << bit))) | (flags_RC << bit)
