@@ -20,8 +20,8 @@ from skymask_gpu.bench.table import COPY, SEED, CannotRunError, WrongResultError
 from skymask_gpu.defence import RootTraining, SkyMask, mean_of_rows, root_direction
 from skymask_gpu.engine import ClientBlocks, Clustering, FlatModel, MaskTraining, TrainedMasks, cluster_masks, train_masks
 from skymask_gpu.engine.numerics import deterministic_convolutions, with_tf32
+from skymask_gpu.engine.replayed_loss import ReplayedLoss
 from skymask_gpu.engine.solvers.solution import loss_and_gradient
-from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.federation.rules import RuleResult
 from skymask_gpu.kernels import first_step, first_step_reference, next_step, next_step_reference
 
@@ -80,20 +80,17 @@ def _captured_passes(compile: bool, problem: Problem) -> Call:
         raise CannotRunError(f"as with {FEWEST_CLIENTS} clients: it does not depend on them")
     model = problem.model
     loss = FlatModel(model.module, model.inputs, model.labels, compile=True) if compile else model.loss
-    params_P, grad_P = loss.initial_params.clone(), torch.empty_like(loss.initial_params)
-
-    def one() -> None:
-        grad_P.copy_(loss_and_gradient(loss, params_P)[1])
-
+    params_P, replayed = loss.initial_params, ReplayedLoss(loss)
     # The first pass may compile, and waits for the GPU, which a capture must not.
-    one()
-    loop = StepLoop(one, params_P.device)
-    loop.run(2)
-    if loop.not_captured is not None:
-        raise CannotRunError(f"not captured: {loop.not_captured}")
+    loss_and_gradient(ReplayedLoss(loss), params_P)
+    for _ in range(2):
+        loss_and_gradient(replayed, params_P)
+    if replayed.not_captured is not None:
+        raise CannotRunError(f"not captured: {replayed.not_captured}")
 
     def passes() -> Tensor:
-        loop.run(STEPS)
+        for _ in range(STEPS):
+            _, grad_P = loss_and_gradient(replayed, params_P)
         return grad_P
 
     return passes
@@ -220,9 +217,11 @@ def _judging(problem: Problem) -> Call:
     params_P, rows = problem.model.loss.initial_params, ClientBlocks([problem.updates])
     clients = ClientBlocks([problem.updates[:-1]])
     alignment_N = problem.updates[:-1] @ root_direction(problem.model.loss, params_P, RootTraining())
+    # It is kept over the calls, as a SkyMask keeps it over its rounds.
+    loss = ReplayedLoss(problem.model.loss)
 
     def judge() -> tuple[RuleResult, TrainedMasks, Tensor]:
-        masks = train_masks(rows, params_P, problem.model.loss, config=TRAINING)
+        masks = train_masks(rows, params_P, loss, config=TRAINING)
         benign_N = cluster_masks(masks.bits, masks.num_params, alignment=alignment_N, config=Clustering()).benign
         return RuleResult(mean_of_rows(clients, benign_N), benign_N), masks, alignment_N
 

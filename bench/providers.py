@@ -299,18 +299,22 @@ def check_rule(name: str, problem: Problem, result: RuleResult, truth: Truth) ->
 
 
 def _rounds() -> list[Provider]:
-    """A whole round, with and without a root update of the caller's."""
-    named = {"SkyMask": False, "SkyMask, root_update": True}
+    """A whole round, one that was prepared, and one with a root update of the caller's."""
+    named = {
+        "SkyMask": {"given": False},
+        "SkyMask, prepared": {"given": False, "prepared": True},
+        "SkyMask, root_update": {"given": True},
+    }
     return [
-        Provider(name, partial(_prepare_round, given), partial(_check_round, given), phases=tuple(PHASES))
-        for name, given in named.items()
+        Provider(name, partial(_prepare_round, how), partial(_check_round, how["given"]), phases=tuple(PHASES))
+        for name, how in named.items()
     ]
 
 
-def _prepare_round(given: bool, problem: Problem) -> TimedRound:
-    if given and problem.num_clients > _MOST_WITH_ROOT_UPDATE:
+def _prepare_round(how: dict[str, bool], problem: Problem) -> TimedRound:
+    if how["given"] and problem.num_clients > _MOST_WITH_ROOT_UPDATE:
         raise CannotRunError(f"up to N = {_MOST_WITH_ROOT_UPDATE} it costs what a round without root_update costs")
-    return TimedRound(problem, given=given)
+    return TimedRound(problem, **how)
 
 
 def _check_round(given: bool, problem: Problem, result: Aggregation, truth: Truth) -> str:

@@ -37,15 +37,16 @@ class TimedRound:
     Args:
         problem: the clients' updates, and the root model's row last.
         given: whether that row is passed as ``root_update``; otherwise the server has none.
+        prepared: whether :meth:`SkyMask.prepare` was called before, which is not timed.
 
     Attributes:
         phases: the seconds of each of :data:`PHASES` in the latest call.
     """
 
-    def __init__(self, problem: Problem, *, given: bool) -> None:
+    def __init__(self, problem: Problem, *, given: bool, prepared: bool = False) -> None:
         self.phases: dict[str, float] = {}
         self._problem = problem
-        self._aggregate = aggregation(problem, "collapsed", given=given)
+        self._aggregate = aggregation(problem, "collapsed", given=given, prepared=prepared)
 
     def __call__(self) -> Aggregation:
         with recording(self._problem.updates.device, memory=False) as record:
@@ -56,10 +57,12 @@ class TimedRound:
         return result
 
 
-def aggregation(problem: Problem, solver: str, *, given: bool) -> Callable[[], Aggregation]:
+def aggregation(problem: Problem, solver: str, *, given: bool, prepared: bool = False) -> Callable[[], Aggregation]:
     """A round of SkyMask with this solver."""
     model, rows_NP, root_P = problem.model, problem.updates[:-1], problem.updates[-1]
     defence = SkyMask(model.module, model.inputs, model.labels, training=problem.training, solver=solver)
+    if prepared:
+        defence.prepare()
     return lambda: defence.aggregate(rows_NP, root_update=root_P if given else None)
 
 

@@ -14,7 +14,7 @@ activations) does not count, so bytes and shares of the bandwidth are lower boun
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -89,12 +89,13 @@ class _HasBytes(Protocol):
     def nbytes(self) -> int: ...
 
 
-def phase(name: str, *moved: _HasBytes | int | None) -> AbstractContextManager[None]:
+def phase(name: str, *moved: _HasBytes | int | Callable[[], int] | None) -> AbstractContextManager[None]:
     """Mark the code inside ``with phase(...):`` as one part of the work.
 
     Args:
         name: the name of the phase; several spans may have the same one.
-        moved: what it has to read and write: tensors, or numbers of bytes. None counts nothing.
+        moved: what it has to read and write: tensors, or numbers of bytes, or functions that find
+            such a number, which are called only while somebody records. None counts nothing.
 
     Example:
         >>> updates = torch.zeros(3, 5)
@@ -107,6 +108,12 @@ def phase(name: str, *moved: _HasBytes | int | None) -> AbstractContextManager[N
     """
     record = _current.get()
     return _OFF if record is None else record.phase(name, *moved)
+
+
+def _bytes_of(moved: _HasBytes | int | Callable[[], int]) -> int:
+    if isinstance(moved, int):
+        return moved
+    return moved() if callable(moved) else moved.nbytes
 
 
 @dataclass
@@ -132,13 +139,13 @@ class Recording:
     _memory_seconds: float = 0.0
 
     @contextmanager
-    def phase(self, name: str, *moved: _HasBytes | int | None) -> Iterator[None]:
+    def phase(self, name: str, *moved: _HasBytes | int | Callable[[], int] | None) -> Iterator[None]:
         """Record one span; see :func:`phase`."""
         # A CUDA graph that is being captured runs later, and events in it could not be read.
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             yield
             return
-        num_bytes = sum(x if isinstance(x, int) else x.nbytes for x in moved if x is not None)
+        num_bytes = sum(_bytes_of(x) for x in moved if x is not None)
         self._note_peak()
         span = _Span(name, self._open[-1] if self._open else None, num_bytes, self._now())
         self._spans.append(span)

@@ -1,4 +1,4 @@
-"""``StepLoop``: repeats a step of mask training.
+"""``StepLoop``: repeats a step, such as the forward and backward pass of a model.
 
 On a GPU the step is captured once in a CUDA graph and then replayed; on a CPU it is called.
 """
@@ -11,8 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from skymask_gpu.engine.progress import step_done
 
 __all__ = ["StepLoop"]
 
@@ -31,9 +29,6 @@ class StepLoop:
 
     All graphs share one pool of memory, which is kept as long as the process. If each had its own,
     the pool would stay reserved after the graph is gone.
-
-    Each repeat counts as a step for whoever asked for progress. It is counted on the host, outside
-    of captures and replays.
 
     Attributes:
         not_captured: why a step on a GPU is launched operation by operation; None if it is
@@ -64,7 +59,6 @@ class StepLoop:
                 self._warm_up()
             else:
                 self._replay()
-            step_done()
 
     def _warm_up(self) -> None:
         here, side = torch.cuda.current_stream(self._device), _side_stream(self._device)

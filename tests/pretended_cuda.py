@@ -211,6 +211,7 @@ class Pretence:
         self.helpers = False  # whether tensors that it makes of nothing are the GPU's
         self.graph: _Graph | None = None  # being captured
         self.sync_debug = 0
+        self.pinned: list[Tensor] = []  # kept, so that no other tensor gets the same address
         self._phases = ["no phase"]
 
     @contextlib.contextmanager
@@ -322,6 +323,9 @@ class _Functions(TorchFunctionMode):
         if func in _MOVES:
             return self._move(func, *args, **kwargs)
         device = kwargs.get("device")
+        if kwargs.pop("pin_memory", False):
+            self._gpu.pinned.append(func(*args, **kwargs))
+            return self._gpu.pinned[-1]
         self._check_generator([*args, *kwargs.values()], device)
         if device is None:
             # helper tensors, which C++ makes where it takes the arguments to be
@@ -449,7 +453,9 @@ class _Operations(TorchDispatchMode):
         if name == "_to_copy" and gpu.asked is not None:
             gpu.wait("copy to the host" if gpu.asked == "cpu" else "copy to the device")
         if name == "copy_" and len(pretended) < len(tensors) and (tensors[1].dim() > 0 or type(tensors[1]) is Pretended):
-            gpu.wait("copy between the devices")
+            source = tensors[1]
+            if type(source) is Pretended or not (len(args) > 2 and args[2] and any(x is source for x in gpu.pinned)):
+                gpu.wait("copy between the devices")
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], bool]:

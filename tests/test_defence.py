@@ -385,7 +385,7 @@ def test_a_malformed_state_dict_is_rejected_and_the_round_goes_on(spoil: Callabl
 def test_updates_that_do_not_fit_are_an_error_before_any_work(
     updates: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skymask_gpu.defence.judge.root_direction", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr("skymask_gpu.defence.ahead.train_direction", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         defence().aggregate(updates)
 

@@ -107,6 +107,9 @@ def judge(case: str, stored: dict[str, Tensor], mesh: "DeviceMesh | None") -> Ag
     # a root row that does not hang on a norm, which float32 sums round by the order of the columns
     root_update = stored["root"] if case == "collapsed" else None
     weights = torch.arange(NUM_CLIENTS) if case == "weights" else None
+    # Only the first rank trains the root direction, so only it has anything to prepare.
+    if case == "weights" and mesh is not None and mesh.get_rank() == 0:
+        defence.prepare()
     return defence.aggregate(updates, root_update=root_update, weights=weights)
 
 

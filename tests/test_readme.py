@@ -21,7 +21,7 @@ from skymask_gpu.federation.transforms.obfuscation import OBFUSCATIONS
 
 def test_the_python_examples_run_one_after_the_other(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (checkout / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     exec(blocks[0], names)
     in_memory = names["result"]
@@ -33,11 +33,13 @@ def test_the_python_examples_run_one_after_the_other(checkout: Path, capsys: pyt
     exec(blocks[1], names)
     assert capsys.readouterr().out == "['hospital 0', 'hospital 1', 'hospital 2']\n"
     exec(blocks[2], names)
+    assert torch.equal(names["result"].update, in_memory.update)
+    exec(blocks[3], names)
     assert torch.equal(names["result"].benign, in_memory.benign)
     assert names["result"].update.shape == (837,)
     assert names["result"].benign.shape == (50,)
     capsys.readouterr()
-    exec(blocks[3], names)
+    exec(blocks[4], names)
     rounds = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [number for number, _ in rounds] == ["0", "1"]
     assert all(0 < float(accuracy) < 1 for _, accuracy in rounds)

@@ -71,7 +71,7 @@ def mean_error(updates_RP: Tensor, loss: FlatModel, config: MaskTraining) -> flo
     want_P = (gates_RP * updates_RP).sum(0, dtype=torch.float64) / gates_RP.sum(0, dtype=torch.float64)
     counts_BP, centres_BP, _, mean_P = collapsed._bins(ClientBlocks([updates_RP]), config.bins)
     masked = MaskedModel(loss, loss.initial_params, mean_P, len(updates_RP), config, keep_history=True)
-    _, losses, _ = collapsed._train_bins(counts_BP, centres_BP, masked, config)
+    _, losses = collapsed._train_bins(counts_BP, centres_BP, masked, config)
     last_mean_P = masked.means_TP[len(losses) - 1]
     return float(torch.linalg.vector_norm(last_mean_P - want_P) / torch.linalg.vector_norm(want_P))
 

@@ -18,7 +18,8 @@ square roots of their eigenvalues are the PCA scores. There are three rules:
 | file | what |
 | --- | --- |
 | ``config.py`` | ``Clustering``: which rule, which library |
-| ``verdict.py`` | ``cluster_masks``, ``cluster_distances``, ``ClusteredMasks``: checks, the rule, the one look from the host |
+| ``verdict.py`` | ``cluster_masks``, ``cluster_distances``: checks, the rule, the one look from the host |
+| ``clustered_masks.py`` | ``ClusteredMasks``: the verdict, its reasons and its picture |
 | ``signed.py``, ``two_stage.py``, ``published.py`` | the rules; all but the last are deterministic |
 | ``sampled.py`` | the signed rule for more clients than are compared pair by pair |
 | ``worse_side.py``, ``cut_statistics.py`` | the signed rule's cut: which one counts; the formulas |
@@ -33,7 +34,8 @@ never waits for an accelerator while a rule works.
 """
 
 from skymask_gpu.engine.clustering.backends import BACKENDS, why_not_backend
+from skymask_gpu.engine.clustering.clustered_masks import ClusteredMasks
 from skymask_gpu.engine.clustering.config import Clustering
-from skymask_gpu.engine.clustering.verdict import ClusteredMasks, cluster_distances, cluster_masks
+from skymask_gpu.engine.clustering.verdict import cluster_distances, cluster_masks
 
 __all__ = ["BACKENDS", "ClusteredMasks", "Clustering", "cluster_distances", "cluster_masks", "why_not_backend"]

@@ -6,13 +6,19 @@ they have no influence.
 Shapes: N clients, R = N + 1 rows, root last.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.distances import Distances
 
-__all__ = ["others_at_the_centroid", "scores_among"]
+__all__ = ["AllScores", "others_at_the_centroid", "scores_among"]
+
+# Computes the principal scores of all rows, ``(R, 2)``, at the first call, and says whether they
+# settled.
+AllScores = Callable[[], tuple[Tensor, Tensor | bool]]
 
 # Moving the other clients takes a second matrix of distances, which has as many entries as the
 # first. It is made only up to this number of rows.
@@ -24,14 +30,17 @@ def _has_room(distances: Distances) -> bool:
     return len(distances) <= _ROWS_TO_PLACE
 
 
-def scores_among(distances: Distances, scores_R2: Tensor, chosen_N: Tensor, backend: Backend) -> tuple[Tensor, Tensor | bool]:
+def scores_among(
+    distances: Distances, all_scores: AllScores, chosen_N: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor | bool]:
     """Principal scores of the chosen clients alone, ``(N, 2)``, and whether they settled.
 
     The scores of the other clients are 0 if there is room to move them. Otherwise the scores are
-    those of all rows, ``scores_R2``, which are not computed again, since they are most of the work.
+    those of all rows, which are not computed again, since they are most of the work.
     """
     if not _has_room(distances):
-        return scores_R2[:-1], True
+        scores_R2, settled = all_scores()
+        return scores_R2[:-1], settled
     among_R = torch.cat([chosen_N, chosen_N.new_zeros(1)])
     scores_R2, settled = backend.principal_scores(others_at_the_centroid(distances, among_R))
     return scores_R2[:-1], settled

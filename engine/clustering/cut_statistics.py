@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skymask_gpu.engine.clustering.ruling import mean_of
 from skymask_gpu.engine.distances import Distances
+from skymask_gpu.engine.step_loop import StepLoop
 
 __all__ = ["apart", "effect", "em", "means_of_sides", "nats", "shares", "standard", "starts", "white"]
 
@@ -61,12 +62,13 @@ def white(columns: list[Tensor], in_N: Tensor) -> Tensor:
 
 def starts(columns: list[Tensor], in_N: Tensor) -> Tensor:
     """The far sides that EM starts from, ``(S, N)`` float64: the lowest ``STARTS`` of a column."""
+    num_lowest = torch.stack([share * in_N.sum() for share in STARTS]).clamp_min(1.0)
     found = []
     for column_N in columns:
         order_N = column_N.masked_fill(in_N == 0, torch.inf).argsort(stable=True)
         rank_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(1, len(order_N) + 1, device=order_N.device))
-        found += [rank_N <= (share * in_N.sum()).clamp_min(1.0) for share in STARTS]
-    return torch.stack(found) * in_N
+        found.append(rank_N <= num_lowest[:, None])
+    return torch.cat(found) * in_N
 
 
 def em(white_FN: Tensor, used_SF: Tensor, far_SN: Tensor, in_N: Tensor) -> Tensor:
@@ -77,7 +79,9 @@ def em(white_FN: Tensor, used_SF: Tensor, far_SN: Tensor, in_N: Tensor) -> Tenso
     number of steps. The witnesses are white, so T is the unit matrix and
     W^-1 d = d / (1 - p q |d|^2).
     """
-    for _ in range(STEPS):
+    far_SN = far_SN.clone()
+
+    def step() -> None:
         p_S = shares(far_SN, in_N).clamp(_TINY, 1 - _TINY)
         q_S = 1 - p_S
         # This is p times the far side's mean, and also -q times the near side's.
@@ -86,7 +90,10 @@ def em(white_FN: Tensor, used_SF: Tensor, far_SN: Tensor, in_N: Tensor) -> Tenso
         left_S = (1 - (moment_SF * difference_SF).sum(1)).clamp_min(LEAST_LEFT)
         middle_SF = moment_SF * ((1 / p_S - 1 / q_S) / 2)[:, None]
         along_SN = difference_SF @ white_FN - (difference_SF * middle_SF).sum(1, keepdim=True)
-        far_SN = torch.sigmoid(along_SN / left_S[:, None] + (p_S / q_S).log()[:, None])
+        far_SN.copy_(torch.sigmoid(along_SN / left_S[:, None] + (p_S / q_S).log()[:, None]))
+
+    # On a GPU, a step is over thirty small launches, and they are replayed from a graph.
+    StepLoop(step, far_SN.device).run(STEPS)
     return far_SN > 0.5
 
 

@@ -153,7 +153,7 @@ def signed_on_sample(
     # If few clients are left beside copies and zeros, they are too few to compare with.
     enough = once_S.sum() >= _least_in_sample(len(once_S), len(idle_N))
     once_S = once_S | ~enough
-    cuts_S = cuts_among(sample, scores_S2, witnesses.of(clients_S), once_S, backend)
+    cuts_S = cuts_among(sample, lambda: (scores_S2, True), witnesses.of(clients_S), once_S, backend)
 
     # Everything that is asked about the distances of all clients, in one pass over them: first the
     # scores of the picture, then the scores that each cut was found by.

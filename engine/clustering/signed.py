@@ -36,7 +36,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from skymask_gpu.engine.clustering.among import scores_among
+from skymask_gpu.engine.clustering.among import AllScores, scores_among
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.by_root import copies_reason, signed_by_root
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separation
@@ -81,11 +81,8 @@ FOLLOWING, MOST_OPPOSED = 2.0, 0.4
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
 
 
-def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backend: Backend) -> Ruling:
-    """Which clients are kept, and why the others are not.
-
-    ``scores_R2`` are the principal scores of all rows.
-    """
+def signed(distances: Distances, all_scores: AllScores, witnesses: Witnesses, backend: Backend) -> Ruling:
+    """Which clients are kept, and why the others are not."""
     copy_N = _many_copies(distances)
     idle_N = torch.zeros_like(copy_N) if witnesses.norms is None else witnesses.norms == 0
     # If few clients are left beside copies and zeros, they are too few to compare with. Every
@@ -94,7 +91,7 @@ def signed(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, backen
     copy_N, idle_N = copy_N & enough, idle_N & enough
     if not witnesses.of_side:
         return signed_by_root(distances, witnesses.alignment, copy_N, backend)
-    cuts = cuts_among(distances, scores_R2, witnesses, ~copy_N & ~idle_N, backend)
+    cuts = cuts_among(distances, all_scores, witnesses, ~copy_N & ~idle_N, backend)
     return by_cuts(witnesses, copy_N, idle_N, cuts, partial(separation, distances))
 
 
@@ -117,7 +114,7 @@ class Cuts:
     sure: Tensor | bool
 
 
-def cuts_among(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, once_N: Tensor, backend: Backend) -> Cuts:
+def cuts_among(distances: Distances, all_scores: AllScores, witnesses: Witnesses, once_N: Tensor, backend: Backend) -> Cuts:
     """Cut the clients ``once_N`` twice."""
     kept_N = once_N
     sure: Tensor | bool = True
@@ -131,7 +128,7 @@ def cuts_among(distances: Distances, scores_R2: Tensor, witnesses: Witnesses, on
             cuts.append(cuts[0])
             scores.append(scores[0])
             break
-        scores_N2, settled = scores_among(distances, scores_R2, kept_N, backend)
+        scores_N2, settled = scores_among(distances, all_scores, kept_N, backend)
         cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
         cuts.append(cut)

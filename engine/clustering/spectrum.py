@@ -10,6 +10,7 @@ from skymask_gpu.engine.distances import Distances
 __all__ = [
     "centred_gram",
     "dense_principal_scores",
+    "orthonormal",
     "principal_scores",
     "principal_scores_without_waiting",
     "scores_from_eigenpairs",
@@ -116,6 +117,25 @@ def _by_squaring(matrix_MM: Tensor) -> Eigenpairs:
     return values_K, vectors_MK
 
 
+def orthonormal(vectors_RK: Tensor) -> Tensor:
+    """Orthonormal columns with the same span, ``(R, K)``; a column of zeros stays one.
+
+    This is the modified Gram-Schmidt process (Golub & Van Loan, Matrix Computations, 5.2). It takes
+    few launches for few columns, and nothing in it waits, as ``torch.linalg.qr`` does on a GPU. If
+    the columns are nearly dependent, rounding leaves the result less than orthogonal, and it has to
+    be done once more.
+    """
+    tiny, done = torch.finfo(vectors_RK.dtype).tiny, []
+    rest_RK = vectors_RK
+    while rest_RK.shape[1]:
+        column_R1 = rest_RK[:, :1]
+        column_R1 = column_R1 / torch.linalg.vector_norm(column_R1).clamp_min(tiny)
+        done.append(column_R1)
+        rest_RK = rest_RK[:, 1:]
+        rest_RK = rest_RK - column_R1 @ (column_R1.T @ rest_RK)
+    return torch.cat(done, 1)
+
+
 def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until_settled: bool) -> Eigenpairs:
     """The leading eigenpairs of K from nothing but products with K.
 
@@ -129,7 +149,7 @@ def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until
     for number in range(1, _MOST_PRODUCTS + 1):
         # Done a second time, because rounding leaves some of the basis after the first.
         for _ in range(2):
-            start = torch.linalg.qr(start - basis_RM @ (basis_RM.T @ start)).Q
+            start = orthonormal(start - basis_RM @ (basis_RM.T @ start))
         product = _centred_times(distances, start)
         basis_RM, products_RM = torch.cat([basis_RM, start], 1), torch.cat([products_RM, product], 1)
         start = product

@@ -6,16 +6,18 @@ Shapes: N clients, R = N + 1 rows, the root's last.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from skymask_gpu.engine.clustering.backends import Backend, dense_backend, pick_backend
+from skymask_gpu.engine.clustering.clustered_masks import ClusteredMasks
 from skymask_gpu.engine.clustering.config import Clustering
 from skymask_gpu.engine.clustering.published import published
-from skymask_gpu.engine.clustering.ruling import Facts
+from skymask_gpu.engine.clustering.ruling import Facts, Ruling
 from skymask_gpu.engine.clustering.sampled import SampledDistances, is_sampled, signed_on_sample
 from skymask_gpu.engine.clustering.signed import signed
 from skymask_gpu.engine.clustering.two_stage import two_stage
@@ -23,66 +25,10 @@ from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.distances import Distances, sharded_distances
 from skymask_gpu.engine.sharding import ColumnShards
 
-__all__ = ["ClusteredMasks", "cluster", "cluster_bits", "cluster_distances", "cluster_masks"]
+__all__ = ["cluster", "cluster_bits", "cluster_distances", "cluster_masks"]
 
 _ALL_EQUAL = "all masks are equal: all kept"
 _SAMPLE_EQUAL = "all masks in a sample of the clients are equal: all kept"
-
-
-@dataclass(frozen=True)
-class ClusteredMasks:
-    """The verdict on N clients.
-
-    Attributes:
-        benign: which clients are kept, ``(N,)`` bool, on the device of the masks.
-        num_clusters: 1 if everyone is kept, else 2.
-        scores: ``(R, 2)`` float64, the first two principal components of the masks, root last: the
-            picture of the paper.
-        separation: squared distance of the two sides' centroids over their pooled variance. It is 0
-            if there is one side.
-        reason: one sentence that says why these clients were rejected, or why nobody was.
-        judged: False where everyone is kept because the masks could not be compared.
-        figures: what the rule saw per client beside its mask, by name, ``(N,)`` float64 each, on
-            the same device.
-    """
-
-    benign: Tensor
-    num_clusters: int
-    scores: Tensor
-    separation: float
-    reason: str
-    judged: bool = True
-    figures: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def client_reasons(self) -> dict[int, str]:
-        """Why each rejected client was rejected, by its row.
-
-        A reason names the client's own figures beside those of the kept clients. Where the rule saw
-        nothing but masks, each reason is the sentence on all clients. The figures are read from the
-        device only in this call.
-
-        Example:
-            >>> import torch
-            >>> benign, shares = torch.tensor([False, True, True]), torch.tensor([0.25, 0.5, 0.75])
-            >>> figures = {"keep share": shares}
-            >>> verdict = ClusteredMasks(benign, 2, torch.zeros(4, 2), 1.0, "", figures=figures)
-            >>> verdict.client_reasons()
-            {0: 'keep share 0.25 where kept clients have 0.62 ± 0.12'}
-        """
-        rejected = (~self.benign).nonzero().flatten().tolist()
-        if not self.figures or not rejected:
-            return dict.fromkeys(rejected, self.reason)
-        parts: dict[int, list[str]] = {client: [] for client in rejected}
-        for name, values_N in self.figures.items():
-            kept = values_N[self.benign].double()
-            mean, spread, *values = torch.cat([torch.stack([kept.mean(), kept.std(correction=0)]), values_N.double()]).tolist()
-            for client in rejected:
-                parts[client].append(f"{name} {values[client]:.2g} where kept clients have {mean:.2g} ± {spread:.2g}")
-        return {client: ", ".join(each) for client, each in parts.items()}
-
-    def __repr__(self) -> str:
-        kept = f"{int(self.benign.sum())} of {len(self.benign)} clients benign, {self.num_clusters} clusters"
-        return f"ClusteredMasks({kept}, separation {self.separation:.3g}: {self.reason})"
 
 
 def cluster_masks(
@@ -254,30 +200,22 @@ def _judge(
     num_clients = len(distances) - 1
     if backend.waits:
         _refuse_not_finite(_on_host(finite), num_clients)
-    compared = distances.sample if isinstance(distances, SampledDistances) else distances
-    scores_R2, settled = backend.principal_scores(compared)
     everyone_N = torch.ones(num_clients, dtype=torch.bool, device=distances.device)
     if backend.waits:
         nothing = _nothing_to_compare(distances)
         if nothing is not None:
             # Equal masks have equal scores, also beyond a sample.
-            scores_R2 = scores_R2 if compared is distances else scores_R2.new_zeros(num_clients + 1, 2)
-            return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, nothing, judged=False)
+            all_equal_R2 = torch.zeros(num_clients + 1, 2, dtype=torch.float64, device=distances.device)
+            return ClusteredMasks(everyone_N, 1, all_equal_R2, 0.0, nothing, judged=False)
 
-    if isinstance(distances, SampledDistances):
-        ruling, scores_R2 = signed_on_sample(distances, scores_R2, witnesses, backend)
-    elif config.rule == "published":
-        ruling = published(distances, scores_R2, config.seed, backend)
-    elif config.rule == "signed":
-        ruling = signed(distances, scores_R2, witnesses, backend)
-    else:
-        ruling = two_stage(distances, scores_R2, witnesses.alignment, backend)
+    ruling, compared = _ruling(distances, witnesses, config, backend)
+    stored = (distances.sample if isinstance(distances, SampledDistances) else distances).stored
     facts = _on_host(
         {
             **finite,
             **ruling.facts,
-            "sure": settled & ruling.sure,
-            "masks differ": backend.waits or compared.stored.any(),
+            "sure": ruling.sure,
+            "masks differ": backend.waits or stored.any(),
             "separation": ruling.separation,
             "keeps all": ruling.benign_N.all(),
         }
@@ -286,13 +224,33 @@ def _judge(
     if not facts["sure"]:
         return None
     if not facts["masks differ"]:
-        return ClusteredMasks(everyone_N, 1, scores_R2, 0.0, _ALL_EQUAL, judged=False)
+        return ClusteredMasks(everyone_N, 1, compared, 0.0, _ALL_EQUAL, judged=False)
     num_clusters = 1 if facts["keeps all"] else 2
     # If the root's mask lies apart from all others, only outliers and copies can be recognised.
     judged = num_clusters == 2 or not facts.get("root alone", False)
     return ClusteredMasks(
-        ruling.benign_N, num_clusters, scores_R2, facts["separation"], ruling.reason(facts), judged, ruling.figures
+        ruling.benign_N, num_clusters, compared, facts["separation"], ruling.reason(facts), judged, ruling.figures
     )
+
+
+def _ruling(
+    distances: Distances | SampledDistances, witnesses: Witnesses, config: Clustering, backend: Backend
+) -> tuple[Ruling, Distances | Tensor]:
+    """The ruling, and what the picture of all masks is made of: distances, or known scores."""
+    if isinstance(distances, SampledDistances):
+        scores_S2, settled = backend.principal_scores(distances.sample)
+        ruling, scores_R2 = signed_on_sample(distances, scores_S2, witnesses, backend)
+        return replace(ruling, sure=settled & ruling.sure), scores_R2
+    all_scores = cache(lambda: backend.principal_scores(distances))
+    if config.rule == "signed":
+        ruling = signed(distances, all_scores, witnesses, backend)
+        return ruling, all_scores()[0] if all_scores.cache_info().currsize else distances
+    scores_R2, settled = all_scores()
+    if config.rule == "published":
+        ruling = published(distances, scores_R2, config.seed, backend)
+    else:
+        ruling = two_stage(distances, scores_R2, witnesses.alignment, backend)
+    return replace(ruling, sure=settled & ruling.sure), scores_R2
 
 
 def _on_host(facts: Mapping[str, Tensor | bool]) -> Facts:

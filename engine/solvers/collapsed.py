@@ -11,9 +11,9 @@ from torch import Tensor
 
 from skymask_gpu.engine.client_blocks import ClientBlocks
 from skymask_gpu.engine.profiling import phase
+from skymask_gpu.engine.progress import step_done
 from skymask_gpu.engine.solvers.solution import Cuts, Loss, MaskedModel, Solution, stops
 from skymask_gpu.engine.solvers.solver import solver
-from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import why_not
 from skymask_gpu.kernels.bins import MOST_ROWS, bin_edges, bin_rows, bin_step, counts_dtype
@@ -72,7 +72,7 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     with phase("binning", updates):
         counts_BP, centres_BP, ends_2P, mean_P = _bins(updates, config.bins)
     masked = MaskedModel(loss, global_params_P.float(), mean_P, num_rows, config, keep_history=True)
-    logits_BP, losses, not_captured = _train_bins(counts_BP, centres_BP, masked, config)
+    logits_BP, losses = _train_bins(counts_BP, centres_BP, masked, config)
     slopes_TP, means_TP = masked.slopes_TP[: len(losses)], masked.means_TP[: len(losses)]
     training = {"init": config.init, "full_step": config.full_step}
     with phase("cuts", logits_BP, centres_BP, counts_BP, slopes_TP, means_TP):
@@ -86,14 +86,15 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     logits_RP = torch.empty(num_rows, num_params, device=updates.device) if keep_logits else None
     first = 0
     with phase("bits", updates, bits, logits_RP):
+        uncut = _by_bit(cuts.several)
         for block_RP in updates:
             rows = slice(first, first + len(block_RP))
             cut_bits(block_RP, cuts.position, cuts.left, bits[rows])
-            _replay_uncut_columns(block_RP, cuts, slopes_TP, means_TP, config, bits[rows])
+            _replay_columns(uncut, block_RP, slopes_TP, means_TP, config, bits[rows])
             if logits_RP is not None:
                 logits_RP[rows] = replay(block_RP, slopes_TP, means_TP, **training)
             first = rows.stop
-    return Solution(bits, logits_RP, losses, cuts, not_captured)
+    return Solution(bits, logits_RP, losses, cuts, masked.not_captured)
 
 
 def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -115,7 +116,8 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
     # On a GPU, torch has little more than zeros and casts for uint16; nothing else is used here.
     counts_BP = torch.zeros(num_bins, num_params, dtype=counts_dtype(num_rows), device=device)
     sums_BP = torch.zeros(num_bins, num_params, device=device)
-    ends_2P = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, num_params)
+    ends_2P = torch.full((2, num_params), torch.inf, device=device)
+    ends_2P[1].neg_()
     for block_RP in updates:
         bin_rows(block_RP, edges_EP, counts_BP, sums_BP, ends_2P)
     del edges_EP
@@ -127,46 +129,51 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
     return counts_BP, sums_BP, ends_2P, mean_P
 
 
-def _train_bins(
-    counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, config: MaskTraining
-) -> tuple[Tensor, list[float], str | None]:
+def _train_bins(counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, config: MaskTraining) -> tuple[Tensor, list[float]]:
     """Train the bins; the history is in ``masked``.
 
     Returns:
-        The final logits ``(B, P)``, the losses, and why the steps were not captured, if so.
+        The final logits ``(B, P)``, and the losses.
     """
     logits_BP = torch.full_like(centres_BP, config.init)
-
-    def step() -> None:
-        masked.evaluate()
-        with phase("mask steps", logits_BP, logits_BP, centres_BP, counts_BP):
-            masked.move(bin_step(logits_BP, centres_BP, counts_BP, masked.slope_P, masked.mean_P, full_step=config.full_step))
-
-    loop = StepLoop(step, centres_BP.device)
     done = 0
     for stop in stops(config):
-        loop.run(stop + 1 - done)
+        for _ in range(stop + 1 - done):
+            masked.evaluate()
+            with phase("mask steps", logits_BP, logits_BP, centres_BP, counts_BP):
+                masked.move(
+                    bin_step(logits_BP, centres_BP, counts_BP, masked.slope_P, masked.mean_P, full_step=config.full_step)
+                )
+            step_done()
         done = stop + 1
         losses = masked.losses(done)
         if config.is_plateau(losses):
             break
-    return logits_BP, losses, loop.not_captured
+    return logits_BP, losses
 
 
-def _replay_uncut_columns(
-    updates_RP: Tensor, cuts: Cuts, slopes_TP: Tensor, means_TP: Tensor, config: MaskTraining, bits: Tensor
+def _by_bit(chosen_P: Tensor) -> list[Tensor]:
+    """The chosen columns whose bit is the first, second, ... eighth of its byte: 8 index tensors.
+
+    No two columns of one of them share a byte. The host waits for the device, once or twice.
+    """
+    columns_C = chosen_P.nonzero().flatten()
+    if len(columns_C) == 0:
+        return []
+    bit_C = columns_C % 8
+    counts = (bit_C == torch.arange(8, device=bit_C.device)[:, None]).sum(1).tolist()
+    return list(columns_C[bit_C.argsort(stable=True)].split(counts))
+
+
+def _replay_columns(
+    columns: list[Tensor], updates_RP: Tensor, slopes_TP: Tensor, means_TP: Tensor, config: MaskTraining, bits: Tensor
 ) -> None:
     """Overwrite the bits of columns for which one cut is not enough, by replaying every row."""
-    columns = cuts.several.nonzero().flatten()
-    if len(columns) == 0:
-        return
-    for part in columns.split(max(1, _CHUNK_ELEMENTS // len(updates_RP))):
-        # Indexing by columns need not return a contiguous tensor.
-        updates_RC, slopes_TC, means_TC = (x[:, part].contiguous() for x in (updates_RP, slopes_TP, means_TP))
-        logits_RC = replay(updates_RC, slopes_TC, means_TC, init=config.init, full_step=config.full_step)
-        flags_RC = (logits_RC > config.logit_threshold).to(torch.uint8)
-        for j in range(8):
-            # No two of these columns share a byte, so each byte is written once.
-            chosen = part % 8 == j
-            at = part[chosen] // 8
-            bits[:, at] = (bits[:, at] & (255 ^ (1 << j))) | (flags_RC[:, chosen] << j)
+    for bit, columns_C in enumerate(columns):
+        for part in columns_C.split(max(1, _CHUNK_ELEMENTS // len(updates_RP))) if len(columns_C) else ():
+            # Indexing by columns need not return a contiguous tensor.
+            updates_RC, slopes_TC, means_TC = (x[:, part].contiguous() for x in (updates_RP, slopes_TP, means_TP))
+            logits_RC = replay(updates_RC, slopes_TC, means_TC, init=config.init, full_step=config.full_step)
+            flags_RC = (logits_RC > config.logit_threshold).to(torch.uint8)
+            at = part // 8
+            bits[:, at] = (bits[:, at] & (255 ^ (1 << bit))) | (flags_RC << bit)

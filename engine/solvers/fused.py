@@ -17,7 +17,6 @@ from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.progress import step_done
 from skymask_gpu.engine.solvers.solution import Loss, MaskedModel, Solution, stops
 from skymask_gpu.engine.solvers.solver import solver
-from skymask_gpu.engine.step_loop import StepLoop
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import first_step, last_step, next_step, why_not
 
@@ -43,20 +42,20 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     masked = MaskedModel(loss, global_params_P.to(rows.dtype), mean_P, len(updates), config, keep_history=False)
 
     masked.evaluate()
-    step, not_captured = 0, None
+    step = 0
     if config.steps > 1:
         # This pass reads no logits: they all equal ``config.init``.
         with phase("mask steps", updates, rows.logits_RP):
             masked.move(rows.sums(first_step, masked, init=config.init, full_step=config.full_step))
         step_done()
-        step, not_captured = _until_the_last_step(rows, masked, config)
+        step = _until_the_last_step(rows, masked, config)
 
     stored_RP = rows.logits_RP if config.steps > 1 else None
     with phase("bits", updates, stored_RP, rows.kept, len(updates) * updates.num_params // 8):
         bits = rows.bits(masked, config)
     # The last step moves the logits only on their way to the bits.
     step_done()
-    return Solution(bits, rows.kept, masked.losses(step + 1), not_captured=not_captured)
+    return Solution(bits, rows.kept, masked.losses(step + 1), not_captured=masked.not_captured)
 
 
 @dataclass(frozen=True)
@@ -124,29 +123,18 @@ class _Rows:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _until_the_last_step(rows: _Rows, masked: MaskedModel, config: MaskTraining) -> tuple[int, str | None]:
-    """Train from step 1 to the forward and backward pass of the last step.
-
-    Returns:
-        The number of that step, and why the steps were not captured, if so.
-    """
-
-    def move() -> None:
-        with phase("mask steps", *rows.blocks, rows.logits_RP, rows.logits_RP):
-            masked.move(rows.sums(next_step, masked, full_step=config.full_step))
-
-    def whole_step() -> None:
-        masked.evaluate()
-        move()
-
-    loop = StepLoop(whole_step, masked.mean_P.device)
-    step = 1
+def _until_the_last_step(rows: _Rows, masked: MaskedModel, config: MaskTraining) -> int:
+    """Train from step 1 to the forward and backward pass of the last step; return its number."""
+    # The newest step whose pass is done. The first one has also moved the logits.
+    step = 0
     for stop in stops(config):
-        loop.run(stop - step)
-        masked.evaluate()
+        while step < stop:
+            if step > 0:
+                with phase("mask steps", *rows.blocks, rows.logits_RP, rows.logits_RP):
+                    masked.move(rows.sums(next_step, masked, full_step=config.full_step))
+                step_done()
+            masked.evaluate()
+            step += 1
         if stop == config.steps - 1 or config.is_plateau(masked.losses(stop + 1)):
             break
-        move()
-        step_done()
-        step = stop + 1
-    return stop, loop.not_captured
+    return step

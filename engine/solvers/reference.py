@@ -28,7 +28,7 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
         keep_logits: return the final logits, too.
     """
     dtype = torch.float64 if updates_RP.dtype == torch.float64 else torch.float32
-    layer_sizes = getattr(loss, "layer_sizes", (updates_RP.shape[1],))
+    layer_sizes = getattr(loss, "layer_sizes", None) or (updates_RP.shape[1],)
     if updates_RP.is_inference():
         # Autograd cannot keep a tensor that was made in inference mode.
         updates_RP = updates_RP.clone()

@@ -1,15 +1,15 @@
 """What a solver returns, and what ``fused`` and ``collapsed`` share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from skymask_gpu.engine.profiling import phase
+from skymask_gpu.engine.replayed_loss import Loss, ReplayedLoss
 from skymask_gpu.engine.training_config import MaskTraining
 
-Loss = Callable[[Tensor], Tensor]
+__all__ = ["Cuts", "Loss", "MaskedModel", "Solution", "loss_and_gradient", "stops"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Solution:
         logits_RP: the final logits, if they were asked for.
         losses: the root loss before each step.
         cuts: the masks as threshold tests; only from the collapsed solver.
-        not_captured: why the steps were not replayed from a CUDA graph although they should have
-            been.
+        not_captured: why the model's passes were not replayed from a CUDA graph although they
+            should have been.
     """
 
     bits: Tensor
@@ -50,19 +50,17 @@ class Solution:
     not_captured: str | None = None
 
 
-def loss_and_gradient(loss: Loss, params_P: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss ``()`` and its gradient ``(P,)``, both detached.
+def loss_and_gradient(loss: ReplayedLoss, params_P: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss ``()`` and its gradient ``(P,)``, both detached; the next call overwrites them.
 
     The loss is NaN if an element of the gradient is not finite.
     """
-    params_P = params_P.detach().requires_grad_()
-    with phase("model passes", 2 * params_P.nbytes), torch.enable_grad():
-        value = loss(params_P)
-        (grad_P,) = torch.autograd.grad(value, params_P)
+    with phase("model passes", 2 * params_P.nbytes):
+        value, grad_P = loss.value_and_gradient(params_P)
     # If any element is NaN, so are both.
     lowest, highest = grad_P.aminmax()
     # masked_fill passes the NaN with its launch. torch.where would copy it to the GPU and wait.
-    return value.detach().masked_fill(~(lowest.isfinite() & highest.isfinite()), torch.nan), grad_P
+    return value.masked_fill(~(lowest.isfinite() & highest.isfinite()), torch.nan), grad_P
 
 
 def stops(config: MaskTraining) -> list[int]:
@@ -73,8 +71,8 @@ def stops(config: MaskTraining) -> list[int]:
 class MaskedModel:
     """The global model plus the masked mean of the updates, step by step.
 
-    Its tensors stay at the same addresses, and the number of the step is on the device. The same
-    operations therefore serve every step, and a CUDA graph can replay them.
+    The number of the step is on the device, so that nothing waits for it. On a GPU, the model's
+    passes are replayed from a CUDA graph; all else of a step is launched while they run.
 
     Attributes:
         mean_P: the masked mean of the updates.
@@ -88,7 +86,7 @@ class MaskedModel:
         self, loss: Loss, global_params_P: Tensor, mean_P: Tensor, num_rows: int, config: MaskTraining, *, keep_history: bool
     ) -> None:
         """Before the first step all gates are equal, so that ``mean_P`` is the plain mean."""
-        self._loss, self._global_params_P, self._grad_clip = loss, global_params_P, config.grad_clip
+        self._loss, self._global_params_P, self._grad_clip = ReplayedLoss.of(loss), global_params_P, config.grad_clip
         self._largest = torch.finfo(mean_P.dtype).max
         gate = torch.sigmoid(torch.tensor(config.init, dtype=mean_P.dtype)).item()
         self.mean_P = mean_P
@@ -100,6 +98,11 @@ class MaskedModel:
         self.slopes_TP = mean_P.new_empty(config.steps if keep_history else 0, mean_P.numel())
         self.means_TP = torch.empty_like(self.slopes_TP)
         self._keep_history = keep_history
+
+    @property
+    def not_captured(self) -> str | None:
+        """Why the model's passes on a GPU are not replayed from a CUDA graph, if so."""
+        return self._loss.not_captured
 
     def evaluate(self) -> None:
         """The model's forward and backward pass: it stores the loss and ``slope_P``."""

@@ -43,7 +43,7 @@ class Solver:
             ``(P,)``, are on the same device. ``loss(params (P,)) -> ()`` is differentiable. The
             configuration's ``lr`` and ``grad_clip`` are those for this number of clients.
             ``keep_logits`` asks for the final logits, too. After each step it says
-            :func:`skymask_gpu.engine.progress.step_done`; a StepLoop does so itself.
+            :func:`skymask_gpu.engine.progress.step_done`.
         exact: whether its masks are the reference's within rounding.
         takes_blocks: whether it works on the updates block by block. Otherwise it gets them as one
             tensor, into which several blocks are copied.

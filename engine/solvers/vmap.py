@@ -8,6 +8,7 @@ from skymask_gpu.engine.bits import pack_bits
 from skymask_gpu.engine.memory import SMALLEST_TILE, in_column_tiles
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.progress import step_done
+from skymask_gpu.engine.replayed_loss import ReplayedLoss
 from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradient
 from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.training_config import MaskTraining
@@ -33,11 +34,12 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
         gate_sum_P[columns] = gates.sum(0)
         mean_P[columns] = weighted.sum(0) / gate_sum_P[columns]
 
+    replayed = ReplayedLoss.of(loss)
     losses: list[float] = []
     for _ in range(config.steps):
         with phase("mask steps", updates_RP, logits_RP):
             in_column_tiles(gather, num_params, tile=tile)
-        value, grad_P = loss_and_gradient(loss, global_params_P + mean_P)
+        value, grad_P = loss_and_gradient(replayed, global_params_P + mean_P)
 
         def step(begin: int, end: int, grad_P: Tensor = grad_P) -> None:
             columns = slice(begin, end)
@@ -59,7 +61,7 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
 
     with phase("bits", logits_RP, logits_RP.numel() // 8):
         bits = pack_bits(logits_RP > config.logit_threshold)
-    return Solution(bits, logits_RP if keep_logits else None, losses)
+    return Solution(bits, logits_RP if keep_logits else None, losses, not_captured=replayed.not_captured)
 
 
 def _gate_and_weighted(logits_P: Tensor, update_P: Tensor) -> tuple[Tensor, Tensor]:

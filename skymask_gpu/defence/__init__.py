@@ -3,10 +3,12 @@
 | file | what |
 | --- | --- |
 | ``skymask.py`` | ``SkyMask``, which users call, with its settings and their ranges |
+| ``settings.py`` | the settings of a ``SkyMask``, and the arguments of one call |
 | ``judge.py`` | one round from top to bottom |
 | ``forms.py`` | the forms in which updates may come: tensors, arrays, state dicts, lists |
 | ``parse.py`` | from any of these forms to rows; malformed clients are rejected |
 | ``root.py`` | the root direction, which the server itself trains |
+| ``ahead.py`` | what a round needs of the server alone, done while the clients train |
 | ``screen.py`` | finds rows that are not finite, local models, and rows that break the loss |
 | ``means.py`` | means over the clients that are kept, and how much each of them counts |
 | ``aggregation.py`` | ``Aggregation``, the result of a round |

@@ -12,25 +12,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from skymask_gpu.defence.aggregation import Aggregation, warn_of_doubtful
+from skymask_gpu.defence.ahead import Ahead, RootModel, takes_small_batches
 from skymask_gpu.defence.arguments import check_same_device, checked_ids, checked_weights, flat_vector
 from skymask_gpu.defence.clock import Clock
 from skymask_gpu.defence.forms import Form
-from skymask_gpu.defence.history import ClientHistory, Remembered
-from skymask_gpu.defence.means import Mean, NormBound, Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
+from skymask_gpu.defence.history import Remembered
+from skymask_gpu.defence.means import Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
 from skymask_gpu.defence.output_cosines import Groups
 from skymask_gpu.defence.parse import Clients, Updates, parse, receive
-from skymask_gpu.defence.root import RootTraining, root_direction
 from skymask_gpu.defence.screen import Screened, culprits, screen
+from skymask_gpu.defence.settings import Call, Settings, params_of
 from skymask_gpu.engine import (
     SOLVERS,
     ClientBlocks,
     ClusteredMasks,
-    Clustering,
-    FlatModel,
-    MaskTraining,
     NonFiniteLossError,
     TrainedMasks,
     train_masks,
@@ -42,44 +40,12 @@ from skymask_gpu.engine.memory import explain_out_of_memory
 from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.profiling import copy_bandwidth, recording
 from skymask_gpu.engine.progress import Progress, check_progress
+from skymask_gpu.engine.replayed_loss import ReplayedLoss
 from skymask_gpu.engine.sharding import ColumnShards, ShardedLoss
 
-__all__ = ["Call", "Settings", "judge", "params_of"]
+__all__ = ["judge"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What stays the same from round to round; :class:`skymask_gpu.SkyMask` has checked it.
-
-    ``flat`` computes in float32.
-    """
-
-    module: nn.Module
-    flat: FlatModel
-    training: MaskTraining
-    clustering: Clustering
-    root_training: RootTraining
-    norm_bound: NormBound
-    mean: Mean
-    solver: str
-    device: torch.device | None
-    profile: bool
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one :meth:`skymask_gpu.SkyMask.aggregate`, as the caller gave them."""
-
-    updates: Updates
-    global_params: Form | None
-    root_update: Form | None = None
-    local_models: bool = False
-    weights: Tensor | Sequence[float] | None = None
-    client_ids: Sequence[int | str] | None = None
-    history: ClientHistory | None = None
-    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -87,25 +53,26 @@ class _Round:
     """What one round works with, on its device.
 
     Attributes:
-        loss: the root loss as a function of all parameters.
-        own_loss: the root loss as a function of this rank's own parameters; it is ``loss`` itself
+        ahead: what was done ahead of this round.
+        root: the root loss as a function of all parameters.
+        own_loss: the root loss as a function of this rank's own parameters; it is that of ``root``
             if columns are not sharded.
         global_params_P: the model before the round, float32.
         own_params_L: this rank's own part of ``global_params_P``.
     """
 
     settings: Settings
+    ahead: Ahead
     shards: ColumnShards
     device: torch.device
-    clock: Clock
-    loss: FlatModel
-    own_loss: FlatModel | ShardedLoss
+    root: RootModel
+    own_loss: ReplayedLoss | ShardedLoss
     global_params_P: Tensor
     own_params_L: Tensor
 
 
-def judge(settings: Settings, call: Call) -> Aggregation:
-    """Judge the clients of a round.
+def judge(settings: Settings, call: Call, ahead: Ahead) -> Aggregation:
+    """Judge the clients of a round, with what was done ahead of it if that fits.
 
     :meth:`skymask_gpu.SkyMask.aggregate` describes arguments, errors and warnings.
     """
@@ -117,9 +84,9 @@ def judge(settings: Settings, call: Call) -> Aggregation:
     device = _device(settings, call.updates, shards)
     # A server may well work under no_grad or in inference mode, but training masks and the root
     # needs gradients.
-    with without_tf32(), torch.inference_mode(False), torch.enable_grad():
+    with without_tf32(), torch.inference_mode(False), torch.enable_grad(), ahead.root_model(settings, device) as root:
         with recording(device) if settings.profile else nullcontext() as record:
-            result = _judge(settings, call, shards, device)
+            result = _judge(settings, call, ahead, root, shards)
         if record is not None:
             result = replace(result, profile=record.profile(copy_bandwidth(device)))
     warn_of_doubtful(result)
@@ -128,28 +95,25 @@ def judge(settings: Settings, call: Call) -> Aggregation:
     return result
 
 
-def _judge(settings: Settings, call: Call, shards: ColumnShards, device: torch.device) -> Aggregation:
+def _judge(settings: Settings, call: Call, ahead: Ahead, root: RootModel, shards: ColumnShards) -> Aggregation:
     clock = Clock()
-    num_clients = len(call.updates)
+    num_clients, device = len(call.updates), root.flat.initial_params.device
     # At least the bits of the masks and the distances of all pairs are needed.
     num_pairs = rows_in_memory(settings.clustering.rule, num_clients) ** 2
     num_bytes = num_clients * settings.flat.num_params // 8 + 4 * num_pairs
     remedy = "pass the updates in bfloat16, or as ClientBlocks that stay on disk"
     with clock.time("total"), explain_out_of_memory(f"judging {num_clients} clients", num_bytes, device, remedy):
         with clock.phase("collect"):
-            this = _begin(settings, call.global_params, shards, device, clock)
+            this = _begin(settings, ahead, root, call.global_params, shards)
             subtracted_L = this.own_params_L if call.local_models else None
             in_memory = settings.solver != "auto" and not SOLVERS[settings.solver].from_disk
             assert not isinstance(call.updates, np.ndarray), "receive() has made a tensor of it"
-            clients = parse(call.updates, this.loss, settings.module, subtracted_L, in_memory=in_memory)
-        # The other rules trust the root model's row. If the direction serves as that row, it is
-        # trained on all root data, because small batches take it far from clients with larger ones.
-        small_batches = call.root_update is not None or settings.clustering.rule == "signed"
+            clients = parse(call.updates, root.flat, settings.module, subtracted_L, in_memory=in_memory)
         # Each step reads the parameters and writes their gradient.
         with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
-            direction_P = _direction(this, small_batches)
+            direction_P = _direction(this, root_update_given=call.root_update is not None)
         with clock.phase("collect", clients.rows.nbytes):
-            groups, is_local = Groups.of(this.loss.shapes), call.local_models
+            groups, is_local = Groups.of(root.flat.shapes), call.local_models
             screened = screen(
                 clients, direction_P, this.global_params_P, this.own_loss, shards, groups=groups, local_models=is_local
             )
@@ -174,25 +138,18 @@ def _device(settings: Settings, updates: Updates, shards: ColumnShards) -> torch
     return device
 
 
-def _begin(settings: Settings, global_params: Form | None, shards: ColumnShards, device: torch.device, clock: Clock) -> _Round:
-    loss = settings.flat.to(device)
-    params_P = loss.initial_params if global_params is None else params_of(global_params, loss, settings)
-    own_loss = loss if shards.group is None else ShardedLoss(loss, shards)
-    return _Round(settings, shards, device, clock, loss, own_loss, params_P, shards.own(params_P))
+def _begin(settings: Settings, ahead: Ahead, root: RootModel, global_params: Form | None, shards: ColumnShards) -> _Round:
+    params_P = params_of(global_params, root.flat, settings)
+    own_loss = root.loss if shards.group is None else ShardedLoss(root.flat, shards)
+    return _Round(settings, ahead, shards, params_P.device, root, own_loss, params_P, shards.own(params_P))
 
 
-def params_of(global_params: Form, loss: FlatModel, settings: Settings) -> Tensor:
-    """Global parameters in any of their forms as ``(P,)`` float32, on the device of ``loss``."""
-    if isinstance(global_params, Tensor):
-        check_same_device("global_params", global_params, loss, settings.device)
-    return flat_vector("global_params", global_params, loss, settings.module)
-
-
-def _direction(this: _Round, small_batches: bool) -> Tensor:
-    """The root direction, ``(P,)``, which only the first rank trains."""
-    config = this.settings.root_training
+def _direction(this: _Round, *, root_update_given: bool) -> Tensor:
+    """The root direction, ``(P,)``, which only the first rank trains, unless it was prepared."""
+    params_P = this.global_params_P
+    small_batches = takes_small_batches(this.settings, root_update_given=root_update_given)
     return this.shards.from_first(
-        lambda: root_direction(this.loss, this.global_params_P, config, small_batches=small_batches), like=this.global_params_P
+        lambda: this.ahead.direction(this.root, params_P, this.settings, small_batches), like=params_P
     )
 
 
@@ -205,11 +162,11 @@ def _root_row(this: _Round, root_update: Form | None, direction_P: Tensor, scree
     rows = screened.rows
     if root_update is None:
         length = torch.linalg.vector_norm(direction_P)
-        scale = screened.norms.median() / length if length > 0 else 0.0
+        scale = torch.where(length > 0, screened.norms.median() / length, 0.0)
         return (direction_P * scale).to(rows.dtype)
     if isinstance(root_update, Tensor):
-        check_same_device("root_update", root_update, this.loss, this.settings.device)
-    row_P = flat_vector("root_update", root_update, this.loss, this.settings.module).to(rows.dtype)
+        check_same_device("root_update", root_update, this.root.flat, this.settings.device)
+    row_P = flat_vector("root_update", root_update, this.root.flat, this.settings.module).to(rows.dtype)
     if not torch.isfinite(row_P).all():
         raise ValueError("root_update must be finite, got NaN or Inf; without a trusted root there is no verdict")
     return row_P
@@ -302,14 +259,14 @@ def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, 
     weights_K = None if call.weights is None else _weights_of_kept(call.weights, clients, benign_K)
     counts = shares(benign_K, screened.norms, weights_K=weights_K, norm_bound=this.settings.norm_bound)
     update_P = this.shards.gather(_mean_update(this, clients, benign_K, counts, masks))
-    buffers = mean_buffers(clients.buffers, benign_K, None if weights_K is None else counts.weights)
+    means = mean_buffers(clients.buffers, benign_K, None if weights_K is None else counts.weights)
+    buffers = {name: mean.to(this.device) for name, mean in means.items()}
     if not (clients.rows.in_memory or torch.isfinite(update_P).all()):
         raise ValueError("updates: some became NaN or Inf after they were first read; read the same in every pass")
     benign_N = torch.zeros(clients.num_clients, dtype=torch.bool, device=benign_K.device)
-    benign_N[clients.numbers[benign_K]] = True
-    numbers = clients.numbers.tolist()
+    benign_N.index_copy_(0, clients.numbers, benign_K)
     ids = range(clients.num_clients) if call.client_ids is None else call.client_ids
-    by_mask = {numbers[row]: reason for row, reason in verdict.clusters.client_reasons().items()}
+    by_mask = verdict.clusters.client_reasons(clients.numbers)
     return Aggregation(
         update=update_P,
         benign=benign_N,
@@ -325,7 +282,7 @@ def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, 
         factors=counts.factors,
         buffers=buffers,
         seconds={},
-        shapes=this.loss.shapes,
+        shapes=this.root.flat.shapes,
         device=this.device,
         shards=this.shards,
     )

@@ -7,6 +7,7 @@ the masked mean, a client counts only in the parameters that its mask keeps.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -120,11 +121,16 @@ def mean_of_rows(rows: ClientBlocks, chosen_K: Tensor, factors_K: Tensor | None 
     total_P = torch.zeros(rows.num_params, dtype=torch.float64, device=rows.device)
     parts = zip(rows, chosen_K.split(rows.sizes), factors_K.split(rows.sizes), strict=True)
     for block, chosen, factors in parts:
-        num_chosen = int(chosen.sum())
-        if num_chosen:
-            with phase("average", num_chosen * block[0].nbytes):
-                total_P += chosen_mean(block, chosen, factors) * num_chosen
+        # The number stays on the device, and only a profile waits for it. A block without a chosen
+        # row has the mean NaN.
+        num_chosen = chosen.sum()
+        with phase("average", partial(_bytes_of_rows, block, num_chosen)):
+            total_P += torch.where(num_chosen > 0, chosen_mean(block, chosen, factors) * num_chosen, 0.0)
     return (total_P / chosen_K.sum()).float()
+
+
+def _bytes_of_rows(block: Tensor, number: Tensor) -> int:
+    return int(number) * block[0].nbytes
 
 
 def masked_mean_of_rows(rows: ClientBlocks, bits: Tensor, kept_K: Tensor, counts: Shares) -> Tensor:
@@ -184,12 +190,15 @@ def mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor, weights_K: 
         weights_K: ``(K,)``, what each client counts for; None for equal weights. A buffer that only
             clients with weight 0 sent is left out.
     """
+    if not any(buffers):
+        return {}
     counting_K = benign_K if weights_K is None else benign_K & (weights_K > 0)
     chosen = [number for number, counts in enumerate(counting_K.tolist()) if counts]
     means = {}
     for name in sorted({name for number in chosen for name in buffers[number]}):
         senders = [number for number in chosen if name in buffers[number]]
-        values = torch.stack([buffers[number][name] for number in senders])
+        where = buffers[senders[0]][name].device
+        values = torch.stack([buffers[number][name].to(where) for number in senders])
         means[name] = mean_buffer(values, None if weights_K is None else weights_K[senders])
     return means
 

@@ -45,18 +45,19 @@ class Measured:
     along_model: Tensor
     by_output: Tensor | None
 
-    def flags(self, direction_P: Tensor, global_params_P: Tensor) -> Tensor:
-        """Four facts about each row, ``(4, K)`` bool.
+    def flags(self, direction_P: Tensor, global_params_P: Tensor, longest_honest: Tensor) -> Tensor:
+        """Five facts about each row, ``(5, K)`` bool.
 
         They are: its norm is not finite; it is like the global model; it is like the global model
-        with the opposite sign; it points away from the root direction.
+        with the opposite sign; it points away from the root direction; it is suspiciously long.
         """
         direction, length = _length(direction_P), _length(global_params_P)
         low, high = _LIKE_LENGTH
         long = (self.norms > low * length) & (self.norms < high * length)
         against = self.alignments < _OPPOSED * self.norms * direction
         like, unlike = self.along_model > _LIKE_MODEL * self.norms, self.along_model < -_LIKE_MODEL * self.norms
-        return torch.stack([~torch.isfinite(self.norms), long & like, long & unlike, against])
+        far = self.norms > longest_honest
+        return torch.stack([~torch.isfinite(self.norms), long & like, long & unlike, against, far])
 
 
 def measure(rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, shards: ColumnShards, groups: Groups) -> Measured:

@@ -152,30 +152,69 @@ def _from_list(
             rejected[client] = state
             continue
         clients.append(client)
-        buffers.append({name: state[name].detach().to(device, known[name].dtype) for name in buffer_names if name in state})
+        # They stay where they are, because only their mean is needed on the device.
+        buffers.append({name: state[name].detach().to(known[name].dtype) for name in buffer_names if name in state})
     if not clients:
         raise_none_left(rejected)
-    subtracted = None if subtracted_P is None else model.unflatten(subtracted_P)
-
-    def flat(client: int) -> Tensor:
-        state = client_state(updates[client], model, known)
-        if isinstance(state, str):
-            raise ValueError(f"updates: client {client}'s update changed after it was first read: {state}")
-        tensors = {name: state[name].to(device) for name in model.shapes}
-        if subtracted is not None:
-            tensors = {name: value.double() - subtracted[name] for name, value in tensors.items()}
-        return model.flatten({name: value.float() for name, value in tensors.items()})
-
+    reader = _Reader(updates, model, known, subtracted_P)
+    groups = [clients[first : first + _CLIENTS_PER_BLOCK] for first in range(0, len(clients), _CLIENTS_PER_BLOCK)]
+    sizes = [len(group) for group in groups]
     if in_memory:
         stacked_KP = torch.empty(len(clients), model.num_params, device=device)
-        for row_P, client in zip(stacked_KP, clients, strict=True):
-            row_P.copy_(flat(client))
+        for rows_KP, group in zip(stacked_KP.split(sizes), groups, strict=True):
+            reader.read_into(rows_KP, group)
         rows = ClientBlocks([stacked_KP])
     else:
-        groups = [clients[first : first + _CLIENTS_PER_BLOCK] for first in range(0, len(clients), _CLIENTS_PER_BLOCK)]
 
         def read(number: int) -> Tensor:
-            return torch.stack([flat(client) for client in groups[number]])
+            rows_KP = torch.empty(sizes[number], model.num_params, device=device)
+            reader.read_into(rows_KP, groups[number])
+            return rows_KP
 
-        rows = ClientBlocks.from_reader([len(group) for group in groups], model.num_params, torch.float32, read, device)
-    return Clients(rows, torch.tensor(clients, dtype=torch.long, device=device), buffers, rejected, len(updates))
+        rows = ClientBlocks.from_reader(sizes, model.num_params, torch.float32, read, device)
+    # A list would be copied to the device, for which the host waits.
+    numbers_K = torch.tensor(clients, device=device) if rejected else torch.arange(len(clients), device=device)
+    return Clients(rows, numbers_K, buffers, rejected, len(updates))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Flattens what clients of a list sent.
+
+    Attributes:
+        updates, model, subtracted_P: as in :func:`parse`.
+        known: the module's state dict.
+    """
+
+    updates: Sequence[Sent]
+    model: FlatModel
+    known: Mapping[str, Tensor]
+    subtracted_P: Tensor | None
+
+    def read_into(self, rows_KP: Tensor, clients: Sequence[int]) -> None:
+        """Write the updates of these clients to ``rows_KP``, a row per client.
+
+        On a GPU, state dicts that are in the host's memory are flattened there. All of these rows
+        are then copied at once, instead of one parameter of one client after the other.
+        """
+        place_KP, subtracted = rows_KP, None
+        for row, client in enumerate(clients):
+            state = self._state(client)
+            if row == 0:
+                if rows_KP.is_cuda and all(tensor.device.type == "cpu" for tensor in state.values()):
+                    place_KP = torch.empty(rows_KP.shape, pin_memory=True)
+                if self.subtracted_P is not None:
+                    subtracted = self.model.unflatten(self.subtracted_P.to(place_KP.device))
+            tensors = {name: value.to(place_KP.device) for name, value in state.items()}
+            if subtracted is not None:
+                tensors = {name: value.double() - subtracted[name] for name, value in tensors.items()}
+            place_KP[row].copy_(self.model.flatten({name: value.float() for name, value in tensors.items()}))
+        if place_KP is not rows_KP:
+            # The host goes on at once. PyTorch does not reuse the pinned memory before it is read.
+            rows_KP.copy_(place_KP, non_blocking=True)
+
+    def _state(self, client: int) -> dict[str, Tensor]:
+        state = client_state(self.updates[client], self.model, self.known)
+        if isinstance(state, str):
+            raise ValueError(f"updates: client {client}'s update changed after it was first read: {state}")
+        return {name: state[name].detach() for name in self.model.shapes}

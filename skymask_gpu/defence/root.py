@@ -7,7 +7,7 @@ the verdict trusts the root model's row, because the direction then serves as th
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.numerics import without_tf32
+from skymask_gpu.engine.replayed_loss import ReplayedLoss
 
-__all__ = ["RootTraining", "root_direction"]
+__all__ = ["RootTraining", "batches_of", "root_direction", "train_direction", "warn_of_no_gradient"]
 
 # In smaller batches, the noise of single samples and the statistics of batch norm decide where a
 # step leads. With bold local steps (a learning rate of 1), batches of 10 led anywhere: the cosines
@@ -88,7 +89,6 @@ def _makes_optimizers(make: Any, lr: float) -> bool:
         return False
 
 
-@without_tf32()
 def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining, *, small_batches: bool = False) -> Tensor:
     """Train the global model on the root data, and return its update.
 
@@ -118,22 +118,36 @@ def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining,
         >>> bool(loss(loss.initial_params + direction) < loss(loss.initial_params))
         True
     """
-    batches = _batches(loss, config.steps) if small_batches else [loss]
-    direction_P, mean_loss = _descend(batches, global_params, config)
-    finite, moved = torch.stack([(direction_P.sum() + mean_loss).isfinite(), (direction_P != 0).any()]).tolist()
-    if not finite:
-        _raise_not_finite(loss, global_params)
+    direction_P, moved = train_direction(batches_of(loss, config, small_batches=small_batches), global_params, config)
     if not moved:
-        warnings.warn(
-            "root_training: training on the root data moved no parameter, the root loss has no gradient, so masks cannot be "
-            "trained and there is no verdict; check that loss_fn fits the model's outputs (the default, cross entropy, is "
-            "always 0 for a single output) and that the model's units are not all dead",
-            stacklevel=2,
-        )
+        warn_of_no_gradient()
     return direction_P
 
 
-def _descend(batches: list[FlatModel], params: Tensor, config: RootTraining) -> tuple[Tensor, Tensor]:
+@without_tf32()
+def train_direction(batches: Sequence[ReplayedLoss], global_params: Tensor, config: RootTraining) -> tuple[Tensor, bool]:
+    """As :func:`root_direction`, without its warning: the direction, and whether it is not 0.
+
+    ``batches`` come from :func:`batches_of`. They may be used again, from other parameters.
+    """
+    direction_P, mean_loss = _descend(batches, global_params, config)
+    finite, moved = torch.stack([(direction_P.sum() + mean_loss).isfinite(), (direction_P != 0).any()]).tolist()
+    if not finite:
+        _raise_not_finite(batches, global_params)
+    return direction_P, moved
+
+
+def warn_of_no_gradient() -> None:
+    """Warn the caller of the caller that the root data teach the model nothing."""
+    warnings.warn(
+        "root_training: training on the root data moved no parameter, the root loss has no gradient, so masks cannot be "
+        "trained and there is no verdict; check that loss_fn fits the model's outputs (the default, cross entropy, is "
+        "always 0 for a single output) and that the model's units are not all dead",
+        stacklevel=3,
+    )
+
+
+def _descend(batches: Sequence[ReplayedLoss], params: Tensor, config: RootTraining) -> tuple[Tensor, Tensor]:
     """Take steps from ``params``, each on the next of the batches, which are used in turn.
 
     Returns:
@@ -141,37 +155,37 @@ def _descend(batches: list[FlatModel], params: Tensor, config: RootTraining) -> 
         Either may be NaN or Inf.
     """
     # A copy, because autograd cannot work with a tensor that was made under inference_mode.
-    leaf_P, losses = params.detach().clone().requires_grad_(), []
-    optimizer = None if config.optimizer is None else config.optimizer([leaf_P], lr=config.lr)
+    here_P, total = params.detach().clone(), torch.zeros((), device=params.device)
+    optimizer = None if config.optimizer is None else config.optimizer([here_P.requires_grad_()], lr=config.lr)
     for step in range(config.steps):
-        value = batches[step % len(batches)](leaf_P)
-        (grad_P,) = torch.autograd.grad(value, leaf_P)
+        value, grad_P = batches[step % len(batches)].value_and_gradient(here_P)
         clipped_P = grad_P.clamp(-config.grad_clip, config.grad_clip)
         if optimizer is None:
-            leaf_P = (leaf_P.detach() - config.lr * clipped_P).requires_grad_()
+            here_P = here_P - config.lr * clipped_P
         else:
-            leaf_P.grad = clipped_P
+            here_P.grad = clipped_P
             optimizer.step()
-        losses.append(value.detach().reshape(()))
-    return leaf_P.detach() - params, torch.stack(losses).mean()
+        total = total + value.reshape(())
+    return here_P.detach() - params, total / config.steps
 
 
-def _batches(loss: FlatModel, steps: int) -> list[FlatModel]:
-    """The root loss on parts of the root data, at most one part per step."""
-    number = max(1, min(steps, loss.num_samples // _FEWEST_SAMPLES))
+def batches_of(loss: FlatModel, config: RootTraining, *, small_batches: bool) -> list[ReplayedLoss]:
+    """The root loss on parts of the root data, at most one part per step, or on all of them."""
+    number = max(1, min(config.steps, loss.num_samples // _FEWEST_SAMPLES)) if small_batches else 1
     if number == 1:
-        return [loss]
+        return [ReplayedLoss(loss)]
     # Shuffled on the CPU, so that every device gets the same batches.
     order = torch.randperm(loss.num_samples, generator=torch.Generator().manual_seed(0))
-    return [loss.part(samples) for samples in order.to(loss.initial_params.device).tensor_split(number)]
+    parts = order.to(loss.initial_params.device).tensor_split(number)
+    return [ReplayedLoss(loss.part(samples)) for samples in parts]
 
 
-def _raise_not_finite(loss: FlatModel, global_params: Tensor) -> NoReturn:
+def _raise_not_finite(batches: Sequence[ReplayedLoss], global_params: Tensor) -> NoReturn:
     """Say whether the global model is to blame, or training."""
-    value = loss(global_params)
-    if not torch.isfinite(value):
+    value = sum(float(batch(global_params)) for batch in batches) / len(batches)
+    if not math.isfinite(value):
         raise ValueError(
-            f"global_params: the loss of the global model on the root data is {value.item()}; without a trusted root there is "
+            f"global_params: the loss of the global model on the root data is {value}; without a trusted root there is "
             "no verdict, check global_params, root_inputs and root_labels"
         )
     raise ValueError(

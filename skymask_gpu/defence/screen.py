@@ -20,9 +20,8 @@ from skymask_gpu.defence.output_cosines import Groups
 from skymask_gpu.defence.parse import Clients, raise_none_left
 from skymask_gpu.engine import ClientBlocks
 from skymask_gpu.engine.profiling import phase
+from skymask_gpu.engine.replayed_loss import Loss, ReplayedLoss
 from skymask_gpu.engine.sharding import ColumnShards
-from skymask_gpu.engine.solvers.solution import Loss
-from skymask_gpu.engine.step_loop import StepLoop
 
 __all__ = ["Screened", "culprits", "drive_loss_out_of_range", "harmful", "screen"]
 
@@ -126,13 +125,14 @@ def screen(
             updates from which the global parameters were subtracted twice).
     """
     measured = measure(clients.rows, direction_P, global_params_P, shards, groups)
+    scale = torch.maximum(torch.linalg.vector_norm(global_params_P), torch.linalg.vector_norm(direction_P))
+    longest_honest = _FAR_OUT * scale
     # One transfer from the device answers everything that is asked about single rows.
-    doubtful, like, unlike, against = measured.flags(direction_P, global_params_P).tolist()
+    doubtful, like, unlike, against, far = measured.flags(direction_P, global_params_P, longest_honest).tolist()
     reasons = _non_finite(clients.rows, [row for row, is_doubtful in enumerate(doubtful) if is_doubtful], shards)
     if len(reasons) == len(clients.rows):
         raise_none_left({**clients.rejected, **reasons})
-    scale = torch.maximum(torch.linalg.vector_norm(global_params_P), torch.linalg.vector_norm(direction_P))
-    screened = Screened(clients, measured.norms, measured.alignments, measured.by_output, _FAR_OUT * scale).without(reasons)
+    screened = Screened(clients, measured.norms, measured.alignments, measured.by_output, longest_honest).without(reasons)
     _refuse_local_models(sum(like), sum(unlike), len(doubtful) - sum(doubtful), local_models)
     num_usable, num_clients, num_rejected = len(screened.rows), clients.num_clients, len(screened.clients.rejected)
     if sum(against) > _MOST_ATTACKERS * num_usable:
@@ -143,7 +143,8 @@ def screen(
         )
     if 2 * num_rejected > num_clients:
         warnings.warn(f"{num_rejected} of {num_clients} clients sent an unusable update and were rejected", stacklevel=5)
-    return screened.without(harmful(screened.rows, screened.norms, screened.far_out(), shards.own(global_params_P), loss))
+    far_rows = [row for row, is_far in enumerate(is_far for at, is_far in enumerate(far) if at not in reasons) if is_far]
+    return screened.without(harmful(screened.rows, screened.norms, far_rows, shards.own(global_params_P), loss))
 
 
 def _non_finite(rows: ClientBlocks, doubtful: list[int], shards: ColumnShards) -> dict[int, str]:
@@ -265,25 +266,11 @@ def _losses_alone(rows: ClientBlocks, candidates: list[int], params_L: Tensor, l
 
     The first column is the root loss. The second is 1 if its gradient is finite, and 0 otherwise.
     """
-    device = params_L.device
-    found_C2 = torch.zeros(len(candidates), 2, dtype=torch.float64, device=device)
-    # A replayed graph reads from these two tensors which candidate it works on, and its parameters.
-    number_1 = torch.zeros(1, dtype=torch.int64, device=device)
-    candidate_L = torch.empty_like(params_L)
-
-    def evaluate() -> None:
-        leaf_L = candidate_L.detach().requires_grad_()
-        value = loss(leaf_L)
-        (grad_L,) = torch.autograd.grad(value, leaf_L)
+    replayed, facts = ReplayedLoss.of(loss), []
+    for _, update_L in rows.each(candidates):
+        value, grad_L = replayed.value_and_gradient(params_L + update_L.to(params_L.dtype))
         # If one element is NaN, both the least and the greatest are NaN.
         lowest, highest = grad_L.aminmax()
         is_finite = lowest.isfinite() & highest.isfinite()
-        fact_2 = torch.stack([value.detach().reshape(()).double(), is_finite.double()])
-        found_C2.index_copy_(0, number_1, fact_2[None])
-        number_1.add_(1)
-
-    loop = StepLoop(evaluate, device)
-    for _, update_L in rows.each(candidates):
-        torch.add(params_L, update_L.to(params_L.dtype), out=candidate_L)
-        loop.run(1)
-    return found_C2
+        facts.append(torch.stack([value.reshape(()).double(), is_finite.double()]))
+    return torch.stack(facts) if facts else torch.empty(0, 2)

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skymask_gpu.defence.aggregation import Aggregation
+from skymask_gpu.defence.ahead import Ahead
 from skymask_gpu.defence.arguments import check_kind, check_loss, usable_device
 from skymask_gpu.defence.forms import Form
 from skymask_gpu.defence.history import ClientHistory
-from skymask_gpu.defence.judge import Call, Settings, judge, params_of
+from skymask_gpu.defence.judge import judge
 from skymask_gpu.defence.means import MEANS, NORM_BOUND_NAMES, Mean, NormBound
 from skymask_gpu.defence.parse import Updates
 from skymask_gpu.defence.root import RootTraining
+from skymask_gpu.defence.settings import Call, Settings, params_of
 from skymask_gpu.engine import Clustering, FlatModel, MaskTraining
 from skymask_gpu.engine.choice import check_solver
 from skymask_gpu.engine.model_inputs import ModelInputs, tensors_of
@@ -126,6 +128,7 @@ class SkyMask:
             device=where,
             profile=profile,
         )
+        self._ahead = Ahead()
 
     @property
     def settings(self) -> Settings:
@@ -169,6 +172,41 @@ class SkyMask:
         params_P = params_of(global_params, settings.flat, replace(settings, device=settings.flat.initial_params.device))
         self._settings = replace(settings, flat=settings.flat.starting_at(params_P.clone()))
 
+    def prepare(self, global_params: Form | None = None) -> None:
+        """Do the part of the next round that needs no update, such as while the clients train.
+
+        It trains the root direction at ``global_params``, which on a CPU is about a sixth of a
+        round of 500 clients (``docs/performance.md``). A later :meth:`aggregate` at exactly these
+        parameters takes it from here, and gives the same result to the bit; at others, it trains
+        its own. What is prepared is kept until the next call of this method.
+
+        It may run in another thread. A call of :meth:`aggregate` that begins meanwhile waits for
+        it. It works on the device of this object, or else on that of ``global_params`` if they are
+        a tensor, or else on that of the module; what is prepared serves updates on this device.
+
+        With several ranks, it may be called on the first alone, which trains the root direction.
+        With the rules ``two-stage`` and ``published``, nothing is gained if the caller also passes
+        a root update, because the direction is then trained differently.
+
+        Args:
+            global_params: as in :meth:`aggregate`. They are copied.
+
+        Raises:
+            ValueError: they do not fit the module, or the root loss is not finite there, or
+                training diverges. Nothing is then prepared.
+
+        Example:
+            >>> from threading import Thread
+            >>> module = torch.nn.Linear(20, 5)
+            >>> defence = SkyMask(module, torch.randn(100, 20), torch.arange(100) % 5)
+            >>> params = torch.nn.utils.parameters_to_vector(module.parameters()).detach()
+            >>> Thread(target=defence.prepare, args=[params]).start()
+            >>> updates = 0.01 * torch.randn(20, 105)  # what the clients send in the meantime
+            >>> defence.aggregate(updates, params).update.shape
+            torch.Size([105])
+        """
+        self._ahead.prepare(self._settings, global_params)
+
     def __call__(self, updates: Updates, global_params: Form | None = None) -> Tensor:
         """Only the aggregated update, ``(N, P) -> (P,)``, as ByzFL's aggregators return it.
 
@@ -176,7 +214,7 @@ class SkyMask:
         each. Otherwise the clients are judged at the parameters that the module had when this
         object was made.
         """
-        return judge(self._settings, Call(updates, global_params)).update
+        return judge(self._settings, Call(updates, global_params), self._ahead).update
 
     def aggregate(
         self,
@@ -275,4 +313,4 @@ class SkyMask:
                 raise ValueError("client_ids must be None if updates is a dict, whose keys are the ids; pass one of the two")
             client_ids, updates = tuple(updates), list(updates.values())
         call = Call(updates, global_params, root_update, local_models, weights, client_ids, history, progress)
-        return judge(self._settings, call)
+        return judge(self._settings, call, self._ahead)

@@ -26,7 +26,7 @@ def test_a_round_and_each_of_its_phases_have_a_row(small: Any, monkeypatch: pyte
     rows = small.rows(limits)
     assert len(rows) == run.count_rows(limits)
     assert {row.status for row in rows.values()} == {"ok"}
-    for name in ("SkyMask", "SkyMask, root_update"):
+    for name in ("SkyMask", "SkyMask, prepared", "SkyMask, root_update"):
         whole, *phases = [rows[20, name], *[rows[20, f"{name}: {phase}"] for phase in PHASES]]
         assert whole.first_s
         assert whole.to_mean

@@ -248,6 +248,29 @@ def test_many_rows_are_iterated_on_blindly(groups: int, monkeypatch: pytest.Monk
     torch.testing.assert_close(scores[:, :leading], want[:, :leading], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["any", "nearly dependent", "of very different lengths", "zeros"])
+def test_columns_are_made_orthonormal_in_two_passes(kind: str) -> None:
+    vectors_RK = torch.randn(300, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if kind == "nearly dependent":
+        vectors_RK[:, 2] = vectors_RK[:, 0] + 1e-9 * vectors_RK[:, 2]
+    if kind == "of very different lengths":
+        vectors_RK *= torch.tensor([1.0, 1e-100, 1e100, 1e-9], dtype=torch.float64)
+    if kind == "zeros":
+        vectors_RK[:, 1] = 0
+    once_RK = spectrum.orthonormal(vectors_RK)
+    twice_RK = spectrum.orthonormal(once_RK)
+    # A dot product of two unit vectors is off by at most R roundings; sums in pairs leave far fewer.
+    rounding = 300 * torch.finfo(torch.float64).eps
+    want_KK = torch.eye(4, dtype=torch.float64)
+    if kind == "zeros":
+        want_KK[1, 1] = 0
+        assert not once_RK[:, 1].any()
+    torch.testing.assert_close(twice_RK.T @ twice_RK, want_KK, rtol=0, atol=rounding)
+    # The span is that of the columns before: nothing of them lies outside of it.
+    unit_RK = vectors_RK / torch.linalg.vector_norm(vectors_RK, dim=0).clamp_min(1e-300)
+    torch.testing.assert_close(twice_RK @ (twice_RK.T @ unit_RK), unit_RK, rtol=0, atol=4 * rounding)
+
+
 def test_the_dense_way_is_dense_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     distances = group_distances(200, 1, 0)
     want = spectrum.dense_principal_scores(distances)

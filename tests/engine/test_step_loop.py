@@ -1,4 +1,4 @@
-"""The loop of mask training: on a GPU, or played on a CPU by a graph that records and replays operations."""
+"""Passes that are captured once and replayed: on a GPU, or played on a CPU by a graph that records and replays operations."""
 
 import contextlib
 import functools
@@ -15,11 +15,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from skymask_gpu import SkyMask
 from skymask_gpu.defence import screen
-from skymask_gpu.engine import ClientBlocks, FlatModel, MaskTraining, TrainedMasks, step_loop, train_masks
-from skymask_gpu.engine.solvers import collapsed, fused
+from skymask_gpu.engine import ClientBlocks, FlatModel, MaskTraining, TrainedMasks, replayed_loss, step_loop, train_masks
+from skymask_gpu.engine.replayed_loss import ReplayedLoss
 from skymask_gpu.engine.step_loop import StepLoop
-from skymask_gpu.kernels import bin_step_reference, next_step_reference
 
 SOLVERS = ["fused", "collapsed"]
 ALWAYS = MaskTraining(min_improvement=-1e9)
@@ -162,7 +162,7 @@ class Allocator:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedGraph]]:
-    """Solvers loop as on a GPU; the graphs that they made. The kernels are their twins, whose operations can be recorded."""
+    """Passes run as on a GPU; the graphs that they made."""
     RecordedGraph.made, Allocator.underway, Allocator.holders = [], [], Counter()
     mode = ["default"]
 
@@ -182,9 +182,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedGraph]]:
     monkeypatch.setattr(torch._C, "_cuda_releasePool", Allocator.release, raising=False)
     for cached in (step_loop._pool, step_loop._side_stream):
         cached.cache_clear()
-    with_twins(monkeypatch)
-    for solver in (fused, collapsed):
-        monkeypatch.setattr(solver, "StepLoop", lambda step, _: StepLoop(step, torch.device("cuda")))
+    monkeypatch.setattr(replayed_loss, "_is_on_a_gpu", lambda _: True)
+    monkeypatch.setattr(replayed_loss, "StepLoop", lambda step, _: StepLoop(step, torch.device("cuda")))
     yield RecordedGraph.made
     assert mode[-1] == "default"
     # one pool, of which the process, and each graph that was captured, has a hold; none is being recorded to
@@ -195,34 +194,67 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RecordedGraph]]:
         cached.cache_clear()
 
 
-def with_twins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "next_step", next_step_reference)
-    monkeypatch.setattr(collapsed, "bin_step", bin_step_reference)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", [*SOLVERS, "vmap"])
 @pytest.mark.parametrize(
-    ("config", "replays"),
+    ("config", "passes"),
     [
-        (ALWAYS, {"fused": 16, "collapsed": 19}),
-        (MaskTraining(steps=40, check_every=7, min_improvement=-1e9), {"fused": 32, "collapsed": 39}),
-        (MaskTraining(check_every=7, min_improvement=1e9), {"fused": 5, "collapsed": 7}),
-        (MaskTraining(steps=3, min_improvement=-1e9), {"fused": 0, "collapsed": 2}),
+        (ALWAYS, 20),
+        (MaskTraining(steps=40, check_every=7, min_improvement=-1e9), 40),
+        (MaskTraining(check_every=7, min_improvement=1e9), 8),
+        (MaskTraining(steps=1, min_improvement=-1e9), 1),
     ],
-    ids=["20-steps", "40-steps", "plateau", "3-steps"],
+    ids=["20-steps", "40-steps", "plateau", "1-step"],
 )
-def test_one_graph_serves_every_step(
-    solver: str, config: MaskTraining, replays: dict[str, int], request: pytest.FixtureRequest
-) -> None:
-    """Captured once, after one step of warming up; a fused solver's first and last step and those of a check stand outside."""
-    with pytest.MonkeyPatch.context() as patch:
-        with_twins(patch)
-        want = train(solver, config)
+def test_one_graph_serves_every_step(solver: str, config: MaskTraining, passes: int, request: pytest.FixtureRequest) -> None:
+    """Captured once, after one pass of warming up."""
+    want = train(solver, config)
     graphs = request.getfixturevalue("recorded")
     got = train(solver, config)
-    assert [graph.replays for graph in graphs] == [replays[solver]] * (replays[solver] > 0)
+    assert [graph.replays for graph in graphs] == [passes - 1] * (passes > 1)
     assert_equal(got, want)
     assert got.solver_reason == "asked for"
+
+
+def test_one_graph_serves_all_solvers_and_whatever_else_evaluates_the_loss(recorded: list[RecordedGraph]) -> None:
+    updates_RP, own_loss = small_problem()
+    kept = ReplayedLoss(own_loss)
+    for solver in [*SOLVERS, "vmap"]:
+        assert_equal(train(solver, loss=kept), train(solver))
+    assert screen.drive_loss_out_of_range(ClientBlocks([updates_RP]), [0, 1, 2], own_loss.initial_params, kept) == {}
+    # One pass was the warm-up.
+    assert recorded[0].replays == 3 * 20 + 3 - 1
+    params_P = own_loss.initial_params + 1
+    value, grad_P = kept.value_and_gradient(params_P)
+    want, want_P = ReplayedLoss(own_loss).value_and_gradient(params_P)
+    assert value == want
+    assert torch.equal(grad_P, want_P)
+    # Parameters of another form have a graph of their own.
+    before = len(recorded)
+    double = ReplayedLoss(lambda params_P: params_P.square().sum())
+    for dtype in (torch.float32, torch.float64):
+        for number in (1, 2, 3):
+            value, grad_P = double.value_and_gradient(torch.full((2,), number, dtype=dtype))
+            assert value.dtype == grad_P.dtype == dtype
+            assert (value.item(), grad_P.tolist()) == (2 * number**2, [2 * number] * 2)
+    assert [graph.replays for graph in recorded[before:]] == [2, 2]
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_defence_captures_once_for_all_its_rounds(rounds: int, request: pytest.FixtureRequest) -> None:
+    """The root direction's two batches, and the passes over all root data; another root direction's steps are replays, too."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(100, 5, generator=generator), torch.arange(100) % 3
+    updates_NP = 0.05 * torch.randn(9, 66, generator=generator)
+    starts = [torch.randn(66, generator=generator) for _ in range(rounds)]
+    want = [SkyMask(small_module(), *data, training=ALWAYS).aggregate(updates_NP, start_P) for start_P in starts]
+    graphs = request.getfixturevalue("recorded")
+    defence = SkyMask(small_module(), *data, training=ALWAYS)
+    for start_P, result in zip(starts, want, strict=True):
+        got = defence.aggregate(updates_NP, start_P)
+        assert torch.equal(got.update, result.update)
+        assert torch.equal(got.cosines, result.cosines)
+        assert torch.equal(got.masks.bits, result.masks.bits)
+    assert [graph.replays for graph in graphs] == [10 * rounds - 1, 10 * rounds - 1, 20 * rounds - 1]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -348,11 +380,8 @@ class Waits(TorchFunctionMode):
     [(ALWAYS, 2), (MaskTraining(steps=10), 1), (MaskTraining(steps=1), 1), (MaskTraining(steps=31, min_improvement=-1e9), 3)],
     ids=["20-steps", "10-steps", "1-step", "31-steps"],
 )
-def test_the_host_waits_at_checks_and_at_the_end_only(
-    solver: str, config: MaskTraining, waits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_host_waits_at_checks_and_at_the_end_only(solver: str, config: MaskTraining, waits: int) -> None:
     """Of 20 steps: once for the check at step 10, once at the end; collapsed once more, for the columns of several cuts."""
-    with_twins(monkeypatch)
     own_loss, waiting, calls = small_problem()[1], Waits(), []
 
     def loss(params_P: Tensor) -> Tensor:
@@ -399,13 +428,8 @@ def one_by_one(rows: ClientBlocks, candidates: list[int], params_P: Tensor, loss
 
 
 @pytest.mark.parametrize("played", ["on a CPU", "on a GPU"])
-def test_suspects_are_judged_with_one_wait_for_all(
-    played: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graphs = []
-    if played == "on a GPU":
-        graphs = request.getfixturevalue("recorded")
-        monkeypatch.setattr(screen, "StepLoop", lambda step, _: StepLoop(step, torch.device("cuda")))
+def test_suspects_are_judged_with_one_wait_for_all(played: str, request: pytest.FixtureRequest) -> None:
+    graphs = request.getfixturevalue("recorded") if played == "on a GPU" else []
     for number in (6, 23):
         rows, own_loss, loss = suspects(number)
         params_P, candidates = own_loss.initial_params, list(range(0, number - 1))

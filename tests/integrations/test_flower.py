@@ -9,6 +9,7 @@ import io
 import logging
 import pickle
 import random
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from skymask_gpu import ClientHistory, SkyMask
 from skymask_gpu.bench import solvers
 from skymask_gpu.bench.studies import flower as study
-from skymask_gpu.defence import RootTraining, root_direction
+from skymask_gpu.defence import RootTraining, root, root_direction
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.rules import RULES, RoundInfo, RuleContext, build_rule
 from skymask_gpu.integrations.flower import RuleStrategy, SkyMaskStrategy
@@ -179,6 +180,28 @@ def test_the_model_is_that_of_aggregate_bit_for_bit(batch_norm: bool) -> None:
     # so that the comparison is not one of plain means
     assert set(strategy.verdicts[1].rejected) == ATTACKERS
     assert (metrics["clients-kept"], metrics["clients-rejected"]) == (47, 3)
+
+
+def test_the_round_is_prepared_while_the_clients_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread; a model without a finite loss ends no run there either, and the round says why."""
+    threads: list[str] = []
+    descend = root._descend
+
+    def noted(*arguments: object) -> object:
+        threads.append(threading.current_thread().name)
+        return descend(*arguments)
+
+    monkeypatch.setattr(root, "_descend", noted)
+    module = make_module()
+    strategy = make_strategy("skymask", module)
+    play(strategy, make_grid(module), module)
+    assert threads == ["skymask-prepare"]
+    assert set(strategy.verdicts[1].rejected) == ATTACKERS
+    broken = {name: value * torch.nan for name, value in module.state_dict().items()}
+    messages = list(strategy.configure_train(2, ArrayRecord(broken), ConfigRecord(), make_grid(module)))
+    strategy.aggregate_train(2, [Message(content(first_round(4, False)), reply_to=message) for message in messages])
+    assert "the loss of the global model on the root data is nan" in strategy.verdicts[2].note
+    assert threads == ["skymask-prepare", "skymask-prepare", threading.current_thread().name]
 
 
 @pytest.mark.parametrize("rule", ["skymask", "fedavg"])

@@ -1,9 +1,14 @@
 """``SkyMaskStrategy``: a Flower server that judges its clients with SkyMask."""
 
 import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from threading import Thread
 from typing import Any
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
 
 from skymask_gpu.defence import Aggregation, ClientHistory, SkyMask, VerdictWarning
 from skymask_gpu.integrations.flower.metrics import example_count
@@ -54,6 +59,13 @@ class SkyMaskStrategy(JudgingStrategy):
         self._use_example_counts = use_example_counts
         self.history = ClientHistory()
 
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """As FedAvg does; while the clients train, the server prepares the round."""
+        messages = super().configure_train(server_round, arrays, config, grid)
+        if self._sent is not None and self._asked:
+            Thread(target=self._prepare, args=[self._params(self._sent)], name="skymask-prepare").start()
+        return messages
+
     def check_more(self, content: RecordDict) -> object:
         return example_count(content, self.weighted_by_key) if self._use_example_counts else None
 
@@ -69,9 +81,18 @@ class SkyMaskStrategy(JudgingStrategy):
         reasons = {row: result.rejected[node] for row, node in enumerate(decoded.nodes) if node in result.rejected}
         return Judgement(result.update, result.benign.tolist(), note, reasons, result.buffers)
 
+    def _params(self, sent: SentModel) -> Tensor:
+        """The parameters that were sent, ``(P,)``, where the defence works."""
+        return sent.params().to(self._defence.settings.flat.initial_params.device)
+
+    def _prepare(self, params_P: Tensor) -> None:
+        # The round comes to the same error by itself, where a strategy can say so.
+        with suppress(ValueError):
+            self._defence.prepare(params_P)
+
     def _aggregate(self, sent: SentModel, decoded: Decoded, weights: list[float] | None) -> Aggregation:
-        device = self._defence.settings.flat.initial_params.device
-        updates_KP, params_P = decoded.updates.to(device), sent.params().to(device)
+        params_P = self._params(sent)
+        updates_KP = decoded.updates.to(params_P.device)
         if not sent.buffers:
             return self._defence.aggregate(
                 updates_KP, params_P, weights=weights, client_ids=decoded.nodes, history=self.history
