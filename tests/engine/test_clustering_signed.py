@@ -5,6 +5,7 @@ The stored sets are judged once for all tests of a worker; each promise of the r
 
 import functools
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances, cluster_masks, pack_bits
-from skymask_gpu.engine.clustering import among, cut_statistics, spectrum, verdict
+from skymask_gpu.engine.clustering import among, cut_statistics, spectrum
 from skymask_gpu.engine.clustering.among import others_at_the_centroid, scores_among
 from skymask_gpu.engine.clustering.backends import dense_backend
 from skymask_gpu.engine.clustering.signed import signed
@@ -407,7 +408,7 @@ def test_scores_are_computed_anew_only_where_others_can_be_moved(
 
     monkeypatch.setattr(among, "_ROWS_TO_PLACE", rows_to_place)
     monkeypatch.setattr(spectrum, "principal_scores", counting)
-    monkeypatch.setattr(verdict, "principal_scores", counting)
+    monkeypatch.setattr(sys.modules[ClusteredMasks.__module__], "principal_scores", counting)
     masks = few_clients(20, malicious, 0)
     clusters = masks.judge()
     assert clusters.benign.sum() == 20 - malicious
