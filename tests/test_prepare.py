@@ -38,7 +38,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def assert_same(got: Aggregation, want: Aggregation) -> None:
-    for name in ("update", "benign", "keep_share", "cosines", "norms", "factors"):
+    for name in ("update", "benign", "keep_share", "cosines", "agreement", "norms", "factors"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert torch.equal(got.masks.bits, want.masks.bits)
     assert got.masks.losses == want.masks.losses
