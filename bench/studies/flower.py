@@ -1,9 +1,10 @@
 """What a Flower strategy costs beside the judgement itself, for the paper's CNN and N clients.
 
-``python -m skymask_gpu.bench.studies.flower`` hands the same local models to three callers in turn:
+``python -m skymask_gpu.bench.studies.flower`` hands the same local models to four callers in turn:
 to ``SkyMaskStrategy`` as Flower's messages, to ``SkyMask.aggregate`` as a stacked tensor of
-updates, and to ``SkyMask.aggregate`` as state dicts that Flower itself decoded. It first checks
-that all three give the same model. It needs the extra ``flower``.
+updates, by itself and after ``prepare()``, and to ``SkyMask.aggregate`` as state dicts that Flower
+itself decoded. The strategy prepares its rounds while the clients train, which is not timed. It
+first checks that all four give the same model. It needs the extra ``flower``.
 """
 
 import argparse
@@ -42,11 +43,11 @@ def reply_of(message: Message, state: dict[str, Tensor]) -> Message:
 
 
 def ways(
-    defence: SkyMask, module: nn.Module, local_NP: Tensor, loss: FlatModel
+    prepared: SkyMask, plain: SkyMask, module: nn.Module, local_NP: Tensor, loss: FlatModel
 ) -> dict[str, Callable[[], ArrayRecord | Aggregation]]:
-    """The three callers by name; each call judges one round."""
+    """The four callers by name; each call judges one round."""
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-    strategy = SkyMaskStrategy(defence)
+    strategy = SkyMaskStrategy(prepared)
     before = module.state_dict()
     asked = strategy.configure_train(1, ArrayRecord(before), ConfigRecord(), _Nodes(len(local_NP)))
     by_node = sorted(asked, key=lambda message: message.metadata.dst_node_id)
@@ -55,12 +56,13 @@ def ways(
 
     def decoded_by_flower() -> Aggregation:
         states = [reply.content["arrays"].to_torch_state_dict() for reply in replies]
-        return defence.aggregate(states, before, local_models=True)
+        return plain.aggregate(states, before, local_models=True)
 
     return {
         "strategy": lambda: strategy.aggregate_train(1, replies)[0],
-        "tensor": lambda: defence.aggregate(updates_NP, before),
-        "state dicts": decoded_by_flower,
+        "a stacked tensor": lambda: plain.aggregate(updates_NP, before),
+        "a stacked tensor, prepared": lambda: prepared.aggregate(updates_NP, before),
+        "state dicts that Flower decoded": decoded_by_flower,
     }
 
 
@@ -69,7 +71,8 @@ def measure(num_clients: int, repeats: int) -> tuple[dict[str, list[float]], dic
     module, inputs, labels = make_model()
     loss = FlatModel(module, inputs, labels)
     local_NP = honest_rows(loss, num_clients, seed=0).add_(loss.initial_params)
-    calls = ways(SkyMask(module, inputs, labels), module, local_NP, loss)
+    prepared, plain = (SkyMask(module, inputs, labels) for _ in range(2))
+    calls = ways(prepared, plain, module, local_NP, loss)
     results = [call() for call in calls.values()]
     models = [
         torch.cat([value.flatten() for value in result.to_torch_state_dict().values()])
@@ -97,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     wall, cpu, agree = measure(options.clients, options.repeats)
     table = Table("the strategy beside SkyMask.aggregate on", "time, ratio", "CPU time, ratio")
-    for name in ("tensor", "state dicts"):
+    for name in list(wall)[1:]:
         table.add_row(name, *(_shown(taken["strategy"], taken[name]) if agree else "wrong" for taken in (wall, cpu)))
     Console(width=120).print(table)
     return 0 if agree else 1
