@@ -93,7 +93,8 @@ PORTABLE := tests/kernels tests/engine tests/test_defence.py tests/test_distribu
 	tests/federation/test_local_training.py tests/federation/test_models.py tests/federation/test_rules.py \
 	tests/federation/test_attacks.py tests/federation/test_attacks_data.py tests/federation/test_attacks_fang.py \
 	tests/federation/test_attacks_arena.py tests/federation/test_attacks_pill.py tests/federation/test_attacks_backdoors.py \
-	tests/federation/test_rules_filters.py tests/federation/test_rules_layers.py tests/test_history.py
+	tests/federation/test_rules_filters.py tests/federation/test_rules_layers.py tests/test_history.py \
+	tests/test_output_cosines.py tests/test_prepare.py
 # Triton's interpreter and its offline compile do not depend on the processor, and take half the time.
 NUMERIC = $(BIN)/pytest -q -n auto --dist worksteal -m 'not slow' -k 'not triton and not offline' $(PORTABLE)
 
