@@ -3,9 +3,8 @@
 ``bins.cu`` is compiled once per process and kind of GPU, when the first bins are made; this takes
 about two seconds. It knows up to 32 bins and 64 sampled rows, which is what training uses by
 default, and counts in uint16. More of either, counts in int32, which more than 65,535 rows need,
-and the training steps are left to ``triton.py``. So is everything where
-NVRTC is missing or does not know the GPU, or where the driver refuses. One line in the log then
-says so, and rounds go on.
+and the training steps are left to ``triton.py``. So is everything where NVRTC is missing or does
+not know the GPU, or where the driver refuses. One line in the log then says so, and rounds go on.
 """
 
 import ctypes
