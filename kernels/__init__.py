@@ -25,14 +25,14 @@ Every kernel has a folder of its own, which holds all of its files:
 | file or folder | what it is for |
 | --- | --- |
 | ``dispatch.py`` | which compiled code runs on which device, or why none can |
-| ``anywhere.py`` | the kernels of clustering and averaging on any device, by twins if need be |
+| ``anywhere.py`` | the kernels that measure, compare and average, on any device, as twins if need be |
 | ``shared/`` | what the kernels share: checks, the training step, threads, vectors |
 | ``offline.py`` | compiles all GPU kernels without a GPU, and counts their code |
 
 Where kernels run: a public function runs compiled code (CUDA: Triton or CUDA C++, CPU: Numba) or
 raises a ValueError that says why it cannot. It never falls back to a twin on its own. Callers that
 prefer a slow answer to none call the twin, which runs on any device; ``anywhere.py`` does so for
-clustering and averaging.
+measuring, clustering and averaging.
 
 What they check: shapes, dtypes, devices and strides, because compiled code has no bounds checks. An
 error names the argument.
@@ -73,6 +73,7 @@ from skymask_gpu.kernels.mixture import (
 )
 from skymask_gpu.kernels.ones import varying_ones, varying_ones_reference
 from skymask_gpu.kernels.product import count_products, count_products_reference
+from skymask_gpu.kernels.sums import group_sums, group_sums_reference
 from skymask_gpu.kernels.tree import path_maxima, path_maxima_reference
 
 __all__ = [
@@ -94,6 +95,8 @@ __all__ = [
     "first_step_reference",
     "gaussian_mixture",
     "gaussian_mixture_reference",
+    "group_sums",
+    "group_sums_reference",
     "hamming_counts",
     "hamming_counts_reference",
     "last_step",

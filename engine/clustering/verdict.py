@@ -204,9 +204,11 @@ def _judge(
     if backend.waits:
         nothing = _nothing_to_compare(distances)
         if nothing is not None:
-            # Equal masks have equal scores, also beyond a sample.
-            all_equal_R2 = torch.zeros(num_clients + 1, 2, dtype=torch.float64, device=distances.device)
-            return ClusteredMasks(everyone_N, 1, all_equal_R2, 0.0, nothing, judged=False)
+            if isinstance(distances, Distances):
+                return ClusteredMasks(everyone_N, 1, distances, 0.0, nothing, judged=False)
+            # All masks of a sample are equal, so all scores are.
+            equal_R2 = torch.zeros(num_clients + 1, 2, dtype=torch.float64, device=distances.device)
+            return ClusteredMasks(everyone_N, 1, equal_R2, 0.0, nothing, judged=False)
 
     ruling, compared = _ruling(distances, witnesses, config, backend)
     stored = (distances.sample if isinstance(distances, SampledDistances) else distances).stored

@@ -37,6 +37,8 @@ class Witnesses:
     def agreement(self) -> Tensor | None:
         """The cosine with the root direction times the length of that direction.
 
+        From ``SkyMask`` it is a mean of cosines, since no length is passed.
+
         It is 0 for an update of zeros. Without norms it is the alignment itself, which grows with
         the length of the update.
         """

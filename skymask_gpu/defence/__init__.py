@@ -9,12 +9,14 @@
 | ``parse.py`` | from any of these forms to rows; malformed clients are rejected |
 | ``root.py`` | the root direction, which the server itself trains |
 | ``ahead.py`` | what a round needs of the server alone, done while the clients train |
+| ``warm_up.py`` | compiles a round's kernels before there is a round |
+| ``measured.py``, ``output_cosines.py`` | what one pass over the rows measures: norms, inner products, output cosines |
 | ``screen.py`` | finds rows that are not finite, local models, and rows that break the loss |
 | ``means.py`` | means over the clients that are kept, and how much each of them counts |
 | ``aggregation.py`` | ``Aggregation``, the result of a round |
 | ``suspicion.py`` | a score per client |
 | ``arguments.py`` | checks of the arguments |
-| ``history.py`` | ``ClientHistory``, each client's cosines from round to round |
+| ``history.py`` | ``ClientHistory``, how each client agrees with the root direction, from round to round |
 | ``clock.py`` | wall time by phase |
 """
 

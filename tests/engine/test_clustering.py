@@ -384,3 +384,12 @@ def test_bad_arguments_are_named() -> None:
         cluster_masks(torch.zeros(3, 1, dtype=torch.uint8), 9)
     with pytest.raises(ValueError, match=r"Clustering\.rule must be"):
         Clustering(rule="three-stage")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", ["signed", "two-stage", "published"])
+def test_masks_that_are_too_few_to_judge_still_have_their_picture(rule: Literal["signed", "two-stage", "published"]) -> None:
+    distances_RR = torch.tensor([[0.0, 0.4, 0.3], [0.4, 0.0, 0.2], [0.3, 0.2, 0.0]], dtype=torch.float64)
+    verdict = cluster_distances(distances_RR, config=Clustering(rule=rule))
+    assert not verdict.judged
+    assert verdict.scores.abs().max() > 0.1
+    assert torch.equal(verdict.scores, principal_scores(Distances(distances_RR)))
