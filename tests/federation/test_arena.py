@@ -249,6 +249,10 @@ def test_the_examples_read(checkout: Path) -> None:
     short, left_out = read_arena(checkout / "examples" / "arena_short.toml").with_data(None)
     assert left_out == ["mnist"]
     assert (len(short.rules), [len(attacks) for attacks in short.attacks.values()]) == (10, [12])
+    means, left_out = read_arena(checkout / "examples" / "masked_mean.toml").with_data(None)
+    assert left_out == ["mnist"]
+    assert {run.data.root_bias for run in means.warm_ups()} == {0.0, 0.5}
+    assert {cell.rule for cell in means.cells()} == {"fedavg", "root-only", "root-finetune", "skymask", "masked", "half"}
 
 
 # --- a tiny arena through the command line ------------------------------------------------------------

@@ -21,7 +21,7 @@ from skymask_gpu.federation.simulation import Federation
 
 # these are no runs; test_board.py, test_leak.py and test_arena.py read them
 OTHERS = ("board", "leak")
-ARENAS = ("arena", "arena_short", "backdoors_trained")
+ARENAS = ("arena", "arena_short", "backdoors_trained", "masked_mean")
 EXAMPLES = [path.stem for path in sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))]
 EXAMPLES = [name for name in EXAMPLES if not name.startswith(OTHERS) and name not in ARENAS]
 

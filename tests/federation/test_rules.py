@@ -36,8 +36,9 @@ from skymask_gpu.federation.rules.last_layer import LastLayer
 from skymask_gpu.io.files import read_tensors, write_tensors
 
 NUM_PARAMS = 49  # of the small model: 4 x 5 weights, 5 biases, 5 x 4 weights, 4 biases
-JUDGED = [name for name in RULES if name not in ("fedavg", "skymask")]
-REMEMBERING = ("skymask", "fldetector", "centred-clipping")
+# The two controls learn from the root data, whatever the clients send: tests/federation/test_rules_root_steps.py.
+JUDGED = [name for name in RULES if name not in ("fedavg", "skymask", "root-only", "root-finetune")]
+REMEMBERING = ("skymask", "root-finetune", "fldetector", "centred-clipping")
 SINGLE_ROUND = [name for name in JUDGED if name not in REMEMBERING]
 # FedGreed and FedLAW believe the root loss alone, and these updates have nothing to do with the model's samples.
 # FoundationFL copies an attacker's row if attackers are as far from both extremes as honest clients are.

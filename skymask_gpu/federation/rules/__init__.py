@@ -11,6 +11,7 @@
 | ``tolpegin.py``, ``fldetector.py``, ``skymask.py`` | one rule each |
 | ``dnc.py``, ``signguard.py``, ``alignins.py``, ``fedgreed.py``, ``fedlaw.py`` | one rule each |
 | ``mars.py``, ``lasa.py``, ``flguardian.py`` | one rule each; they look at single layers |
+| ``root_steps.py`` | root-only, root-finetune: controls, what the server's samples give by themselves |
 | ``preaggregators.py`` | nnm, bucketing, foundation-fl: they mix or add updates before another rule |
 | ``wrappers.py`` | a function as a rule; a rule that NaN and Inf do not reach |
 | ``rows.py``, ``clustering.py``, ``layers.py``, ``last_layer.py`` | what several rules share |
@@ -40,6 +41,7 @@ from skymask_gpu.federation.rules.flguardian import FLGuardian as FLGuardian
 from skymask_gpu.federation.rules.lasa import Lasa as Lasa
 from skymask_gpu.federation.rules.mars import Mars as Mars
 from skymask_gpu.federation.rules.preaggregators import Bucketing as Bucketing
+from skymask_gpu.federation.rules.root_steps import RootFinetune as RootFinetune
 from skymask_gpu.federation.rules.signguard import SignGuard as SignGuard
 
 __all__ = [
