@@ -24,7 +24,7 @@ from skymask_gpu.cli import console as cli_console
 from skymask_gpu.defence import SkyMask
 from skymask_gpu.federation import playing
 from skymask_gpu.federation.example import MALICIOUS, write_example
-from skymask_gpu.io.files import LOCK, append_line, locked, read_lines, write_tensors, write_text
+from skymask_gpu.io.files import LOCK, InUseError, append_line, locked, read_lines, write_tensors, write_text
 
 Run = Callable[..., tuple[int, str]]  # the fixture ``run`` of conftest.py
 
@@ -328,6 +328,30 @@ def test_a_second_run_or_sweep_in_a_folder_is_refused_until_the_first_is_gone(ru
     assert (out / LOCK).exists()
     with locked(out):
         pass
+
+
+def test_the_cells_of_a_killed_sweep_end_with_it(tmp_path: Path) -> None:
+    grid, out = tmp_path / "grid.toml", tmp_path / "out"
+    grid.write_text(CONFIG.format(rounds=10**6, lr=0.1) + "[grid]\nseed = [0]\n")
+    command = [sys.executable, "-P", "-m", "skymask_gpu", "sweep", str(grid), "--out", str(out)]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not [*out.glob("cells/*/metrics.jsonl")]:
+            assert started.poll() is None, started.stderr.read().decode() if started.stderr else ""
+            time.sleep(0.05)
+    finally:
+        started.send_signal(signal.SIGKILL)
+        started.wait()
+    (cell,) = out.glob("cells/*")
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            with locked(cell):
+                break
+        except InUseError:
+            assert time.monotonic() < deadline, "the cell plays on"
+            time.sleep(0.1)
 
 
 def test_where_there_are_no_locks_a_warning_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,12 @@ import json
 import multiprocessing
 import os
 import re
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
@@ -44,6 +46,7 @@ __all__ = [
     "check_cells",
     "check_inputs",
     "clear_cells",
+    "end_with_parent",
     "has_cells",
     "least_used",
     "most_held",
@@ -213,6 +216,25 @@ def processes() -> "ForkServerContext | SpawnContext":
     return context
 
 
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, whatever ended that one.
+
+    If a sweep is killed, as by a scheduler whose time is up, nobody else tells its cells. They
+    would play on, and the sweep that resumes it would find their folders in use.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def end() -> None:
+        wait([parent.sentinel])
+        # Only this leaves the process at once, from a thread. It may be anywhere: what is on disk
+        # stands a kill at any moment.
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
 def threads_per_job(jobs: int) -> int:
     """The number of threads of each of ``jobs`` processes that share this process's threads."""
     return max(1, torch.get_num_threads() // jobs)
@@ -245,13 +267,13 @@ def _play(settings: dict[str, Any], folder: Path, num_threads: int, gpu: int | N
     The settings come as tables, since the classes of a plugin's settings are not known before the
     plugin is imported.
     """
+    end_with_parent()
     torch.set_num_threads(num_threads)
     try:
         if gpu is not None:
             torch.cuda.set_device(gpu)
         config = RunConfig.from_dict(settings)
-        # Another shard may play the same cell; and if a sweep was killed, one of its cells may
-        # still be playing.
+        # Another shard may play the same cell.
         with locked(folder):
             for _ in play(Federation.build(config), folder):
                 pass

@@ -9,7 +9,7 @@ import torch
 
 from skymask_gpu.federation.board.config import SetKey, read_board
 from skymask_gpu.federation.board.making import SETS, by_cell, make_sets
-from skymask_gpu.federation.sweep import processes, threads_per_job
+from skymask_gpu.federation.sweep import end_with_parent, processes, threads_per_job
 
 __all__ = ["make_sets_side_by_side"]
 
@@ -61,6 +61,7 @@ def _stored_at(folder: Path, key: SetKey) -> int | None:
 
 def _begin(num_threads: int) -> None:
     """Ctrl-C reaches every process of the terminal; the processes of the pool end silently."""
+    end_with_parent()
     torch.set_num_threads(num_threads)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
