@@ -622,6 +622,7 @@ def _cpu_kernels() -> dict[Any, dict[str, Callable[..., Any]]]:
         **alike("mask_step", "first_step", "next_step", "last_step"),
         **alike("mean", "chosen_mean"),
         **alike("ones", "varying_ones"),
+        **alike("sums", "group_sums"),
         launchers("mixture"): mixtures,
         launchers("tree"): {"path_maxima": tree.path_maxima_reference},
     }

@@ -54,7 +54,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "bits": (3, 0),
         "captured step": (68, 0),
         "clustering": (2301, 1),
-        "collect": (113, 1),
+        "collect": (81, 1),
         "distances": (25, 0),
         "mask steps": (161, 1),
         "model passes": (12, 0),
@@ -66,7 +66,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "bits": (33, 2),
         "captured step": (68, 0),
         "clustering": (2301, 1),
-        "collect": (113, 1),
+        "collect": (81, 1),
         "cuts": (1, 0),
         "distances": (25, 0),
         "mask steps": (150, 1),
@@ -78,7 +78,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "bits": (34, 0),
         "captured step": (68, 0),
         "clustering": (2301, 1),
-        "collect": (115, 1),
+        "collect": (79, 1),
         "distances": (8, 0),
         "mask steps": (217, 6),
         "model passes": (12, 0),
@@ -89,7 +89,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "bits": (3, 0),
         "captured step": (68, 0),
         "clustering": (2301, 1),
-        "collect": (114, 3),
+        "collect": (78, 3),
         "distances": (8, 0),
         "mask steps": (151, 1),
         "model passes": (12, 0),
@@ -101,7 +101,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "bits": (3, 0),
         "captured step": (68, 0),
         "clustering": (2301, 1),
-        "collect": (114, 1),
+        "collect": (78, 1),
         "distances": (8, 0),
         "mask steps": (151, 1),
         "model passes": (12, 0),
@@ -716,7 +716,7 @@ def test_a_wait_while_a_graph_is_captured_is_an_error(gpu: Pretence) -> None:
 def _globals() -> dict[str, Any]:
     from triton.runtime import interpreter
 
-    kernels = ("bins", "cuts", "hamming", "mask_step", "mean", "mixture", "tree")
+    kernels = ("bins", "cuts", "hamming", "mask_step", "mean", "mixture", "ones", "sums", "tree")
     launchers = [importlib.import_module(f"skymask_gpu.kernels.{kernel}.triton") for kernel in kernels]
     modules = (torch.cuda, torch.cuda.memory, *launchers)
     found = {f"{module.__name__}.{name}": value for module in modules for name, value in vars(module).items()}

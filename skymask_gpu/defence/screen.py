@@ -125,10 +125,9 @@ def screen(
             updates from which the global parameters were subtracted twice).
     """
     measured = measure(clients.rows, direction_P, global_params_P, shards, groups)
-    scale = torch.maximum(torch.linalg.vector_norm(global_params_P), torch.linalg.vector_norm(direction_P))
-    longest_honest = _FAR_OUT * scale
+    longest_honest = _FAR_OUT * torch.maximum(measured.model, measured.direction)
     # One transfer from the device answers everything that is asked about single rows.
-    doubtful, like, unlike, against, far = measured.flags(direction_P, global_params_P, longest_honest).tolist()
+    doubtful, like, unlike, against, far = measured.flags(longest_honest).tolist()
     reasons = _non_finite(clients.rows, [row for row, is_doubtful in enumerate(doubtful) if is_doubtful], shards)
     if len(reasons) == len(clients.rows):
         raise_none_left({**clients.rejected, **reasons})
