@@ -52,6 +52,8 @@ from skymask_gpu.kernels.cuts import (
     find_cuts,
     find_cuts_reference,
     replay,
+    replay_bits,
+    replay_bits_reference,
     replay_reference,
 )
 from skymask_gpu.kernels.dispatch import why_not
@@ -106,6 +108,8 @@ __all__ = [
     "path_maxima",
     "path_maxima_reference",
     "replay",
+    "replay_bits",
+    "replay_bits_reference",
     "replay_reference",
     "two_normals",
     "two_normals_reference",

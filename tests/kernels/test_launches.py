@@ -62,6 +62,7 @@ def launch(rows, columns, sampled):
     # the bits and the verdicts of a block behind others
     bits = torch.zeros(2 * rows, -(-columns // 8), dtype=torch.uint8)
     cuts.cut_bits(updates, slope, slope > 0, bits[rows:])
+    cuts.replay_bits(updates, slope > 0, history, history, bits[rows:], init=1.0, full_step=1.0, threshold=0.0)
     ones.varying_ones(torch.zeros(rows, -(-columns // 8), dtype=torch.uint8))
     mean.chosen_mean(updates, torch.ones(2 * rows, dtype=torch.bool)[rows:], torch.ones(2 * rows)[rows:])
     sums.group_sums(updates, torch.zeros(2, columns), np.array([0, 7, columns]))
