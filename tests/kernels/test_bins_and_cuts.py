@@ -420,7 +420,7 @@ def test_replayed_bits_equal_their_twin(name: str, size: tuple[int, int], dtype:
     slopes_TP, means_TP = make_history(num_params, 3)
     history = (slopes_TP * 1e30, means_TP)
     want = torch.randint(256, (num_rows, -(-num_params // 8)), generator=generator, dtype=torch.uint8)
-    before, bits = want.clone(), want.to(rows_RP.device)
+    before, bits = want.clone(), want.clone().to(rows_RP.device)
     training = {"init": 1.0, "full_step": 1.0, "threshold": 0.5}
     on_device = (x.to(rows_RP.device) for x in (chosen_P, *history))
     backend(name).replay_bits(rows_RP, *on_device, bits, **training)
