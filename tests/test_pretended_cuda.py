@@ -55,7 +55,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "average": (32, 1),
         "bits": (3, 0),
         "captured step": (68, 0),
-        "clustering": (2301, 1),
+        "clustering": (2085, 1),
         "collect": (83, 1),
         "distances": (25, 0),
         "mask steps": (161, 1),
@@ -67,7 +67,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "binning": (38, 0),
         "bits": (12, 0),
         "captured step": (68, 0),
-        "clustering": (2301, 1),
+        "clustering": (2085, 1),
         "collect": (83, 1),
         "cuts": (1, 0),
         "distances": (25, 0),
@@ -79,7 +79,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "average": (27, 1),
         "bits": (34, 0),
         "captured step": (68, 0),
-        "clustering": (2301, 1),
+        "clustering": (2085, 1),
         "collect": (81, 1),
         "distances": (8, 0),
         "mask steps": (224, 1),
@@ -90,7 +90,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "average": (27, 1),
         "bits": (3, 0),
         "captured step": (68, 0),
-        "clustering": (2301, 1),
+        "clustering": (2085, 1),
         "collect": (80, 3),
         "distances": (8, 0),
         "mask steps": (151, 1),
@@ -102,7 +102,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "average": (27, 1),
         "bits": (3, 0),
         "captured step": (68, 0),
-        "clustering": (2301, 1),
+        "clustering": (2085, 1),
         "collect": (80, 1),
         "distances": (8, 0),
         "mask steps": (151, 1),
@@ -410,6 +410,19 @@ def test_an_aggregate_waits_four_times_at_most() -> None:
     """
     waits = {case: sum(waited for _, waited in phases.values()) for case, phases in PINNED.items()}
     assert {case: number for case, number in waits.items() if case != "suspects" and number > 4} == {}
+
+
+@pytest.mark.parametrize(("steps", "prepared", "waits"), [(6, False, 4), (6, True, 5), (20, False, 5)])
+def test_what_waits_once_more(steps: int, prepared: bool, waits: int, gpu: Pretence) -> None:
+    """A prepared direction, which must fit the parameters, and a check for a plateau, after ten of 20 steps."""
+    one = defence(device="cuda", solver="fused", training=MaskTraining(steps=steps, min_improvement=-1e9))
+    for _ in range(2):
+        if prepared:
+            one.prepare()
+        gpu.waits.clear()
+        assert one.aggregate(to_cuda(poisoned())).masks.steps == steps
+        total = sum(gpu.waits.values())
+    assert total == waits
 
 
 def test_a_phase_that_the_host_leaves_early_is_timed_by_events(gpu: Pretence, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,8 @@ def replay_bits(
 
     Example:
         >>> bits = torch.zeros(2, 1, dtype=torch.uint8)
-        >>> rows_RP, chosen_P = torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), torch.tensor([False, True])
+        >>> rows_RP = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+        >>> chosen_P = torch.tensor([False, True])
         >>> history = torch.full((1, 2), 1e30), torch.zeros(1, 2)
         >>> replay_bits(rows_RP, chosen_P, *history, bits, init=1.0, full_step=1.0, threshold=0.0)
         >>> bits.flatten().tolist()

@@ -24,7 +24,8 @@ BITS_BLOCK_P = 256
 BITS_WARPS = 8
 # The number of rows for which one program writes the bits. It reads the cuts of its columns once.
 BITS_ROWS = 64
-# As above, where every row is replayed; a block is of as many columns, which lie 8 by 8 side by side.
+# The same where every row is replayed. Its blocks have as many columns as above, which lie 8 by 8
+# side by side.
 AGAIN_BLOCK_R = 4
 AGAIN_WARPS = 8
 
