@@ -18,7 +18,7 @@ Every kernel has a folder of its own, which holds all of its files:
 | ``hamming/`` | in how many bits each two masks differ |
 | ``ones/`` | how many ones each mask has, in the columns in which the masks differ |
 | ``mean/`` | the mean of the benign updates |
-| ``sums/`` | norms, inner products and cosines of rows, per group of columns; on a GPU plain PyTorch |
+| ``sums/`` | norms, inner products and cosines of rows, per group of columns |
 | ``product/`` | a matrix of counts times a few vectors, for principal components; on a GPU plain PyTorch |
 | ``mixture/``, ``tree/`` | mixtures of two normals, minimum spanning trees: clustering |
 
@@ -52,6 +52,8 @@ from skymask_gpu.kernels.cuts import (
     find_cuts,
     find_cuts_reference,
     replay,
+    replay_bits,
+    replay_bits_reference,
     replay_reference,
 )
 from skymask_gpu.kernels.dispatch import why_not
@@ -106,6 +108,8 @@ __all__ = [
     "path_maxima",
     "path_maxima_reference",
     "replay",
+    "replay_bits",
+    "replay_bits_reference",
     "replay_reference",
     "two_normals",
     "two_normals_reference",

@@ -30,9 +30,10 @@ from skymask_gpu.kernels.mixture.triton import VARIANTS as MIXTURE
 from skymask_gpu.kernels.ones.triton import VARIANTS as ONES
 from skymask_gpu.kernels.shared.nvrtc import CudaError
 from skymask_gpu.kernels.shared.triton import VARYING_POINTERS, Variant, launch_options
+from skymask_gpu.kernels.sums.triton import VARIANTS as SUMS
 from skymask_gpu.kernels.tree.triton import VARIANTS as TREE
 
-VARIANTS: tuple[Variant, ...] = (*MASK_STEP, *BINS, *CUTS, *HAMMING, *MIXTURE, *TREE, *MEAN, *ONES)
+VARIANTS: tuple[Variant, ...] = (*MASK_STEP, *BINS, *CUTS, *HAMMING, *MIXTURE, *TREE, *MEAN, *ONES, *SUMS)
 
 # A line of the disassembly: address, perhaps a predicate, name with suffixes, operands.
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")

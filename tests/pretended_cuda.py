@@ -617,11 +617,12 @@ def _cpu_kernels() -> dict[Any, dict[str, Callable[..., Any]]]:
     mixtures = {"two_normals": mixture.two_normals_reference, "gaussian_mixture": mixture.gaussian_mixture_reference}
     return {
         **alike("bins", "bin_edges", "bin_rows", "bin_step"),
-        **alike("cuts", "replay", "find_cuts", "cut_bits"),
+        **alike("cuts", "replay", "find_cuts", "cut_bits", "replay_bits"),
         **alike("hamming", "hamming_counts"),
         **alike("mask_step", "first_step", "next_step", "last_step"),
         **alike("mean", "chosen_mean"),
         **alike("ones", "varying_ones"),
+        **alike("sums", "group_sums"),
         launchers("mixture"): mixtures,
         launchers("tree"): {"path_maxima": tree.path_maxima_reference},
     }

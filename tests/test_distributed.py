@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from skymask_gpu import Aggregation, MaskTraining, RootTraining, SkyMask, cli
 from skymask_gpu.defence.output_cosines import Groups
 from skymask_gpu.defence.parse import parse
+from skymask_gpu.defence.root import Direction
 from skymask_gpu.defence.screen import screen
 from skymask_gpu.engine import Clustering, FlatModel, unpack_bits
 from skymask_gpu.engine.sharding import ShardedLoss, own_columns
@@ -143,7 +144,9 @@ def judge_all(folder: Path, mesh: "DeviceMesh | None") -> None:
     clients = parse(own_NL, flat, net(), None)
     own_loss = flat if shards.group is None else ShardedLoss(flat, shards)
     groups = Groups.of(flat.shapes)
-    screened = screen(clients, stored["root"], flat.initial_params, own_loss, shards, groups=groups, local_models=False)
+    screened = screen(
+        clients, Direction.known(stored["root"]), flat.initial_params, own_loss, shards, groups=groups, local_models=False
+    )
     assert screened.by_output is not None
     tensors |= {"norms": screened.norms, "alignments": screened.alignments, "by_output": screened.by_output}
     facts["errors"] = errors(stored, mesh) if mesh is not None and mesh.size() == 3 else {}

@@ -27,6 +27,10 @@ _BLOCK = 4
 # The number of squarings. A vector's part in a direction whose eigenvalue is smaller by the share g
 # shrinks like (1 - g)^(2^24), which leaves a residual of g (1 - g)^(2^24) < 3e-8 at most.
 _SQUARINGS = 24
+# The number of squarings between two scalings, which take three launches where a squaring takes
+# one. A matrix of norm 1 has a first eigenvalue of at least 1 / sqrt(1024), so four squarings leave
+# it above 1024^-8, far from what float64 cannot hold.
+_SQUARINGS_PER_SCALING = 4
 
 # the two largest eigenvalues, (2,), and their vectors, (R, 2)
 Eigenpairs = tuple[Tensor, Tensor]
@@ -102,9 +106,10 @@ def _by_squaring(matrix_MM: Tensor) -> Eigenpairs:
     rest_MM, values_K, vectors_MK = matrix_MM, matrix_MM.new_empty(0), matrix_MM.new_empty(len(matrix_MM), 0)
     for _ in range(2):
         power_MM = rest_MM
-        for _ in range(_SQUARINGS):
+        for number in range(_SQUARINGS):
+            if number % _SQUARINGS_PER_SCALING == 0:
+                power_MM = power_MM / torch.linalg.matrix_norm(power_MM).clamp_min(tiny)
             power_MM = power_MM @ power_MM
-            power_MM = power_MM / torch.linalg.matrix_norm(power_MM).clamp_min(tiny)
         vector_M1 = power_MM.index_select(1, power_MM.diagonal().argmax().unsqueeze(0))
         # If the matrix has rank one, the rest is rounding, which points in any direction, also
         # along the first vector. That part is taken away; once more, because rounding leaves some.

@@ -17,14 +17,12 @@ from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import why_not
 from skymask_gpu.kernels.bins import MOST_ROWS, bin_edges, bin_rows, bin_step, counts_dtype
-from skymask_gpu.kernels.cuts import cut_bits, find_cuts, replay
+from skymask_gpu.kernels.cuts import cut_bits, find_cuts, replay, replay_bits
 
 # The edges of the bins are found from this number of evenly spaced rows.
 SAMPLED_ROWS = 64
 # The sums of this number of bins become means at once.
 _BINS_AT_ONCE = 4
-# The largest number of elements of a temporary that is made from a few columns of all rows.
-_CHUNK_ELEMENTS = 2**22
 # Costs per parameter, see COST_SOURCES. The three are the cost of reading a row, that of a step of
 # a bin, and that of the sample and the cut. On a CPU the first two are measured by ``python -m
 # skymask_gpu.bench.studies.costs``. The third varies most between measurements; it is set so that
@@ -86,11 +84,11 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     logits_RP = torch.empty(num_rows, num_params, device=updates.device) if keep_logits else None
     first = 0
     with phase("bits", updates, bits, logits_RP):
-        uncut = _by_bit(cuts.several)
         for block_RP in updates:
             rows = slice(first, first + len(block_RP))
             cut_bits(block_RP, cuts.position, cuts.left, bits[rows])
-            _replay_columns(uncut, block_RP, slopes_TP, means_TP, config, bits[rows])
+            # One cut is not enough there.
+            replay_bits(block_RP, cuts.several, slopes_TP, means_TP, bits[rows], **training, threshold=config.logit_threshold)
             if logits_RP is not None:
                 logits_RP[rows] = replay(block_RP, slopes_TP, means_TP, **training)
             first = rows.stop
@@ -150,30 +148,3 @@ def _train_bins(counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, conf
         if config.is_plateau(losses):
             break
     return logits_BP, losses
-
-
-def _by_bit(chosen_P: Tensor) -> list[Tensor]:
-    """The chosen columns whose bit is the first, second, ... eighth of its byte: 8 index tensors.
-
-    No two columns of one of them share a byte. The host waits for the device, once or twice.
-    """
-    columns_C = chosen_P.nonzero().flatten()
-    if len(columns_C) == 0:
-        return []
-    bit_C = columns_C % 8
-    counts = (bit_C == torch.arange(8, device=bit_C.device)[:, None]).sum(1).tolist()
-    return list(columns_C[bit_C.argsort(stable=True)].split(counts))
-
-
-def _replay_columns(
-    columns: list[Tensor], updates_RP: Tensor, slopes_TP: Tensor, means_TP: Tensor, config: MaskTraining, bits: Tensor
-) -> None:
-    """Overwrite the bits of columns for which one cut is not enough, by replaying every row."""
-    for bit, columns_C in enumerate(columns):
-        for part in columns_C.split(max(1, _CHUNK_ELEMENTS // len(updates_RP))) if len(columns_C) else ():
-            # Indexing by columns need not return a contiguous tensor.
-            updates_RC, slopes_TC, means_TC = (x[:, part].contiguous() for x in (updates_RP, slopes_TP, means_TP))
-            logits_RC = replay(updates_RC, slopes_TC, means_TC, init=config.init, full_step=config.full_step)
-            flags_RC = (logits_RC > config.logit_threshold).to(torch.uint8)
-            at = part // 8
-            bits[:, at] = (bits[:, at] & (255 ^ (1 << bit))) | (flags_RC << bit)

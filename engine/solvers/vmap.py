@@ -9,7 +9,7 @@ from skymask_gpu.engine.memory import SMALLEST_TILE, in_column_tiles
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.progress import step_done
 from skymask_gpu.engine.replayed_loss import ReplayedLoss
-from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradient
+from skymask_gpu.engine.solvers.solution import Loss, Solution, loss_and_gradient, stops
 from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.training_config import MaskTraining
 
@@ -35,8 +35,10 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
         mean_P[columns] = weighted.sum(0) / gate_sum_P[columns]
 
     replayed = ReplayedLoss.of(loss)
+    values: list[Tensor] = []
     losses: list[float] = []
-    for _ in range(config.steps):
+    looks = set(stops(config))
+    for number in range(config.steps):
         with phase("mask steps", updates_RP, logits_RP):
             in_column_tiles(gather, num_params, tile=tile)
         value, grad_P = loss_and_gradient(replayed, global_params_P + mean_P)
@@ -54,10 +56,13 @@ def train(updates_RP: Tensor, global_params_P: Tensor, loss: Loss, config: MaskT
 
         with phase("mask steps", updates_RP, logits_RP, logits_RP):
             in_column_tiles(step, num_params, tile=tile)
-        losses.append(value.item())
+        values.append(value.to(torch.float64))
         step_done()
-        if config.is_plateau(losses):
-            break
+        # Each look makes the host wait for the device.
+        if number in looks:
+            losses = torch.stack(values).tolist()
+            if config.is_plateau(losses):
+                break
 
     with phase("bits", logits_RP, logits_RP.numel() // 8):
         bits = pack_bits(logits_RP > config.logit_threshold)

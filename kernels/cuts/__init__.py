@@ -7,6 +7,8 @@ column therefore replace the replay of every row:
 
     bit = (update < cut) == left
 
+In the few other columns, ``replay_bits`` replays every row.
+
 Shapes: R rows, V values per column, P parameters, B bins, T steps. Devices: CUDA through Triton,
 CPU through Numba. Rows and values are float32 or bfloat16, with any row stride and unit column
 stride. All else is contiguous float32, counts are uint16 or int32.
@@ -21,6 +23,7 @@ from skymask_gpu.kernels.cuts.reference import (
     BISECTIONS,
     cut_bits_reference,
     find_cuts_reference,
+    replay_bits_reference,
     replay_reference,
 )
 from skymask_gpu.kernels.dispatch import compiled
@@ -33,6 +36,8 @@ __all__ = [
     "find_cuts",
     "find_cuts_reference",
     "replay",
+    "replay_bits",
+    "replay_bits_reference",
     "replay_reference",
 ]
 
@@ -146,6 +151,47 @@ def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> No
     check_tensor("left", left_P, (num_params,), (torch.bool,), device=rows_RP.device)
     check_tensor("bits", bits, (num_rows, -(-num_params // 8)), (torch.uint8,), device=rows_RP.device)
     _backend("rows", rows_RP).cut_bits(rows_RP, cut_P, left_P, bits)
+
+
+def replay_bits(
+    rows_RP: Tensor,
+    chosen_P: Tensor,
+    slopes_TP: Tensor,
+    means_TP: Tensor,
+    bits: Tensor,
+    *,
+    init: float,
+    full_step: float,
+    threshold: float,
+) -> None:
+    """Overwrite the bits of some columns by those of every row's logit after the history.
+
+    On a GPU, the host does not learn which columns these are.
+
+    Args:
+        rows_RP: ``(R, P)`` float32 or bfloat16, unit column stride.
+        chosen_P: ``(P,)`` bool, which columns; the bits of all others stay.
+        slopes_TP, means_TP, init, full_step: the history, as in :func:`replay`.
+        bits: ``(R, ceil(P / 8))`` uint8, as in :func:`cut_bits`.
+        threshold: a logit; a logit equal to it gives bit 0.
+
+    Example:
+        >>> bits = torch.zeros(2, 1, dtype=torch.uint8)
+        >>> rows_RP = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+        >>> chosen_P = torch.tensor([False, True])
+        >>> history = torch.full((1, 2), 1e30), torch.zeros(1, 2)
+        >>> replay_bits(rows_RP, chosen_P, *history, bits, init=1.0, full_step=1.0, threshold=0.0)
+        >>> bits.flatten().tolist()
+        [2, 0]
+    """
+    check_tensor("rows", rows_RP, ("R", "P"), REALS, "unit column stride")
+    num_rows, num_params = rows_RP.shape
+    check_tensor("chosen", chosen_P, (num_params,), (torch.bool,), device=rows_RP.device)
+    _check_history(slopes_TP, means_TP, num_params, rows_RP.device)
+    check_tensor("bits", bits, (num_rows, -(-num_params // 8)), (torch.uint8,), device=rows_RP.device)
+    _backend("rows", rows_RP).replay_bits(
+        rows_RP, chosen_P, slopes_TP, means_TP, bits, init=init, full_step=full_step, threshold=threshold
+    )
 
 
 _backend = partial(compiled, __name__)

@@ -15,6 +15,8 @@ from skymask_gpu.kernels.shared.vectors import WIDE, pack_below
 TILE = 512
 # The number of columns whose cuts stay in the L2 cache while the rows are read.
 CUT_TILE = 32768
+# The largest number of elements of a temporary that is made from a few columns of all rows.
+_CHUNK_ELEMENTS = 2**22
 assert TILE % WIDE == 0
 
 
@@ -207,3 +209,27 @@ def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> No
     flips = np.packbits(~left_P.numpy(), bitorder="little")
     arguments = (len(rows_RP), *flat(rows_RP), cut_P.numpy(), flips, bits.view(-1).numpy())
     run_on_column_shares(lambda begin, end: _cut_pass(*arguments, begin, end), rows_RP.shape[1], WIDE)
+
+
+def replay_bits(
+    rows_RP: Tensor,
+    chosen_P: Tensor,
+    slopes_TP: Tensor,
+    means_TP: Tensor,
+    bits: Tensor,
+    *,
+    init: float,
+    full_step: float,
+    threshold: float,
+) -> None:
+    """The chosen columns are copied side by side, and replayed like any other."""
+    columns_C = chosen_P.nonzero().flatten()
+    for part in columns_C.split(max(1, _CHUNK_ELEMENTS // len(rows_RP))) if len(columns_C) else ():
+        # Indexing by columns need not return a contiguous tensor.
+        updates_RC, slopes_TC, means_TC = (x[:, part].contiguous() for x in (rows_RP, slopes_TP, means_TP))
+        flags_RC = (replay(updates_RC, slopes_TC, means_TC, init=init, full_step=full_step) > threshold).to(torch.uint8)
+        for bit in range(8):
+            # No two of these columns share a byte.
+            own = (part % 8 == bit).nonzero().flatten()
+            at = part[own] // 8
+            bits[:, at] = (bits[:, at] & (255 ^ (1 << bit))) | (flags_RC[:, own] << bit)

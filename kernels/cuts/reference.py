@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["BISECTIONS", "cut_bits_reference", "find_cuts_reference", "replay_reference"]
+__all__ = ["BISECTIONS", "cut_bits_reference", "find_cuts_reference", "replay_bits_reference", "replay_reference"]
 
 # The number of times that the interval between two probes with different bits is halved.
 BISECTIONS = 10
@@ -65,3 +65,22 @@ def cut_bits_reference(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Ten
     for j in range(8):
         flags = flags_RP[:, j::8].to(torch.uint8)
         bits[:, : flags.shape[1]] |= flags << j
+
+
+def replay_bits_reference(
+    rows_RP: Tensor,
+    chosen_P: Tensor,
+    slopes_TP: Tensor,
+    means_TP: Tensor,
+    bits: Tensor,
+    *,
+    init: float,
+    full_step: float,
+    threshold: float,
+) -> None:
+    """Plain twin of :func:`replay_bits`."""
+    for column in chosen_P.nonzero().flatten().tolist():
+        of_column = (x[:, column, None] for x in (rows_RP, slopes_TP, means_TP))
+        flags_R = (replay_reference(*of_column, init=init, full_step=full_step) > threshold).flatten()
+        byte, bit = divmod(column, 8)
+        bits[:, byte] = (bits[:, byte] & (255 ^ (1 << bit))) | (flags_R.to(torch.uint8) << bit)

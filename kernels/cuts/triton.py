@@ -24,6 +24,10 @@ BITS_BLOCK_P = 256
 BITS_WARPS = 8
 # The number of rows for which one program writes the bits. It reads the cuts of its columns once.
 BITS_ROWS = 64
+# The same where every row is replayed. Its blocks have as many columns as above, which lie 8 by 8
+# side by side.
+AGAIN_BLOCK_R = 4
+AGAIN_WARPS = 8
 
 
 @kernel
@@ -182,6 +186,70 @@ def cut_bits_kernel(
         )
 
 
+@kernel
+def replay_bits_kernel(
+    # pointers
+    rows_ptr,  # (R, P) float32 or bfloat16
+    chosen_ptr,  # (8 bytes,) bool
+    order_ptr,  # (bytes,) int64, the bytes that hold a chosen column come first
+    count_ptr,  # (1,) int32, how many do
+    slopes_ptr,  # (T, P) float32
+    means_ptr,  # (T, P) float32
+    bits_ptr,  # (R, bytes) uint8, the bits of chosen columns are overwritten
+    # sizes
+    num_rows,
+    num_steps,
+    num_cols,
+    rows_stride,
+    num_bytes,
+    # scalars
+    init,
+    full_step,
+    threshold,
+    # meta-parameters
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    first = tl.program_id(0) * (BLOCK_P // 8)
+    count = tl.load(count_ptr)
+    # Most programs have nothing to do. The host does not know how many, since it does not wait.
+    if first >= count:
+        return
+    offs_b = first + tl.arange(0, BLOCK_P // 8)
+    mask_b = offs_b < count
+    byte = tl.load(order_ptr + offs_b, mask=mask_b, other=0)  # [BLOCK_P // 8]
+    lane = tl.arange(0, BLOCK_P)
+    mask_p = first + lane // 8 < count
+    offs_p = tl.load(order_ptr + first + lane // 8, mask=mask_p, other=0) * 8 + lane % 8  # [BLOCK_P]
+    chosen = tl.load(chosen_ptr + offs_p, mask=mask_p, other=0) != 0
+    weights = 1 << tl.arange(0, 8)
+    own = tl.sum(tl.reshape(chosen.to(tl.int32), [BLOCK_P // 8, 8]) * weights[None, :], axis=1)  # [BLOCK_P // 8]
+    row_begin = tl.program_id(1) * ROWS
+    for row in range(row_begin, tl.minimum(row_begin + ROWS, num_rows), BLOCK_R):
+        offs_r = row + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < num_rows
+        rows_64 = offs_r.to(tl.int64)[:, None]
+        update = tl.load(rows_ptr + rows_64 * rows_stride + offs_p[None, :], mask=mask_r[:, None] & chosen[None, :], other=0.0)
+        update = update.to(tl.float32)  # [BLOCK_R, BLOCK_P]
+        logit = tl.zeros([BLOCK_R, BLOCK_P], dtype=tl.float32) + init
+        for step in range(num_steps):
+            at = tl.cast(step, tl.int64) * num_cols + offs_p
+            slope = tl.load(slopes_ptr + at, mask=chosen, other=0.0)  # [BLOCK_P]
+            mean = tl.load(means_ptr + at, mask=chosen, other=0.0)  # [BLOCK_P]
+            logit = moved(logit, update, slope[None, :], mean[None, :], full_step)
+        bit = ((logit > threshold) & chosen[None, :]).to(tl.int32)
+        octets = tl.reshape(bit, [BLOCK_R, BLOCK_P // 8, 8])
+        packed = tl.sum(octets * weights[None, None, :], axis=2)  # [BLOCK_R, BLOCK_P // 8]
+        to_ptr = bits_ptr + rows_64 * num_bytes + byte[None, :]
+        mask = mask_r[:, None] & mask_b[None, :]
+        before = tl.load(to_ptr, mask=mask, other=0).to(tl.int32)
+        tl.store(to_ptr, ((before & (255 ^ own)[None, :]) | packed).to(tl.uint8), mask=mask)
+
+
+# --- called with checked arguments ---
+
+
 def replay(values_VP: Tensor, slopes_TP: Tensor, means_TP: Tensor, *, init: float, full_step: float) -> Tensor:
     num_values, num_params = values_VP.shape
     logits_VP = torch.empty(num_values, num_params, device=values_VP.device)
@@ -270,6 +338,45 @@ def cut_bits(rows_RP: Tensor, cut_P: Tensor, left_P: Tensor, bits: Tensor) -> No
         )
 
 
+def replay_bits(
+    rows_RP: Tensor,
+    chosen_P: Tensor,
+    slopes_TP: Tensor,
+    means_TP: Tensor,
+    bits: Tensor,
+    *,
+    init: float,
+    full_step: float,
+    threshold: float,
+) -> None:
+    num_rows, num_params = rows_RP.shape
+    num_bytes = bits.shape[1]
+    padded = torch.nn.functional.pad(chosen_P, (0, 8 * num_bytes - num_params))
+    holds_B = padded.view(num_bytes, 8).any(1)
+    with on_device_of(rows_RP):
+        replay_bits_kernel[(triton.cdiv(num_bytes, BITS_BLOCK_P // 8), triton.cdiv(num_rows, BITS_ROWS))](
+            rows_RP,
+            padded,
+            holds_B.argsort(descending=True, stable=True),
+            holds_B.sum(dtype=torch.int32),
+            slopes_TP,
+            means_TP,
+            bits,
+            num_rows,
+            len(slopes_TP),
+            num_params,
+            rows_RP.stride(0),
+            num_bytes,
+            float(init),
+            float(full_step),
+            float(threshold),
+            ROWS=BITS_ROWS,
+            BLOCK_R=AGAIN_BLOCK_R,
+            BLOCK_P=BITS_BLOCK_P,
+            **launch_options(AGAIN_WARPS),
+        )
+
+
 # The offline compile builds these.
 VARIANTS = (
     *(
@@ -299,6 +406,16 @@ VARIANTS = (
             BITS_WARPS,
             {"rows_ptr": dtype, "left_ptr": "i1", "bits_ptr": "u8"},
             {"ROWS": BITS_ROWS, "BLOCK_R": BITS_BLOCK_R, "BLOCK_P": BITS_BLOCK_P},
+        )
+        for dtype in ("fp32", "bf16")
+    ),
+    *(
+        Variant(
+            f"replay_bits[{dtype}]",
+            replay_bits_kernel,
+            AGAIN_WARPS,
+            {"rows_ptr": dtype, "chosen_ptr": "i1", "order_ptr": "i64", "count_ptr": "i32", "bits_ptr": "u8"},
+            {"ROWS": BITS_ROWS, "BLOCK_R": AGAIN_BLOCK_R, "BLOCK_P": BITS_BLOCK_P},
         )
         for dtype in ("fp32", "bf16")
     ),

@@ -6,9 +6,9 @@
 A group is a range of adjacent columns, and the groups follow each other. From these sums come the
 norms of updates, their inner products with two vectors, and the cosines of single neurons.
 
-All is added in float64. The order of the additions depends on the CPU. Shapes: K rows, L columns,
-G groups. Rows are float32 or bfloat16, with any row stride and unit column stride. Devices: CPU by
-Numba; on CUDA the plain twin runs.
+All is added in float64. The order of the additions depends on the CPU; on a GPU it depends on how
+the rows are aligned. Shapes: K rows, L columns, G groups. Rows are float32 or bfloat16, with any
+row stride and unit column stride. Devices: CUDA through Triton, CPU through Numba.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,5 @@ def group_sums(rows_KL: Tensor, vectors_2L: Tensor, edges: Sequence[int]) -> Ten
     begins = np.asarray(edges, dtype=np.int64)
     if begins.ndim != 1 or len(begins) < 2 or begins[0] != 0 or begins[-1] != rows_KL.shape[1] or (np.diff(begins) <= 0).any():
         raise ValueError(f"edges must be ascending numbers from 0 to {rows_KL.shape[1]}, got {list(edges)[:8]}")
-    if rows_KL.device.type == "cuda":
-        return group_sums_reference(rows_KL, vectors_2L, edges)
     sums_3KG: Tensor = compiled(__name__, "rows", rows_KL).group_sums(rows_KL, vectors_2L, begins)
     return sums_3KG

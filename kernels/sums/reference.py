@@ -1,4 +1,4 @@
-"""The plain twin of the sums per group of columns, in PyTorch; a GPU runs it, too."""
+"""The plain twin of the sums per group of columns, in PyTorch."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise

@@ -64,8 +64,8 @@ class Aggregation:
             these clients.
         seconds: the wall time of each phase, and ``total``. Each phase, ``average`` and ``total``
             included, ends with the host reading something that the device computed last, so no wait
-            is added for the clock. Only what the collapsed solver does after its last reading
-            (single columns of the last block) counts as ``clustering``.
+            is added for the clock. Only ``root`` on a GPU is timed there, by events, and what is
+            done after a solver's last reading (the bits) counts as ``clustering``.
         shapes: name -> shape of each parameter, in the order of ``update``.
         device: where the round was judged.
         shards: the columns that ``masks`` holds: all, unless the updates were sharded.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.defence.forms import Form
-from skymask_gpu.defence.root import batches_of, train_direction, warn_of_no_gradient
+from skymask_gpu.defence.root import Direction, batches_of, train_direction, warn_of_no_gradient
 from skymask_gpu.defence.settings import Settings, params_of
 from skymask_gpu.defence.warm_up import warm_up
 from skymask_gpu.engine import FlatModel
@@ -38,7 +38,7 @@ class RootModel:
     _made_of: FlatModel
     _batches: dict[bool, list[ReplayedLoss]] = field(default_factory=dict)
 
-    def direction(self, params_P: Tensor, settings: Settings, small_batches: bool) -> tuple[Tensor, bool]:
+    def direction(self, params_P: Tensor, settings: Settings, small_batches: bool) -> Direction:
         """As :func:`skymask_gpu.defence.root.train_direction`."""
         if small_batches not in self._batches:
             self._batches[small_batches] = batches_of(self.flat, settings.root_training, small_batches=small_batches)
@@ -96,26 +96,26 @@ class Ahead:
                 # A copy, because the caller may change the parameters afterwards.
                 params_P = params_of(global_params, model.flat, settings).clone()
                 found = model.direction(params_P, settings, small_batches)
-                self._trained = _Trained(params_P, small_batches, *found)
+                moved = found.has_moved(found.facts.tolist())
+                self._trained = _Trained(params_P, small_batches, found.values, moved)
             if device not in self._warm:
                 self._warm.add(device)
-                warm_up(settings, model.loss, params_P, found[0])
+                warm_up(settings, model.loss, params_P, found.values)
 
-    def direction(self, model: RootModel, params_P: Tensor, settings: Settings, small_batches: bool) -> Tensor:
-        """What :func:`skymask_gpu.defence.root_direction` returns, with its warning and its errors.
+    def direction(self, model: RootModel, params_P: Tensor, settings: Settings, small_batches: bool) -> Direction:
+        """The root direction from these parameters.
 
-        It is the kept direction if that is from exactly these parameters, and is trained otherwise.
-        A preparation that is under way is waited for.
+        It is the kept direction if that is from exactly these parameters; then there is the warning
+        of :func:`skymask_gpu.defence.root_direction`, too. It is trained otherwise. A preparation
+        that is under way is waited for.
         """
         with self._preparing:
             kept = self._trained
-        if kept is not None and kept.small_batches == small_batches and _same_bits(kept.params_P, params_P):
-            direction_P, moved = kept.direction_P, kept.moved
-        else:
-            direction_P, moved = model.direction(params_P, settings, small_batches)
-        if not moved:
+        if kept is None or kept.small_batches != small_batches or not _same_bits(kept.params_P, params_P):
+            return model.direction(params_P, settings, small_batches)
+        if not kept.moved:
             warn_of_no_gradient()
-        return direction_P
+        return Direction.known(kept.direction_P)
 
 
 def _same_bits(a_P: Tensor, b_P: Tensor) -> bool:

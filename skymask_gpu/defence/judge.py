@@ -23,6 +23,7 @@ from skymask_gpu.defence.history import Remembered
 from skymask_gpu.defence.means import Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
 from skymask_gpu.defence.output_cosines import Groups
 from skymask_gpu.defence.parse import Clients, Updates, parse, receive
+from skymask_gpu.defence.root import Direction, warn_of_no_gradient
 from skymask_gpu.defence.screen import Screened, culprits, screen
 from skymask_gpu.defence.settings import Call, Settings, params_of
 from skymask_gpu.engine import (
@@ -96,8 +97,8 @@ def judge(settings: Settings, call: Call, ahead: Ahead) -> Aggregation:
 
 
 def _judge(settings: Settings, call: Call, ahead: Ahead, root: RootModel, shards: ColumnShards) -> Aggregation:
-    clock = Clock()
     num_clients, device = len(call.updates), root.flat.initial_params.device
+    clock = Clock(device)
     # At least the bits of the masks and the distances of all pairs are needed.
     num_pairs = rows_in_memory(settings.clustering.rule, num_clients) ** 2
     num_bytes = num_clients * settings.flat.num_params // 8 + 4 * num_pairs
@@ -110,18 +111,18 @@ def _judge(settings: Settings, call: Call, ahead: Ahead, root: RootModel, shards
             assert not isinstance(call.updates, np.ndarray), "receive() has made a tensor of it"
             clients = parse(call.updates, root.flat, settings.module, subtracted_L, in_memory=in_memory)
         # Each step reads the parameters and writes their gradient.
-        with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes):
-            direction_P = _direction(this, root_update_given=call.root_update is not None)
+        with clock.phase("root", 2 * settings.root_training.steps * this.global_params_P.nbytes, is_read=False):
+            direction = _direction(this, root_update_given=call.root_update is not None)
         with clock.phase("collect", clients.rows.nbytes):
             groups, is_local = Groups.of(root.flat.shapes), call.local_models
             screened = screen(
-                clients, direction_P, this.global_params_P, this.own_loss, shards, groups=groups, local_models=is_local
+                clients, direction, this.global_params_P, this.own_loss, shards, groups=groups, local_models=is_local
             )
-            root_row_P = _root_row(this, call.root_update, direction_P, screened)
+            root_row_P = _root_row(this, call.root_update, direction.values, screened)
         masks, screened = _train(this, screened, root_row_P, call.progress)
         _log.debug("%s", masks)
         with clock.phase("clustering", 4 * num_pairs):
-            verdict = _verdict(this, masks, screened, direction_P, call)
+            verdict = _verdict(this, masks, screened, direction.values, call)
         with clock.phase("average"):
             result = _average(this, call, screened, masks, verdict)
     # Only now, because a call that ends in an error must not count as a round.
@@ -144,13 +145,22 @@ def _begin(settings: Settings, ahead: Ahead, root: RootModel, global_params: For
     return _Round(settings, ahead, shards, params_P.device, root, own_loss, params_P, shards.own(params_P))
 
 
-def _direction(this: _Round, *, root_update_given: bool) -> Tensor:
-    """The root direction, ``(P,)``, which only the first rank trains, unless it was prepared."""
+def _direction(this: _Round, *, root_update_given: bool) -> Direction:
+    """The root direction, which only the first rank trains, unless it was prepared."""
     params_P = this.global_params_P
     small_batches = takes_small_batches(this.settings, root_update_given=root_update_given)
-    return this.shards.from_first(
-        lambda: this.ahead.direction(this.root, params_P, this.settings, small_batches), like=params_P
-    )
+
+    def trained() -> Direction:
+        return this.ahead.direction(this.root, params_P, this.settings, small_batches)
+
+    def settled() -> Tensor:
+        direction = trained()
+        if not direction.has_moved(direction.facts.tolist()):
+            warn_of_no_gradient()
+        return direction.values
+
+    # Several ranks must learn of an error at the same time, so the first one looks at once.
+    return trained() if this.shards.group is None else Direction.known(this.shards.from_first(settled, like=params_P))
 
 
 def _root_row(this: _Round, root_update: Form | None, direction_P: Tensor, screened: Screened) -> Tensor:

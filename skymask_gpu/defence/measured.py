@@ -38,23 +38,25 @@ class Measured:
         alignments: ``(K,)`` float64, the inner products with the root direction.
         along_model: ``(K,)`` float64, the inner products with the unit vector of the global model.
         by_output: ``(K,)`` float64, the mean output cosine; None if no layer is linear.
+        direction, model: ``()`` float64, the lengths of the root direction and the global model.
     """
 
     norms: Tensor
     alignments: Tensor
     along_model: Tensor
     by_output: Tensor | None
+    direction: Tensor
+    model: Tensor
 
-    def flags(self, direction_P: Tensor, global_params_P: Tensor, longest_honest: Tensor) -> Tensor:
+    def flags(self, longest_honest: Tensor) -> Tensor:
         """Five facts about each row, ``(5, K)`` bool.
 
         They are: its norm is not finite; it is like the global model; it is like the global model
         with the opposite sign; it points away from the root direction; it is suspiciously long.
         """
-        direction, length = _length(direction_P), _length(global_params_P)
         low, high = _LIKE_LENGTH
-        long = (self.norms > low * length) & (self.norms < high * length)
-        against = self.alignments < _OPPOSED * self.norms * direction
+        long = (self.norms > low * self.model) & (self.norms < high * self.model)
+        against = self.alignments < _OPPOSED * self.norms * self.direction
         like, unlike = self.along_model > _LIKE_MODEL * self.norms, self.along_model < -_LIKE_MODEL * self.norms
         far = self.norms > longest_honest
         return torch.stack([~torch.isfinite(self.norms), long & like, long & unlike, against, far])
@@ -81,7 +83,8 @@ def measure(rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, sh
                 cosines.append(by_output(sums_3KG[0], sums_3KG[1]))
     squares_K, alignments_K, along_K = torch.cat(sums, 1)
     norms_K = torch.where(squares_K > torch.finfo(torch.float32).max, torch.inf, squares_K).sqrt().float()
-    return Measured(norms_K, alignments_K * direction, along_K, torch.cat(cosines) if cosines else None)
+    by_output_K = torch.cat(cosines) if cosines else None
+    return Measured(norms_K, alignments_K * direction, along_K, by_output_K, direction, model)
 
 
 class _OwnGroups:

@@ -18,7 +18,7 @@ from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.numerics import without_tf32
 from skymask_gpu.engine.replayed_loss import ReplayedLoss
 
-__all__ = ["RootTraining", "batches_of", "root_direction", "train_direction", "warn_of_no_gradient"]
+__all__ = ["Direction", "RootTraining", "batches_of", "root_direction", "train_direction", "warn_of_no_gradient"]
 
 # In smaller batches, the noise of single samples and the statistics of batch norm decide where a
 # step leads. With bold local steps (a learning rate of 1), batches of 10 led anywhere: the cosines
@@ -118,23 +118,59 @@ def root_direction(loss: FlatModel, global_params: Tensor, config: RootTraining,
         >>> bool(loss(loss.initial_params + direction) < loss(loss.initial_params))
         True
     """
-    direction_P, moved = train_direction(batches_of(loss, config, small_batches=small_batches), global_params, config)
-    if not moved:
+    direction = train_direction(batches_of(loss, config, small_batches=small_batches), global_params, config)
+    if not direction.has_moved(direction.facts.tolist()):
         warn_of_no_gradient()
-    return direction_P
+    return direction.values
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A root direction, and what the host does not know of it yet.
+
+    The host reads ``facts`` together with something else, so that it does not wait for them alone.
+
+    Attributes:
+        values: ``(P,)``, the trained minus the global parameters.
+        facts: on the same device, ``(2,)`` bool: whether the direction and the losses on the way
+            are finite, and whether it is not 0. Or ``(0,)``: all is known, and well.
+        explain: raises the error of a direction that is not finite.
+    """
+
+    values: Tensor
+    facts: Tensor
+    explain: Callable[[], NoReturn]
+
+    @classmethod
+    def known(cls, values_P: Tensor) -> "Direction":
+        """A direction of which nothing is left to be read."""
+
+        def explain() -> NoReturn:
+            raise AssertionError("nothing was left to be read")
+
+        return cls(values_P, torch.empty(0, dtype=torch.bool, device=values_P.device), explain)
+
+    def has_moved(self, facts: Sequence[bool]) -> bool:
+        """Whether training moved any parameter; ``facts`` are the values of ``self.facts``.
+
+        Raises:
+            ValueError: as :func:`root_direction`.
+        """
+        finite, moved = facts or (True, True)
+        if not finite:
+            self.explain()
+        return moved
 
 
 @without_tf32()
-def train_direction(batches: Sequence[ReplayedLoss], global_params: Tensor, config: RootTraining) -> tuple[Tensor, bool]:
-    """As :func:`root_direction`, without its warning: the direction, and whether it is not 0.
+def train_direction(batches: Sequence[ReplayedLoss], global_params: Tensor, config: RootTraining) -> Direction:
+    """As :func:`root_direction`, but the host waits for nothing: its warning and errors come later.
 
     ``batches`` come from :func:`batches_of`. They may be used again, from other parameters.
     """
     direction_P, mean_loss = _descend(batches, global_params, config)
-    finite, moved = torch.stack([(direction_P.sum() + mean_loss).isfinite(), (direction_P != 0).any()]).tolist()
-    if not finite:
-        _raise_not_finite(batches, global_params)
-    return direction_P, moved
+    facts_2 = torch.stack([(direction_P.sum() + mean_loss).isfinite(), (direction_P != 0).any()])
+    return Direction(direction_P, facts_2, lambda: _raise_not_finite(batches, global_params))
 
 
 def warn_of_no_gradient() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from skymask_gpu.defence.measured import measure
 from skymask_gpu.defence.output_cosines import Groups
 from skymask_gpu.defence.parse import Clients, raise_none_left
+from skymask_gpu.defence.root import Direction, warn_of_no_gradient
 from skymask_gpu.engine import ClientBlocks
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.replayed_loss import Loss, ReplayedLoss
@@ -97,7 +98,7 @@ class Screened:
 
 def screen(
     clients: Clients,
-    direction_P: Tensor,
+    direction: Direction,
     global_params_P: Tensor,
     loss: Loss,
     shards: ColumnShards,
@@ -112,7 +113,7 @@ def screen(
 
     Args:
         clients: from :func:`skymask_gpu.defence.parse.parse`.
-        direction_P: the root direction.
+        direction: the root direction; what is not known of it yet is read with the rows' facts.
         global_params_P: the model before the round.
         loss: the root loss; if the updates are sharded, as a function of this rank's own columns.
         shards: which columns the rows hold.
@@ -121,14 +122,19 @@ def screen(
             error below depends on it.
 
     Raises:
-        ValueError: no usable client is left, or more than 80% of the rows are local models (or
-            updates from which the global parameters were subtracted twice).
+        ValueError: the root direction is not finite, no usable client is left, or more than 80% of
+            the rows are local models (or updates from which the global parameters were subtracted
+            twice).
     """
-    measured = measure(clients.rows, direction_P, global_params_P, shards, groups)
-    scale = torch.maximum(torch.linalg.vector_norm(global_params_P), torch.linalg.vector_norm(direction_P))
-    longest_honest = _FAR_OUT * scale
-    # One transfer from the device answers everything that is asked about single rows.
-    doubtful, like, unlike, against, far = measured.flags(direction_P, global_params_P, longest_honest).tolist()
+    measured = measure(clients.rows, direction.values, global_params_P, shards, groups)
+    longest_honest = _FAR_OUT * torch.maximum(measured.model, measured.direction)
+    # One transfer from the device answers everything that is asked about the root direction and
+    # about single rows.
+    flags_5K = measured.flags(longest_honest)
+    flags, facts = torch.cat([flags_5K.flatten(), direction.facts]).cpu().tensor_split([flags_5K.numel()])
+    if not direction.has_moved(facts.tolist()):
+        warn_of_no_gradient()
+    doubtful, like, unlike, against, far = flags.view(flags_5K.shape).tolist()
     reasons = _non_finite(clients.rows, [row for row, is_doubtful in enumerate(doubtful) if is_doubtful], shards)
     if len(reasons) == len(clients.rows):
         raise_none_left({**clients.rejected, **reasons})

@@ -175,6 +175,24 @@ def test_bad_values_are_refused_at_the_one_look(waits: Waits) -> None:
     assert waits.seen == ["look", "look"]
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(
+    "values",
+    [torch.ones(300), torch.linspace(1, 0, 300), torch.eye(300)[0], 0.5 ** torch.arange(300.0)],
+    ids=["all-equal", "one-after-the-other", "rank-one", "halves"],
+)
+def test_squaring_finds_eigenpairs_of_any_size(values: Tensor, scale: float) -> None:
+    """The powers of a matrix leave what float64 can hold, unless they are scaled often enough."""
+    random = torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turned = torch.linalg.qr(random).Q
+    matrix = scale * (turned * values.double()) @ turned.T
+    found_2, vectors_R2 = spectrum._by_squaring(matrix)
+    eps = 300 * torch.finfo(torch.float64).eps * scale
+    torch.testing.assert_close(found_2, scale * values[:2].double(), rtol=0, atol=eps)
+    residual_2 = torch.linalg.vector_norm(matrix @ vectors_R2 - vectors_R2 * found_2, dim=0)
+    assert (residual_2 <= eps).all()
+
+
 def test_an_unsure_iteration_is_replaced_by_a_full_decomposition(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = np.random.default_rng(0).random((21, 300)) < 0.5
     distances = torch.from_numpy((masks[:, None] != masks[None]).mean(-1))

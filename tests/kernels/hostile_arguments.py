@@ -79,6 +79,17 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
         {"rows": ROWS, "cut": VECTOR, "left": Argument(("P",), ("bool",)), "bits": Argument(("R", "P/8"), ("uint8",))},
         {},
     ),
+    "replay_bits": (
+        cuts.replay_bits,
+        {
+            "rows": ROWS,
+            "chosen": Argument(("P",), ("bool",)),
+            "slopes": HISTORY,
+            "means": HISTORY,
+            "bits": Argument(("R", "P/8"), ("uint8",)),
+        },
+        {**TRAINING, "threshold": 0.0},
+    ),
     "hamming_counts": (hamming.hamming_counts, {"bits": Argument(("R", "bytes"), ("uint8",), ANY)}, {"unit": 1}),
     "varying_ones": (ones.varying_ones, {"bits": Argument(("R", "bytes"), ("uint8",), ANY)}, {}),
     "chosen_mean": (

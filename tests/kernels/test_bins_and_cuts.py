@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu import kernels
+from skymask_gpu.engine import unpack_bits
 from skymask_gpu.kernels.bins import GUARD, WIDEST_GAP, counts_dtype
 from skymask_gpu.kernels.cuts import BISECTIONS
 
@@ -406,6 +407,43 @@ def test_cut_bits_equal_their_twin(name: str, size: tuple[int, int], dtype: torc
 
 
 @backends
+@sizes
+@dtypes
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_replayed_bits_equal_their_twin(name: str, size: tuple[int, int], dtype: torch.dtype, share: float) -> None:
+    """Each step is clipped to a whole one, so that float32 tells on which side of the threshold a logit is."""
+    rows_RP = make_rows(size, dtype, 5, device_of(name))
+    num_rows, num_params = size
+    generator = torch.Generator().manual_seed(num_params)
+    chosen_P = torch.rand(num_params, generator=generator) < share
+    slopes_TP, means_TP = make_history(num_params, 3)
+    history = (slopes_TP * 1e30, means_TP)
+    want = torch.randint(256, (num_rows, -(-num_params // 8)), generator=generator, dtype=torch.uint8)
+    before, bits = want.clone(), want.clone().to(rows_RP.device)
+    training = {"init": 1.0, "full_step": 1.0, "threshold": 0.5}
+    on_device = (x.to(rows_RP.device) for x in (chosen_P, *history))
+    backend(name).replay_bits(rows_RP, *on_device, bits, **training)
+    kernels.replay_bits_reference(rows_RP.cpu(), chosen_P, *history, want, **training)
+    assert torch.equal(bits.cpu(), want)
+    changed = before != want
+    assert not changed[:, ~torch.nn.functional.pad(chosen_P, (0, -num_params % 8)).view(-1, 8).any(1)].any()
+    assert changed.any() or share < 0.5 or num_params < 64
+
+
+@backends
+def test_replayed_bits_are_those_of_replayed_logits(name: str) -> None:
+    rows_RP = make_rows((70, 100), device=device_of(name))
+    history = make_history(100, 4, device_of(name))
+    chosen_P, bits = torch.ones(100, dtype=torch.bool, device=rows_RP.device), torch.zeros(70, 13, dtype=torch.uint8)
+    bits = bits.to(rows_RP.device)
+    backend(name).replay_bits(rows_RP, chosen_P, *history, bits, init=1.0, full_step=1.0, threshold=0.25)
+    flags_RP = backend(name).replay(rows_RP, *history, init=1.0, full_step=1.0) > 0.25
+    assert 0.1 < flags_RP.float().mean() < 0.9
+    assert torch.equal(unpack_bits(bits, 100), flags_RP)
+
+
+@backends
 def test_addresses_beyond_two_to_the_31_elements(name: str) -> None:
     """Rows 2**30 elements apart, the third one beyond 2**31; the memory between them is never touched."""
     device = device_of(name)
@@ -419,6 +457,8 @@ def test_addresses_beyond_two_to_the_31_elements(name: str) -> None:
         counts_BP, centres_BP, ends_2P = binned(name, rows_RP)
         bits = torch.empty(4, 3, dtype=torch.uint8, device=device)
         backend(name).cut_bits(rows_RP, centres_BP[3], centres_BP[0] > 0, bits)
+        training = {"init": 1.0, "full_step": 1.0, "threshold": 0.0}
+        backend(name).replay_bits(rows_RP, centres_BP[0] > 0, *history, bits, **training)
         logits_RP = backend(name).replay(rows_RP, *history, init=1.0, full_step=1.0)
         results.append((counts_BP.cpu().int(), centres_BP, ends_2P, bits, logits_RP))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

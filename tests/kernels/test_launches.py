@@ -17,6 +17,7 @@ SCRIPT = """
 import json
 import sys
 
+import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -30,6 +31,7 @@ from skymask_gpu.kernels.mask_step import triton as mask_step
 from skymask_gpu.kernels.mean import triton as mean
 from skymask_gpu.kernels.mixture import triton as mixture
 from skymask_gpu.kernels.ones import triton as ones
+from skymask_gpu.kernels.sums import triton as sums
 from skymask_gpu.kernels.tree import triton as tree
 
 BINS, STEPS = 32, 5
@@ -60,8 +62,10 @@ def launch(rows, columns, sampled):
     # the bits and the verdicts of a block behind others
     bits = torch.zeros(2 * rows, -(-columns // 8), dtype=torch.uint8)
     cuts.cut_bits(updates, slope, slope > 0, bits[rows:])
+    cuts.replay_bits(updates, slope > 0, history, history, bits[rows:], init=1.0, full_step=1.0, threshold=0.0)
     ones.varying_ones(torch.zeros(rows, -(-columns // 8), dtype=torch.uint8))
     mean.chosen_mean(updates, torch.ones(2 * rows, dtype=torch.bool)[rows:], torch.ones(2 * rows)[rows:])
+    sums.group_sums(updates, torch.zeros(2, columns), np.array([0, 7, columns]))
 
     hamming.popcount_counts(bits[:rows])
     hamming.gram_counts(bits[:rows])
@@ -123,6 +127,6 @@ def test_columns_are_still_known_to_be_multiples_of_16(launched: list[dict[str, 
         for columns in (1024, 1031)
     )
     streaming = [kernel for kernel, key in even.items() if "num_col_units" in key]
-    assert len(streaming) == 8
+    assert len(streaming) == 9
     for kernel in streaming:
         assert even[kernel]["num_col_units"] != odd[kernel]["num_col_units"], kernel

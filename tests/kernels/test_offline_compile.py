@@ -25,7 +25,7 @@ from skymask_gpu.kernels.shared.triton import vector_elements
 # Loads of less than 16 bytes, which are few and not what streams: the slope and the mean, or the cut and the bit left of it,
 # that a program loads once; which rows are sampled (bfloat16: as many or fewer); the two ends of a column, and, of each row at
 # once, the element that may be the next end (the row itself is there already); how much of the bits there is to look at; the
-# factors of rows.
+# factors of rows; where a piece of the columns begins and ends.
 NARROW_LOADS = {
     "first_step": 2,
     "next_step": 2,
@@ -40,9 +40,11 @@ NARROW_LOADS = {
     "chosen_mean": 8,
     "some_and_all": 0,
     "varying_ones": 0,
+    "piece_sums": 2,
 }
-# These do not stream: up to 16 rows of bits, and programs that go over some thousand rows and wait for each other's sums.
-NOT_STREAMING = {"hamming_popcount", "two_normals", "gaussian_mixture", "path_maxima"}
+# These do not stream: up to 16 rows of bits, programs that go over some thousand rows and wait for each other's sums, what is
+# left to add where each sum stands for up to 4,096 columns, and columns that lie apart, 8 by 8.
+NOT_STREAMING = {"hamming_popcount", "two_normals", "gaussian_mixture", "path_maxima", "join_pieces", "replay_bits"}
 
 # The kernels in CUDA C++, one thread per column.
 IN_CUDA = {f"{name}_{dtype}" for name in ("bin_edges", "bin_rows") for dtype in ("float32", "bfloat16")}
@@ -88,7 +90,7 @@ def test_kernels_compile_without_spills_and_load_16_bytes(
 ) -> None:
     lines = offline_lines(str(sm), cache=tmp_path)
     variants = [line for line in lines if line["kernel"] not in IN_CUDA]
-    assert len(variants) == 6 + 13 + 7 + 2 + 2
+    assert len(variants) == 6 + 13 + 7 + 2 + 2 + 3 + 2
     for variant in variants:
         registers = f"{variant['registers']} registers, {variant['shared_bytes']} B shared memory, 0 B local memory"
         record_property(f"sm_{sm} {variant['kernel']}", registers)

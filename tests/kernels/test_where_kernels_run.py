@@ -33,6 +33,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "replay": lambda: cuts.replay(rows, history, history, **training),
         "find_cuts": lambda: cuts.find_cuts(cells, cells, counts, ends, history, history, **training, threshold=0.0),
         "cut_bits": lambda: cuts.cut_bits(rows, row, row > 0, bits),
+        "replay_bits": lambda: cuts.replay_bits(rows, row > 0, history, history, bits, **training, threshold=0.0),
         "hamming_counts": lambda: hamming.hamming_counts(bits),
         "chosen_mean": lambda: mean.chosen_mean(rows, chosen),
         "count_products": lambda: product.count_products(torch.zeros(4, 4, dtype=torch.int32, device=device), x),
