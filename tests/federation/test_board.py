@@ -378,3 +378,5 @@ def test_the_smaller_examples_read(checkout: Path) -> None:
     assert whole.trajectories is not None
     assert whole.trajectories.rounds == 10
     assert len(whole.trajectories.attacks) == 24
+    photos = read_board(checkout / "examples" / "board_cifar10.toml")
+    assert len(list(photos.set_keys())) == 4 * 6
