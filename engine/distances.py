@@ -13,7 +13,7 @@ from torch import Tensor
 from skymask_gpu.engine.bits import keep_share
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.sharding import ColumnShards
-from skymask_gpu.kernels.anywhere import count_products, hamming_counts, varying_ones
+from skymask_gpu.kernels.anywhere import count_products, hamming_counts, hamming_counts_between, varying_ones
 from skymask_gpu.kernels.product import COUNTS, count_products_reference
 
 __all__ = ["Distances", "mask_distances", "sharded_distances", "sharded_keep_share"]
@@ -65,6 +65,8 @@ class Distances:
 
     def times(self, vectors_RK: Tensor) -> Tensor:
         """The product of the matrix with ``(R, K)`` float64 vectors: ``(R, K)`` float64."""
+        if self.stored.dtype == torch.float64:
+            return self.stored @ (vectors_RK * self.unit)
         # With many vectors, a product takes longer than the conversion that the kernel saves.
         few_counts = self.stored.dtype in COUNTS and self.stored.is_contiguous() and vectors_RK.shape[1] <= _FEW_VECTORS
         product = count_products if few_counts else count_products_reference
@@ -126,12 +128,11 @@ def sharded_distances(bits: Tensor, shards: ColumnShards) -> Distances:
         # Exact counts of all rows would be too large, so two groups of rows are compared at a time.
         unit = -(-shards.num_params // (2**16 - 1))
         stored_RR = torch.empty(num_rows, num_rows, dtype=torch.uint16, device=bits.device)
-        step = _EXACT_ROWS // 2
+        step = _EXACT_ROWS
         groups = [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
         for number, some in enumerate(groups):
             for others in groups[number:]:
-                pairs_TT = hamming_counts(torch.cat([bits[some], bits[others]]))
-                counts_SO = shards.sum(pairs_TT[: some.stop - some.start, some.stop - some.start :].contiguous())
+                counts_SO = shards.sum(hamming_counts_between(bits[some], bits[others]))
                 rounded_SO = ((counts_SO + unit // 2) // unit).to(torch.uint16)
                 stored_RR[some, others], stored_RR[others, some] = rounded_SO, rounded_SO.T
         return Distances(stored_RR, unit / shards.num_params)

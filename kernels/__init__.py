@@ -57,7 +57,12 @@ from skymask_gpu.kernels.cuts import (
     replay_reference,
 )
 from skymask_gpu.kernels.dispatch import why_not
-from skymask_gpu.kernels.hamming import hamming_counts, hamming_counts_reference
+from skymask_gpu.kernels.hamming import (
+    hamming_counts,
+    hamming_counts_between,
+    hamming_counts_between_reference,
+    hamming_counts_reference,
+)
 from skymask_gpu.kernels.mask_step import (
     first_step,
     first_step_reference,
@@ -100,6 +105,8 @@ __all__ = [
     "group_sums",
     "group_sums_reference",
     "hamming_counts",
+    "hamming_counts_between",
+    "hamming_counts_between_reference",
     "hamming_counts_reference",
     "last_step",
     "last_step_reference",

@@ -21,6 +21,7 @@ __all__ = [
     "gaussian_mixture",
     "group_sums",
     "hamming_counts",
+    "hamming_counts_between",
     "path_maxima",
     "two_normals",
     "varying_ones",
@@ -45,6 +46,7 @@ count_products = _or_twin(product.count_products, product.count_products_referen
 gaussian_mixture = _or_twin(mixture.gaussian_mixture, mixture.gaussian_mixture_reference)
 group_sums = _or_twin(sums.group_sums, sums.group_sums_reference)
 hamming_counts = _or_twin(hamming.hamming_counts, hamming.hamming_counts_reference)
+hamming_counts_between = _or_twin(hamming.hamming_counts_between, hamming.hamming_counts_between_reference)
 path_maxima = _or_twin(tree.path_maxima, tree.path_maxima_reference)
 two_normals = _or_twin(mixture.two_normals, mixture.two_normals_reference)
 varying_ones = _or_twin(ones.varying_ones, ones.varying_ones_reference)

@@ -618,7 +618,7 @@ def _cpu_kernels() -> dict[Any, dict[str, Callable[..., Any]]]:
     return {
         **alike("bins", "bin_edges", "bin_rows", "bin_step"),
         **alike("cuts", "replay", "find_cuts", "cut_bits", "replay_bits"),
-        **alike("hamming", "hamming_counts"),
+        **alike("hamming", "hamming_counts", "hamming_counts_between"),
         **alike("mask_step", "first_step", "next_step", "last_step"),
         **alike("mean", "chosen_mean"),
         **alike("ones", "varying_ones"),

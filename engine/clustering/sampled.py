@@ -1,8 +1,9 @@
 """The signed rule beyond ``MOST_COMPARED`` clients: its groups are found in a sample of them.
 
-The distances of 100,000 masks would take 20 GB. Beyond ``MOST_COMPARED`` clients, the
-rule therefore looks for its cuts among ``SAMPLED`` clients and the root's row. All other clients
-are then compared with these only, so time grows linearly with the number of clients:
+Comparing all pairs takes quadratic time, and the distances of 100,000 masks would take 20 GB.
+Beyond ``MOST_COMPARED`` clients, the rule therefore looks for its cuts among ``SAMPLED`` clients
+and the root's row. All other clients are then compared with these only, so time grows linearly with
+the number of clients:
 
 1. The sample is drawn by a seed that follows from all masks. The same masks give the same sample,
    and no client can know beforehand whether it will be in it.
@@ -40,16 +41,16 @@ from skymask_gpu.engine.clustering.worse_side import Cut
 from skymask_gpu.engine.distances import Distances, sharded_distances
 from skymask_gpu.engine.profiling import phase
 from skymask_gpu.engine.sharding import ColumnShards
-from skymask_gpu.kernels.anywhere import hamming_counts
+from skymask_gpu.kernels.anywhere import hamming_counts_between
 
 __all__ = ["SampledDistances", "is_sampled", "rows_in_memory", "signed_on_sample"]
 
-# Up to this number of clients all pairs are compared. Their distances take 800 MB.
-MOST_COMPARED = 20_000
+# Up to this number of clients all pairs are compared. With more rows, distances would be rounded,
+# and their components could not be computed among chosen clients only.
+MOST_COMPARED = 4_095
 # The number of clients in a sample. What a cut must explain grows with the number of clients, like
 # what it does explain, so a larger sample finds hardly more; but the time to compare all clients
-# with it grows. Distances of up to 4,096 rows are exact, and their components can be computed among
-# chosen clients only, which the assignment of the others relies on.
+# with it grows.
 SAMPLED = 2_047
 # The number of elements of a temporary that is made from rows of bits.
 _CHUNK_ELEMENTS = 2**22
@@ -73,14 +74,14 @@ class SampledDistances:
         sample: the distances of the S sampled clients and of the root's row, which is the last.
         clients_S: the numbers of the sampled clients, ascending.
         alike_N: for each client, the number of clients with exactly its mask, itself included.
-        to_sample: yields ``(number of the first row, (n, S + 1) float64)``: the distances of all R
-            rows, a block of rows at a time, to the sampled clients and to the root's row.
+        to_sample: yields ``(numbers of n rows, (n, S + 1) float64)``: the distances of all R rows,
+            a block of rows at a time, to the sampled clients and to the root's row.
     """
 
     sample: Distances
     clients_S: Tensor
     alike_N: Tensor
-    to_sample: Callable[[], Iterator[tuple[int, Tensor]]]
+    to_sample: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
     def __len__(self) -> int:
         """The number of rows, R."""
@@ -100,19 +101,20 @@ class SampledDistances:
         drawn = torch.randperm(num_clients, generator=generator, device="cpu")[:SAMPLED].sort().values
         clients_S = drawn.to(bits.device)
         _, group_N, size = names_R[:-1].unique(return_inverse=True, return_counts=True)
-        sampled_bits = torch.cat([bits[clients_S], bits[-1:]])
+        rows = torch.cat([clients_S, torch.full_like(clients_S[:1], num_clients)])
+        sampled_bits = bits[rows]
         sample = sharded_distances(sampled_bits, shards)
+        is_other_R = torch.ones(len(bits), dtype=torch.bool, device=bits.device).index_fill_(0, rows, False)
+        others = is_other_R.argsort(descending=True, stable=True)[: len(bits) - len(rows)]
 
-        def to_sample() -> Iterator[tuple[int, Tensor]]:
-            # There is no kernel for the distances between two sets of rows. As many others as there
-            # are sampled rows are therefore compared together with these, which doubles the work.
-            some = len(sampled_bits)
-            for first in range(0, len(bits), some):
-                block = bits[first : first + some]
-                with phase("distances", sampled_bits, block, 4 * (some + len(block)) ** 2):
-                    counts = hamming_counts(torch.cat([sampled_bits, block]))[some:, :some].contiguous()
-                    distances_TR = shards.sum(counts).to(torch.float64) * (1 / shards.num_params)
-                yield first, distances_TR
+        def to_sample() -> Iterator[tuple[Tensor, Tensor]]:
+            for first, block_TR in sample.blocks():
+                yield rows[first : first + len(block_TR)], block_TR
+            for first in range(0, len(others), len(rows)):
+                block = others[first : first + len(rows)]
+                with phase("distances", sampled_bits, len(block) * bits.shape[1], 4 * len(block) * len(rows)):
+                    counts = shards.sum(hamming_counts_between(bits[block], sampled_bits))
+                yield block, counts.to(torch.float64) * (1 / shards.num_params)
 
         return cls(sample, clients_S, size[group_N], to_sample)
 
@@ -227,8 +229,7 @@ def _compared_with_sample(
     factors = torch.cat([factors_R2 for factors_R2, _ in places], 1)
     near_R = torch.empty(len(masks), dtype=torch.int64, device=masks.device)
     scores = torch.empty(len(masks), factors.shape[1], dtype=torch.float64, device=masks.device)
-    for first, block_TR in masks.to_sample():
-        rows = slice(first, first + len(block_TR))
+    for rows, block_TR in masks.to_sample():
         near_R[rows] = (block_TR[:, :-1] < nearby).sum(1)
         scores[rows] = block_TR @ factors
     scores += torch.cat([added_2 for _, added_2 in places])

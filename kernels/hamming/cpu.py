@@ -76,13 +76,18 @@ def _count_bits(builder, value):
 
 
 @njit(**JIT)
-def _count_pass(bits, num_bytes, unit, counts_RR, begin, end):
-    num_rows = counts_RR.shape[0]
+def _count_pass(bits, num_bytes, unit, first_other, counts, begin, end):
+    """Compare rows ``begin`` to ``end`` with those from ``first_other`` on.
+
+    ``counts`` has a column for each of the latter. If ``first_other`` is 0, all pairs are compared:
+    each pair once, and its count is stored twice.
+    """
+    num_rows = first_other + counts.shape[1]
     whole = num_bytes // 64 * 64
     sums = np.empty(TILE * OTHER_TILE, np.int32)
     for first in range(begin, end, TILE):
         rows = min(TILE, end - first)
-        for other in range(first // OTHER_TILE * OTHER_TILE, num_rows, OTHER_TILE):
+        for other in range(first_other if first_other > 0 else first // OTHER_TILE * OTHER_TILE, num_rows, OTHER_TILE):
             others = min(OTHER_TILE, num_rows - other)
             sums[:] = 0
             for at in range(0, whole, CHUNK):
@@ -98,8 +103,9 @@ def _count_pass(bits, num_bytes, unit, counts_RR, begin, end):
                         differing = bits[(first + i) * num_bytes + byte] ^ bits[(other + j) * num_bytes + byte]
                         sums[i * OTHER_TILE + j] += _count_bits(differing)
                     count = (sums[i * OTHER_TILE + j] + unit // 2) // unit
-                    counts_RR[first + i, other + j] = count
-                    counts_RR[other + j, first + i] = count
+                    counts[first + i, other + j - first_other] = count
+                    if first_other == 0:
+                        counts[other + j, first + i] = count
 
 
 @njit(**JIT)
@@ -150,6 +156,17 @@ def hamming_counts(bits: Tensor, unit: int, dtype: torch.dtype) -> Tensor:
         bits = without_constant_columns(bits)
     num_rows, num_bytes = bits.shape
     counts_RR = torch.empty(num_rows, num_rows, dtype=dtype)
-    arguments = (bits.contiguous().view(-1).numpy(), num_bytes, unit, counts_RR.numpy())
+    arguments = (bits.contiguous().view(-1).numpy(), num_bytes, unit, 0, counts_RR.numpy())
     run_on_column_shares(lambda begin, end: _count_pass(*arguments, begin, end), num_rows, TILE)
     return counts_RR
+
+
+def hamming_counts_between(bits: Tensor, others: Tensor) -> Tensor:
+    """Both sets of rows are put one below the other, so that they are packed alike."""
+    both = torch.cat([bits, others])
+    if len(both) >= MANY_ROWS:
+        both = without_constant_columns(both)
+    counts_RS = torch.empty(len(bits), len(others), dtype=torch.int32)
+    arguments = (both.view(-1).numpy(), both.shape[1], 1, len(bits), counts_RS.numpy())
+    run_on_column_shares(lambda begin, end: _count_pass(*arguments, begin, end), len(bits), TILE)
+    return counts_RS

@@ -7,8 +7,9 @@
   64 x 64 tile, and four warps take turns. That makes 3,600 pairs of bits per clock, near the tensor
   cores' own limit of 4,096.
 
-A program owns a tile of pairs on or above the diagonal and a share of the columns. Shares are added
-up by atomics, which are exact for integers in any order.
+A program owns a tile of pairs and a share of the columns; where all rows are compared with each
+other, the tile lies on or above the diagonal. Shares are added up by atomics, which are exact for
+integers in any order. Rows are compared with those of another matrix by tensor cores only.
 """
 
 import torch
@@ -91,20 +92,26 @@ def hamming_gram_kernel(
     # pointers
     words_ptr,  # (R, W) uint32
     units_ptr,  # (1,) int32, how many units to look at
-    sums_ptr,  # (R, R) int32, on and above the diagonal added to
+    others_ptr,  # (S, W) uint32; with TRIANGLE the same rows
+    sums_ptr,  # (R, S) int32, added to; with TRIANGLE only on and above the diagonal
     # sizes
     num_rows,
+    num_others,
     row_units,
     # meta-parameters
     UNIT_WORDS: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    TRIANGLE: tl.constexpr,
 ):
-    if tl.program_id(1) < tl.program_id(0):
-        return
+    if TRIANGLE:
+        # With two names for the same values, too many registers would be taken on sm_100.
+        others_ptr, num_others = words_ptr, num_rows
+        if tl.program_id(1) < tl.program_id(0):
+            return
     offs_i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_j = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_i = words_ptr + tl.minimum(offs_i, num_rows - 1).to(tl.int64) * row_units * UNIT_WORDS
-    row_j = words_ptr + tl.minimum(offs_j, num_rows - 1).to(tl.int64) * row_units * UNIT_WORDS
+    row_j = others_ptr + tl.minimum(offs_j, num_others - 1).to(tl.int64) * row_units * UNIT_WORDS
     gram = tl.zeros([BLOCK_R, BLOCK_R], dtype=tl.int32)
     begin, end = _share_of_units(units_ptr)
     for unit in range(begin, end):
@@ -116,8 +123,8 @@ def hamming_gram_kernel(
             ones_j = _spread(words_j, bit, BLOCK_R, UNIT_WORDS)
             # Up to Triton 3.7 the result would be float32 without out_dtype.
             gram = tl.dot(ones_i, tl.trans(ones_j), gram, out_dtype=tl.int32)
-    at = offs_i.to(tl.int64)[:, None] * num_rows + offs_j[None, :]
-    tl.atomic_add(sums_ptr + at, gram, mask=(offs_i < num_rows)[:, None] & (offs_j < num_rows)[None, :], sem="relaxed")
+    at = offs_i.to(tl.int64)[:, None] * num_others + offs_j[None, :]
+    tl.atomic_add(sums_ptr + at, gram, mask=(offs_i < num_rows)[:, None] & (offs_j < num_others)[None, :], sem="relaxed")
 
 
 # --- called with checked arguments ---
@@ -137,36 +144,79 @@ def varying_bytes(bits: Tensor) -> Tensor:
     return lowest != highest
 
 
+def hamming_counts_between(bits: Tensor, others: Tensor) -> Tensor:
+    """A row of ones goes below each matrix: its product with a row is that row's number of ones."""
+    both = torch.cat([bits, others])
+    columns = varying_bytes(both) if len(both) >= MANY_ROWS else None
+    ones = torch.full_like(bits[:1], 255)
+    words_TW, units_1 = _words(torch.cat([bits, ones, others, ones]), columns)
+    gram_RS = _gram(words_TW[: len(bits) + 1], units_1, words_TW[len(bits) + 1 :])
+    return gram_RS[:-1, -1:] + gram_RS[-1, :-1] - 2 * gram_RS[:-1, :-1]
+
+
 def popcount_counts(bits: Tensor, columns: Tensor | None = None) -> Tensor:
     """Count the differing bits by population counts, ``(R, R)`` int32."""
-    return _sum_over_units(hamming_popcount_kernel, bits, columns, POPCOUNT_BLOCK_R, POPCOUNT_WARPS)
-
-
-def gram_counts(bits: Tensor, columns: Tensor | None = None) -> Tensor:
-    """``(R, R)`` int32, by tensor cores: rows i and j differ in G[i,i] + G[j,j] - 2 G[i,j] bits."""
-    gram_RR = _sum_over_units(hamming_gram_kernel, bits, columns, GRAM_BLOCK_R, GRAM_WARPS)
-    ones_R = gram_RR.diagonal().clone()
-    return gram_RR.mul_(-2).add_(ones_R[:, None]).add_(ones_R)
-
-
-def _sum_over_units(counting_kernel: object, bits: Tensor, columns: Tensor | None, block_r: int, num_warps: int) -> Tensor:
     num_rows = len(bits)
     words_RW, units_1 = _words(bits, columns)
     row_units = words_RW.shape[1] // UNIT_WORDS
-    num_tiles = triton.cdiv(num_rows, block_r)
-    num_splits = max(1, min(row_units, ENOUGH_PROGRAMS // (num_tiles * (num_tiles + 1) // 2)))
+    num_tiles = triton.cdiv(num_rows, POPCOUNT_BLOCK_R)
     sums_RR = torch.zeros(num_rows, num_rows, dtype=torch.int32, device=bits.device)
     with on_device_of(bits):
-        counting_kernel[(num_tiles, num_tiles, num_splits)](
+        hamming_popcount_kernel[(num_tiles, num_tiles, _num_splits(row_units, num_tiles * (num_tiles + 1) // 2))](
             words_RW,
             units_1,
             sums_RR,
             num_rows,
             row_units,
             UNIT_WORDS=UNIT_WORDS,
-            BLOCK_R=block_r,
-            **launch_options(num_warps),
+            BLOCK_R=POPCOUNT_BLOCK_R,
+            **launch_options(POPCOUNT_WARPS),
         )
+    return _both_halves(sums_RR)
+
+
+def gram_counts(bits: Tensor, columns: Tensor | None = None) -> Tensor:
+    """``(R, R)`` int32, by tensor cores: rows i and j differ in G[i,i] + G[j,j] - 2 G[i,j] bits."""
+    gram_RR = _both_halves(_gram(*_words(bits, columns)))
+    ones_R = gram_RR.diagonal().clone()
+    return gram_RR.mul_(-2).add_(ones_R[:, None]).add_(ones_R)
+
+
+def _gram(words_RW: Tensor, units_1: Tensor, others_SW: Tensor | None = None) -> Tensor:
+    """The products of rows with others, ``(R, S)`` int32.
+
+    Without others these are the rows' products with each other, on and above the diagonal.
+    """
+    triangle = others_SW is None
+    others_SW = words_RW if others_SW is None else others_SW
+    (num_rows, row_words), num_others = words_RW.shape, len(others_SW)
+    tiles = triton.cdiv(num_rows, GRAM_BLOCK_R), triton.cdiv(num_others, GRAM_BLOCK_R)
+    num_tiles = tiles[0] * (tiles[0] + 1) // 2 if triangle else tiles[0] * tiles[1]
+    sums_RS = torch.zeros(num_rows, num_others, dtype=torch.int32, device=words_RW.device)
+    with on_device_of(words_RW):
+        hamming_gram_kernel[(*tiles, _num_splits(row_words // UNIT_WORDS, num_tiles))](
+            words_RW,
+            units_1,
+            others_SW,
+            sums_RS,
+            num_rows,
+            num_others,
+            row_words // UNIT_WORDS,
+            UNIT_WORDS=UNIT_WORDS,
+            BLOCK_R=GRAM_BLOCK_R,
+            TRIANGLE=triangle,
+            **launch_options(GRAM_WARPS),
+        )
+    return sums_RS
+
+
+def _num_splits(row_units: int, num_tiles: int) -> int:
+    """The number of shares of the columns, enough that all tiles' programs fill a GPU."""
+    return max(1, min(row_units, ENOUGH_PROGRAMS // num_tiles))
+
+
+def _both_halves(sums_RR: Tensor) -> Tensor:
+    """The symmetric matrix of which only the part on and above the diagonal counts, in place."""
     sums_RR.triu_()
     return sums_RR.add_(sums_RR.triu(1).T)
 
@@ -175,7 +225,6 @@ def _words(bits: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows as whole units of words, ``(R, W)`` uint32, and how many units to look at.
 
     That number is ``(1,)`` int32, and the host does not wait for it.
-
 
     Bytes of ``columns`` come first, then zeros, in which no rows differ.
     """
@@ -194,16 +243,22 @@ def _words(bits: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 # The offline compile builds these.
-VARIANTS = tuple(
+VARIANTS = (
     Variant(
-        name,
-        counting_kernel,
-        num_warps,
+        "hamming_popcount",
+        hamming_popcount_kernel,
+        POPCOUNT_WARPS,
         {"words_ptr": "u32", "units_ptr": "i32", "sums_ptr": "i32"},
-        {"UNIT_WORDS": UNIT_WORDS, "BLOCK_R": block_r},
-    )
-    for name, counting_kernel, block_r, num_warps in (
-        ("hamming_popcount", hamming_popcount_kernel, POPCOUNT_BLOCK_R, POPCOUNT_WARPS),
-        ("hamming_gram", hamming_gram_kernel, GRAM_BLOCK_R, GRAM_WARPS),
-    )
+        {"UNIT_WORDS": UNIT_WORDS, "BLOCK_R": POPCOUNT_BLOCK_R},
+    ),
+    *(
+        Variant(
+            name,
+            hamming_gram_kernel,
+            GRAM_WARPS,
+            {"words_ptr": "u32", "units_ptr": "i32", "others_ptr": "u32", "sums_ptr": "i32"},
+            {"UNIT_WORDS": UNIT_WORDS, "BLOCK_R": GRAM_BLOCK_R, "TRIANGLE": triangle},
+        )
+        for name, triangle in (("hamming_gram", True), ("hamming_between", False))
+    ),
 )

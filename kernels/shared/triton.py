@@ -12,7 +12,7 @@ from torch import Tensor
 # Triton compiles a kernel again for integers that are 1 or a multiple of 16, to make use of that.
 # The numbers of columns and their strides profit, and stay the same from round to round. These
 # change whenever a client drops out, and no load depends on them.
-VARYING = ("num_rows", "rows_per_split", "num_sampled", "num_values", "num_steps", "stored_stride")
+VARYING = ("num_rows", "num_others", "rows_per_split", "num_sampled", "num_values", "num_steps", "stored_stride")
 # Triton also compiles a kernel again for pointers to multiples of 16 bytes. These pointers point
 # into the middle of a tensor, after the rows of earlier blocks, so their alignment varies.
 VARYING_POINTERS = ("bits_ptr", "ones_ptr")

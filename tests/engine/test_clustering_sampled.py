@@ -193,7 +193,8 @@ def on_sample(masks: MaskSet, num_sampled: int, seed: int) -> ClusteredMasks:
     clients = order[:num_sampled].sort().values
     rows = torch.cat([clients, torch.tensor([num_clients])])
     alike = (distances[:-1, :-1] == 0).sum(1)
-    few = SampledDistances(Distances(distances[rows][:, rows]), clients, alike, lambda: iter([(0, distances[:, rows])]))
+    blocks = [(torch.arange(num_clients + 1), distances[:, rows])]
+    few = SampledDistances(Distances(distances[rows][:, rows]), clients, alike, lambda: iter(blocks))
     return cluster(few, masks.alignment, Clustering(), keep_share=masks.keep_share, norms=masks.norms)
 
 
@@ -233,8 +234,10 @@ def test_the_distances_to_the_sample_are_those_of_the_matrix() -> None:
     assert len(few.clients_S) == 200
     assert torch.equal(torch.stack([few.sample.row(row) for row in range(201)]), whole[rows][:, rows])
     blocks = list(few.to_sample())
-    assert [first for first, _ in blocks] == [0, 201, 402]
-    assert torch.equal(torch.cat([block for _, block in blocks]), whole[:, rows])
+    assert [len(numbers) for numbers, _ in blocks] == [201, 201, 50]
+    numbers = torch.cat([numbers for numbers, _ in blocks])
+    assert numbers.sort().values.tolist() == list(range(452))
+    assert torch.equal(torch.cat([block for _, block in blocks]), whole[numbers][:, rows])
     assert few.alike_N.nonzero().flatten().tolist() == list(range(451))
     assert (few.alike_N == 4).nonzero().flatten().tolist() == [3, 7, 90, 400]
     assert (few.alike_N == 1).sum() == 447

@@ -127,13 +127,14 @@ def on_rank(folder: Path, mesh: "DeviceMesh") -> None:
     own_bits = pack_bits(flags[:, wide.columns])
     found["counts"] = sharded_distances(own_bits, wide).stored.clone()
     found["shares"] = layer_evidence(own_bits, torch.arange(20) < 12, list(range(20)), {"a": 30_000, "b": 40_001}, wide).shares
-    distances._EXACT_ROWS = 8  # six groups of rows, the last of one
+    distances._EXACT_ROWS = 10  # three groups of rows, the last of one
     rounded = sharded_distances(own_bits, wide)
     assert rounded.stored.dtype == torch.uint16
     found["rounded"] = rounded.stored.int() * rounded.unit
     sampled.SAMPLED = 6
     few = SampledDistances.of_masks(own_bits, wide)
-    found |= {"drawn": few.clients_S, "alike": few.alike_N, "to sample": torch.cat([block for _, block in few.to_sample()])}
+    numbers, blocks = zip(*few.to_sample(), strict=True)
+    found |= {"drawn": few.clients_S, "alike": few.alike_N, "to sample": torch.cat(blocks)[torch.cat(numbers).argsort()]}
     save_file(found, folder / f"{rank}.safetensors")
 
 
@@ -186,7 +187,7 @@ def test_distances_and_evidence_are_those_of_all_columns(
     bits = pack_bits(flags)
     counts = mask_distances(bits, flags.shape[1]).stored
     evidence = layer_evidence(bits, torch.arange(20) < 12, list(range(20)), {"a": 30_000, "b": 40_001})
-    monkeypatch.setattr(distances, "_EXACT_ROWS", 8)
+    monkeypatch.setattr(distances, "_EXACT_ROWS", 10)
     rounded = mask_distances(bits, flags.shape[1])
     for got, _ in found:
         assert torch.equal(got["counts"], counts)

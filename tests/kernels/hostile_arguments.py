@@ -91,6 +91,11 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
         {**TRAINING, "threshold": 0.0},
     ),
     "hamming_counts": (hamming.hamming_counts, {"bits": Argument(("R", "bytes"), ("uint8",), ANY)}, {"unit": 1}),
+    "hamming_counts_between": (
+        hamming.hamming_counts_between,
+        {"bits": Argument(("R", "bytes"), ("uint8",), ANY), "others": Argument(("S", "bytes"), ("uint8",), ANY)},
+        {},
+    ),
     "varying_ones": (ones.varying_ones, {"bits": Argument(("R", "bytes"), ("uint8",), ANY)}, {}),
     "chosen_mean": (
         mean.chosen_mean,

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from skymask_gpu.kernels.hamming import hamming_counts, hamming_counts_reference
+from skymask_gpu.kernels.hamming import (
+    hamming_counts,
+    hamming_counts_between,
+    hamming_counts_between_reference,
+    hamming_counts_reference,
+)
 
 pytest.importorskip("triton")
 
@@ -62,6 +67,53 @@ def test_both_triton_variants_are_exact(name: str, size: tuple[int, int]) -> Non
     counts = triton_variant(name)(bits.to(DEVICE))
     assert counts.dtype == torch.int32
     assert torch.equal(counts.cpu(), wanted(bits))
+
+
+def between(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    from skymask_gpu.kernels.hamming import triton as hamming
+
+    def on_triton(bits: Tensor, others: Tensor) -> Tensor:
+        return hamming.hamming_counts_between(bits.to(DEVICE), others.to(DEVICE)).cpu()
+
+    return {"cpu": hamming_counts_between, "twin": hamming_counts_between_reference, "triton": on_triton}[name]
+
+
+@pytest.mark.parametrize("name", ["cpu", "twin", "triton"])
+@pytest.mark.parametrize("num_bytes", [1, 63, 64, 200, 1100])
+@pytest.mark.parametrize("split", [1, 2, 17, 64, 66])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_counts_between_two_matrices_are_exact(name: str, num_bytes: int, split: int) -> None:
+    bits = random_bits(67, num_bytes)
+    counts = between(name)(bits[:split], bits[split:])
+    assert counts.dtype == torch.int32
+    assert torch.equal(counts, wanted(bits)[:split, split:])
+    columns_first = bits.T.contiguous().T
+    assert torch.equal(between(name)(columns_first[:split], columns_first[split:]), counts)
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+@pytest.mark.parametrize("split", [5, 32])
+def test_columns_that_vary_in_either_matrix_count(name: str, split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From many rows on, the other columns are left out; here one matrix has ones where the other has zeros."""
+    from skymask_gpu.kernels.hamming import cpu
+    from skymask_gpu.kernels.hamming import triton as hamming
+
+    looked_at = Mock(wraps=cpu.without_constant_columns if name == "cpu" else hamming.varying_bytes)
+    monkeypatch.setattr(cpu, "MANY_ROWS", 37)
+    monkeypatch.setattr(hamming, "MANY_ROWS", 37)
+    monkeypatch.setattr(*((cpu, "without_constant_columns") if name == "cpu" else (hamming, "varying_bytes")), looked_at)
+    bits = random_bits(37, 130)
+    bits[:split, 7], bits[split:, 7] = 0, 255
+    want = hamming_counts_between_reference(bits[:split], bits[split:])
+    assert torch.equal(between(name)(bits[:split], bits[split:]), want)
+    assert looked_at.call_count == 1
+
+
+@pytest.mark.parametrize("programs", [1, 10_000])
+def test_shares_of_the_columns_add_up_between_two_matrices(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skymask_gpu.kernels.hamming.triton.ENOUGH_PROGRAMS", programs)
+    bits = random_bits(20, 32 * 5 + 3)
+    assert torch.equal(between("triton")(bits[:3], bits[3:]), wanted(bits)[:3, 3:])
 
 
 @variants
@@ -157,6 +209,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     torch.set_num_threads(3)
     try:
         assert torch.equal(hamming_counts(bits), want)
+        assert torch.equal(hamming_counts_between(bits[:170], bits[170:]), want[:170, 170:])
     finally:
         torch.set_num_threads(before)
 
@@ -166,6 +219,9 @@ def test_bad_arguments_are_named() -> None:
     for wrong in (bits[0], bits.int(), bits[:0]):
         with pytest.raises(ValueError, match=r"bits must be non-empty \(R, bytes\) uint8, got"):
             hamming_counts(wrong)
+    for wrong in (bits[0], bits.int(), bits[:0], bits[:, :4]):
+        with pytest.raises(ValueError, match=r"others must be non-empty \(S, 5\) uint8, got"):
+            hamming_counts_between(bits, wrong)
     with pytest.raises(ValueError, match="unit must be an integer of at least 1, got 0"):
         hamming_counts(bits, 0)
     with pytest.raises(ValueError, match=r"dtype must be torch.int32 or torch.uint16, got torch\.int64"):

@@ -69,6 +69,7 @@ def launch(rows, columns, sampled):
 
     hamming.popcount_counts(bits[:rows])
     hamming.gram_counts(bits[:rows])
+    hamming.hamming_counts_between(bits[:rows], bits[rows:])
     x = torch.arange(2.0 + rows, dtype=torch.float64)
     mixture.two_normals(x, 100, 1e-3)
     mixture.gaussian_mixture(torch.stack([x, x], 1), torch.zeros(len(x), dtype=torch.int64))

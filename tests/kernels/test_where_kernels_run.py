@@ -35,6 +35,7 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
         "cut_bits": lambda: cuts.cut_bits(rows, row, row > 0, bits),
         "replay_bits": lambda: cuts.replay_bits(rows, row > 0, history, history, bits, **training, threshold=0.0),
         "hamming_counts": lambda: hamming.hamming_counts(bits),
+        "hamming_counts_between": lambda: hamming.hamming_counts_between(bits, bits[:1]),
         "chosen_mean": lambda: mean.chosen_mean(rows, chosen),
         "count_products": lambda: product.count_products(torch.zeros(4, 4, dtype=torch.int32, device=device), x),
         "group_sums": lambda: sums.group_sums(rows, ends, [0, 2, 5]),
