@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from skymask_gpu.engine.distances import Distances
+from skymask_gpu.engine.step_loop import StepLoop
 
 __all__ = [
     "centred_gram",
@@ -148,22 +149,41 @@ def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until
     Computations, 10.3). ``leading`` solves the small problem: after each product if
     ``until_settled``, otherwise once, after the last product.
     """
-    generator = torch.Generator(distances.device).manual_seed(0)
-    start = torch.randn(len(distances), _BLOCK, dtype=torch.float64, device=distances.device, generator=generator)
-    basis_RM = products_RM = start.new_empty(len(distances), 0)
-    for number in range(1, _MOST_PRODUCTS + 1):
+    num_rows, device, real = len(distances), distances.device, torch.float64
+    generator = torch.Generator(device).manual_seed(0)
+    block_RK = torch.randn(num_rows, _BLOCK, dtype=real, device=device, generator=generator)
+    at_K = torch.arange(_BLOCK, device=device)
+    # Columns that are not there yet are 0 and change no result.
+    basis_RM = torch.zeros(num_rows, _BLOCK * _MOST_PRODUCTS, dtype=real, device=device)
+    products_RM = torch.zeros_like(basis_RM)
+
+    def multiply() -> None:
+        start_RK = block_RK
         # Done a second time, because rounding leaves some of the basis after the first.
         for _ in range(2):
-            start = orthonormal(start - basis_RM @ (basis_RM.T @ start))
-        product = _centred_times(distances, start)
-        basis_RM, products_RM = torch.cat([basis_RM, start], 1), torch.cat([products_RM, product], 1)
-        start = product
-        if until_settled or number == _MOST_PRODUCTS:
-            ritz_MM = basis_RM.T @ products_RM
-            values_2, weights_M2 = leading((ritz_MM + ritz_MM.T) / 2)
-            vectors_R2 = basis_RM @ weights_M2
-        if until_settled:
-            residual_2 = torch.linalg.vector_norm(products_RM @ weights_M2 - vectors_R2 * values_2, dim=0)
-            if (residual_2 <= _RESIDUAL * values_2[0]).all():
-                break
+            start_RK = orthonormal(start_RK - basis_RM @ (basis_RM.T @ start_RK))
+        block_RK.copy_(_centred_times(distances, start_RK))
+        basis_RM.index_copy_(1, at_K, start_RK)
+        products_RM.index_copy_(1, at_K, block_RK)
+        at_K.add_(_BLOCK)
+
+    # On a GPU, a product is over sixty small launches, and they are replayed from a graph.
+    loop = StepLoop(multiply, device)
+    if not until_settled:
+        loop.run(_MOST_PRODUCTS)
+        return _ritz_pairs(basis_RM, products_RM, leading)[0]
+    for number in range(1, _MOST_PRODUCTS + 1):
+        loop.run(1)
+        there = slice(_BLOCK * number)
+        (values_2, vectors_R2), images_R2 = _ritz_pairs(basis_RM[:, there], products_RM[:, there], leading)
+        residual_2 = torch.linalg.vector_norm(images_R2 - vectors_R2 * values_2, dim=0)
+        if (residual_2 <= _RESIDUAL * values_2[0]).all():
+            break
     return values_2, vectors_R2
+
+
+def _ritz_pairs(basis_RM: Tensor, products_RM: Tensor, leading: Callable[[Tensor], Eigenpairs]) -> tuple[Eigenpairs, Tensor]:
+    """The leading eigenpairs of K within a basis, and K times their vectors, ``(R, 2)``."""
+    ritz_MM = basis_RM.T @ products_RM
+    values_2, weights_M2 = leading((ritz_MM + ritz_MM.T) / 2)
+    return (values_2, basis_RM @ weights_M2), products_RM @ weights_M2
