@@ -137,7 +137,11 @@ def _chosen_bits() -> np.ndarray:
 
 
 def without_constant_columns(bits: Tensor) -> Tensor:
-    """Pack only the columns in which rows differ, into ``(R, bytes)``, at least one byte."""
+    """Pack only the columns in which rows differ, into ``(R, bytes)``.
+
+    The bytes are a multiple of 64, the last ones 0: the few bytes behind whole vectors are compared
+    one by one, which for small models takes longer than all vectors.
+    """
     num_rows, num_bytes = bits.shape
     flat = bits.contiguous().view(-1).numpy()
     varying_B = np.zeros(num_bytes, np.uint8)
@@ -145,7 +149,7 @@ def without_constant_columns(bits: Tensor) -> Tensor:
     at_V = np.flatnonzero(varying_B)
     # NumPy 1.26 has no bitwise_count.
     num_columns = int(np.unpackbits(varying_B).sum())
-    packed_RC = torch.zeros(num_rows, max(1, -(-num_columns // 8)), dtype=torch.uint8)
+    packed_RC = torch.zeros(num_rows, 64 * max(1, -(-num_columns // 512)), dtype=torch.uint8)
     arguments = (flat, num_bytes, at_V, varying_B[at_V], _chosen_bits(), packed_RC.numpy())
     run_on_column_shares(lambda begin, end: _pack_pass(*arguments, begin, end), num_rows, TILE)
     return packed_RC
