@@ -175,15 +175,15 @@ def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until
     for number in range(1, _MOST_PRODUCTS + 1):
         loop.run(1)
         there = slice(_BLOCK * number)
-        (values_2, vectors_R2), images_R2 = _ritz_pairs(basis_RM[:, there], products_RM[:, there], leading)
-        residual_2 = torch.linalg.vector_norm(images_R2 - vectors_R2 * values_2, dim=0)
+        (values_2, vectors_R2), weights_M2 = _ritz_pairs(basis_RM[:, there], products_RM[:, there], leading)
+        residual_2 = torch.linalg.vector_norm(products_RM[:, there] @ weights_M2 - vectors_R2 * values_2, dim=0)
         if (residual_2 <= _RESIDUAL * values_2[0]).all():
             break
     return values_2, vectors_R2
 
 
 def _ritz_pairs(basis_RM: Tensor, products_RM: Tensor, leading: Callable[[Tensor], Eigenpairs]) -> tuple[Eigenpairs, Tensor]:
-    """The leading eigenpairs of K within a basis, and K times their vectors, ``(R, 2)``."""
+    """The leading eigenpairs of K within a basis, and their vectors' weights in it, ``(M, 2)``."""
     ritz_MM = basis_RM.T @ products_RM
     values_2, weights_M2 = leading((ritz_MM + ritz_MM.T) / 2)
-    return (values_2, basis_RM @ weights_M2), products_RM @ weights_M2
+    return (values_2, basis_RM @ weights_M2), weights_M2

@@ -146,8 +146,8 @@ def varying_bytes(bits: Tensor) -> Tensor:
 
 def hamming_counts_between(bits: Tensor, others: Tensor) -> Tensor:
     """A row of ones goes below each matrix: its product with a row is that row's number of ones."""
-    both = torch.cat([bits, others])
-    columns = varying_bytes(both) if len(both) >= MANY_ROWS else None
+    many = len(bits) + len(others) >= MANY_ROWS
+    columns = varying_bytes(torch.cat([bits, others])) if many else None
     ones = torch.full_like(bits[:1], 255)
     words_TW, units_1 = _words(torch.cat([bits, ones, others, ones]), columns)
     gram_RS = _gram(words_TW[: len(bits) + 1], units_1, words_TW[len(bits) + 1 :])

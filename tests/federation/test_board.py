@@ -379,6 +379,7 @@ def test_the_smaller_examples_read(checkout: Path) -> None:
     assert whole.trajectories.rounds == 10
     assert len(whole.trajectories.attacks) == 24
     board = read_board(checkout / "examples" / "board.toml")
-    assert all(run.local == board.recipes[name].local for name, run in whole.recipes.items())
+    for name, run in whole.recipes.items():
+        assert (run.local, run.data) == (board.recipes[name].local, board.recipes[name].data)
     photos = read_board(checkout / "examples" / "board_cifar10.toml")
     assert len(list(photos.set_keys())) == 4 * 6
