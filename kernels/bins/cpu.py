@@ -8,14 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from skymask_gpu.kernels.bins.reference import GUARD, WIDEST_GAP
-from skymask_gpu.kernels.bins.vectors import (
-    GROUP,
-    MOST_ROWS_AT_ONCE,
-    add_to_bins,
-    inner_edges,
-    order,
-    take_updates,
-)
+from skymask_gpu.kernels.bins.vectors import GROUP, add_to_bins, inner_edges, order, take_updates
 from skymask_gpu.kernels.shared.cpu import JIT, copy, flat, widen, widen_row
 from skymask_gpu.kernels.shared.cpu_step import move_and_add
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
@@ -27,7 +20,6 @@ TILE = 512
 ROWS_AT_ONCE = 128
 # Columns per tile of the sort: their values in 64 sampled rows fit in the L1 cache.
 SORT_TILE = 128
-assert ROWS_AT_ONCE <= MOST_ROWS_AT_ONCE
 assert TILE % WIDE == SORT_TILE % WIDE == 0
 _WIDEST_GAP, _GUARD = np.float32(WIDEST_GAP), np.float32(GUARD)
 

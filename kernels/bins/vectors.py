@@ -26,12 +26,9 @@ from skymask_gpu.kernels.shared.vectors import (
 
 # The number of bins that add_to_bins fills at once: their sums, counts and edges stay in registers.
 GROUP = 4
-# The most rows whose count a byte holds.
-MOST_ROWS_AT_ONCE = 255
 
 _WORDS = llvm.VectorType(llvm.IntType(32), LANES)
 _HALVES = llvm.VectorType(llvm.IntType(16), LANES)
-_BYTES = llvm.VectorType(llvm.IntType(8), LANES)
 
 
 @vector_code(types.void)
@@ -156,7 +153,7 @@ def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
     added one after the other.
 
     Args:
-        num_rows: 1 to ``MOST_ROWS_AT_ONCE``.
+        num_rows: 1 to 2**24.
     """
     whole_numbers = _HALVES if counts.dtype == types.uint16 else _WORDS
     places = [to]
@@ -164,7 +161,7 @@ def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
         places.append(builder.add(places[-1], stride))
     edge = [load(builder, edges, place, FLOATS) for place in places]
     start = [load(builder, sums, place, FLOATS) for place in places[:-1]]
-    none = [llvm.Constant(_BYTES, [0] * LANES)] * GROUP
+    none, one = (llvm.Constant(FLOATS, [number] * LANES) for number in (0.0, 1.0))
 
     def next_row(row, *totals):
         sums_so_far, counts_so_far = totals[:GROUP], totals[GROUP:]
@@ -173,16 +170,18 @@ def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
         # Edges ascend, so a value that has reached exactly one of a bin's two edges lies inside the
         # bin.
         inside = [builder.xor(reached[b], reached[b + 1]) for b in range(GROUP)]
+        # Where there are mask registers, each of these becomes a single instruction, which it does
+        # not with whole numbers. Hence the counts are floats, which is exact up to 2**24.
         added = [builder.select(i, builder.fadd(sum_, value), sum_) for i, sum_ in zip(inside, sums_so_far, strict=True)]
-        counted = [builder.sub(count, builder.sext(i, _BYTES)) for i, count in zip(inside, counts_so_far, strict=True)]
+        counted = [builder.select(i, builder.fadd(count, one), count) for i, count in zip(inside, counts_so_far, strict=True)]
         row = builder.add(row, INDEX(1))
         return (row, *added, *counted), builder.icmp_signed("<", row, num_rows)
 
-    _, *totals = repeat(builder, (INDEX(0), *start, *none), next_row)
+    _, *totals = repeat(builder, (INDEX(0), *start, *[none] * GROUP), next_row)
     for place, sum_, count in zip(places[:-1], totals[:GROUP], totals[GROUP:], strict=True):
         store(builder, sum_, sums, place)
         so_far = load(builder, counts, place, whole_numbers)
-        store(builder, builder.add(so_far, builder.zext(count, whole_numbers)), counts, place)
+        store(builder, builder.add(so_far, builder.fptoui(count, whole_numbers)), counts, place)
 
 
 def add_to_bins_reference(values, at, num_rows, edges, counts, sums, to, stride):

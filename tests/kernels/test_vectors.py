@@ -66,7 +66,7 @@ def test_updates_are_taken_and_widen_the_ends(rng: np.random.Generator, dtype: t
     assert_equal(*both(bins.take_updates, bins.take_updates_reference, rows, 5, values, 20, lowest, highest, 3))
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, bins.MOST_ROWS_AT_ONCE])
+@pytest.mark.parametrize("num_rows", [1, 2, 300])
 @pytest.mark.parametrize(("counted", "most"), [(np.uint16, 1000), (np.int32, 2**24)], ids=["u16", "i32"])
 def test_rows_are_added_to_bins(rng: np.random.Generator, num_rows: int, counted: type, most: int) -> None:
     stride, place = LANES + 5, 3
