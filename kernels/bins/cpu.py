@@ -154,6 +154,20 @@ def _bins_pass(num_rows, rows, stride, num_params, edges, counts, sums, lowest, 
         _copy_rows(num_bins, width, sum_T, TILE, sums[a:], num_params)
 
 
+@njit(inline="always", **JIT)
+def _fetch_bins(logits, centres, counts, at):
+    """Fetch 64 columns of a bin into the cache.
+
+    The bins of a tile lie far apart in memory, where a CPU does not foresee what is read next.
+    Beyond the arrays' ends nothing happens.
+    """
+    for line in range(0, WIDE, LINE // logits.itemsize):
+        fetch(logits, at + line)
+        fetch(centres, at + line)
+    for line in range(0, WIDE, LINE // counts.itemsize):
+        fetch(counts, at + line)
+
+
 @njit(**JIT)
 def _step_pass(
     num_params,
@@ -183,7 +197,9 @@ def _step_pass(
         gate_sum_T[:], weighted_sum_T[:] = 0, 0
         for b in range(num_bins):
             at = b * num_params + a
+            next_at = at + num_params if b + 1 < num_bins else a + TILE
             for k in range(0, whole, WIDE):
+                _fetch_bins(logits, centres, counts, next_at + k)
                 move_and_add(centres, at + k, counts, logits, at + k, slope_T, mean_T, gate_sum_T, weighted_sum_T, k, full_step)
             if rest > 0:
                 columns = slice(at + whole, at + width)

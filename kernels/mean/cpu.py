@@ -7,6 +7,7 @@ from torch import Tensor
 
 from skymask_gpu.kernels.shared.cpu import JIT, flat, widen
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
+from skymask_gpu.kernels.shared.vectors import LINE, fetch
 
 # The number of columns whose sums stay in the cache.
 TILE = 1024
@@ -22,8 +23,13 @@ def _add_row(update_T, factor, sum_T):
 def _sum_pass(entering, factors, rows, stride, sum_P, begin, end):
     for a in range(begin, end, TILE):
         width = min(TILE, end - a)
-        for row in entering:
-            _add_row(rows[row * stride + a : row * stride + a + width], factors[row], sum_P[a : a + width])
+        for number in range(entering.size):
+            at = entering[number] * stride + a
+            # What comes next lies far away in memory, where the CPU does not foresee it.
+            next_at = entering[number + 1] * stride + a if number + 1 < entering.size else entering[0] * stride + a + TILE
+            for line in range(0, width, LINE // rows.itemsize):
+                fetch(rows, next_at + line)
+            _add_row(rows[at : at + width], factors[entering[number]], sum_P[a : a + width])
 
 
 def chosen_mean(rows_RP: Tensor, chosen_R: Tensor, factors_R: Tensor) -> Tensor:

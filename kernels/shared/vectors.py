@@ -137,7 +137,10 @@ def repeat(builder, start, body):
 
 @vector_code(types.void)
 def fetch(builder, rows, at):
-    """Tell the CPU that the cache line of ``rows[at]`` will be read soon. Nothing waits."""
+    """Tell the CPU that the cache line of ``rows[at]`` will be read soon. Nothing waits.
+
+    A place beyond the array does no harm.
+    """
     flag = llvm.IntType(32)
     place = address(builder, rows, at, llvm.IntType(8))
     # The flags say: for reading, to stay in L2, data.
