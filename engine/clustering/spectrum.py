@@ -25,6 +25,8 @@ _DENSE_ROWS = 1024
 _RESIDUAL = 1e-7
 _MOST_PRODUCTS = 40
 _BLOCK = 4
+# The residual is looked at after this number of products. Looking takes half as long as a product.
+_PRODUCTS_PER_LOOK = 4
 # The number of squarings. A vector's part in a direction whose eigenvalue is smaller by the share g
 # shrinks like (1 - g)^(2^24), which leaves a residual of g (1 - g)^(2^24) < 3e-8 at most.
 _SQUARINGS = 24
@@ -146,7 +148,7 @@ def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until
     """The leading eigenpairs of K from nothing but products with K.
 
     This is block Krylov iteration with the Rayleigh-Ritz procedure (Golub & Van Loan, Matrix
-    Computations, 10.3). ``leading`` solves the small problem: after each product if
+    Computations, 10.3). ``leading`` solves the small problem: after every few products if
     ``until_settled``, otherwise once, after the last product.
     """
     num_rows, device, real = len(distances), distances.device, torch.float64
@@ -172,8 +174,8 @@ def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until
     if not until_settled:
         loop.run(_MOST_PRODUCTS)
         return _ritz_pairs(basis_RM, products_RM, leading)[0]
-    for number in range(1, _MOST_PRODUCTS + 1):
-        loop.run(1)
+    for number in range(_PRODUCTS_PER_LOOK, _MOST_PRODUCTS + 1, _PRODUCTS_PER_LOOK):
+        loop.run(_PRODUCTS_PER_LOOK)
         there = slice(_BLOCK * number)
         (values_2, vectors_R2), weights_M2 = _ritz_pairs(basis_RM[:, there], products_RM[:, there], leading)
         residual_2 = torch.linalg.vector_norm(products_RM[:, there] @ weights_M2 - vectors_R2 * values_2, dim=0)

@@ -42,12 +42,18 @@ def copy(to_T, from_T):
 
 
 @njit(**JIT)
+def _add_differing(one_T, other_T, differing_T):
+    for k in range(differing_T.size):
+        differing_T[k] |= one_T[k] ^ other_T[k]
+
+
+@njit(**JIT)
 def varying_pass(flat_bits, num_rows, varying_W, begin, end):
     """Set, in words (or bytes) from ``begin`` to ``end``, the bits in which not all rows agree."""
     num_words = varying_W.size
     for row in range(1, num_rows):
-        for word in range(begin, end):
-            varying_W[word] |= flat_bits[row * num_words + word] ^ flat_bits[word]
+        at = row * num_words
+        _add_differing(flat_bits[begin:end], flat_bits[at + begin : at + end], varying_W[begin:end])
 
 
 def flat(rows_RP: Tensor) -> tuple[np.ndarray, int]:
