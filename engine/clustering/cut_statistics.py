@@ -80,19 +80,25 @@ def em(white_FN: Tensor, used_SF: Tensor, far_SN: Tensor, in_N: Tensor) -> Tenso
     W^-1 d = d / (1 - p q |d|^2).
     """
     far_SN = far_SN.clone()
+    # With the clients looked at as one more row, one product gives the moments and the shares, and
+    # another one gives the log odds with their constant part.
+    rows_GN, num = torch.cat([white_FN * in_N, in_N[None]]), in_N.sum()
 
     def step() -> None:
-        p_S = shares(far_SN, in_N).clamp(_TINY, 1 - _TINY)
+        means_SG = far_SN @ rows_GN.T / num
+        p_S = means_SG[:, -1].clamp(_TINY, 1 - _TINY)
         q_S = 1 - p_S
         # This is p times the far side's mean, and also -q times the near side's.
-        moment_SF = used_SF * ((far_SN * in_N) @ white_FN.T) / in_N.sum()
+        moment_SF = used_SF * means_SG[:, :-1]
         difference_SF = moment_SF / (p_S * q_S)[:, None]
-        left_S = (1 - (moment_SF * difference_SF).sum(1)).clamp_min(LEAST_LEFT)
-        middle_SF = moment_SF * ((1 / p_S - 1 / q_S) / 2)[:, None]
-        along_SN = difference_SF @ white_FN - (difference_SF * middle_SF).sum(1, keepdim=True)
-        far_SN.copy_(torch.sigmoid(along_SN / left_S[:, None] + (p_S / q_S).log()[:, None]))
+        between_S = (moment_SF * difference_SF).sum(1)
+        left_S = (1 - between_S).clamp_min(LEAST_LEFT)
+        constant_S = (p_S / q_S).log() - between_S * (1 / p_S - 1 / q_S) / 2 / left_S
+        log_odds_SG = torch.cat([difference_SF / left_S[:, None], constant_S[:, None]], 1)
+        torch.mm(log_odds_SG, rows_GN, out=far_SN)
+        far_SN.sigmoid_()
 
-    # On a GPU, a step is over thirty small launches, and they are replayed from a graph.
+    # On a GPU, a step is over twenty small launches, and they are replayed from a graph.
     StepLoop(step, far_SN.device).run(STEPS)
     return far_SN > 0.5
 
