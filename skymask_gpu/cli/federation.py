@@ -120,7 +120,7 @@ def _play(runs: list[Any], federations: list[Any], folders: list[Path]) -> None:
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(help="A run's TOML file with a [grid] table of lists; examples/ has some.")],
+    config: Annotated[Path, typer.Argument(help="A run's TOML file with a \\[grid] table of lists; examples/ has some.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the cells and the report; default runs/NAME.")] = None,
     data_dir: DataDir = None,
     changes: Changes = None,

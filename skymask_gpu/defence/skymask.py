@@ -266,9 +266,9 @@ class SkyMask:
             client_ids: N different names of the clients, such as strings or integers. The result
                 then names clients by them. None means the numbers 0 to N - 1.
             history: what is remembered of these clients from earlier rounds, told apart by
-                ``client_ids``. A client is then judged by its mean cosine with the root direction
-                over these rounds, and this round is added. Pass the same object in every round of
-                one training. None: each round is judged by itself.
+                ``client_ids``. A client is then judged by its mean agreement with the root
+                direction over these rounds, and this round is added. Pass the same object in every
+                round of one training. None: each round is judged by itself.
             progress: called with the numbers of steps done and of steps in all after each step of
                 mask training, for a bar in a long round. Training may end before the last of them.
                 If a client is rejected because it drives the loss out of range, the masks of the
