@@ -1,5 +1,6 @@
 """SkyMask.aggregate: verdicts on a toy federation, and every row of the table of bad input."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -290,7 +291,7 @@ def test_batch_norm_statistics_are_averaged_over_the_benign_clients() -> None:
     result = skymask.aggregate(updates)
     kept = [float(i) for i in result.benign.nonzero().flatten()]
     assert result.buffers["1.running_mean"].tolist() == [pytest.approx(sum(kept) / len(kept))] * 16
-    assert result.buffers["1.num_batches_tracked"] == max(kept)
+    assert result.buffers["1.num_batches_tracked"] == sorted(kept)[len(kept) // 2]
     named = result.state_dict()
     assert {name: value.shape for name, value in named.items()} == {n: v.shape for n, v in module.state_dict().items()}
     assert all(torch.equal(named[name], value) for name, value in result.buffers.items())
@@ -432,7 +433,7 @@ class Scaled(nn.Module):
         self.scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.linear(inputs) * self.scale.exp()
+        return self.linear(inputs) * (20 * self.scale).exp()
 
 
 @pytest.mark.parametrize("num_malicious", [1, 3, 5])
@@ -442,12 +443,47 @@ def test_short_updates_that_drive_the_loss_out_of_range_are_rejected(num_malicio
     names = [name for name, _ in module.named_parameters()]
     at = names.index("scale")
     column = sum(p.numel() for p in list(module.parameters())[:at])
-    for size in (100.0, 1000.0):
+    for size in (6.0, 1000.0):
         updates_NP = honest_NP.clone()
         updates_NP[:num_malicious, column] += size
         result = SkyMask(module, *toy_data(60, 1)).aggregate(updates_NP)
         for client in range(num_malicious):
-            assert result.rejected[client].startswith("its update drives")
+            too_long = "its update is more than ten times as long as the model and as the median update"
+            assert result.rejected[client].startswith("its update drives" if size < 100 else too_long)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e18])
+def test_an_update_that_is_far_too_long_is_rejected_and_changes_nothing_for_the_others(size: int) -> None:
+    updates_NP = poisoned()
+    others = defence().aggregate(updates_NP[:-1])
+    updates_NP[-1] *= size / torch.linalg.vector_norm(updates_NP[-1])
+    result = defence().aggregate(updates_NP)
+    assert "ten times as long" in result.rejected[NUM_CLIENTS - 1]
+    assert torch.equal(result.benign[:-1], others.benign)
+    torch.testing.assert_close(result.update, others.update)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_buffers_that_one_kept_client_makes_up_do_not_decide_the_model(name: str) -> None:
+    module = nn.Sequential(nn.Linear(NUM_INPUTS, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, NUM_CLASSES))
+    states = []
+    for client in range(12):
+        trained = copy.deepcopy(module)
+        nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(module.parameters()) + local_update(module, client), trained.parameters()
+        )
+        for _ in range(3):
+            trained(toy_data(30, client)[0])
+        states.append(trained.state_dict())
+    skymask = SkyMask(module, *toy_data(60, 1))
+    honest = skymask.aggregate(states, local_models=True)
+    made_up = states[11][f"1.{name}"]
+    states[11] = {**states[11], f"1.{name}": torch.full_like(made_up, 10**6)}
+    result = skymask.aggregate(states, local_models=True)
+    assert result.benign[11]
+    values = torch.stack([state[f"1.{name}"].double() for state in states[:11]])
+    assert (result.buffers[f"1.{name}"] <= values.amax(0)).all()
+    torch.testing.assert_close(result.buffers[f"1.{name}"], honest.buffers[f"1.{name}"], rtol=0.5, atol=0.3)
 
 
 def test_updates_that_are_harmless_alone_but_not_together_are_rejected() -> None:

@@ -56,7 +56,10 @@ def _spread(seen: dict[str, list[float]]) -> float:
             number = _effective(past)
             biased = float(np.average((np.array(past) - _mean(past)) ** 2, weights=_weights(past)))
             variances.append(biased * number / (number - 1))
-    return math.sqrt(np.mean(variances)) if variances else math.inf
+    if not variances:
+        return math.inf
+    # Nobody counts for more than four upper quartiles.
+    return math.sqrt(np.mean(np.minimum(variances, 4 * np.quantile(variances, 0.75))))
 
 
 def test_means_and_errors_are_those_of_a_literal_loop() -> None:
@@ -74,6 +77,21 @@ def test_means_and_errors_are_those_of_a_literal_loop() -> None:
             assert error == pytest.approx(wanted[client][1], rel=1e-4)
     # It fell in the sixth round, and the seventh is weighed with that round alone.
     assert remembered.means[2] == pytest.approx((0.8 * -0.5 + rounds[6]["client 2"]) / 1.8, rel=1e-6)
+
+
+def test_a_client_that_goes_up_and_down_does_not_make_the_errors_of_all_large() -> None:
+    generator = torch.Generator().manual_seed(0)
+    errors = {}
+    for swing in (0.0, 1.0):
+        history = ClientHistory()
+        for number in range(8):
+            agreement_K = 0.3 + 0.05 * torch.randn(20, generator=generator.manual_seed(number))
+            agreement_K[4] += swing * (-1) ** number
+            history.remember(remembered := history.recall(list(range(20)), agreement_K))
+        errors[swing] = remembered.errors[0].item()
+    # Its own variance is hundreds of times that of the others. At most, it counts for four upper
+    # quartiles among 20.
+    assert errors[0.0] < errors[1.0] < 1.2 * errors[0.0]
 
 
 def test_clients_are_told_apart_by_their_ids_and_recalling_changes_nothing() -> None:

@@ -341,11 +341,13 @@ def test_the_seconds_end_with_the_hosts_last_look(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
-def test_counters_take_the_largest_value_and_other_buffers_the_mean(dtype: torch.dtype) -> None:
-    counters = torch.tensor([[0, 1], [1, 0], [0, 0]]).to(dtype)
-    assert mean_buffer(counters).tolist() == [1, 1]
+def test_counters_take_the_median_and_other_buffers_the_mean(dtype: torch.dtype) -> None:
+    counters = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 0, 1], [0, 1, 0]]).to(dtype)
+    assert mean_buffer(counters).tolist() == [0, 1, 1]
     assert mean_buffer(counters).dtype == dtype
     assert mean_buffer(torch.tensor([[1.0], [2.0], [6.0]])).tolist() == [3.0]
+    # The median absolute deviation is 1, so the last value counts as 2 + 10 * 1.4826.
+    assert mean_buffer(torch.tensor([[1.0], [2.0], [1e30]])).tolist() == pytest.approx([(5 + 10 * 1.4826) / 3])
 
 
 def test_values_that_turn_bad_between_two_passes_are_an_error() -> None:

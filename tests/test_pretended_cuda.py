@@ -52,23 +52,23 @@ pytest.importorskip("triton")
 # that falls is to be noted. Where a change means it, paste the table that the failing test prints.
 PINNED: dict[str, dict[str, tuple[int, int]]] = {
     "fused": {
-        "average": (32, 1),
+        "average": (43, 1),
         "bits": (3, 0),
         "captured step": (52, 0),
         "clustering": (2075, 1),
-        "collect": (83, 1),
+        "collect": (93, 1),
         "distances": (25, 0),
         "mask steps": (161, 1),
         "model passes": (12, 0),
         "root": (61, 0),
     },
     "collapsed": {
-        "average": (32, 1),
+        "average": (43, 1),
         "binning": (38, 0),
         "bits": (12, 0),
         "captured step": (52, 0),
         "clustering": (2075, 1),
-        "collect": (83, 1),
+        "collect": (93, 1),
         "cuts": (1, 0),
         "distances": (25, 0),
         "mask steps": (150, 1),
@@ -76,22 +76,22 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "root": (61, 0),
     },
     "vmap": {
-        "average": (27, 1),
+        "average": (38, 1),
         "bits": (34, 0),
         "captured step": (52, 0),
         "clustering": (2075, 1),
-        "collect": (81, 1),
+        "collect": (91, 1),
         "distances": (8, 0),
         "mask steps": (224, 1),
         "model passes": (12, 0),
         "root": (61, 0),
     },
     "suspects": {
-        "average": (27, 1),
+        "average": (38, 1),
         "bits": (3, 0),
         "captured step": (52, 0),
         "clustering": (2075, 1),
-        "collect": (80, 3),
+        "collect": (90, 3),
         "distances": (8, 0),
         "mask steps": (151, 1),
         "model passes": (12, 0),
@@ -99,11 +99,11 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
         "suspects": (49, 1),
     },
     "state dicts": {
-        "average": (27, 1),
+        "average": (38, 1),
         "bits": (3, 0),
         "captured step": (52, 0),
         "clustering": (2075, 1),
-        "collect": (80, 1),
+        "collect": (90, 1),
         "distances": (8, 0),
         "mask steps": (151, 1),
         "model passes": (12, 0),
@@ -266,12 +266,18 @@ def test_every_way_into_aggregate(solver: str, form: str, device: str, request: 
     assert "not captured" not in got.masks.solver_reason
 
 
+def far_out(updates_KP: Tensor) -> Tensor:
+    """The updates, three times as long as the model: they are suspicious, but not too long to be judged."""
+    model = torch.linalg.vector_norm(nn.utils.parameters_to_vector(MODULE.parameters())).detach()
+    return updates_KP * (3 * model / torch.linalg.vector_norm(updates_KP, dim=1, keepdim=True))
+
+
 def hostile() -> Tensor:
     """NaN, Inf, an update so large that the loss is not finite, one whose norm overflows, and two that are only far out."""
     updates_NP = poisoned().clone()
     updates_NP[5, 3], updates_NP[6, 4] = math.nan, math.inf
     updates_NP[7], updates_NP[8] = 1e30, 3e38
-    updates_NP[9:11] *= 1e3
+    updates_NP[9:11] = far_out(updates_NP[9:11])
     return updates_NP
 
 
@@ -365,7 +371,7 @@ def test_a_loss_that_waits_is_not_captured_and_right_all_the_same(request: pytes
 def of_many() -> Tensor:
     """Some scaled so that they are looked at one by one."""
     updates_NP = poisoned().clone()
-    updates_NP[5:8] *= 1e3
+    updates_NP[5:8] = far_out(updates_NP[5:8])
     return updates_NP
 
 

@@ -23,6 +23,12 @@ UPDATES = poisoned(NUM_ATTACKERS)
 bounded = partial(shares, norm_bound="median")
 
 
+def test_without_a_bound_no_update_counts_for_more_than_ten_times_the_median_length() -> None:
+    norms_K = torch.tensor([1.0, 2.0, 2.0, 3.0, 19.0, 80.0, 1e6])
+    factors_K = shares(torch.arange(7) < 6, norms_K).factors
+    assert factors_K.tolist() == [1.0, 1.0, 1.0, 1.0, 1.0, 0.25, 0.0]
+
+
 # --- the bounds -------------------------------------------------------------------------------------------------------
 
 

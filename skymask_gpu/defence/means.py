@@ -33,8 +33,14 @@ __all__ = [
 
 Mean = Literal["kept", "masked", "half"]
 MEANS: tuple[Mean, ...] = get_args(Mean)
+# Without a bound, an update is shortened to this multiple of the median norm.
+_MOST_MEDIANS = 10.0
 # The masked mean works on this number of elements at a time.
 _TILE_ELEMENTS = 2**22
+
+# By how many median absolute deviations a client's buffer may lie off the median: ten standard
+# deviations, if the values are normal. Honest statistics have long tails.
+_MOST_DEVIATIONS = 10 * 1.4826
 
 NormBound = Literal["median"] | None
 # The bounds as they are called where there is no None, in a TOML file or on the command line.
@@ -61,18 +67,21 @@ def shares(kept_K: Tensor, norms_K: Tensor, *, weights_K: Tensor | None = None, 
     """How much each client counts, so that no kept client can count for much more than another.
 
     The weighted mean of the updates u is ``sum(w[i] u[i]) / sum(w[i])`` over the kept clients
-    (FedAvg: McMahan et al., AISTATS 2017). With ``norm_bound="median"``, each kept update is
-    shortened to the median norm of the kept clients if it is longer, and each weight is lowered to
-    their median weight if it is larger. (Sun et al., "Can You Really Backdoor Federated Learning?",
-    arXiv 1911.07963, bound norms by a constant.) Both medians are those of the clients whose norm
-    and weight are above 0, the lower one of two in the middle. So clients that send zeros, or say
-    that they have no data, cannot shorten all others to nothing.
+    (FedAvg: McMahan et al., AISTATS 2017). A kept update that is more than ten times as long as the
+    median of the kept clients is shortened to this length, so that a single one does not decide the
+    mean. With ``norm_bound="median"``, each kept update is shortened to the median norm of the kept
+    clients if it is longer, and each weight is lowered to their median weight if it is larger. (Sun
+    et al., "Can You Really Backdoor Federated Learning?", arXiv 1911.07963, bound norms by a
+    constant.) Both medians are those of the clients whose norm and weight are above 0, the lower
+    one of two in the middle. So clients that send zeros, or say that they have no data, cannot
+    shorten all others to nothing.
 
     Args:
         kept_K: ``(K,)`` bool.
         norms_K: ``(K,)`` float32, the norms of the updates; not NaN.
         weights_K: ``(K,)`` float64, finite and at least 0; None for equal weights.
-        norm_bound: ``"median"`` or None, for no bound of either kind.
+        norm_bound: ``"median"`` or None, for no bound of weights, and one of norms that honest
+            updates hardly reach.
 
     Example:
         >>> kept = torch.tensor([True, True, True, False])
@@ -83,12 +92,12 @@ def shares(kept_K: Tensor, norms_K: Tensor, *, weights_K: Tensor | None = None, 
         tensor([0.5000, 0.5000, 2.0000, 0.0000])
     """
     weights_K = kept_K.double() if weights_K is None else torch.where(kept_K, weights_K, 0.0)
-    scales_K = torch.ones_like(weights_K)
+    counting_K = (weights_K > 0) & (norms_K > 0)
+    # If nobody counts, the medians are NaN, and nothing is larger than NaN.
+    norm = _median(norms_K, counting_K) * (_MOST_MEDIANS if norm_bound is None else 1.0)
+    scales_K = torch.where(norms_K > norm, norm.double() / norms_K, 1.0)
     if norm_bound is not None:
-        counting_K = (weights_K > 0) & (norms_K > 0)
-        norm, weight = _median(norms_K, counting_K), _median(weights_K, counting_K)
-        # If nobody counts, the medians are NaN, and nothing is larger than NaN.
-        scales_K = torch.where(norms_K > norm, norm.double() / norms_K, 1.0)
+        weight = _median(weights_K, counting_K)
         weights_K = torch.where(weights_K > weight, weight, weights_K)
     # The sum of weights near the largest number would overflow.
     weights_K = weights_K / weights_K.max()
@@ -206,7 +215,10 @@ def mean_buffers(buffers: list[dict[str, Tensor]], benign_K: Tensor, weights_K: 
 def mean_buffer(values: Tensor, weights_M: Tensor | None = None) -> Tensor:
     """The mean of a buffer over M >= 1 clients, ``(M, ...) -> (...)``.
 
-    A counter (whole numbers) gets the largest of the clients' values instead.
+    Nothing judges buffers, so a client that is kept for its update may send any. Each value is
+    therefore moved to within ten robust standard deviations (14.8 median absolute deviations) of
+    the clients' median first. Whole numbers, such as counters and positions, and flags get the
+    median of the clients' values instead, the larger one of two in the middle.
 
     Args:
         values: ``(M, ...)``.
@@ -219,8 +231,17 @@ def mean_buffer(values: Tensor, weights_M: Tensor | None = None) -> Tensor:
         tensor([1.2500])
     """
     if not values.is_floating_point():
-        return values.amax(0)
+        return values.sort(0).values[len(values) // 2]
+    median = _middle(values)
+    reach = _MOST_DEVIATIONS * _middle((values - median).abs())
+    values = torch.minimum(torch.maximum(values, median - reach), median + reach)
     if weights_M is None:
         return values.mean(0)
     shares_M = weights_M.double() / weights_M.sum()
     return torch.tensordot(shares_M.to(values.device), values.double(), dims=1).to(values.dtype)
+
+
+def _middle(values: Tensor) -> Tensor:
+    """The median over the first dimension, halfway between the two in the middle if M is even."""
+    ordered = values.sort(0).values
+    return ordered[(len(values) - 1) // 2] / 2 + ordered[len(values) // 2] / 2

@@ -23,6 +23,10 @@ _LIKE_LENGTH = (0.5, 2.0)
 # An update whose cosine with the root direction is below this points clearly away from it. Chance
 # alone does not give such a cosine.
 _OPPOSED = -0.1
+# An update that is this number of times longer than the model and than the median update is not
+# judged. All masks are trained with the mean of all masked updates: such an update would take this
+# mean to where it tells nothing of the others, and float32 would lose their differences.
+_BEYOND = 10.0
 # The smallest normal float32 number. A length is divided by at least this, so that it is never 0.
 _TINY = torch.finfo(torch.float32).tiny
 # The number of groups' sums that are held at a time.
@@ -49,17 +53,21 @@ class Measured:
     model: Tensor
 
     def flags(self, longest_honest: Tensor) -> Tensor:
-        """Five facts about each row, ``(5, K)`` bool.
+        """Six facts about each row, ``(6, K)`` bool.
 
         They are: its norm is not finite; it is like the global model; it is like the global model
-        with the opposite sign; it points away from the root direction; it is suspiciously long.
+        with the opposite sign; it points away from the root direction; it is suspiciously long; it
+        is too long to be judged. The last one says that it is much longer than both what is
+        suspicious and the median of all finite norms above 0.
         """
         low, high = _LIKE_LENGTH
         long = (self.norms > low * self.model) & (self.norms < high * self.model)
         against = self.alignments < _OPPOSED * self.norms * self.direction
         like, unlike = self.along_model > _LIKE_MODEL * self.norms, self.along_model < -_LIKE_MODEL * self.norms
-        far = self.norms > longest_honest
-        return torch.stack([~torch.isfinite(self.norms), long & like, long & unlike, against, far])
+        finite = torch.isfinite(self.norms)
+        median = torch.where(finite & (self.norms > 0), self.norms, torch.nan).nanmedian().nan_to_num()
+        far, beyond = self.norms > longest_honest, self.norms > _BEYOND * torch.maximum(longest_honest, median)
+        return torch.stack([~finite, long & like, long & unlike, against, far, finite & beyond])
 
 
 def measure(rows: ClientBlocks, direction_P: Tensor, global_params_P: Tensor, shards: ColumnShards, groups: Groups) -> Measured:

@@ -1,10 +1,11 @@
 """Screening: which rows can be judged at all, and which drive the masked model's loss out of range.
 
-``screen`` measures every row (``measured.py``), rejects each client that sent NaN, Inf or a norm
-beyond float32, and refuses local models that were passed as updates. It then looks more closely at
-rows that are longer than the model itself: whether a single one drives the root loss to NaN or Inf
-(``harmful``). The cost of this is bounded, no matter how many such rows are sent. If mask training
-fails all the same, ``culprits`` says whose rows are to blame.
+``screen`` measures every row (``measured.py``) and rejects each client that sent NaN, Inf, a norm
+beyond float32, or an update far longer than the model and all others. It refuses local models that
+were passed as updates. It then looks more closely at rows that are longer than the model itself:
+whether a single one drives the root loss to NaN or Inf (``harmful``). The cost of this is bounded,
+no matter how many such rows are sent. If mask training fails all the same, ``culprits`` says whose
+rows are to blame.
 """
 
 import math
@@ -130,20 +131,23 @@ def screen(
     longest_honest = _FAR_OUT * torch.maximum(measured.model, measured.direction)
     # One transfer from the device answers everything that is asked about the root direction and
     # about single rows.
-    flags_5K = measured.flags(longest_honest)
-    flags, facts = torch.cat([flags_5K.flatten(), direction.facts]).cpu().tensor_split([flags_5K.numel()])
+    flags_6K = measured.flags(longest_honest)
+    flags, facts = torch.cat([flags_6K.flatten(), direction.facts]).cpu().tensor_split([flags_6K.numel()])
     if not direction.has_moved(facts.tolist()):
         warn_of_no_gradient()
-    doubtful, like, unlike, against, far = flags.view(flags_5K.shape).tolist()
+    doubtful, like, unlike, against, far, beyond = flags.view(flags_6K.shape).tolist()
     reasons = _non_finite(clients.rows, [row for row, is_doubtful in enumerate(doubtful) if is_doubtful], shards)
+    reason = "its update is more than ten times as long as the model and as the median update"
+    reasons |= {row: reason for row, is_beyond in enumerate(beyond) if is_beyond}
     if len(reasons) == len(clients.rows):
         raise_none_left({**clients.rejected, **reasons})
     screened = Screened(clients, measured.norms, measured.alignments, measured.by_output, longest_honest).without(reasons)
     _refuse_local_models(sum(like), sum(unlike), len(doubtful) - sum(doubtful), local_models)
     num_usable, num_clients, num_rejected = len(screened.rows), clients.num_clients, len(screened.clients.rejected)
-    if sum(against) > _MOST_ATTACKERS * num_usable:
+    num_against = sum(is_against for row, is_against in enumerate(against) if row not in reasons)
+    if num_against > _MOST_ATTACKERS * num_usable:
         warnings.warn(
-            f"{sum(against)} of {num_usable} updates point away from the root direction, more than can be attackers; "
+            f"{num_against} of {num_usable} updates point away from the root direction, more than can be attackers; "
             "updates are local minus global parameters, were they subtracted the other way round? Or do the root data not fit?",
             stacklevel=5,
         )
