@@ -69,6 +69,11 @@ LESS_ALIGNED = 0.8
 # and each z is below the second number (-4 to -2; at -2 three of five honest clients were rejected
 # without an attack).
 HARDLY_ALIGNED, HARDLY_Z = 0.3, -3.0
+# A majority that opposes the root data as clearly as the minority follows them goes whatever its
+# keep share is: 80% attackers move all masks, and theirs then keep more than honest ones do. Its
+# mean cosine must be below this multiple of the minority's, and z of its cosine below the second
+# number. In runs on MNIST with 80% attackers (Fang's trim), the multiple was -0.9 or less.
+AGAINST, AGAINST_Z = -0.5, -4.0
 # A minority whose mean cosine is below this multiple of the near side's (-0.4 to -0.2) opposes the
 # root data. It must explain fewer nats if its keep share is lower too and z of its cosine is below
 # the second number (at -4 one set fewer comes out; at -2 honest clients are rejected without an
@@ -183,6 +188,8 @@ class _Sides:
                 worse_S = worse_S & (far_S < LESS_ALIGNED * near_S)
             hardly = HARDLY_ALIGNED if cosine_N is not None else 0.0
             astray_S = (near_S > 0) & (far_S < hardly * near_S) & (keep_z_S < HARDLY_Z) & (agreement_z_S < HARDLY_Z)
+            if cosine_N is not None:
+                astray_S = astray_S | (near_S > 0) & (far_S < AGAINST * near_S) & (agreement_z_S < AGAINST_Z)
             may_go_S = worse_S & (minority_S | astray_S)
             opposed_S = minority_S & (near_S > 0) & (far_S < OPPOSED * near_S)
             opposed_S = opposed_S & (agreement_z_S < OPPOSED_Z)

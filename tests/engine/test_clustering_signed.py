@@ -308,6 +308,18 @@ def test_a_better_minority_costs_nobody_anything() -> None:
         assert ahead.judge().benign.all(), seed
 
 
+@pytest.mark.parametrize(("cosine", "goes"), [(-0.3, True), (-0.05, False)])
+def test_a_majority_goes_for_a_higher_keep_share_only_if_it_opposes_the_root_data(cosine: float, goes: bool) -> None:
+    """As 80% trim attackers: they move all masks, so that theirs keep more than honest ones do."""
+    spread = torch.from_numpy(0.06 * np.random.default_rng(0).normal(size=50))
+    masks, attacks = few_clients(50, 40, 0), torch.arange(50) < 40
+    assert masks.keep_share is not None
+    trim = replace(
+        masks, alignment=torch.where(attacks, cosine, 0.3) + spread, keep_share=masks.keep_share[:-1] + 0.4 * attacks
+    )
+    assert trim.rates(trim.judge().benign) == ((0, 0) if goes else (0, 1))
+
+
 def test_few_that_oppose_the_root_are_found_where_cosines_spread() -> None:
     """Two of ten: as in late rounds of small models, where honest cosines spread as well."""
     rng = np.random.default_rng(0)
