@@ -225,6 +225,28 @@ def test_peft_saves_names_without_the_adapters_and_they_are_known() -> None:
     assert defence.aggregate(saved).rejected[3] == "its state dict has unknown layer.lora_C.weight"
 
 
+class Counting(nn.Sequential):
+    """It puts a dict into its state dict, as modules with a state beside their tensors do."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"calls": 3}
+
+
+@pytest.mark.parametrize("extra", [{"calls": 3}, torch.zeros(3), np.zeros(2), None], ids=repr)
+def test_what_a_module_has_beside_its_tensors_is_ignored(extra: object) -> None:
+    module = Counting(*net())
+    assert module.state_dict().keys() - MODULE.state_dict().keys() == {"_extra_state"}
+    defence = SkyMask(module, INPUTS, LABELS)
+    states: list[Any] = [{**FLAT.unflatten(row), **BUFFERS, "_extra_state": {"calls": 3}} for row in UPDATES]
+    states[3]["_extra_state"] = extra
+    want = judged([{**FLAT.unflatten(row), **BUFFERS} for row in UPDATES])
+    assert_same(defence.aggregate(states, module.state_dict()), want)
+    assert_same(defence.aggregate([whole_state(row) for row in UPDATES]), want)
+
+
 VECTORS: dict[str, Callable[[Tensor], Any]] = {
     "array": lambda row_P: row_P.numpy().astype(np.float64),
     "arrays": arrays,

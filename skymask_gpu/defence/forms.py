@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skymask_gpu.engine import FlatModel
 
-__all__ = ["Form", "Sent", "client_state", "named_values", "stacked_rows", "state_dict_fault"]
+__all__ = ["Form", "Sent", "array_as_tensor", "client_state", "named_values", "stacked_rows", "tensor_fault"]
 
 # What one client may send: a state dict, a (P,) row, or the arrays of its parameters in order.
 Sent = Mapping[str, Any] | Tensor | np.ndarray | Sequence[Any]
@@ -45,7 +45,7 @@ def stacked_rows(name: str, array: np.ndarray) -> Tensor:
     """
     if array.dtype.kind != "f":
         raise ValueError(f"{name} must be an array of floating-point numbers, got dtype {array.dtype}; cast it with astype")
-    return _as_tensor(array.astype(np.float32, copy=False))
+    return array_as_tensor(array.astype(np.float32, copy=False))
 
 
 def client_state(sent: object, model: FlatModel, known: Mapping[str, Tensor]) -> dict[str, Tensor] | str:
@@ -59,7 +59,8 @@ def client_state(sent: object, model: FlatModel, known: Mapping[str, Tensor]) ->
             parameter in the order of ``named_parameters()``, or one for each entry of the module's
             state dict in its order, as Flower's clients send them.
         model: it tells names and shapes of the parameters.
-        known: the module's state dict.
+        known: the module's state dict. Entries of it that are no tensors, which ``get_extra_state``
+            may give, are ignored, also in what the client sent.
 
     Example:
         >>> module = torch.nn.Linear(2, 3)
@@ -72,7 +73,7 @@ def client_state(sent: object, model: FlatModel, known: Mapping[str, Tensor]) ->
     values = named_values(sent, model, known)
     if isinstance(values, str):
         return values
-    return state_dict_fault(values, model, known) or values
+    return _state_dict_fault(values, model, known) or values
 
 
 def named_values(sent: object, model: FlatModel, known: Mapping[str, Tensor]) -> dict[str, Any] | str:
@@ -85,9 +86,14 @@ def named_values(sent: object, model: FlatModel, known: Mapping[str, Tensor]) ->
         row = _checked("its update", sent, model.initial_params)
         if not isinstance(row, Tensor):
             return str(row)
-        return _tensor_fault("its update", row, model.initial_params, True) or model.unflatten(row)
+        return tensor_fault("its update", row, model.initial_params, True) or model.unflatten(row)
+    # A module's own get_extra_state may put anything into its state dict. It is no part of an
+    # update, and the form in which a client sends it says nothing about the client.
+    extra = {name for name, value in known.items() if not isinstance(value, Tensor)}
+    known = {name: value for name, value in known.items() if name not in extra} if extra else known
     if isinstance(sent, Mapping):
-        named = _with_known_names(sent, model, known)
+        wanted = {name: value for name, value in sent.items() if name not in extra} if extra else sent
+        named = _with_known_names(wanted, model, known)
     elif isinstance(sent, Sequence) and not isinstance(sent, str | bytes):
         names = next((names for names in (model.shapes, known) if len(names) == len(sent)), None)
         if names is None:
@@ -107,24 +113,30 @@ def named_values(sent: object, model: FlatModel, known: Mapping[str, Tensor]) ->
     return named
 
 
-def state_dict_fault(state: object, model: FlatModel, known: Mapping[str, Tensor]) -> str | None:
+def _state_dict_fault(state: Mapping[Any, Any], model: FlatModel, known: Mapping[str, Tensor]) -> str | None:
     """Why a client's state dict of tensors cannot be used; None if it can.
 
     The values of parameters are not looked at, those of buffers are.
     """
-    if not isinstance(state, Mapping):
-        return f"sent a {type(state).__name__} instead of a state dict"
     missing = [name for name in model.shapes if name not in state]
     unknown = [str(name) for name in state if name not in known]
     if missing or unknown:
         parts = [f"lacks {', '.join(missing[:3])}"] if missing else []
         parts += [f"has unknown {', '.join(unknown[:3])}"] if unknown else []
         return f"its state dict {' and '.join(parts)}"
-    faults = (_tensor_fault(name, value, known[name], name in model.shapes) for name, value in state.items())
+    faults = (tensor_fault(name, value, known[name], name in model.shapes) for name, value in state.items())
     return next((fault for fault in faults if fault is not None), None)
 
 
-def _tensor_fault(name: str, value: object, wanted: Tensor, is_parameter: bool) -> str | None:
+def tensor_fault(name: str, value: object, wanted: Tensor, is_parameter: bool) -> str | None:
+    """Why one entry of a client's state dict cannot be used; None if it can.
+
+    Args:
+        name: what the reason calls it.
+        value: what the client sent.
+        wanted: the module's own tensor, for its shape and the kind of its dtype.
+        is_parameter: whether its values are left alone; those of anything else must be finite.
+    """
     if not isinstance(value, Tensor):
         return f"{name} is a {type(value).__name__} instead of a tensor"
     if value.is_nested:
@@ -148,12 +160,12 @@ def _checked(name: str, value: object, wanted: Tensor) -> object:
     if value.shape != tuple(wanted.shape):
         return f"{name} must have shape {tuple(wanted.shape)}, got {value.shape}"
     try:
-        return _as_tensor(np.asarray(value))
+        return array_as_tensor(np.asarray(value))
     except TypeError:
         return f"{name} must be {'floating point' if wanted.is_floating_point() else 'an integer'}, got {value.dtype}"
 
 
-def _as_tensor(array: np.ndarray) -> Tensor:
+def array_as_tensor(array: np.ndarray) -> Tensor:
     """The array as a tensor, without a copy where torch can use its memory and may write to it.
 
     Raises:
