@@ -17,6 +17,7 @@ from skymask_gpu.cli.console import UNCERTAIN, answer, console, only_first_speak
 from skymask_gpu.cli.options import progress_bar
 from skymask_gpu.defence import Aggregation, ClientHistory, RootTraining, SkyMask, mean_buffers
 from skymask_gpu.defence.means import NORM_BOUND_NAMES
+from skymask_gpu.defence.tied import under_all_names
 from skymask_gpu.engine import SOLVERS, FlatModel
 from skymask_gpu.engine.registry import one_of
 from skymask_gpu.io.files import check_writable, read_tensors, write_tensors, write_text
@@ -150,7 +151,8 @@ def _new_state(
     buffers = mean_buffers(sent.buffers, result.benign) if isinstance(sent, ShardedUpdates) else result.buffers
     state = dict(global_state)
     params = flat.unflatten(flat.initial_params + server_lr * result.update.cpu())
-    state.update({name: value.to(global_state[name].dtype) for name, value in {**params, **buffers}.items()})
+    changed = under_all_names({**params, **buffers}, result.other_names)
+    state.update({name: value.to(global_state[name].dtype) for name, value in changed.items()})
     if not all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point()):
         raise ValueError(f"--server-lr: the new global model would hold NaN or Inf with {server_lr:g}; take a smaller one")
     return state

@@ -15,6 +15,7 @@
 | ``means.py`` | means over the clients that are kept, and how much each of them counts |
 | ``aggregation.py`` | ``Aggregation``, the result of a round |
 | ``suspicion.py`` | a score per client |
+| ``tied.py`` | the several names of one tensor, such as those of tied weights |
 | ``arguments.py`` | checks of the arguments |
 | ``history.py`` | ``ClientHistory``, how each client agrees with the root direction, from round to round |
 | ``clock.py`` | wall time by phase |

@@ -1,13 +1,15 @@
 """``Aggregation``: the result of judging one round, and its summary in a few lines."""
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from skymask_gpu.defence.suspicion import suspicion
+from skymask_gpu.defence.tied import under_all_names
 from skymask_gpu.engine import ClusteredMasks, Evidence, TrainedMasks, layer_evidence
 from skymask_gpu.engine.profiling import Profile
 from skymask_gpu.engine.sharding import ColumnShards
@@ -70,6 +72,8 @@ class Aggregation:
         device: where the round was judged.
         shards: the columns that ``masks`` holds: all, unless the updates were sharded.
         profile: time, bytes and memory by phase; None unless ``profile=True`` was passed.
+        other_names: further names of parameters and buffers, such as those of tied weights -> the
+            name in ``shapes`` or ``buffers``.
 
     Example:
         >>> from skymask_gpu import RootTraining, SkyMask
@@ -107,6 +111,7 @@ class Aggregation:
     device: torch.device
     shards: ColumnShards
     profile: Profile | None = None
+    other_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -144,11 +149,12 @@ class Aggregation:
 
         Returns:
             For each parameter its part of ``update``, local minus global, in its own shape; and
-            ``buffers``, which are values and no differences.
+            ``buffers``, which are values and no differences. A tensor that the module's state dict
+            has under several names, such as a tied weight, is there under each of them.
         """
         parts = self.update.split(list(self.layers.values()))
         named = {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, parts, strict=True)}
-        return {**named, **self.buffers}
+        return under_all_names({**named, **self.buffers}, self.other_names)
 
     def evidence(self) -> Evidence:
         """In which layers each client's mask differs from that of the benign majority.

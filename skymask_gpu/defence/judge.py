@@ -26,6 +26,7 @@ from skymask_gpu.defence.parse import Clients, Updates, parse, receive
 from skymask_gpu.defence.root import Direction, warn_of_no_gradient
 from skymask_gpu.defence.screen import Screened, culprits, screen
 from skymask_gpu.defence.settings import Call, Settings, params_of
+from skymask_gpu.defence.tied import other_names
 from skymask_gpu.engine import (
     SOLVERS,
     ClientBlocks,
@@ -293,6 +294,7 @@ def _average(this: _Round, call: Call, screened: Screened, masks: TrainedMasks, 
         buffers=buffers,
         seconds={},
         shapes=this.root.flat.shapes,
+        other_names=other_names(this.settings.module),
         device=this.device,
         shards=this.shards,
     )
@@ -308,7 +310,7 @@ def _mean_update(this: _Round, clients: Clients, benign_K: Tensor, counts: Share
     return (masked_L + mean_of_rows(clients.rows, benign_K, counts.factors)) / 2
 
 
-def _weights_of_kept(weights: Tensor | Sequence[float], clients: Clients, benign_K: Tensor) -> Tensor:
+def _weights_of_kept(weights: Tensor | np.ndarray | Sequence[float], clients: Clients, benign_K: Tensor) -> Tensor:
     """The caller's weights of the clients that have a mask, ``(K,)`` float64."""
     weights_K = torch.as_tensor(weights).to(clients.numbers.device)[clients.numbers]
     if not (benign_K & (weights_K > 0)).any():

@@ -34,6 +34,7 @@ from skymask_gpu.engine import FlatModel
 from skymask_gpu.federation.rules import RULES, RoundInfo, RuleContext, build_rule
 from skymask_gpu.integrations.flower import RuleStrategy, SkyMaskStrategy
 from skymask_gpu.integrations.flower.arrays import UnusableReplyError, WantedArray, read_array
+from skymask_gpu.integrations.flower.replies import SentModel
 from skymask_gpu.io.text_tables import markdown_table
 
 NUM_CLIENTS, NUM_ATTACKERS = 50, 3
@@ -727,3 +728,29 @@ def test_the_study_of_costs_times_only_what_gives_the_same_model(
     monkeypatch.setattr(study, "SkyMaskStrategy", Other)
     assert study.main(["--clients", "20", "--repeats", "3"]) == 1
     assert "wrong" in capsys.readouterr().out
+
+
+class SharedLayer(nn.Module):
+    """One layer under two names, and a state beside the tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.out = nn.Linear(4, 3)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+
+def test_what_has_two_names_is_updated_under_both() -> None:
+    """``load_state_dict`` writes to it once for each name, so an old value under the second one would undo the round."""
+    module = SharedLayer()
+    state = {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    assert "second.0.weight" in state
+    sent = SentModel.of(ArrayRecord(state), module)
+    after = sent.plus(torch.ones(sent.num_params), {"first.1.running_mean": torch.full((4,), 7.0)}).to_torch_state_dict()
+    assert after.keys() == state.keys()
+    module.load_state_dict(after, strict=False)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.detach(), state[name] + 1)
+    assert module.first[1].running_mean.tolist() == [7.0] * 4

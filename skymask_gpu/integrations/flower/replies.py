@@ -15,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor, nn
 
+from skymask_gpu.defence.tied import other_names, under_all_names
 from skymask_gpu.engine.flat_model import columns_of
 from skymask_gpu.integrations.flower.arrays import UnusableReplyError, WantedArray, read_array, shown
 
@@ -30,12 +31,14 @@ class SentModel:
         values: name -> value, for everything that was sent.
         columns: name -> its columns in a flat update, for each trainable parameter.
         buffers: the names of the buffers that were sent.
+        other_names: further names of parameters and buffers, such as those of tied weights.
     """
 
     arrays: ArrayRecord
     values: dict[str, np.ndarray]
     columns: dict[str, slice]
     buffers: frozenset[str]
+    other_names: dict[str, str]
 
     @classmethod
     def of(cls, arrays: ArrayRecord, module: nn.Module) -> "SentModel":
@@ -45,7 +48,8 @@ class SentModel:
             ValueError: a trainable parameter is missing, an array has another shape, or the module
                 does not know it.
         """
-        known = module.state_dict()
+        # An entry that get_extra_state made need not be a tensor; Flower could not send it.
+        known = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
         shapes = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
         values = {name: array.numpy() for name, array in arrays.items()}
         missing = [name for name in shapes if name not in values]
@@ -57,7 +61,8 @@ class SentModel:
                 f"{missing[:3]} missing, {unknown[:3]} unknown, {reshaped[:3]} in another shape"
             )
         buffers = frozenset(name for name, _ in module.named_buffers()) & values.keys()
-        return cls(arrays, values, columns_of(shapes), buffers)
+        others = {name: first for name, first in other_names(module).items() if name in values}
+        return cls(arrays, values, columns_of(shapes), buffers, others)
 
     @cached_property
     def wanted(self) -> dict[str, WantedArray]:
@@ -95,7 +100,7 @@ class SentModel:
         for name, columns in self.columns.items():
             state[name] = (state[name] + steps[columns].view(state[name].shape)).to(state[name].dtype)
         state.update({name: value.cpu().to(state[name].dtype) for name, value in buffers.items()})
-        return ArrayRecord(state)
+        return ArrayRecord(under_all_names(state, self.other_names))
 
 
 @dataclass(frozen=True)
