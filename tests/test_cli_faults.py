@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from skymask_gpu.cli import console as cli_console
-from skymask_gpu.defence import SkyMask
+from skymask_gpu.defence import RootTraining, SkyMask, root_direction
 from skymask_gpu.federation import playing
 from skymask_gpu.federation.example import MALICIOUS, write_example
 from skymask_gpu.io.files import LOCK, InUseError, append_line, locked, read_lines, write_tensors, write_text
@@ -123,6 +123,78 @@ def test_hidden_files_are_no_clients_and_a_fifo_is_a_client_that_is_rejected(run
     assert len(verdict) == 21
     assert "must be a regular file, it is a FIFO" in verdict["pipe"]["reason"]
     assert [n for n, v in verdict.items() if not v["benign"]] == [*(f"client{c:02}" for c in MALICIOUS), "pipe"]
+
+
+def of_dtype(path: Path, like: Path, dtype: str, bits: int) -> None:
+    """A file with the names and shapes of ``like`` and zeros as values, the matrices in a dtype that safetensors knows."""
+    header, end = {}, 0
+    for name, value in load_file(like).items():
+        begin, shape, own, size = end, list(value.shape), "F32", 32
+        if value.dim() == 2:
+            own, size = dtype, bits
+            if dtype == "F4":  # PyTorch counts pairs of them
+                shape[-1] *= 2
+        end = begin + int(np.prod(shape)) * size // 8
+        header[name] = {"dtype": own, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+
+
+@pytest.mark.parametrize("more", [[], ["--local-models"]], ids=["updates", "models"])
+def test_a_file_of_any_dtype_rejects_only_its_client(
+    more: list[str], run: Run, made: Path, local_models: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "updates"
+    shutil.copytree(local_models if more else made / "updates", folder)
+    for dtype, bits in {"F6_E2M3": 6, "F4": 4, "F8_E4M3": 8, "C64": 64, "U16": 16}.items():
+        of_dtype(folder / f"{dtype}.safetensors", made / "global.safetensors", dtype, bits)
+    code, printed = run(*options(made, tmp_path, updates=folder, json=tmp_path / "verdict.json"), *more)
+    assert code == 0, printed
+    verdict = json.loads((tmp_path / "verdict.json").read_text())["clients"]
+    reasons = {name: about["reason"] for name, about in verdict.items() if not about["benign"]}
+    assert reasons.keys() == {*(f"client{c:02}" for c in MALICIOUS), "F6_E2M3", "F4", "F8_E4M3", "C64", "U16"}
+    assert "Dtype not understood: F6_E2M3" in reasons["F6_E2M3"]
+    for name in ("F4", "F8_E4M3", "C64", "U16"):
+        assert "must be floating point, got torch." in reasons[name]
+
+
+TIED = """import torch
+from torch import nn
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.second.weight = self.first.weight
+    def forward(self, inputs):
+        return self.out(self.second(self.first(inputs).relu()).relu())
+"""
+
+
+@pytest.mark.filterwarnings("ignore:the clients could not be judged")
+def test_a_tied_weight_is_updated_under_both_names(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "tied.py").write_text(TIED)
+    namespace: dict = {}
+    exec(TIED, namespace)
+    module, labels = namespace["Tied"](), torch.arange(60) % 3
+    inputs = 3 * torch.eye(8)[labels] + torch.randn(60, 8)
+    np.savez(tmp_path / "root.npz", inputs=inputs.numpy(), labels=labels.numpy())
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    save_file(state, tmp_path / "global.safetensors")
+    (tmp_path / "updates").mkdir()
+    defence = SkyMask(module, inputs, labels)
+    row_P = root_direction(defence.settings.flat, defence.settings.flat.initial_params, RootTraining())
+    sent = {name: value.clone() for name, value in defence.settings.flat.unflatten(row_P).items()}
+    for client in range(6):
+        save_file({**sent, "second.weight": sent["first.weight"].clone()}, tmp_path / "updates" / f"{client}.safetensors")
+    code, printed = run(*options(tmp_path, tmp_path, model=f"{tmp_path / 'tied.py'}:Tied"))
+    assert code == 0, printed
+    module.load_state_dict(load_file(tmp_path / "new.safetensors"))
+    torch.testing.assert_close(module.first.weight.detach(), state["first.weight"] + sent["first.weight"])
+    result = defence.aggregate([sent] * 6)
+    assert torch.equal(result.state_dict()["second.weight"], result.state_dict()["first.weight"])
+    assert result.state_dict().keys() == state.keys()
 
 
 def huge_npz(path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from skymask_gpu.defence.forms import tensor_fault
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.io.files import check_regular, check_tensors, read_tensors
 
@@ -199,7 +200,9 @@ def load_updates(path: Path, model: FlatModel, global_state: Mapping[str, Tensor
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
         raise ValueError(f"--updates: {path} must hold one (N, P) tensor, it holds {shapes or 'none'}; or give a folder")
     (stacked_NP,) = tensors.values()
-    if local_models and stacked_NP.shape[1] == model.num_params:
+    # Any other dtype is refused later, with a remedy; PyTorch cannot convert each of them.
+    subtractable = stacked_NP.dtype in (torch.float32, torch.bfloat16) and stacked_NP.shape[1] == model.num_params
+    if local_models and subtractable:
         stacked_NP = (stacked_NP.float() - model.initial_params).to(stacked_NP.dtype)
     return UserUpdates(stacked_NP, [str(row) for row in range(len(stacked_NP))], {})
 
@@ -221,10 +224,12 @@ class _StateDictFiles(Sequence[Mapping[str, Tensor]]):
         state, _ = _read("--updates", self._files[client])
         if not self._local_models:
             return state
-        shapes = self._model.shapes
+        params = {name: self._global_state[name] for name in self._model.shapes}
+        # What cannot be used stays as it is, and the defence rejects its client by name. Converting
+        # it here would end the round: PyTorch cannot convert every dtype that a file may have.
         return {
-            name: value.double() - self._global_state[name].double()
-            if name in shapes and value.shape == shapes[name] and value.is_floating_point()
+            name: value.double() - params[name].double()
+            if name in params and tensor_fault(name, value, params[name], True) is None
             else value
             for name, value in state.items()
         }
