@@ -123,6 +123,14 @@ def test_a_history_comes_back_from_a_file_and_from_a_checkpoint(tmp_path: Path) 
         ClientHistory.load(tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize("clients", ["[[1]]", "[{}]", "[1.5]", "[null]", '["a", "a"]', "[", "[" * 100_000, "7"])
+def test_a_damaged_history_is_named(clients: str, tmp_path: Path) -> None:
+    number = 2 if "," in clients else 1
+    write_tensors(tmp_path / "history.safetensors", {"sums": torch.zeros(number, 4).double()}, {"clients": clients})
+    with pytest.raises(ValueError, match=r"history\.safetensors holds no history of clients"):
+        ClientHistory.load(tmp_path / "history.safetensors")
+
+
 # --- in the verdict -------------------------------------------------------------------------------
 
 
@@ -223,6 +231,15 @@ def test_a_round_is_remembered_only_if_it_ends_well(
     assert torch.equal(history.sums([name for name in states if name != "site 4"]), known)
 
 
+def test_ids_may_be_integers_of_numpy_and_are_stored(round_of_clients: Sent, tmp_path: Path) -> None:
+    defence, states, _ = round_of_clients
+    history = ClientHistory()
+    result = defence.aggregate(dict(zip(np.arange(len(states)), states.values(), strict=True)), history=history)
+    assert result.client_ids == tuple(range(len(states)))
+    history.save(tmp_path / "history.safetensors")
+    assert len(ClientHistory.load(tmp_path / "history.safetensors")) == len(history)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -234,7 +251,7 @@ def test_a_round_is_remembered_only_if_it_ends_well(
             {"client_ids": torch.arange(10)},
             r"client_ids must be a list of strings or integers, got Tensor",
         ),
-        ({"client_ids": [0.5] * 10}, "client_ids must be a list of strings or integers"),
+        ({"client_ids": [0.5] * 10}, "client_ids must be a list of strings or integers, got 0.5 among them"),
     ],
 )
 def test_ids_that_do_not_fit_are_refused(round_of_clients: Sent, arguments: dict[str, object], message: str) -> None:

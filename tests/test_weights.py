@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -164,6 +165,13 @@ def test_every_form_of_updates_is_weighted_alike(bound: Any, tmp_path: Path) -> 
     torch.testing.assert_close(in_bfloat16.update, want.update, rtol=0, atol=float(rounding))
 
 
+def test_weights_may_be_an_array_of_any_byte_order_and_stride() -> None:
+    sizes = np.arange(1.0, NUM_CLIENTS + 1)
+    want = defence().aggregate(UPDATES, weights=sizes.tolist())
+    for weights in (sizes, sizes.astype(">i4"), sizes[::-1].copy()[::-1]):
+        assert torch.equal(defence().aggregate(UPDATES, weights=weights).update, want.update)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
@@ -173,12 +181,13 @@ def test_every_form_of_updates_is_weighted_alike(bound: Any, tmp_path: Path) -> 
         ([1.0] * 19 + [float("inf")], "weights must be finite and at least 0, got inf for client 19"),
         ([-1.0] * 20, "weights must be finite and at least 0, got -1 for client 0"),
         ([0] * 20, "weights must not all be 0; pass the sizes"),
-        ("12345678901234567890", "weights must be a tensor or a list of one number per client, got str"),
-        (3.0, "weights must be a tensor or a list of one number per client, got float"),
+        ("12345678901234567890", "weights must be a tensor, an array or a list of one number per client, got str"),
+        (3.0, "weights must be a tensor, an array or a list of one number per client, got float"),
         (["a"] * 20, "weights must be one number per client: "),
+        (np.ones(20, np.longdouble), "weights must be one number per client: "),
         ([1.0] * 5 + [0.0] * 15, "weights: every client that is kept has weight 0"),
     ],
-    ids=["few", "two-dimensional", "nan", "inf", "negative", "zeros", "string", "number", "letters", "kept-zeros"],
+    ids=["few", "two-dimensional", "nan", "inf", "negative", "zeros", "string", "number", "letters", "long", "kept-zeros"],
 )
 def test_weights_that_do_not_fit_are_an_error(weights: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

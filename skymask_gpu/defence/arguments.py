@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skymask_gpu.defence.forms import named_values, stacked_rows
+from skymask_gpu.defence.forms import array_as_tensor, named_values, stacked_rows
 from skymask_gpu.defence.history import ClientHistory
 from skymask_gpu.engine import FlatModel
 
@@ -87,9 +88,10 @@ def checked_weights(weights: object, num_clients: int) -> Tensor:
     Raises:
         ValueError: they are not N finite numbers of at least 0, or all of them are 0.
     """
-    if not isinstance(weights, Tensor | Sequence) or isinstance(weights, str | bytes):
-        raise ValueError(f"weights must be a tensor or a list of one number per client, got {type(weights).__name__}")
+    if not isinstance(weights, Tensor | np.ndarray | Sequence) or isinstance(weights, str | bytes):
+        raise ValueError(f"weights must be a tensor, an array or a list of one number per client, got {type(weights).__name__}")
     try:
+        weights = array_as_tensor(weights) if isinstance(weights, np.ndarray) else weights
         weights_N = torch.as_tensor(weights, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"weights must be one number per client: {str(error).splitlines()[0]}") from error
@@ -108,6 +110,8 @@ def checked_weights(weights: object, num_clients: int) -> Tensor:
 def checked_ids(ids: object, num_clients: int, history: object) -> list[int | str] | None:
     """The names of the N clients as a list; None if the caller gave none.
 
+    Integers of NumPy become Python's, because a history is stored as JSON.
+
     Raises:
         ValueError: they are not N different strings or integers, or a history lacks them.
     """
@@ -117,14 +121,17 @@ def checked_ids(ids: object, num_clients: int, history: object) -> list[int | st
         if history is not None:
             raise ValueError("client_ids must be given with a history, which tells clients apart by them, got None")
         return None
-    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes) or not all(isinstance(one, int | str) for one in ids):
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
         raise ValueError(f"client_ids must be a list of strings or integers, got {type(ids).__name__}; a tensor has .tolist()")
+    strangers = [one for one in ids if not isinstance(one, Integral | str)]
+    if strangers:
+        raise ValueError(f"client_ids must be a list of strings or integers, got {strangers[0]!r} among them")
     if len(ids) != num_clients:
         raise ValueError(f"client_ids must have one id per client, {num_clients}, got {len(ids)}")
     if len(set(ids)) < num_clients:
         twice = next(one for one, count in Counter(ids).items() if count > 1)
         raise ValueError(f"client_ids must differ from each other, got {twice!r} twice; reject one of the two before")
-    return list(ids)
+    return [one if isinstance(one, int | str) else int(one) for one in ids]
 
 
 def check_same_device(name: str, tensor: Tensor, loss: FlatModel, asked_for: torch.device | None) -> None:

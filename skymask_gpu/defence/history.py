@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -142,8 +143,14 @@ class ClientHistory:
             ValueError: the file is damaged or holds something else.
         """
         tensors, texts = read_tensors(Path(path))
-        clients, sums_C4 = json.loads(texts.get("clients", "null")), tensors.get("sums")
-        if sums_C4 is None or not isinstance(clients, list) or tuple(sums_C4.shape) != (len(clients), 4):
+        try:
+            clients = json.loads(texts.get("clients", "null"))
+        except (ValueError, RecursionError):
+            clients = None
+        sums_C4 = tensors.get("sums")
+        # A repeated id would leave the clients with fewer rows than there are sums.
+        are_ids = isinstance(clients, list) and all(isinstance(one, int | str) for one in clients)
+        if not are_ids or len(set(clients)) < len(clients) or not _are_sums(sums_C4, len(clients)):
             raise ValueError(f"history: {path} holds no history of clients; write one with ClientHistory.save")
         return cls._of(clients, sums_C4)
 
@@ -153,6 +160,10 @@ class ClientHistory:
         history._rows = {client: row for row, client in enumerate(clients)}
         history._sums_C4 = sums_C4.double()
         return history
+
+
+def _are_sums(sums: Tensor | None, num_clients: int) -> TypeGuard[Tensor]:
+    return sums is not None and sums.dtype == torch.float64 and tuple(sums.shape) == (num_clients, 4)
 
 
 def _means(sums_K4: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class Call:
     global_params: Form | None
     root_update: Form | None = None
     local_models: bool = False
-    weights: Tensor | Sequence[float] | None = None
+    weights: Tensor | np.ndarray | Sequence[float] | None = None
     client_ids: Sequence[int | str] | None = None
     history: ClientHistory | None = None
     progress: Progress | None = None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -223,7 +224,7 @@ class SkyMask:
         root_update: Form | None = None,
         *,
         local_models: bool = False,
-        weights: Tensor | Sequence[float] | None = None,
+        weights: Tensor | np.ndarray | Sequence[float] | None = None,
         client_ids: Sequence[int | str] | None = None,
         history: ClientHistory | None = None,
         progress: Progress | None = None,
@@ -259,10 +260,11 @@ class SkyMask:
                 ``root_update`` is an update all the same. The global parameters are then
                 subtracted: from a tensor or blocks in memory in one float32 copy, from other rows
                 when they are read.
-            weights: ``(N,)``, how much each client counts in the means of updates and buffers, such
-                as the number of its samples (FedAvg); finite, at least 0, not all 0. The weights of
-                rejected clients play no part. None means equal weights. If clients report their
-                weights themselves, set ``norm_bound``: it also bounds each weight.
+            weights: ``(N,)``, a tensor, an array or a list: how much each client counts in the
+                means of updates and buffers, such as the number of its samples (FedAvg); finite, at
+                least 0, not all 0. The weights of rejected clients play no part. None means equal
+                weights. If clients report their weights themselves, set ``norm_bound``: it also
+                bounds each weight.
             client_ids: N different names of the clients, such as strings or integers. The result
                 then names clients by them. None means the numbers 0 to N - 1.
             history: what is remembered of these clients from earlier rounds, told apart by
