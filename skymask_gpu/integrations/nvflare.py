@@ -5,7 +5,7 @@ models; this judges them, and gives back the mean of those that are kept.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor
 
-from skymask_gpu.defence import ClientHistory, SkyMask, VerdictWarning
+from skymask_gpu.defence import Aggregation, ClientHistory, SkyMask, VerdictWarning
+from skymask_gpu.defence.forms import Form, client_state, named_values, tensor_fault
+from skymask_gpu.defence.tied import under_all_names
 
 __all__ = ["SkyMaskAggregator"]
 
@@ -64,43 +66,70 @@ class SkyMaskAggregator(ModelAggregator):
 
     def aggregate_model(self) -> FLModel:
         sent, self._sent = self._sent, []
-        names = _names(sent)
-        # What most clients send is what the server's controller expects.
+        # What most clients send is what the server's controller expects. Each has one vote, however
+        # many entries it sends.
         is_full = _most(model.params_type == ParamsType.FULL for model in sent)
-        as_tensors = _most(isinstance(value, Tensor) for model in sent for value in _values(model))
+        as_tensors = _most(_most(isinstance(value, Tensor) for value in values) for values in map(_values, sent) if values)
         self._global = before = self._global or self._first_global()
         params = self._defence.settings.flat.shapes
-        after, rejected = dict(before), {}
-        try:
-            with warnings.catch_warnings():
-                # The log has the verdict.
-                warnings.simplefilter("ignore", VerdictWarning)
-                updates = [self._update(model, before) for model in sent]
-                result = self._defence.aggregate(updates, before, client_ids=names, history=self.history)
-        except ValueError as error:
-            rejected = dict.fromkeys(names, str(error))
-            if self.fl_ctx is not None:
-                self.error(f"nobody is judged, and the model stays as it is: {error}")
-        else:
-            rejected = {str(name): reason for name, reason in result.rejected.items()}
-            for name, change in self._defence.settings.flat.unflatten(result.update.cpu()).items():
-                after[name] = before[name] + change.to(before[name].dtype)
-            after |= {name: value.cpu() for name, value in result.buffers.items()}
-            if self.fl_ctx is not None:
-                # FLARE also shows the logger ``skymask_gpu``, which says how many are kept.
-                for name, reason in rejected.items():
-                    self.info(f"rejected {name}: {reason}")
+        after = dict(before)
+        result, rejected = self._judged(sent, before)
+        if result is not None:
+            changes = self._defence.settings.flat.unflatten(result.update.cpu())
+            moved = {name: before[name] + change.to(before[name].dtype) for name, change in changes.items()}
+            buffers = {name: value.cpu() for name, value in result.buffers.items()}
+            after |= under_all_names({**moved, **buffers}, result.other_names)
         self.verdicts.append(rejected)
         self._global = after
         # A difference leaves out buffers that nobody sent.
         changed = {name: after[name] - before[name] for name in before if name in params or after[name] is not before[name]}
         values = after if is_full else changed
         made: dict[str, Any] = values if as_tensors else {name: value.numpy() for name, value in values.items()}
+        if is_full:
+            # A client's load_state_dict needs what its module's get_extra_state made, too.
+            state = self._defence.settings.module.state_dict()
+            extra = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+            made = made | {name: extra[name] for name in extra if _most(_has(model, name) for model in sent)}
         return FLModel(params_type=ParamsType.FULL if is_full else ParamsType.DIFF, params=made)
+
+    def _judged(self, sent: list[FLModel], before: dict[str, Tensor]) -> tuple[Aggregation | None, dict[str, str]]:
+        """The defence's result, None if nobody can be judged; and the reason for each rejection."""
+        updates: dict[int | str, Form] = {}
+        faults: dict[str, str] = {}
+        names = _names(sent)
+        for name, model in zip(names, sent, strict=True):
+            # Whatever goes wrong here is this one client's doing, and must not reach the others.
+            try:
+                update = self._update(model, before)
+            except Exception as error:
+                update = f"its update cannot be read: {type(error).__name__}: {error}"
+            if isinstance(update, str):
+                faults[name] = update
+            else:
+                updates[name] = update
+        result, reasons = None, faults
+        try:
+            if not updates:
+                raise ValueError(f"none of {len(sent)} clients sent a usable update")
+            with warnings.catch_warnings():
+                # The log has the verdict.
+                warnings.simplefilter("ignore", VerdictWarning)
+                result = self._defence.aggregate(updates, before, history=self.history)
+            reasons = {**faults, **{str(name): reason for name, reason in result.rejected.items()}}
+        except ValueError as error:
+            reasons = {**faults, **{name: str(error) for name in names if name in updates}}
+            if self.fl_ctx is not None:
+                self.error(f"nobody is judged, and the model stays as it is: {error}")
+        if self.fl_ctx is not None:
+            # FLARE also shows the logger ``skymask_gpu``, which says how many are kept.
+            for name, reason in reasons.items():
+                self.info(f"rejected {name}: {reason}")
+        return result, {name: reasons[name] for name in names if name in reasons}
 
     def _first_global(self) -> dict[str, Tensor]:
         """The server's model before the first round: FLARE's, or else that of the defence."""
-        own = {name: value.detach().cpu().clone() for name, value in self._defence.settings.module.state_dict().items()}
+        state = self._defence.settings.module.state_dict()
+        own = {name: value.detach().cpu().clone() for name, value in state.items() if isinstance(value, Tensor)}
         held = None if self.fl_ctx is None else self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
         weights = held.get("weights") if isinstance(held, dict) else None
         for name, value in (weights or {}).items():
@@ -108,24 +137,29 @@ class SkyMaskAggregator(ModelAggregator):
                 own[name] = torch.as_tensor(np.array(value)).to(own[name])
         return own
 
-    def _update(self, model: FLModel, before: dict[str, Tensor]) -> Any:
+    def _update(self, model: FLModel, before: dict[str, Tensor]) -> dict[str, Tensor] | str:
         """What the defence takes: differences of parameters, and buffers as they are.
 
-        What does not fit is left as it is; the defence rejects it by name.
+        A string says why the client's model cannot be used.
         """
-        if not isinstance(model.params, dict):
-            return model.params
-        is_full, params = model.params_type == ParamsType.FULL, self._defence.settings.flat.shapes
-        update = {}
-        for name, value in model.params.items():
-            known = before.get(name)
-            fits = isinstance(value, np.ndarray | Tensor) and known is not None and tuple(value.shape) == tuple(known.shape)
-            numeric = fits and (value.dtype.kind in "fiu" if isinstance(value, np.ndarray) else not value.is_complex())
-            if numeric and known is not None and is_full == (name in params):
-                tensor = torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value.detach().cpu())
-                value = (tensor.double() - known.double()) if is_full else (tensor.double() + known.double()).to(known.dtype)
-            update[name] = value
-        return update
+        if not isinstance(model.params, Mapping):
+            return f"sent a {type(model.params).__name__} instead of a state dict"
+        is_full, flat = model.params_type == ParamsType.FULL, self._defence.settings.flat
+        known = {**self._defence.settings.module.state_dict(), **before}
+        update = named_values(model.params, flat, known)
+        if isinstance(update, str):
+            return update
+        for name, value in update.items():
+            if name not in before or is_full != (name in flat.shapes):
+                continue
+            # What does not fit stays as it is, and client_state says why. The difference of a
+            # counter may come as a floating-point number.
+            own = before[name]
+            if all(tensor_fault(name, value, wanted, True) for wanted in (own, own.double())):
+                continue
+            tensor = value.detach().cpu().double()
+            update[name] = (tensor - own.double()) if is_full else (tensor + own.double()).to(own.dtype)
+        return client_state(update, flat, known)
 
 
 def _names(sent: list[FLModel]) -> list[str]:
@@ -135,7 +169,11 @@ def _names(sent: list[FLModel]) -> list[str]:
 
 
 def _values(model: FLModel) -> list[Any]:
-    return list(model.params.values()) if isinstance(model.params, dict) else []
+    return list(model.params.values()) if isinstance(model.params, Mapping) else []
+
+
+def _has(model: FLModel, name: str) -> bool:
+    return isinstance(model.params, Mapping) and name in model.params
 
 
 def _most(answers: Iterable[bool]) -> bool:

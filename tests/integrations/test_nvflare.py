@@ -1,5 +1,7 @@
 """SkyMask as NVIDIA FLARE's aggregator, called as FLARE's FedAvg calls it."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -94,6 +96,92 @@ def test_a_hostile_client_is_rejected_by_its_name() -> None:
     assert verdict["site-5"].startswith("0.weight must be floating point")
     assert verdict["site-6"] == "sent a str instead of a state dict"
     assert verdict["site-7"].startswith("its update contains NaN or Inf")
+
+
+LIKE: dict[str, Callable[[Tensor], Any]] = {
+    "long doubles": lambda value: value.numpy().astype(np.longdouble),
+    "sparse": lambda value: value.to_sparse(),
+    "meta": lambda value: value.to("meta"),
+    "nested": lambda value: torch.nested.nested_tensor([value]),
+    "quantized": lambda value: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8),
+    "complex": lambda value: value.to(torch.complex64),
+    "float8": lambda value: value.to(torch.float8_e4m3fn),
+    "float4": lambda value: torch.empty(value.shape, dtype=torch.float4_e2m1fn_x2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize|prototype)")
+@pytest.mark.parametrize("kind", ["FULL", "DIFF"])
+@pytest.mark.parametrize("like", LIKE)
+def test_tensors_of_any_kind_reject_only_their_client(like: str, kind: str) -> None:
+    models = [sent(row, STATE, kind, client, arrays=True) for client, row in enumerate(updates(FLAT.initial_params))]
+    models[4].params = {name: LIKE[like](torch.tensor(value)) for name, value in models[4].params.items()}
+    models[5].params = {name: value.astype(value.dtype.newbyteorder(">")) for name, value in models[5].params.items()}
+    aggregator = SkyMaskAggregator(SkyMask(MODULE, INPUTS, LABELS))
+    for model in models:
+        aggregator.accept_model(model)
+    made = aggregator.aggregate_model()
+    assert list(aggregator.verdicts[0]) == ["site-0", "site-1", "site-4"]
+    assert aggregator.verdicts[0]["site-4"].startswith("0.weight must be ")
+    assert all(isinstance(value, np.ndarray | np.generic) for value in made.params.values())
+
+
+def test_one_client_cannot_choose_what_the_server_returns() -> None:
+    aggregator = SkyMaskAggregator(SkyMask(MODULE, INPUTS, LABELS))
+    for client, row in enumerate(updates(FLAT.initial_params)):
+        aggregator.accept_model(sent(row, STATE, "FULL", client, arrays=True))
+    aggregator._sent[4].params |= {f"junk{number}": torch.zeros(1) for number in range(100)}
+    made = aggregator.aggregate_model()
+    assert list(aggregator.verdicts[0]) == ["site-0", "site-1", "site-4"]
+    assert all(isinstance(value, np.ndarray | np.generic) for value in made.params.values())
+
+
+class Tied(nn.Module):
+    """Its layers share a weight, and its state dict holds something that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.out(self.second(self.first(inputs).relu()).relu())
+        return out
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"calls": 3}
+
+
+@pytest.mark.parametrize("kind", ["FULL", "DIFF"])
+def test_tied_weights_are_updated_under_both_names_and_extra_state_is_left_alone(kind: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Tied()
+    defence = SkyMask(module, INPUTS, LABELS)
+    aggregator, flat = SkyMaskAggregator(defence), defence.settings.flat
+    learnt_P = root_direction(flat, flat.initial_params, RootTraining())
+    for client in range(6):
+        params = flat.unflatten(learnt_P if kind == "DIFF" else flat.initial_params + learnt_P)
+        params |= {"second.weight": params["first.weight"].clone(), "_extra_state": {"calls": client}}
+        if client == 5:
+            params["_extra_state"] = torch.zeros(3)
+        aggregator.accept_model(FLModel(params_type=ParamsType(kind), params=params, meta={"client_name": str(client)}))
+    made = aggregator.aggregate_model().params
+    assert not aggregator.verdicts[0]
+    assert torch.equal(made["second.weight"], made["first.weight"])
+    after = copy.deepcopy(module)
+    if kind == "FULL":
+        after.load_state_dict(made)
+    else:
+        assert "_extra_state" not in made
+        after.load_state_dict(
+            {name: value + made.get(name, 0) for name, value in module.state_dict().items() if name in made}, strict=False
+        )
+    moved_P = nn.utils.parameters_to_vector(after.parameters()).detach() - flat.initial_params
+    torch.testing.assert_close(moved_P, learnt_P, rtol=1e-3, atol=1e-6)
 
 
 def test_clients_are_remembered_by_their_names() -> None:
