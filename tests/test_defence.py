@@ -303,6 +303,16 @@ def test_batch_norm_statistics_are_averaged_over_the_benign_clients() -> None:
     assert result.buffers["1.running_mean"].tolist() == [pytest.approx(want)] * 16
 
 
+def test_a_variance_below_zero_is_rejected_by_name() -> None:
+    module = nn.Sequential(nn.Linear(NUM_INPUTS, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, NUM_CLASSES))
+    updates = [{name: torch.zeros_like(value) for name, value in module.state_dict().items()} for _ in range(5)]
+    for client, update in enumerate(updates):
+        update["0.weight"] = 0.1 * local_update(module, client)[: 16 * NUM_INPUTS].view(16, NUM_INPUTS)
+    updates[2]["1.running_var"] = torch.full((16,), -1e-6)
+    result = SkyMask(module, *toy_data(60, 1)).aggregate(updates)
+    assert result.rejected[2] == "1.running_var contains variances below 0"
+
+
 # --- the table of bad input -------------------------------------------------------------------------------------------
 
 

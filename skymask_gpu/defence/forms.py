@@ -150,6 +150,9 @@ def tensor_fault(name: str, value: object, wanted: Tensor, is_parameter: bool) -
         return f"{name} must be {'floating point' if floating else 'an integer'}, got {value.dtype}"
     if floating and not is_parameter and not torch.isfinite(value.to(wanted.dtype)).all():
         return f"{name} contains NaN or Inf"
+    # The model takes its square root.
+    if floating and not is_parameter and name.endswith("running_var") and (value < 0).any():
+        return f"{name} contains variances below 0"
     return None
 
 
