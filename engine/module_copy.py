@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["WrittenToError", "module_copy", "nothing_written"]
+__all__ = ["WrittenToError", "deep_copy", "module_copy", "nothing_written"]
 
 
 class WrittenToError(Exception):
@@ -38,6 +38,9 @@ def module_copy(
         own: the names of frozen parameters and buffers that are copied instead of shared. None
             means all buffers.
 
+    Raises:
+        ValueError: see :func:`deep_copy`.
+
     Example:
         >>> module = nn.Sequential(nn.Linear(2, 3).requires_grad_(False), nn.Linear(3, 1))
         >>> twin = module_copy(module, device=None, dtype=torch.float32, own=())
@@ -58,7 +61,61 @@ def module_copy(
         if copied and (_place(moved) == _place(tensor) or not _has_memory(moved)):
             moved = moved.clone()
         memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
-    return copy.deepcopy(module, memo)
+    return deep_copy(module, memo)
+
+
+def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """``copy.deepcopy(module, memo)``, also of a module that keeps results of autograd.
+
+    Such results cannot be copied, only their values can. ``nn.utils.weight_norm`` keeps one, and
+    makes it anew from the copy's own parameters before each forward pass.
+
+    Raises:
+        ValueError: a result is in a place where it is not found, such as an object of the user's.
+    """
+    memo = dict(memo or {})
+    for tensor in _results(module):
+        memo.setdefault(id(tensor), tensor.detach().clone())
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except RuntimeError as error:
+        name = _uncopied(module, memo)
+        if name is None:
+            raise
+        raise ValueError(
+            f"module: its attribute {name} must be something that copy.deepcopy can copy, got {error}; keep no result of "
+            "autograd there (detach it), or use torch.nn.utils.parametrizations, such as its weight_norm"
+        ) from error
+
+
+def _results(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors among the attributes of the module and its parts that autograd has made."""
+
+    def inside(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                yield value
+        elif isinstance(value, list | tuple):
+            for one in value:
+                yield from inside(one)
+        elif isinstance(value, dict):
+            yield from inside(list(value.values()))
+
+    for part in module.modules():
+        yield from inside(vars(part))
+
+
+def _uncopied(module: nn.Module, memo: dict[int, Any]) -> str | None:
+    """The name of an attribute that cannot be copied; None if each of them alone can be."""
+    for prefix, part in module.named_modules():
+        for name, value in vars(part).items():
+            # The parts come later in this loop.
+            if name != "_modules":
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except RuntimeError:
+                    return f"{prefix}.{name}".lstrip(".")
+    return None
 
 
 def nothing_written(module: nn.Module) -> TorchDispatchMode:

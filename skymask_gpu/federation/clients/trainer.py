@@ -11,7 +11,6 @@ Both ways give the same result within rounding. Which one is faster depends on t
   are clients, which may well be slower for a ResNet: measure yours, and set ``batching``.
 """
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from skymask_gpu.engine import FlatModel
 from skymask_gpu.engine.flat_model import fast_layout
 from skymask_gpu.engine.memory import is_out_of_memory
+from skymask_gpu.engine.module_copy import deep_copy
 from skymask_gpu.federation.clients.recipe import LocalTraining
 
 __all__ = ["AfterStep", "Poison", "Trainer", "batching_for", "for_each_client"]
@@ -105,7 +105,7 @@ class Trainer:
     ) -> None:
         self._inputs, self._labels, self._config = inputs, labels, config
         self._poison, self._after_step = poison, after_step
-        self.module = copy.deepcopy(module).to(inputs.device).train()
+        self.module = deep_copy(module).to(inputs.device).train()
         self.flat = FlatModel(self.module, inputs[:2], labels[:2])
 
     def way(self, index_B: Tensor) -> str:
