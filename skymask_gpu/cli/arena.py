@@ -77,12 +77,24 @@ def arena(
 
 
 def _play(own: "Arena", folder: Path, jobs: int) -> dict[str, str]:
-    """Play the warm-ups, then the runs that can start; return the error of each that failed."""
+    """Play the warm-ups, then the runs that can start; return the error of each that failed.
+
+    A run whose warm-up failed has failed, too.
+    """
     warm_ups = own.warm_ups()
     failed = played_cells(warm_ups, folder, jobs)[1] if warm_ups else {}
-    # Without its warm-up, a run would fail, too, and say less about the reason.
-    runs = [run for run in own.runs(folder) if not run.start or Path(run.start).exists()]
-    return failed | played_cells(runs, folder, jobs)[1]
+    runs = own.runs(folder)
+    # Without its warm-up, a run would fail, too, and say less about the reason. A checkpoint that
+    # the warm-up left before it failed is not the trained model, and is not started from.
+    lost = {run.name: warm_up for run in runs if (warm_up := _lost_warm_up(run.start, failed))}
+    failed |= {name: f"its warm-up {warm_up!r} failed" for name, warm_up in lost.items()}
+    return failed | played_cells([run for run in runs if run.name not in lost], folder, jobs)[1]
+
+
+def _lost_warm_up(start: str, failed: dict[str, str]) -> str | None:
+    """The warm-up that a run lacks; ``start`` is its checkpoint, in the folder of its name."""
+    name = Path(start).parent.name
+    return name if start and (name in failed or not Path(start).exists()) else None
 
 
 def _print(title: str, results: Any, written: list[Path]) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "clear_results",
     "damaged",
     "has_results",
+    "is_whole",
     "kept_lines",
     "layout",
     "read_checkpoint",
@@ -55,6 +56,21 @@ _REMEDY = "put a sound copy in its place, or start anew with --overwrite"
 def has_results(folder: Path) -> bool:
     """Whether rounds were recorded in ``folder``."""
     return (folder / METRICS).exists() or (folder / CHECKPOINT).exists()
+
+
+def is_whole(folder: Path, rounds: int) -> bool:
+    """Whether ``folder`` holds all rounds of a run, and the checkpoint of the last one.
+
+    A run that was killed between the last line of its metrics and the checkpoint has to play on:
+    whoever starts from its checkpoint would find an older model, or none. No tensor is read.
+    """
+    try:
+        lines = read_lines(folder / METRICS)
+        number = int(read_metadata(folder / CHECKPOINT)["round"]) if lines else -1
+    except (ValueError, KeyError, OSError):
+        # Something is missing or damaged. Playing on says what, and names the remedy.
+        return False
+    return len(lines) >= rounds and lines[-1]["round"] == number
 
 
 def clear_results(folder: Path) -> None:

@@ -31,7 +31,7 @@ from skymask_gpu.federation.config import RunConfig
 from skymask_gpu.federation.datasets import load_dataset
 from skymask_gpu.federation.models import build_model
 from skymask_gpu.federation.playing import play
-from skymask_gpu.federation.run_folder import METRICS, check_same_run, clear_results, has_results
+from skymask_gpu.federation.run_folder import METRICS, check_same_run, clear_results, has_results, is_whole
 from skymask_gpu.federation.simulation import Federation
 from skymask_gpu.io.files import InUseError, locked, write_text
 
@@ -176,7 +176,7 @@ def play_cells(configs: list[RunConfig], folder: Path, jobs: int) -> Iterator[Ce
             while waiting and len(running) < jobs:
                 config = waiting.pop()
                 done = _num_rounds(cell_folder(folder, config))
-                if done >= config.rounds:
+                if is_whole(cell_folder(folder, config), config.rounds):
                     yield CellState(config, "done", done)
                 else:
                     gpu = least_used([one for *_, one in running], torch.cuda.device_count())

@@ -339,6 +339,19 @@ def check_page(folder: Path, found: dict[str, Any]) -> None:
     assert f"| {' | '.join(cells)} |" in (folder / "arena.md").read_text(encoding="utf-8")
 
 
+def test_a_warm_up_that_was_killed_before_its_checkpoint_is_played_again(play: Callable[..., Any], tmp_path: Path) -> None:
+    options = ("--set", 'rules=["fedavg"]')
+    assert play("out", *options)[0] == 0
+    before = (tmp_path / "out" / "arena.json").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "cells" / next(n for n in planned_cells(tmp_path / "out") if "trained" in n))
+    (tmp_path / "out" / "cells" / "few,warm-up,seed=0" / "checkpoint.safetensors").unlink()
+    code, printed, played = play("out", *options, "--resume")
+    assert code == 0, printed
+    assert played[0] == "few,warm-up,seed=0"
+    assert len(played) == 2
+    assert (tmp_path / "out" / "arena.json").read_bytes() == before
+
+
 def test_runs_whose_warm_up_failed_are_missing(
     play: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +369,11 @@ def test_runs_whose_warm_up_failed_are_missing(
     code, printed, _ = play("out", "--set", 'rules=["fedavg"]', "--json")
     assert code == 1
     found = json.loads(printed[printed.index("{") : printed.rindex("}") + 1])
-    assert found["failed"] == {"few,warm-up,seed=0": "ValueError: no luck"}
+    lost = [name for name in planned_cells(tmp_path / "out") if "trained" in name]
+    assert len(lost) == 4
+    because = dict.fromkeys(lost, "its warm-up 'few,warm-up,seed=0' failed")
+    assert found["failed"] == {"few,warm-up,seed=0": "ValueError: no luck", **because}
+    assert "5 of 9 runs failed" in printed
     assert {line["start"]: line["score"] is None for line in found["rules"]} == {"early": False, "trained": True}
     assert "few,warm-up,seed=0: ValueError: no luck" in (tmp_path / "out" / "arena.html").read_text()
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 
 from skymask_gpu.federation import sweep
 from skymask_gpu.federation.config import RunConfig, read_grid
-from skymask_gpu.federation.run_folder import CONFIG, METRICS
+from skymask_gpu.federation.playing import play
+from skymask_gpu.federation.run_folder import CHECKPOINT, CONFIG, METRICS, is_whole
+from skymask_gpu.federation.simulation import Federation
 from skymask_gpu.federation.sweep import ERROR, CellState, cell_folder, clear_cells, has_cells, play_cells
+from skymask_gpu.io.files import read_metadata
 
 pytestmark = pytest.mark.long
 
@@ -111,3 +115,24 @@ def test_a_socket_whose_path_would_be_too_long_is_done_without(monkeypatch: pyte
     assert sweep.processes().get_start_method() == "forkserver"
     monkeypatch.setattr(sweep, "get_temp_dir", lambda: "/" + "x" * 89)
     assert sweep.processes().get_start_method() == "spawn"
+
+
+def test_a_cell_that_was_killed_before_its_last_checkpoint_is_not_done(tmp_path: Path) -> None:
+    """The checkpoint comes after the last line of the metrics; here, it is still that of the first round."""
+    grid = GRID.replace('"defence.rule" = ["fedavg", "bulyan"]', "seed = [0]")
+    (tmp_path / "grid.toml").write_text(f'{grid}[defence]\nrule = "fedavg"\n')
+    (cell,) = read_grid(tmp_path / "grid.toml")
+    folder = cell_folder(tmp_path / "out", cell)
+    list(play(Federation.build(replace(cell, rounds=1)), folder))
+    before = (folder / CHECKPOINT).read_bytes()
+    list(play(Federation.build(cell), folder))
+    lines = (folder / METRICS).read_bytes()
+    assert is_whole(folder, 2)
+    (folder / CHECKPOINT).write_bytes(before)
+    assert not is_whole(folder, 2)
+    states = list(play_cells([cell], tmp_path / "out", jobs=1))
+    assert (states[-1].state, states[-1].rounds) == ("done", 2)
+    assert read_metadata(folder / CHECKPOINT)["round"] == "1"
+    assert (folder / METRICS).read_bytes() == lines
+    (folder / CHECKPOINT).unlink()
+    assert not is_whole(folder, 2)
