@@ -175,6 +175,11 @@ class RunConfig:
                 f"clients_per_round must be between 0 (all) and data.clients = {self.data.clients}, "
                 f"got {self.clients_per_round}"
             )
+        if self.attack.share > 0 and self.attack.first_round >= self.rounds:
+            raise ValueError(
+                f"attack.first_round must be below rounds = {self.rounds}, since rounds count from 0 and the attack would "
+                f"never strike, got {self.attack.first_round}; take an earlier first_round, more rounds, or attack.name 'none'"
+            )
         self._check_assumed_malicious()
         # What does not fit raises an error now, not after the first round.
         self.attack.num_malicious(self.data.clients)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from skymask_gpu.federation.attacks import AttackConfig
+from skymask_gpu.federation.board.config import read_board
 from skymask_gpu.federation.clients import LocalTraining
 from skymask_gpu.federation.config import DataConfig, DefenceConfig, ModelConfig, RunConfig, read_config, read_grid
 from skymask_gpu.federation.datasets import Dataset, load_dataset
@@ -53,8 +54,11 @@ def test_attackers_are_honest_outside_of_their_rounds(digits: Dataset, tmp_path:
     never = dataclasses.replace(SMALL, attack=AttackConfig())
     one = played(dataclasses.replace(never, rounds=1), digits, tmp_path / "honest")
     assert one[0]["accuracy"] == records[0]["accuracy"]
-    late = dataclasses.replace(changed(first_round=4, last_round=-1), rounds=4)
-    played(late, digits, tmp_path / "late")
+    # The attack comes in round 4, and the run is stopped before it.
+    rounds = play(Federation.build(changed(first_round=4, last_round=-1), digits), tmp_path / "late")
+    for _ in range(4):
+        next(rounds)
+    rounds.close()
     played(dataclasses.replace(never, rounds=4), digits, tmp_path / "never")
     assert torch.equal(model_after(tmp_path / "late"), model_after(tmp_path / "never"))
     assert not torch.equal(model_after(tmp_path / "window"), model_after(tmp_path / "never"))
@@ -78,7 +82,7 @@ def test_a_run_that_was_stopped_in_the_window_goes_on(digits: Dataset, tmp_path:
 
 def test_a_run_starts_from_another_ones_model(digits: Dataset, tmp_path: Path) -> None:
     played(dataclasses.replace(SMALL, rounds=2), digits, tmp_path / "before")
-    config = dataclasses.replace(SMALL, rounds=1, start=str(tmp_path / "before" / CHECKPOINT))
+    config = dataclasses.replace(SMALL, rounds=2, start=str(tmp_path / "before" / CHECKPOINT))
     federation = Federation.build(config, digits)
     assert torch.equal(federation.first_model().params, model_after(tmp_path / "before"))
     assert federation.first_model().previous is None
@@ -118,8 +122,33 @@ def test_windows_that_are_none_are_refused(settings: dict[str, int], message: st
         changed(**{"last_round": -1, **settings})
 
 
+def test_an_attack_that_would_never_strike_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attack\.first_round must be below rounds = 5, .*, got 5; take an earlier"):
+        changed(first_round=5, last_round=-1)
+    assert changed(first_round=4, last_round=-1).attack.strikes_in(4)
+    # Without attackers, there is nothing that could be missed.
+    dataclasses.replace(SMALL, attack=AttackConfig(first_round=9))
+
+
+def test_on_a_board_an_attack_strikes_in_the_rounds_of_the_board(tmp_path: Path) -> None:
+    text = """
+rounds = [1]
+[data]
+clients = 10
+[[recipes]]
+name = "few"
+[[attacks]]
+name = "trim"
+first_round = 7
+"""
+    (tmp_path / "board.toml").write_text(text)
+    board = read_board(tmp_path / "board.toml")
+    for key in board.set_keys():
+        assert board.run_of(key).attack.strikes_in(key.round)
+
+
 def test_class_accuracies_make_up_the_accuracy(digits: Dataset, tmp_path: Path) -> None:
-    (record,) = played(dataclasses.replace(SMALL, rounds=1), digits, tmp_path)
+    record, _ = played(dataclasses.replace(SMALL, rounds=2), digits, tmp_path)
     shares = record["class_accuracy"]
     counts = torch.bincount(digits.test_labels, minlength=10).tolist()
     weighted = sum(share * count for share, count in zip(shares, counts, strict=True)) / sum(counts)

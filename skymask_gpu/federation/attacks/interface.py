@@ -5,7 +5,7 @@ N clients, F of them malicious, H = N - F honest, P parameters.
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -71,6 +71,10 @@ class AttackConfig(Choice):
     def strikes_in(self, number: int) -> bool:
         """Whether the malicious clients attack in round ``number``."""
         return self.share > 0 and self.first_round <= number and (self.last_round == -1 or number <= self.last_round)
+
+    def in_every_round(self) -> "AttackConfig":
+        """The same attack from the first round to the last, as a board plays it."""
+        return replace(self, first_round=0, last_round=-1)
 
     def num_malicious(self, num_clients: int) -> int:
         """The rounded share of ``num_clients``; at least one unless the share is 0.

@@ -104,7 +104,7 @@ class Board:
 
     def run_of(self, key: SetKey) -> RunConfig:
         """The run from which a mask set is taken."""
-        return replace(self.recipes[key.recipe], seed=key.seed, attack=self.attacks[key.attack])
+        return replace(self.recipes[key.recipe], seed=key.seed, attack=self.attacks[key.attack].in_every_round())
 
     def rule_tables(self) -> dict[str, Table]:
         """The settings of each rule by name, in a form that JSON can hold."""
@@ -210,7 +210,7 @@ def read_board(path: Path, changes: Sequence[str] = ()) -> Board:
             replace(run, seed=seed)
         for attack in attacks.values():
             for rule in file.rules:
-                replace(run, attack=attack, defence=rule)
+                replace(run, attack=attack.in_every_round(), defence=rule)
             attack.num_malicious(run.data.clients)
     board = Board(recipes, file.seeds, tuple(sorted(file.rounds)), attacks, file.clusterings, file.rules)
     return board if file.trajectories.rounds == 0 else replace(board, trajectories=_asked_for(file.trajectories, board))

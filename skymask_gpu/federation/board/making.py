@@ -135,7 +135,7 @@ class _Cell:
             folder=folder,
             honest=honest,
             recorder=recorder,
-            attacked={label: built(attack=attack) for label, attack in board.attacks.items()},
+            attacked={label: built(attack=attack.in_every_round()) for label, attack in board.attacks.items()},
             ruled={rule.rule: Federation.build(replace(run, defence=rule), dataset) for rule in board.rules},
             defence=SkyMask(
                 honest.module,
