@@ -115,7 +115,8 @@ class Registry(Generic[Thing]):
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._things
+        # A list or a table, which a file may hold in place of a name, cannot be looked up.
+        return isinstance(name, str) and name in self._things
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._things)

@@ -5,12 +5,13 @@ import itertools
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from skymask_gpu.engine.registry import one_of
 from skymask_gpu.federation.attacks import AttackConfig
+from skymask_gpu.federation.cell_names import cell_name, with_hash
 from skymask_gpu.federation.changes import changed, changed_keys
 from skymask_gpu.federation.choices import Choice, Choices
 from skymask_gpu.federation.clients import LocalTraining
@@ -288,9 +289,11 @@ def read_grid(path: Path, changes: Sequence[str] = ()) -> list[RunConfig]:
     before = _combinations(read_toml(path), path)[0] if changes else []
     runs: dict[str, RunConfig] = {}
     for cell, chosen, dropped in zip(cells, choices, _apply(cells, before, changes, path), strict=True):
-        name = ",".join(f"{_short(key)}={value}" for key, value in dotted(chosen).items() if key not in dropped)
-        name = "".join("_" if character in '/\\:*?"<>|' else character for character in name)
-        runs[name] = read_table(RunConfig, {**cell, "name": name}, str(path))
+        own = {key: value for key, value in dotted(chosen).items() if key not in dropped}
+        run = read_table(RunConfig, {**cell, "name": cell_name(own)}, str(path))
+        if runs.get(run.name, run) != run:
+            run = replace(run, name=with_hash(run.name, own))
+        runs[run.name] = run
     return list(runs.values())
 
 
@@ -315,12 +318,6 @@ def _combinations(content: Table, path: Path) -> tuple[list[Table], list[Table]]
             chosen.pop("attack.share", None)
         cells.append(cell)
     return cells, choices
-
-
-def _short(key: str) -> str:
-    """A short name of a key: ``attack.name`` becomes attack, and ``defence.rule`` becomes rule."""
-    *tables, last = key.split(".")
-    return tables[-1] if last == "name" and tables else last
 
 
 def read_toml(path: Path, changes: Sequence[str] = ()) -> Table:

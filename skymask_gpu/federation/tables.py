@@ -38,6 +38,9 @@ def read_table(kind: type, table: Table, source: str, prefix: str = "", tables: 
         name = _chosen(kind, table)
         if name is dataclasses.MISSING:
             raise ValueError(f"config: {source}: {prefix}{kind.key} is missing, and it has no default")
+        if not isinstance(name, str):
+            hint = _grid_hint(f"{prefix}{kind.key}", name)
+            raise ValueError(f"config: {source}: {prefix}{kind.key} must be a string, got {name!r}{hint}")
         kind.check_name(name)
         own = _own(kind, table)
     values: Table = {}
@@ -83,8 +86,16 @@ def _value(name: str, value: Any, wanted: Any, source: str, tables: type) -> Any
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not _fits(value, wanted):
-        raise ValueError(f"config: {source}: {name} must be {getattr(wanted, '__name__', wanted)}, got {value!r}")
+        hint = _grid_hint(name, value)
+        raise ValueError(f"config: {source}: {name} must be {getattr(wanted, '__name__', wanted)}, got {value!r}{hint}")
     return value
+
+
+def _grid_hint(name: str, value: Any) -> str:
+    """The remedy for a list in place of one value; no grid reaches into a list of tables."""
+    if not isinstance(value, list) or "[" in name:
+        return ""
+    return f'; for one run with each of several values, write "{name}" = {value!r} under [grid], and play it with sweep'
 
 
 def _fits(value: Any, wanted: type) -> bool:

@@ -258,3 +258,46 @@ mask_steps = 5
 def test_mistakes_in_grids_are_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_grid(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[attack]\nname = ['ipm', 'trim']\nshare = 0.2",
+            r"attack\.name must be a string, got \['ipm', 'trim'\]; .*\"attack\.name\" = \['ipm', 'trim'\] under \[grid\]",
+        ),
+        ("[defence]\nrule = ['krum']", r"defence\.rule must be a string, got \['krum'\]; .* under \[grid\]"),
+        ("[privacy.obfuscation]", r"privacy\.obfuscation must be a string, got \{\}$"),
+        ("[tracking]\ntracker = []", r"tracking\.tracker must be a string, got \[\]"),
+        ("[model]\nname = ['mlp', 'cnn']", r"model\.name must be str, got .*\"model\.name\" = \['mlp', 'cnn'\] under \[grid\]"),
+        ("[[transforms]]\nname = ['a']", r"transforms\[0\]\.name must be a string, got \['a'\]$"),
+    ],
+)
+def test_a_list_in_place_of_a_name_is_refused_and_pointed_to_the_grid(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config(write(tmp_path, text))
+
+
+def test_cells_whose_names_become_the_same_are_all_played(tmp_path: Path) -> None:
+    text = "[grid]\n'model.name' = ['n/a.py:Net', 'n_a.py:Net', 'n:a.py:Net']\nseed = [0, 1]\n"
+    cells = read_grid(write(tmp_path, text))
+    assert [cell.model.name for cell in cells] == [name for name in ("n/a.py:Net", "n_a.py:Net", "n:a.py:Net") for _ in "01"]
+    names = [cell.name for cell in cells]
+    assert names[:2] == ["model=n_a.py_Net,seed=0", "model=n_a.py_Net,seed=1"]
+    assert len(set(names)) == 6
+    assert all(name.startswith(f"model=n_a.py_Net,seed={number % 2},") for number, name in enumerate(names[2:]))
+    # A sweep of fewer values finds the same folders.
+    fewer = read_grid(write(tmp_path, text.replace(", 'n:a.py:Net'", "")))
+    assert [cell.name for cell in fewer] == names[:4]
+
+
+def test_names_of_cells_fit_a_file_system(tmp_path: Path) -> None:
+    long = ["/".join(["ä" * 100] * 3) + f"/{name}.py:Net" for name in "ab"]
+    cells = read_grid(write(tmp_path, f"[grid]\n'model.name' = {long}\n"))
+    assert [cell.model.name for cell in cells] == long
+    assert len({cell.name for cell in cells}) == 2
+    for cell in cells:
+        (tmp_path / cell.name).mkdir()
+    fits = read_grid(write(tmp_path, f"[grid]\n'model.name' = ['{'n' * 242}.py:Net']\n"))
+    assert (fits[0].name, len(fits[0].name)) == (f"model={'n' * 242}.py_Net", 255)
