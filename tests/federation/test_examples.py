@@ -114,6 +114,8 @@ def shorten(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         rounds=1,
+        # The one round is attacked, whenever the example's attackers come.
+        attack=config.attack.in_every_round(),
         data=dataclasses.replace(config.data, clients=clients, root_samples=30),
         local=dataclasses.replace(config.local, steps=1, batch_size=4),
     )
