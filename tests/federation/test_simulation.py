@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -173,6 +174,25 @@ def test_a_backdoor_is_measured_on_triggered_samples_of_other_classes(tmp_path: 
         add_trigger(federation.dataset.test_inputs[others], float(federation.dataset.train_inputs.max())),
     )
     assert federation.attack_success_rate(federation.first_model()) == int((hits == 3).sum()) / int(others.sum())
+
+
+@pytest.mark.parametrize("grad_clip", [1.0, math.inf])
+def test_a_parameter_whose_gradient_is_one_number_for_all_elements_can_be_trained(tmp_path: Path, grad_clip: float) -> None:
+    source = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(64, 10), nn.Parameter(torch.full((4,), 0.25))
+    def forward(self, inputs):
+        return self.linear(inputs.flatten(1)) * self.scale.sum()
+"""
+    (tmp_path / "net.py").write_text(source)
+    recipe = dataclasses.replace(SMALL.local, grad_clip=grad_clip)
+    config = dataclasses.replace(SMALL, model=ModelConfig(name=f"{tmp_path / 'net.py'}:Net"), local=recipe)
+    records = list(play(Federation.build(config), tmp_path / "run"))
+    assert records[-1]["accuracy"] > 0.3
 
 
 def test_batch_norm_statistics_are_means_of_the_kept_clients(tmp_path: Path) -> None:
