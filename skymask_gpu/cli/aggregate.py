@@ -31,7 +31,7 @@ __all__ = ["register"]
 
 _SOLVER_HELP = f"auto, {', '.join(name if solver.exact else f'{name} (approximate)' for name, solver in SOLVERS.items())}."
 _UPDATES_HELP = "A folder with one safetensors file per client, or a file with one stacked (N, P) tensor."
-_NORM_BOUND_HELP = "median: shorten kept updates that are longer than their median norm; none: no bound."
+_NORM_BOUND_HELP = "median: shorten kept updates that are longer than their median norm; none: more than ten times that norm."
 _STRICT_HELP = "Exit code 3, with all files written, if there is no verdict or most are rejected."
 _HISTORY_HELP = "File with what is remembered of the clients from round to round: read if it is there, then written."
 

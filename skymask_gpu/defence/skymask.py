@@ -45,8 +45,9 @@ class SkyMask:
         norm_bound: ``"median"``: a kept update that is longer than the median norm of the kept
             updates is shortened to it before the mean is taken, and a weight that is larger than
             the kept clients' median weight is lowered to it. Whoever gets past the verdict then
-            counts for no more than an honest client does. None: no bound. What the bound costs
-            without an attack is in ``docs/averaging.md``.
+            counts for no more than an honest client does. None: an update is shortened to ten times
+            the median norm, and weights have no bound. What the bound costs without an attack is in
+            ``docs/averaging.md``.
         mean: ``"kept"``: the mean of the kept updates. ``"masked"``: in each parameter, the mean
             over those kept clients whose mask keeps it, so that what the root data refuse does not
             enter, even from attackers that the verdict misses. ``"half"``: halfway between the two.
@@ -105,7 +106,7 @@ class SkyMask:
         check_kind("clustering", clustering, Clustering)
         check_kind("root_training", root_training, RootTraining)
         if norm_bound not in NORM_BOUND_NAMES.values():
-            raise ValueError(f"norm_bound must be 'median' or None (no bound), got {norm_bound!r}")
+            raise ValueError(f"norm_bound must be 'median' or None (ten times that norm), got {norm_bound!r}")
         one_of("mean", mean, MEANS)
         where = None if device is None else usable_device(device)
         flat = FlatModel(

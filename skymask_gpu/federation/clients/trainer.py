@@ -226,8 +226,10 @@ class Trainer:
     def _descend(self, params: Tensor, gradient: Tensor, momentum: Tensor | None) -> None:
         """One step of ``torch.optim.SGD`` after ``clip_grad_value_``, in place."""
         config = self._config
-        # Not in place: the gradient of a sum, for instance, is one number that stands for many.
-        step = gradient.clamp(-config.grad_clip, config.grad_clip) if math.isfinite(config.grad_clip) else gradient
+        # A gradient that is one number for many elements, as that of a sum, cannot be clipped in
+        # place. It is not contiguous, and is copied; others are not.
+        clip = config.grad_clip
+        step = gradient.contiguous().clamp_(-clip, clip) if math.isfinite(clip) else gradient
         if config.weight_decay:
             step = step.add(params, alpha=config.weight_decay)
         if momentum is not None:
