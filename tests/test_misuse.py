@@ -212,7 +212,7 @@ def test_the_short_form_takes_the_parameters_of_the_round_and_state_dicts_do_too
         ({"training": {}}, "training must be a MaskTraining, got {}"),
         ({"root_training": {}}, "root_training must be a RootTraining, got {}"),
         ({"training": MaskTraining}, "training must be a MaskTraining, got <class"),
-        ({"norm_bound": "mean"}, r"norm_bound must be 'median' or None \(no bound\), got 'mean'"),
+        ({"norm_bound": "mean"}, r"norm_bound must be 'median' or None \(ten times that norm\), got 'mean'"),
         ({"device": "meta"}, "device must be one that holds values, got 'meta'"),
         ({"device": "no-such-device"}, "device must be one that PyTorch can use here, got 'no-such-device'"),
         ({"device": 3.5}, "device must be one that PyTorch can use here, got 3.5"),

@@ -17,7 +17,8 @@ root's own row is not a witness, because with ordinary recipes it often lies wit
    side, among the first witnesses and from several starts (``cut_statistics.py``). The far side is
    rejected if it is worse, if its cosine is clearly lower, and if the cut explains much more than
    chance (``worse_side.py``). A majority is rejected only if its cosine is next to nothing and both
-   witnesses are clearly lower, or if its cosine is at least half as far below 0 as the minority's above.
+   witnesses are clearly lower, or if its cosine is at least half as far below 0 as the minority's
+   above.
 3. The second step is done once more among the clients that are kept, for a second direction.
 4. Where cosines are means over several rounds, their errors are known. A client whose mean cosine
    lies clearly below 0 opposes the root data steadily. It is rejected if at least 60% of the
