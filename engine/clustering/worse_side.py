@@ -71,10 +71,10 @@ LESS_ALIGNED = 0.8
 HARDLY_ALIGNED, HARDLY_Z = 0.3, -3.0
 # A majority that opposes the root data at least half as clearly as the minority follows them goes
 # whatever its keep share is: 80% attackers move all masks, and theirs then keep more than honest
-# ones do. Its mean cosine must be below this multiple of the minority's (-0.8 to -0.3), and z of its
-# cosine below the second number (-6 to -3). In between, the results on the stored sets are the same,
-# but for one drawn set of 20 clients at -6. With 80% trim attackers on MNIST, the multiple was -0.9
-# or less.
+# ones do. Its mean cosine must be below this multiple of the minority's (-0.8 to -0.3), and z of
+# its cosine below the second number (-6 to -3). In between, the results on the stored sets are the
+# same, but for one drawn set of 20 clients at -6. With 80% trim attackers on MNIST, the multiple
+# was -0.9 or less.
 AGAINST, AGAINST_Z = -0.5, -4.0
 # A minority whose mean cosine is below this multiple of the near side's (-0.4 to -0.2) opposes the
 # root data. It must explain fewer nats if its keep share is lower too and z of its cosine is below
