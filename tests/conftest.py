@@ -3,6 +3,7 @@
 import importlib.util
 import mmap
 import os
+import random
 import sys
 import tempfile
 import warnings
@@ -55,6 +56,22 @@ if "TRITON_INTERPRET" in os.environ and importlib.util.find_spec("triton"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``long`` come first: the last one to start keeps one worker busy while the other has no more to do."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    draw_the_same_in_every_order()  # for what a module draws when it is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    draw_the_same_in_every_order()  # before any fixture, those of a module included
+
+
+def draw_the_same_in_every_order() -> None:
+    """Without a seed of its own a test would see whatever random numbers the tests before it left to its worker."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
