@@ -1,7 +1,8 @@
 """What ``bench/gpu.py`` times of the bins: their kernels in CUDA C++, and those in Triton.
 
-Both must give the same bins, to the bit. Their edges differ by rounding, since Triton approximates
-roots and quotients on a GPU.
+Both must give the same counts, sums and ends, to the bit. Their edges differ by rounding, since
+Triton approximates roots and quotients on a GPU, and so do their squares, since Triton rounds a
+square and its sum once.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,9 @@ __all__ = ["bin_figures"]
 _BINS = MaskTraining().bins
 _MOST_ERROR = 1e-5
 
-Bins = tuple[Tensor, Tensor, Tensor]
+# counts, sums, squares and ends
+Bins = tuple[Tensor, Tensor, Tensor, Tensor]
+_CONTENTS = ("counts", "sums", "squares", "ends")
 
 
 def bin_figures() -> list[Provider]:
@@ -102,7 +105,8 @@ def _empty_bins(problem: Problem) -> Bins:
     num_params, device = problem.updates.shape[1], problem.updates.device
     counts_BP = torch.zeros(_BINS, num_params, dtype=torch.uint16, device=device)
     ends_2P = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, num_params)
-    return counts_BP, torch.zeros(_BINS, num_params, device=device), ends_2P
+    sums_BP, squares_BP = (torch.zeros(_BINS, num_params, device=device) for _ in range(2))
+    return counts_BP, sums_BP, squares_BP, ends_2P
 
 
 def _rows(kernel: Callable[..., None], problem: Problem) -> Call:
@@ -125,23 +129,25 @@ def _more_rows(kernel: Callable[..., None], problem: Problem) -> Call:
 def _check_rows(problem: Problem, result: tuple[Tensor, Bins], truth: Truth) -> str:
     edges_EP, bins = result
     rows_RC, edges_EC = some_columns(problem.updates), some_columns(edges_EP)
-    counts_BC, sums_BC, ends_2C = (some_columns(x.float()).double() for x in _empty_bins(problem))
-    bin_rows_reference(rows_RC.double(), edges_EC.double(), counts_BC, sums_BC, ends_2C)
-    for name, got, want in zip(("counts", "sums", "ends"), bins, (counts_BC, sums_BC, ends_2C), strict=True):
-        _compare(name, some_columns(got.float()), want, 0.0 if name != "sums" else _MOST_ERROR)
+    wanted = [some_columns(x.float()).double() for x in _empty_bins(problem)]
+    bin_rows_reference(rows_RC.double(), edges_EC.double(), *wanted)
+    for name, got, want in zip(_CONTENTS, bins, wanted, strict=True):
+        _compare(name, some_columns(got.float()), want, _MOST_ERROR if name in ("sums", "squares") else 0.0)
     if not _on_gpu(problem):
         return "its twin in float64"
     _, of_triton = _rows(_triton(problem).bin_rows, problem)()
-    for name, got, want in zip(("counts", "sums", "ends"), bins, of_triton, strict=True):
-        if not torch.equal(got.float(), want.float()):
+    for name, got, want in zip(_CONTENTS, bins, of_triton, strict=True):
+        if name == "squares":
+            _compare("squares", got, want)
+        elif not torch.equal(got.float(), want.float()):
             raise WrongResultError(f"{name} are not those of Triton to the bit")
     return "its twin in float64, Triton to the bit"
 
 
 def _bytes_of_rows(problem: Problem) -> int:
-    """Rows and edges are read; counts, sums and ends are read and written."""
+    """Rows and edges are read; the contents of the bins are read and written."""
     num_params = problem.updates.shape[1]
-    return problem.updates.numel() * problem.updates.element_size() + num_params * (4 * (_BINS - 1) + 12 * _BINS + 16)
+    return problem.updates.numel() * problem.updates.element_size() + num_params * (4 * (_BINS - 1) + 20 * _BINS + 16)
 
 
 def _compare(name: str, got: Tensor, want: Tensor, most_error: float = _MOST_ERROR) -> None:

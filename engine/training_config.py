@@ -42,7 +42,7 @@ class MaskTraining:
     threshold: float = 0.5
     check_every: int = 10
     min_improvement: float = 1e-2
-    bins: int = 32
+    bins: int = 16
     lr_clients: int = 500
 
     def __post_init__(self) -> None:

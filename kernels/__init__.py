@@ -45,6 +45,8 @@ from skymask_gpu.kernels.bins import (
     bin_rows_reference,
     bin_step,
     bin_step_reference,
+    bin_weights,
+    bin_weights_reference,
 )
 from skymask_gpu.kernels.cuts import (
     cut_bits,
@@ -90,6 +92,8 @@ __all__ = [
     "bin_rows_reference",
     "bin_step",
     "bin_step_reference",
+    "bin_weights",
+    "bin_weights_reference",
     "chosen_mean",
     "chosen_mean_reference",
     "count_products",

@@ -3,7 +3,6 @@
 import importlib.util
 import mmap
 import os
-import random
 import sys
 import tempfile
 import warnings
@@ -69,8 +68,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def draw_the_same_in_every_order() -> None:
     """Without a seed of its own a test would see whatever random numbers the tests before it left to its worker."""
-    random.seed(0)
-    np.random.seed(0)
     torch.manual_seed(0)
 
 

@@ -616,7 +616,7 @@ def _cpu_kernels() -> dict[Any, dict[str, Callable[..., Any]]]:
 
     mixtures = {"two_normals": mixture.two_normals_reference, "gaussian_mixture": mixture.gaussian_mixture_reference}
     return {
-        **alike("bins", "bin_edges", "bin_rows", "bin_step"),
+        **alike("bins", "bin_edges", "bin_rows", "bin_weights", "bin_step"),
         **alike("cuts", "replay", "find_cuts", "cut_bits", "replay_bits"),
         **alike("hamming", "hamming_counts", "hamming_counts_between"),
         **alike("mask_step", "first_step", "next_step", "last_step"),

@@ -64,7 +64,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
     },
     "collapsed": {
         "average": (43, 1),
-        "binning": (38, 0),
+        "binning": (34, 0),
         "bits": (12, 0),
         "captured step": (52, 0),
         "clustering": (2089, 1),

@@ -69,9 +69,9 @@ def mean_error(updates_RP: Tensor, loss: FlatModel, config: MaskTraining) -> flo
     assert logits_RP is not None
     gates_RP = torch.sigmoid(logits_RP)
     want_P = (gates_RP * updates_RP).sum(0, dtype=torch.float64) / gates_RP.sum(0, dtype=torch.float64)
-    counts_BP, centres_BP, _, mean_P = collapsed._bins(ClientBlocks([updates_RP]), config.bins)
+    _, centres_BP, weights_BP, _, mean_P = collapsed._bins(ClientBlocks([updates_RP]), config.bins)
     masked = MaskedModel(loss, loss.initial_params, mean_P, len(updates_RP), config, keep_history=True)
-    _, losses = collapsed._train_bins(counts_BP, centres_BP, masked, config)
+    _, losses = collapsed._train_bins(weights_BP, centres_BP, masked, config)
     last_mean_P = masked.means_TP[len(losses) - 1]
     return float(torch.linalg.vector_norm(last_mean_P - want_P) / torch.linalg.vector_norm(want_P))
 
@@ -103,7 +103,7 @@ def measure_case(updates_RP: Tensor, loss: FlatModel, case: str, direction_P: Te
 def _compare(updates_RP: Tensor, loss: FlatModel, case: str, direction_P: Tensor, steps: int) -> dict[str, Any]:
     alignment_N = (updates_RP[:-1] @ direction_P).double()
 
-    def train(rows_RP: Tensor, solver: str, bins: int = 32) -> TrainedMasks:
+    def train(rows_RP: Tensor, solver: str, bins: int = MaskTraining().bins) -> TrainedMasks:
         config = MaskTraining(steps=steps, bins=bins, min_improvement=-1e9)
         return train_masks(rows_RP, loss.initial_params, loss, config=config, solver=solver)
 

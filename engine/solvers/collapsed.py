@@ -1,9 +1,9 @@
 """The collapsed solver is approximate: it trains the masks of B bins per column, not of R rows.
 
 A cut per column then gives every row its bits. A step costs O(B P) for any number of rows. The rows
-are read three times: a sample of them for the edges of the bins, all of them for the means of the
-bins, and all of them for the bits. There are never (R, P) logits. The maths is in ``kernels/bins``
-and ``kernels/cuts``, and in ``docs/collapsed.md``.
+are read three times: a sample of them for the edges of the bins, all of them for the contents of
+the bins, and all of them for the bits. There are never (R, P) logits. The maths is in
+``kernels/bins`` and ``kernels/cuts``, and in ``docs/collapsed.md``.
 """
 
 import torch
@@ -16,20 +16,19 @@ from skymask_gpu.engine.solvers.solution import Cuts, Loss, MaskedModel, Solutio
 from skymask_gpu.engine.solvers.solver import solver
 from skymask_gpu.engine.training_config import MaskTraining
 from skymask_gpu.kernels import why_not
-from skymask_gpu.kernels.bins import MOST_ROWS, bin_edges, bin_rows, bin_step, counts_dtype
+from skymask_gpu.kernels.bins import MOST_ROWS, bin_edges, bin_rows, bin_step, bin_weights, counts_dtype
 from skymask_gpu.kernels.cuts import cut_bits, find_cuts, replay, replay_bits
 
 # The edges of the bins are found from this number of evenly spaced rows.
 SAMPLED_ROWS = 64
-# The sums of this number of bins become means at once.
-_BINS_AT_ONCE = 4
 # Costs per parameter, see COST_SOURCES. The three are the cost of reading a row, that of a step of
 # a bin, and that of the sample and the cut. On a CPU the first two are measured by ``python -m
-# skymask_gpu.bench.studies.costs``. The third varies most between measurements; it is set so that
-# fused and collapsed cost the same at 60 rows. On a GPU, bins have logits, means and counts.
-_ROW = {"cpu": 1.25, "cuda": 8.0}
-_BIN_STEP = {"cpu": 0.68, "cuda": 14.0}
-_COLUMN = {"cpu": 300.0, "cuda": 1000.0}
+# skymask_gpu.bench.studies.costs``. The third varies most between measurements, from 180 to 270; it
+# is set a little higher, so that fused and collapsed cost the same at 60 rows, and the exact solver
+# is preferred where it is hardly slower. On a GPU, bins have logits, centres and weights.
+_ROW = {"cpu": 0.95, "cuda": 8.0}
+_BIN_STEP = {"cpu": 1.1, "cuda": 16.0}
+_COLUMN = {"cpu": 335.0, "cuda": 1000.0}
 
 
 def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -39,8 +38,8 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _bin_bytes(num_rows: int, num_params: int, dtype: torch.dtype, config: MaskTraining) -> int:
-    """Each bin has a float32 logit, a float32 mean and a count per parameter."""
-    return (8 + counts_dtype(num_rows).itemsize) * config.bins * num_params
+    """Each bin has a logit, a centre and a weight in float32 and a count per parameter."""
+    return (12 + counts_dtype(num_rows).itemsize) * config.bins * num_params
 
 
 def _cost(device_type: str, num_rows: int, config: MaskTraining) -> float:
@@ -68,9 +67,10 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     if num_rows > MOST_ROWS:
         raise ValueError(f"updates: solver 'collapsed' takes at most {MOST_ROWS:,} rows, got {num_rows:,}; use solver='fused'")
     with phase("binning", updates):
-        counts_BP, centres_BP, ends_2P, mean_P = _bins(updates, config.bins)
+        counts_BP, centres_BP, weights_BP, ends_2P, mean_P = _bins(updates, config.bins)
     masked = MaskedModel(loss, global_params_P.float(), mean_P, num_rows, config, keep_history=True)
-    logits_BP, losses = _train_bins(counts_BP, centres_BP, masked, config)
+    logits_BP, losses = _train_bins(weights_BP, centres_BP, masked, config)
+    del weights_BP
     slopes_TP, means_TP = masked.slopes_TP[: len(losses)], masked.means_TP[: len(losses)]
     training = {"init": config.init, "full_step": config.full_step}
     with phase("cuts", logits_BP, centres_BP, counts_BP, slopes_TP, means_TP):
@@ -95,12 +95,12 @@ def train(updates: ClientBlocks, global_params_P: Tensor, loss: Loss, config: Ma
     return Solution(bits, logits_RP, losses, cuts, masked.not_captured)
 
 
-def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The bins of each column.
 
     Returns:
-        The bins' counts ``(B, P)``, uint16 or int32, and means ``(B, P)``, each column's smallest
-        and largest value ``(2, P)``, and its mean ``(P,)``.
+        The bins' counts ``(B, P)``, uint16 or int32, centres and weights ``(B, P)``, each column's
+        smallest and largest value ``(2, P)``, and its mean ``(P,)``.
     """
     num_rows, num_params, device = len(updates), updates.num_params, updates.device
     # Made on the CPU, so that every device samples the same rows.
@@ -113,21 +113,19 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
         del sample_SP
     # On a GPU, torch has little more than zeros and casts for uint16; nothing else is used here.
     counts_BP = torch.zeros(num_bins, num_params, dtype=counts_dtype(num_rows), device=device)
-    sums_BP = torch.zeros(num_bins, num_params, device=device)
+    sums_BP, squares_BP = (torch.zeros(num_bins, num_params, device=device) for _ in range(2))
     ends_2P = torch.full((2, num_params), torch.inf, device=device)
     ends_2P[1].neg_()
     for block_RP in updates:
-        bin_rows(block_RP, edges_EP, counts_BP, sums_BP, ends_2P)
-    del edges_EP
+        bin_rows(block_RP, edges_EP, counts_BP, sums_BP, squares_BP, ends_2P)
     mean_P = sums_BP.sum(0) / num_rows
-    # A few bins at a time reuse their memory: touching new memory costs a CPU more than the
-    # division.
-    for count_bP, sum_bP in zip(counts_BP.split(_BINS_AT_ONCE), sums_BP.split(_BINS_AT_ONCE), strict=True):
-        sum_bP.div_(count_bP.float().clamp_min_(1))
-    return counts_BP, sums_BP, ends_2P, mean_P
+    bin_weights(counts_BP, sums_BP, squares_BP, edges_EP, ends_2P)
+    return counts_BP, sums_BP, squares_BP, ends_2P, mean_P
 
 
-def _train_bins(counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, config: MaskTraining) -> tuple[Tensor, list[float]]:
+def _train_bins(
+    weights_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, config: MaskTraining
+) -> tuple[Tensor, list[float]]:
     """Train the bins; the history is in ``masked``.
 
     Returns:
@@ -138,9 +136,9 @@ def _train_bins(counts_BP: Tensor, centres_BP: Tensor, masked: MaskedModel, conf
     for stop in stops(config):
         for _ in range(stop + 1 - done):
             masked.evaluate()
-            with phase("mask steps", logits_BP, logits_BP, centres_BP, counts_BP):
+            with phase("mask steps", logits_BP, logits_BP, centres_BP, weights_BP):
                 masked.move(
-                    bin_step(logits_BP, centres_BP, counts_BP, masked.slope_P, masked.mean_P, full_step=config.full_step)
+                    bin_step(logits_BP, centres_BP, weights_BP, masked.slope_P, masked.mean_P, full_step=config.full_step)
                 )
             step_done()
         done = stop + 1

@@ -23,7 +23,7 @@ from skymask_gpu.kernels import first_step, last_step, next_step, why_not
 # What a step costs per row and parameter, see COST_SOURCES. On a CPU it is measured by ``python -m
 # skymask_gpu.bench.studies.costs``. On a GPU it is the number of bytes: float32 logits are read and
 # written, and updates are read.
-_ROW_STEP = {"cpu": 0.68, "cuda": 12.0}
+_ROW_STEP = {"cpu": 0.62, "cuda": 12.0}
 
 
 def _cost(device_type: str, num_rows: int, config: MaskTraining) -> float:

@@ -7,21 +7,21 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from skymask_gpu.kernels.bins.reference import GUARD, WIDEST_GAP
+from skymask_gpu.kernels.bins.reference import GUARD, MOST_MOVED, WIDEST_GAP
 from skymask_gpu.kernels.bins.vectors import GROUP, add_to_bins, inner_edges, order, take_updates
 from skymask_gpu.kernels.shared.cpu import JIT, copy, flat, widen, widen_row
 from skymask_gpu.kernels.shared.cpu_step import move_and_add
 from skymask_gpu.kernels.shared.threads import run_on_column_shares
 from skymask_gpu.kernels.shared.vectors import LANES, LINE, WIDE, fetch
 
-# Columns per tile: the edges, counts and sums of 32 bins fit in the L2 cache, beside the rows that
-# are being read.
+# Columns per tile: the edges, counts, sums and squares of 32 bins fit in the L2 cache, beside the
+# rows that are being read.
 TILE = 512
 ROWS_AT_ONCE = 128
 # Columns per tile of the sort: their values in 64 sampled rows fit in the L1 cache.
 SORT_TILE = 128
 assert TILE % WIDE == SORT_TILE % WIDE == 0
-_WIDEST_GAP, _GUARD = np.float32(WIDEST_GAP), np.float32(GUARD)
+_WIDEST_GAP, _GUARD, _MOST_MOVED = np.float32(WIDEST_GAP), np.float32(GUARD), np.float32(MOST_MOVED)
 
 
 @cache
@@ -117,15 +117,16 @@ def _fetch_rows(rows, first, last, at, stride, width):
 
 
 @njit(**JIT)
-def _bins_pass(num_rows, rows, stride, num_params, edges, counts, sums, lowest, highest, begin, end):
-    """``edges``, ``counts`` and ``sums`` are the flat memory of an (E, P) and two (B, P) arrays."""
+def _bins_pass(num_rows, rows, stride, num_params, edges, counts, sums, squares, lowest, highest, begin, end):
+    """Flat memory: ``edges`` of an (E, P) array, ``counts``, ``sums`` and ``squares`` of (B, P)."""
     num_edges, num_bins = edges.size // num_params, counts.size // num_params
     groups = -(-num_bins // GROUP)
     # The edges lie between -inf and inf, so that the outermost bins are bins like the others.
     edge_T = np.full((groups * GROUP + 1) * TILE, np.float32(np.inf), np.float32)
     edge_T[:TILE] = -np.float32(np.inf)
     count_T = np.zeros(groups * GROUP * TILE, counts.dtype)
-    sum_T = np.zeros(groups * GROUP * TILE, np.float32)
+    sum_T, square_T = np.zeros(groups * GROUP * TILE, np.float32), np.zeros(groups * GROUP * TILE, np.float32)
+    origin = (1 + num_edges // 2) * TILE
     value_T = np.zeros(ROWS_AT_ONCE * TILE, np.float32)
     lowest_T, highest_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     for a in range(begin, end, TILE):
@@ -135,6 +136,7 @@ def _bins_pass(num_rows, rows, stride, num_params, edges, counts, sums, lowest, 
         _copy_rows(num_edges, width, edges[a:], num_params, edge_T[TILE:], TILE)
         _copy_rows(num_bins, width, counts[a:], num_params, count_T, TILE)
         _copy_rows(num_bins, width, sums[a:], num_params, sum_T, TILE)
+        _copy_rows(num_bins, width, squares[a:], num_params, square_T, TILE)
         for first in range(0, num_rows, ROWS_AT_ONCE):
             some_rows = min(ROWS_AT_ONCE, num_rows - first)
             _take_rows(some_rows, width, rows, first * stride + a, stride, value_T, lowest_T, highest_T)
@@ -147,15 +149,91 @@ def _bins_pass(num_rows, rows, stride, num_params, edges, counts, sums, lowest, 
                 from_, to = ROWS_AT_ONCE * k // TILE, min(ROWS_AT_ONCE * (k + LANES) // TILE, next_rows)
                 _fetch_rows(rows, from_, to, next_at, stride, next_width)
                 for b in range(0, groups * GROUP, GROUP):
-                    add_to_bins(value_T, k * ROWS_AT_ONCE, some_rows, edge_T, count_T, sum_T, b * TILE + k, TILE)
+                    at, to = k * ROWS_AT_ONCE, b * TILE + k
+                    add_to_bins(value_T, at, some_rows, edge_T, count_T, sum_T, square_T, to, TILE, edge_T, origin + k)
         copy(lowest[a : a + width], lowest_T[:width])
         copy(highest[a : a + width], highest_T[:width])
         _copy_rows(num_bins, width, count_T, TILE, counts[a:], num_params)
         _copy_rows(num_bins, width, sum_T, TILE, sums[a:], num_params)
+        _copy_rows(num_bins, width, square_T, TILE, squares[a:], num_params)
+
+
+@njit(**JIT)
+def _mean_and_variance(count_T, sum_T, square_T, origin_T, empty_T):
+    for k in range(count_T.size):
+        rows = np.float32(count_T[k])
+        some = max(rows, np.float32(1))
+        mean = sum_T[k] / some
+        off = mean - origin_T[k]
+        square_T[k] = square_T[k] / some - off * off
+        sum_T[k] = mean if rows > 0 else empty_T[k]
+
+
+@njit(**JIT)
+def _middle(lower_T, upper_T, middle_T):
+    for k in range(middle_T.size):
+        middle_T[k] = lower_T[k] / np.float32(2) + upper_T[k] / np.float32(2)
+
+
+@njit(**JIT)
+def _move_to_neighbours(count_T, before_T, centre_T, after_T, variance_T, below_T, carried_T):
+    """Move some of a bin's weight to both neighbours, of which the one before has its own already.
+
+    ``variance_T`` becomes the bin's weight, ``carried_T`` what the bin after it gets.
+    """
+    for k in range(count_T.size):
+        rows = np.float32(count_T[k])
+        below, above = centre_T[k] - before_T[k], after_T[k] - centre_T[k]
+        share = variance_T[k] / (below * above)
+        share = _MOST_MOVED if share > _MOST_MOVED else share
+        moved = share * rows if (below > 0) & (above > 0) & (share > 0) else np.float32(0)
+        to_above = moved * (below / (below + above)) if moved > 0 else np.float32(0)
+        below_T[k] += moved - to_above
+        variance_T[k] = rows - moved + carried_T[k]
+        carried_T[k] = to_above
+
+
+@njit(**JIT)
+def _add_counts(count_T, carried_T, weight_T):
+    for k in range(count_T.size):
+        weight_T[k] = np.float32(count_T[k]) + carried_T[k]
+
+
+@njit(**JIT)
+def _weights_pass(num_params, counts, sums, squares, edges, lowest, highest, begin, end):
+    """Flat memory: ``edges`` of an (E, P) array, ``counts``, ``sums`` and ``squares`` of (B, P)."""
+    num_bins, num_edges = counts.size // num_params, edges.size // num_params
+    empty_T, carried_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    for a in range(begin, end, TILE):
+        width = min(TILE, end - a)
+        origin_T = edges[num_edges // 2 * num_params + a :][:width]
+        for b in range(num_bins):
+            at = b * num_params + a
+            if 0 < b < num_bins - 1:
+                _middle(edges[at - num_params :][:width], edges[at:][:width], empty_T[:width])
+            else:
+                copy(empty_T[:width], (lowest if b == 0 else highest)[a : a + width])
+            _mean_and_variance(counts[at:][:width], sums[at:][:width], squares[at:][:width], origin_T, empty_T[:width])
+        carried_T[:] = 0
+        _add_counts(counts[a:][:width], carried_T[:width], squares[a:][:width])
+        for b in range(1, num_bins - 1):
+            at = b * num_params + a
+            before, after = at - num_params, at + num_params
+            _move_to_neighbours(
+                counts[at:][:width],
+                sums[before:][:width],
+                sums[at:][:width],
+                sums[after:][:width],
+                squares[at:][:width],
+                squares[before:][:width],
+                carried_T[:width],
+            )
+        last = (num_bins - 1) * num_params + a
+        _add_counts(counts[last:][:width], carried_T[:width], squares[last:][:width])
 
 
 @njit(inline="always", **JIT)
-def _fetch_bins(logits, centres, counts, at):
+def _fetch_bins(logits, centres, weights, at):
     """Fetch 64 columns of a bin into the cache.
 
     The bins of a tile lie far apart in memory, where a CPU does not foresee what is read next.
@@ -164,8 +242,7 @@ def _fetch_bins(logits, centres, counts, at):
     for line in range(0, WIDE, LINE // logits.itemsize):
         fetch(logits, at + line)
         fetch(centres, at + line)
-    for line in range(0, WIDE, LINE // counts.itemsize):
-        fetch(counts, at + line)
+        fetch(weights, at + line)
 
 
 @njit(**JIT)
@@ -173,7 +250,7 @@ def _step_pass(
     num_params,
     logits,
     centres,
-    counts,
+    weights,
     slopes,
     means,
     full_step,
@@ -182,10 +259,10 @@ def _step_pass(
     begin,
     end,
 ):
-    """``logits``, ``centres`` and ``counts`` are the flat memory of (B, P) arrays."""
+    """``logits``, ``centres`` and ``weights`` are the flat memory of (B, P) arrays."""
     num_bins = logits.size // num_params
     # The last columns, if they are fewer than 64, are copied to here.
-    logit_W, centre_W, count_W = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.float32), np.zeros(WIDE, counts.dtype)
+    logit_W, centre_W, weight_W = np.zeros(WIDE, np.float32), np.zeros(WIDE, np.float32), np.zeros(WIDE, np.float32)
     slope_T, mean_T = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     gate_sum_T, weighted_sum_T = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for a in range(begin, end, TILE):
@@ -199,15 +276,16 @@ def _step_pass(
             at = b * num_params + a
             next_at = at + num_params if b + 1 < num_bins else a + TILE
             for k in range(0, whole, WIDE):
-                _fetch_bins(logits, centres, counts, next_at + k)
-                move_and_add(centres, at + k, counts, logits, at + k, slope_T, mean_T, gate_sum_T, weighted_sum_T, k, full_step)
+                _fetch_bins(logits, centres, weights, next_at + k)
+                vectors = slope_T, mean_T, gate_sum_T, weighted_sum_T
+                move_and_add(centres, at + k, weights, logits, at + k, *vectors, k, full_step)
             if rest > 0:
                 columns = slice(at + whole, at + width)
                 copy(logit_W[:rest], logits[columns])
                 copy(centre_W[:rest], centres[columns])
-                copy(count_W[:rest], counts[columns])
+                copy(weight_W[:rest], weights[columns])
                 vectors = slope_T[whole:], mean_T[whole:], gate_sum_T[whole:], weighted_sum_T[whole:]
-                move_and_add(centre_W, 0, count_W, logit_W, 0, *vectors, 0, full_step)
+                move_and_add(centre_W, 0, weight_W, logit_W, 0, *vectors, 0, full_step)
                 copy(logits[columns], logit_W[:rest])
         copy(gate_sums[a : a + width], gate_sum_T[:width])
         copy(weighted_sums[a : a + width], weighted_sum_T[:width])
@@ -221,20 +299,28 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
     return edges_EP
 
 
-def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
+def bin_rows(
+    rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, squares_BP: Tensor, ends_2P: Tensor
+) -> None:
     num_params = rows_RP.shape[1]
-    state = (x.numpy().reshape(-1) for x in (edges_EP, counts_BP, sums_BP, *ends_2P))
+    state = (x.numpy().reshape(-1) for x in (edges_EP, counts_BP, sums_BP, squares_BP, *ends_2P))
     arguments = (len(rows_RP), *flat(rows_RP), num_params, *state)
     run_on_column_shares(lambda begin, end: _bins_pass(*arguments, begin, end), num_params, TILE)
 
 
+def bin_weights(counts_BP: Tensor, sums_BP: Tensor, squares_BP: Tensor, edges_EP: Tensor, ends_2P: Tensor) -> None:
+    num_params = counts_BP.shape[1]
+    arguments = (num_params, *(x.numpy().reshape(-1) for x in (counts_BP, sums_BP, squares_BP, edges_EP, *ends_2P)))
+    run_on_column_shares(lambda begin, end: _weights_pass(*arguments, begin, end), num_params, TILE)
+
+
 def bin_step(
-    logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
+    logits_BP: Tensor, centres_BP: Tensor, weights_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
     num_params = slope_P.numel()
     gate_sum_P, weighted_sum_P = torch.empty(num_params), torch.empty(num_params)
     # This must be a view and not a copy, because the logits are overwritten.
-    bins = (x.view(-1).numpy() for x in (logits_BP, centres_BP, counts_BP))
+    bins = (x.view(-1).numpy() for x in (logits_BP, centres_BP, weights_BP))
     vectors = (slope_P.numpy(), mean_P.numpy(), np.float32(full_step), gate_sum_P.numpy(), weighted_sum_P.numpy())
     arguments = (num_params, *bins, *vectors)
     run_on_column_shares(lambda begin, end: _step_pass(*arguments, begin, end), num_params, TILE)

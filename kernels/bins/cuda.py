@@ -1,10 +1,11 @@
 """The bins on a GPU: the kernels of ``bins.cu``, or those in Triton where these cannot run.
 
 ``bins.cu`` is compiled once per process and kind of GPU, when the first bins are made; this takes
-about two seconds. It knows up to 32 bins and 64 sampled rows, which is what training uses by
-default, and counts in uint16. More of either, counts in int32, which more than 65,535 rows need,
-and the training steps are left to ``triton.py``. So is everything where NVRTC is missing or does
-not know the GPU, or where the driver refuses. One line in the log then says so, and rounds go on.
+about two seconds. It knows up to 32 bins, twice as many as training uses by default, up to 64
+sampled rows, and counts in uint16. More of either, counts in int32, which more than 65,535 rows
+need, the weights and the training steps are left to ``triton.py``. So is everything where NVRTC is
+missing or does not know the GPU, or where the driver refuses. One line in the log then says so, and
+rounds go on.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ from skymask_gpu.kernels.shared.triton import on_device_of
 _log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("bins.cu")
-# Columns per block of threads: two warps, whose bins take 25 KB of shared memory.
+# Columns per block of threads: two warps, whose bins take 33 KB of shared memory.
 COLUMNS = 64
 MOST_BINS = 32
 MOST_SAMPLED = 64
@@ -47,17 +48,23 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
     return in_triton.bin_edges(rows_RP, sampled_S, num_bins)
 
 
-def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
-    tensors = (rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+def bin_rows(
+    rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, squares_BP: Tensor, ends_2P: Tensor
+) -> None:
+    tensors = (rows_RP, edges_EP, counts_BP, sums_BP, squares_BP, ends_2P)
     fits = len(sums_BP) <= MOST_BINS and counts_BP.dtype == torch.uint16
     if not fits or not _launched("bin_rows", tensors, (len(rows_RP), len(sums_BP))):
         in_triton.bin_rows(*tensors)
 
 
+def bin_weights(counts_BP: Tensor, sums_BP: Tensor, squares_BP: Tensor, edges_EP: Tensor, ends_2P: Tensor) -> None:
+    in_triton.bin_weights(counts_BP, sums_BP, squares_BP, edges_EP, ends_2P)
+
+
 def bin_step(
-    logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
+    logits_BP: Tensor, centres_BP: Tensor, weights_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
-    return in_triton.bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=full_step)
+    return in_triton.bin_step(logits_BP, centres_BP, weights_BP, slope_P, mean_P, full_step=full_step)
 
 
 def why_triton(device: torch.device) -> str | None:

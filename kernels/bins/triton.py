@@ -10,21 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skymask_gpu.kernels.bins.reference import GUARD, WIDEST_GAP
+from skymask_gpu.kernels.bins.reference import GUARD, MOST_MOVED, WIDEST_GAP
 from skymask_gpu.kernels.shared.triton import Variant, kernel, launch_options, moved, on_device_of, vector_elements
 
 # Columns whose sample a program sorts: 16 values per thread.
 EDGES_BLOCK_P = 32
 EDGES_WARPS = 4
-# Each thread owns 16 (bin, column) cells; their two edges, count and sum stay in registers while
-# the rows are read.
+# Each thread owns 16 (bin, column) cells; their two edges, count, sum and squares stay in registers
+# while the rows are read.
 CELLS_PER_THREAD = 16
 ROWS_AT_ONCE = 4
+WEIGHTS_BLOCK_P = 512
+WEIGHTS_WARPS = 4
 STEP_BLOCK_B = 8
 STEP_BLOCK_P = 256
 STEP_WARPS = 8
-# The offline compile assumes the defaults of training: 32 bins and 64 sampled rows.
-NUM_BINS = 32
+# The offline compile assumes the defaults of training: 16 bins and 64 sampled rows.
+NUM_BINS = 16
 SAMPLED_ROWS = 64
 
 
@@ -100,6 +102,7 @@ def bin_rows_kernel(
     edges_ptr,  # (B - 1, P) float32
     counts_ptr,  # (B, P) uint16 or int32, added to
     sums_ptr,  # (B, P) float32, added to
+    squares_ptr,  # (B, P) float32, added to
     ends_ptr,  # (2, P) float32, widened
     # sizes; columns and strides in units of VEC elements
     num_rows,
@@ -123,6 +126,9 @@ def bin_rows_kernel(
     upper = tl.load(edges_ptr + at, mask=mask & (offs_b < num_bins - 1)[:, None], other=float("inf"))  # [BLOCK_B, BLOCK_P]
     count = tl.load(counts_ptr + at, mask=mask, other=0).to(tl.int32)  # [BLOCK_B, BLOCK_P]
     total = tl.load(sums_ptr + at, mask=mask, other=0.0)  # [BLOCK_B, BLOCK_P]
+    squares = tl.load(squares_ptr + at, mask=mask, other=0.0)  # [BLOCK_B, BLOCK_P]
+    middle_edge = tl.cast((num_bins - 1) // 2, tl.int64) * num_cols
+    origin = tl.load(edges_ptr + middle_edge + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
     lowest = tl.load(ends_ptr + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
     highest = tl.load(ends_ptr + num_cols + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
     for first in range(0, num_rows, ROWS_AT_ONCE):
@@ -139,12 +145,73 @@ def bin_rows_kernel(
             lowest = tl.where(value < lowest, value, lowest)
             highest = tl.where(value > highest, value, highest)
             inside = (value[None, :] >= lower) & (value[None, :] < upper)
+            off = value - origin
             total = tl.where(inside, total + value[None, :], total)
+            squares = tl.where(inside, squares + (off * off)[None, :], squares)
             count = tl.where(inside, count + 1, count)
     tl.store(counts_ptr + at, count.to(counts_ptr.dtype.element_ty), mask=mask)
     tl.store(sums_ptr + at, total, mask=mask)
+    tl.store(squares_ptr + at, squares, mask=mask)
     tl.store(ends_ptr + offs_p, lowest, mask=mask_p)
     tl.store(ends_ptr + num_cols + offs_p, highest, mask=mask_p)
+
+
+@kernel
+def bin_weights_kernel(
+    # pointers
+    counts_ptr,  # (B, P) uint16 or int32
+    sums_ptr,  # (B, P) float32, become the centres
+    squares_ptr,  # (B, P) float32, become the weights
+    edges_ptr,  # (B - 1, P) float32
+    ends_ptr,  # (2, P) float32
+    # sizes; columns in units of VEC elements
+    num_bins,
+    num_col_units,
+    # meta-parameters
+    MOST_MOVED: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    num_cols = num_col_units * VEC
+    offs_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < num_cols
+    lowest = tl.load(ends_ptr + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
+    highest = tl.load(ends_ptr + num_cols + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
+    middle_edge = tl.cast((num_bins - 1) // 2, tl.int64) * num_cols
+    origin = tl.load(edges_ptr + middle_edge + offs_p, mask=mask_p, other=0.0)  # [BLOCK_P]
+    # While the next bin is read, these are known of the bin at hand (the first has no variance to
+    # move), and of the one before it, whose weight then gets its last part.
+    rows = tl.zeros([BLOCK_P], dtype=tl.float32)
+    variance, centre, before = rows, rows, rows
+    weight, weight_before = rows, rows
+    lower = lowest  # the edge below the next bin
+    at = tl.zeros([BLOCK_P], dtype=tl.int64) + offs_p
+    for b in range(num_bins):
+        edge_width = tl.where(b < num_bins - 1, num_cols, 0)
+        upper = tl.load(edges_ptr + at, mask=offs_p < edge_width, other=0.0)  # [BLOCK_P]
+        next_rows = tl.load(counts_ptr + at, mask=mask_p, other=0).to(tl.float32)  # [BLOCK_P]
+        some = tl.maximum(next_rows, 1.0)
+        mean = tl.load(sums_ptr + at, mask=mask_p, other=0.0) / some
+        off = mean - origin
+        next_variance = tl.load(squares_ptr + at, mask=mask_p, other=0.0) / some - off * off
+        empty = tl.where(b == 0, lowest, tl.where(b == num_bins - 1, highest, lower / 2 + upper / 2))
+        after = tl.where(next_rows > 0, mean, empty)
+        tl.store(sums_ptr + at, after, mask=mask_p)
+        # The bin at hand gives weight to both of its neighbours.
+        below, above = centre - before, after - centre
+        share = variance / (below * above)
+        share = tl.where(share > MOST_MOVED, MOST_MOVED, share)
+        inner = offs_p < tl.where(b > 1, num_cols, 0)
+        gives = (share > 0) & (below > 0) & (above > 0) & inner
+        moved = tl.where(gives, share * rows, 0.0)
+        to_above = tl.where(gives, moved * (below / (below + above)), 0.0)
+        tl.store(squares_ptr + at - 2 * num_cols, weight_before + (moved - to_above), mask=inner)
+        weight_before = weight - moved
+        weight = next_rows + to_above
+        before, centre, rows, variance, lower = centre, after, next_rows, next_variance, upper
+        at += num_cols
+    tl.store(squares_ptr + at - 2 * num_cols, weight_before, mask=mask_p)
+    tl.store(squares_ptr + at - num_cols, weight, mask=mask_p)
 
 
 @kernel
@@ -152,7 +219,7 @@ def bin_step_kernel(
     # pointers
     logits_ptr,  # (B, P) float32, overwritten
     centres_ptr,  # (B, P) float32
-    counts_ptr,  # (B, P) uint16 or int32
+    weights_ptr,  # (B, P) float32
     slope_ptr,  # (P,) float32
     mean_ptr,  # (P,) float32
     gate_sum_ptr,  # (P,) float32, written
@@ -180,10 +247,10 @@ def bin_step_kernel(
         at = offs_b.to(tl.int64)[:, None] * num_cols + offs_p[None, :]
         logit = tl.load(logits_ptr + at, mask=mask, other=0.0)  # [BLOCK_B, BLOCK_P]
         centre = tl.load(centres_ptr + at, mask=mask, other=0.0)  # [BLOCK_B, BLOCK_P]
-        count = tl.load(counts_ptr + at, mask=mask, other=0).to(tl.float32)  # [BLOCK_B, BLOCK_P]
+        of_bin = tl.load(weights_ptr + at, mask=mask, other=0.0)  # [BLOCK_B, BLOCK_P]
         logit = moved(logit, centre, slope[None, :], mean[None, :], full_step)
         tl.store(logits_ptr + at, logit, mask=mask)
-        weight = tl.sigmoid(logit) * count
+        weight = tl.sigmoid(logit) * of_bin
         gate_sum += weight
         weighted_sum += weight * centre
     tl.store(gate_sum_ptr + offs_p, tl.sum(gate_sum, axis=0), mask=mask_p)
@@ -221,9 +288,11 @@ def bin_tile(num_bins: int) -> tuple[int, int, int]:
     return block_b, block_p, min(32, block_b * block_p // (32 * CELLS_PER_THREAD))
 
 
-def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, ends_2P: Tensor) -> None:
+def bin_rows(
+    rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tensor, squares_BP: Tensor, ends_2P: Tensor
+) -> None:
     num_bins, num_params = sums_BP.shape
-    vec = vector_elements(num_params, rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
+    vec = vector_elements(num_params, rows_RP, edges_EP, counts_BP, sums_BP, squares_BP, ends_2P)
     block_b, block_p, num_warps = bin_tile(num_bins)
     with on_device_of(rows_RP):
         bin_rows_kernel[(triton.cdiv(num_params, block_p),)](
@@ -231,6 +300,7 @@ def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tens
             edges_EP,
             counts_BP,
             sums_BP,
+            squares_BP,
             ends_2P,
             len(rows_RP),
             num_bins,
@@ -244,17 +314,36 @@ def bin_rows(rows_RP: Tensor, edges_EP: Tensor, counts_BP: Tensor, sums_BP: Tens
         )
 
 
+def bin_weights(counts_BP: Tensor, sums_BP: Tensor, squares_BP: Tensor, edges_EP: Tensor, ends_2P: Tensor) -> None:
+    num_bins, num_params = counts_BP.shape
+    vec = vector_elements(num_params, counts_BP, sums_BP, squares_BP, edges_EP, ends_2P)
+    with on_device_of(counts_BP):
+        bin_weights_kernel[(triton.cdiv(num_params, WEIGHTS_BLOCK_P),)](
+            counts_BP,
+            sums_BP,
+            squares_BP,
+            edges_EP,
+            ends_2P,
+            num_bins,
+            num_params // vec,
+            MOST_MOVED=MOST_MOVED,
+            VEC=vec,
+            BLOCK_P=WEIGHTS_BLOCK_P,
+            **launch_options(WEIGHTS_WARPS),
+        )
+
+
 def bin_step(
-    logits_BP: Tensor, centres_BP: Tensor, counts_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
+    logits_BP: Tensor, centres_BP: Tensor, weights_BP: Tensor, slope_P: Tensor, mean_P: Tensor, *, full_step: float
 ) -> tuple[Tensor, Tensor]:
     num_bins, num_params = logits_BP.shape
     gate_sum_P, weighted_sum_P = torch.empty_like(slope_P), torch.empty_like(slope_P)
-    vec = vector_elements(num_params, logits_BP, centres_BP, counts_BP)
+    vec = vector_elements(num_params, logits_BP, centres_BP, weights_BP)
     with on_device_of(logits_BP):
         bin_step_kernel[(triton.cdiv(num_params, STEP_BLOCK_P),)](
             logits_BP,
             centres_BP,
-            counts_BP,
+            weights_BP,
             slope_P,
             mean_P,
             gate_sum_P,
@@ -303,11 +392,12 @@ VARIANTS = (
     *(
         Variant(
             name,
-            bin_step_kernel,
-            STEP_WARPS,
+            bin_weights_kernel,
+            WEIGHTS_WARPS,
             {"counts_ptr": counts},
-            {"BLOCK_B": STEP_BLOCK_B, "BLOCK_P": STEP_BLOCK_P},
+            {"MOST_MOVED": MOST_MOVED, "BLOCK_P": WEIGHTS_BLOCK_P},
         )
-        for name, counts in (("bin_step", "u16"), ("bin_step[i32 counts]", "i32"))
+        for name, counts in (("bin_weights", "u16"), ("bin_weights[i32 counts]", "i32"))
     ),
+    Variant("bin_step", bin_step_kernel, STEP_WARPS, {}, {"BLOCK_B": STEP_BLOCK_B, "BLOCK_P": STEP_BLOCK_P}),
 )

@@ -21,10 +21,12 @@ from skymask_gpu.kernels.shared.vectors import (
     repeat,
     spread,
     store,
+    times_plus,
     vector_code,
 )
 
-# The number of bins that add_to_bins fills at once: their sums, counts and edges stay in registers.
+# The number of bins that add_to_bins fills at once. Their edges, counts, sums and squares stay in
+# registers where there are 32 of them.
 GROUP = 4
 
 _WORDS = llvm.VectorType(llvm.IntType(32), LANES)
@@ -145,12 +147,13 @@ def take_updates_reference(rows, at, values, to, lowest, highest, column):
 
 
 @vector_code(types.void)
-def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
+def add_to_bins(builder, values, at, num_rows, edges, counts, sums, squares, to, stride, origins, column):
     """Add rows of 16 values to ``GROUP`` neighbouring bins, whose lower edges are ``edges[to:]``.
 
     Row i is ``values[at + i * LANES:]``. Bin b's edges begin at ``to + b * stride``; ``counts``
-    (uint16 or int32) and ``sums`` have the same layout, and ``edges`` has one row more. Rows are
-    added one after the other.
+    (uint16 or int32), ``sums`` and ``squares`` have the same layout, and ``edges`` has one row more.
+    The squares are those of the distances to ``origins[column:]``. Rows are added one after the
+    other.
 
     Args:
         num_rows: 1 to 2**24.
@@ -160,34 +163,40 @@ def add_to_bins(builder, values, at, num_rows, edges, counts, sums, to, stride):
     for _ in range(GROUP):
         places.append(builder.add(places[-1], stride))
     edge = [load(builder, edges, place, FLOATS) for place in places]
-    start = [load(builder, sums, place, FLOATS) for place in places[:-1]]
+    start = [load(builder, totals, place, FLOATS) for totals in (sums, squares) for place in places[:-1]]
     none, one = (llvm.Constant(FLOATS, [number] * LANES) for number in (0.0, 1.0))
+    origin = load(builder, origins, column, FLOATS)
 
     def next_row(row, *totals):
-        sums_so_far, counts_so_far = totals[:GROUP], totals[GROUP:]
+        sums_so_far, squares_so_far, counts_so_far = totals[:GROUP], totals[GROUP : 2 * GROUP], totals[2 * GROUP :]
         value = load(builder, values, builder.add(at, builder.mul(row, INDEX(LANES))), FLOATS)
+        off = builder.fsub(value, origin)
         reached = [builder.fcmp_ordered(">=", value, e) for e in edge]
         # Edges ascend, so a value that has reached exactly one of a bin's two edges lies inside the
         # bin.
         inside = [builder.xor(reached[b], reached[b + 1]) for b in range(GROUP)]
         # Where there are mask registers, each of these becomes a single instruction, which it does
         # not with whole numbers. Hence the counts are floats, which is exact up to 2**24.
-        added = [builder.select(i, builder.fadd(sum_, value), sum_) for i, sum_ in zip(inside, sums_so_far, strict=True)]
+        added = [builder.select(i, builder.fadd(x, value), x) for i, x in zip(inside, sums_so_far, strict=True)]
+        squared = [builder.select(i, times_plus(builder, off, off, x), x) for i, x in zip(inside, squares_so_far, strict=True)]
         counted = [builder.select(i, builder.fadd(count, one), count) for i, count in zip(inside, counts_so_far, strict=True)]
         row = builder.add(row, INDEX(1))
-        return (row, *added, *counted), builder.icmp_signed("<", row, num_rows)
+        return (row, *added, *squared, *counted), builder.icmp_signed("<", row, num_rows)
 
     _, *totals = repeat(builder, (INDEX(0), *start, *[none] * GROUP), next_row)
-    for place, sum_, count in zip(places[:-1], totals[:GROUP], totals[GROUP:], strict=True):
-        store(builder, sum_, sums, place)
+    for b, place in enumerate(places[:-1]):
+        store(builder, totals[b], sums, place)
+        store(builder, totals[GROUP + b], squares, place)
         so_far = load(builder, counts, place, whole_numbers)
-        store(builder, builder.add(so_far, builder.fptoui(count, whole_numbers)), counts, place)
+        store(builder, builder.add(so_far, builder.fptoui(totals[2 * GROUP + b], whole_numbers)), counts, place)
 
 
-def add_to_bins_reference(values, at, num_rows, edges, counts, sums, to, stride):
+def add_to_bins_reference(values, at, num_rows, edges, counts, sums, squares, to, stride, origins, column):
     for i in range(num_rows):
         value = values[at + i * LANES :][:LANES]
+        off = value - origins[column:][:LANES]
         for place in range(to, to + GROUP * stride, stride):
             inside = (value >= edges[place:][:LANES]) & (value < edges[place + stride :][:LANES])
             counts[place:][:LANES] += inside
             sums[place:][:LANES][inside] += value[inside]
+            squares[place:][:LANES][inside] += off[inside] ** 2

@@ -18,11 +18,11 @@ from skymask_gpu.kernels.shared.vectors import (
     load_updates,
     spread,
     store,
+    times_plus,
     vector_code,
 )
 
 _WORDS = llvm.VectorType(llvm.IntType(32), WIDE)
-_HALVES = llvm.VectorType(llvm.IntType(16), WIDE)
 _WIDE_DOUBLES = llvm.VectorType(llvm.DoubleType(), WIDE)
 
 _MINUS_LOG2_E = -1.4426950408889634
@@ -43,16 +43,6 @@ def _all(value, vector):
     return llvm.Constant(vector, [float(np.float32(value))] * WIDE)
 
 
-def _call(builder, name, *arguments):
-    vector = arguments[0].type
-    return call(builder, f"llvm.{name}.v{WIDE}f{64 if vector == _WIDE_DOUBLES else 32}", vector, *arguments)
-
-
-def _times_plus(builder, a, b, c):
-    """a * b + c, by a fused multiply-add where the processor has one."""
-    return _call(builder, "fmuladd", a, b, c)
-
-
 def _clamp(builder, value, limit):
     low, high = _all(-limit, value.type), _all(limit, value.type)
     value = builder.select(builder.fcmp_ordered(">", value, low), value, low)
@@ -61,7 +51,10 @@ def _clamp(builder, value, limit):
 
 def _sigmoid(builder, x):
     one = _all(1.0, x.type)
-    e = _call(builder, "exp", builder.fneg(x)) if x.type == _WIDE_DOUBLES else _exp_of_minus(builder, x)
+    if x.type == _WIDE_DOUBLES:
+        e = call(builder, f"llvm.exp.v{WIDE}f64", _WIDE_DOUBLES, builder.fneg(x))
+    else:
+        e = _exp_of_minus(builder, x)
     return builder.fdiv(one, builder.fadd(one, e))
 
 
@@ -72,7 +65,7 @@ def _exp_of_minus(builder, x):
     f = builder.fsub(exponent, builder.fsub(rounded, _all(_ROUND, WIDE_FLOATS)))
     p = _all(_POWER_OF_2[0], WIDE_FLOATS)
     for c in _POWER_OF_2[1:]:
-        p = _times_plus(builder, p, f, _all(c, WIDE_FLOATS))
+        p = times_plus(builder, p, f, _all(c, WIDE_FLOATS))
     # Adding to the exponent field multiplies by a power of 2.
     power = builder.shl(builder.bitcast(rounded, _WORDS), llvm.Constant(_WORDS, [23] * WIDE))
     return builder.bitcast(builder.add(builder.bitcast(p, _WORDS), power), WIDE_FLOATS)
@@ -81,10 +74,10 @@ def _exp_of_minus(builder, x):
 def _moved(builder, logit, update, slope, mean, full_step):
     """The logit after one step. One full step from 1 gives exactly 0."""
     gate = _sigmoid(builder, logit)
-    slope_of_gate = _times_plus(builder, builder.fneg(gate), gate, gate)
+    slope_of_gate = times_plus(builder, builder.fneg(gate), gate, gate)
     gradient = builder.fmul(builder.fmul(slope, slope_of_gate), builder.fsub(update, mean))
     step = builder.fneg(spread(builder, full_step, logit.type))
-    return _times_plus(builder, _clamp(builder, gradient, 1.0), step, logit)
+    return times_plus(builder, _clamp(builder, gradient, 1.0), step, logit)
 
 
 @vector_code(types.void)
@@ -108,11 +101,11 @@ def move_reference(updates, at, logits, start, slopes, means, column, full_step,
 
 
 @vector_code(types.void)
-def move_and_add(builder, updates, at, counts, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step):
+def move_and_add(builder, updates, at, weights, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step):
     """Like ``move``, but in place; what the new logits contribute is added to both sums per column.
 
-    ``counts`` is None if each logit belongs to one row. If it belongs to a bin, ``counts[to:]``,
-    uint16 or int32, say how many rows the bin has.
+    ``weights`` is None if each logit belongs to one row. If it belongs to a bin, ``weights[to:]``
+    say for how many rows the bin counts.
     """
     vector = _vector_of(logits)
     update = load_updates(builder, updates, at, vector)
@@ -120,19 +113,15 @@ def move_and_add(builder, updates, at, counts, logits, to, slopes, means, gate_s
     logit = _moved(builder, load(builder, logits, to, vector), update, slope, mean, full_step)
     store(builder, logit, logits, to)
     weight = _sigmoid(builder, logit)
-    if counts is not None:
-        if counts.dtype == types.uint16:
-            num_rows = builder.uitofp(load(builder, counts, to, _HALVES), vector)
-        else:
-            num_rows = builder.sitofp(load(builder, counts, to, _WORDS), vector)
-        weight = builder.fmul(weight, num_rows)
+    if weights is not None:
+        weight = builder.fmul(weight, load(builder, weights, to, vector))
     store(builder, builder.fadd(load(builder, gate_sums, column, vector), weight), gate_sums, column)
-    total = _times_plus(builder, weight, update, load(builder, weighted_sums, column, vector))
+    total = times_plus(builder, weight, update, load(builder, weighted_sums, column, vector))
     store(builder, total, weighted_sums, column)
 
 
-def move_and_add_reference(updates, at, counts, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step):
+def move_and_add_reference(updates, at, weights, logits, to, slopes, means, gate_sums, weighted_sums, column, full_step):
     move_reference(updates, at, logits, to, slopes, means, column, full_step, logits, to)
-    weight = (1 if counts is None else counts[to : to + WIDE]) / (1 + np.exp(-logits[to : to + WIDE]))
+    weight = (1 if weights is None else weights[to : to + WIDE]) / (1 + np.exp(-logits[to : to + WIDE]))
     gate_sums[column : column + WIDE] += weight
     weighted_sums[column : column + WIDE] += weight * floats_of(updates[at : at + WIDE])

@@ -113,6 +113,12 @@ def call(builder, name, result, *arguments):
     return builder.call(get_or_insert_function(builder.module, kind, name), arguments)
 
 
+def times_plus(builder, a, b, c):
+    """a * b + c, by a fused multiply-add where the processor has one."""
+    bits = 64 if a.type.element == llvm.DoubleType() else 32
+    return call(builder, f"llvm.fmuladd.v{a.type.count}f{bits}", a.type, a, b, c)
+
+
 def repeat(builder, start, body):
     """Write a loop: ``values, again = body(*values)``, from ``start``, while ``again`` is true.
 

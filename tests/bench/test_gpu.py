@@ -115,14 +115,14 @@ def figure(name: str) -> Any:
     return next(one for one in gpu.figures(LOGREG) if one.name == name)
 
 
-@pytest.mark.parametrize("off", [0, 1, 2], ids=["counts", "sums", "ends"])
+@pytest.mark.parametrize("off", [0, 1, 2, 3], ids=["counts", "sums", "squares", "ends"])
 def test_wrong_bins_are_found(off: int, small: Any) -> None:
     problem, rows = small.problem(), figure("bin_rows")
     edges_EP, bins = rows.prepare(problem)()
     assert rows.check(problem, (edges_EP, bins), Truth()) == "its twin in float64"
     wrong = list(bins)
     wrong[off] = 1.001 * bins[off].float()
-    with pytest.raises(WrongResultError, match=r"(counts|sums|ends) off by"):
+    with pytest.raises(WrongResultError, match=r"(counts|sums|squares|ends) off by"):
         rows.check(problem, (edges_EP, wrong), Truth())
 
 
@@ -138,7 +138,7 @@ def test_bins_are_timed_without_making_them_empty(small: Any) -> None:
     problem, rows = small.problem(), figure("bin_rows")
     call = rows.timed(problem)
     calls = [cell.cell_contents for cell in call.__closure__ if isinstance(cell.cell_contents, tuple)]
-    (counts_BP, _, _) = calls[0]
+    (counts_BP, *_) = calls[0]
     for times in (1, 2):
         call()
         assert (counts_BP.int().sum(0) == times * len(problem.updates)).all()
@@ -156,7 +156,7 @@ def test_a_fall_back_to_triton_is_no_time_of_the_kernel(small: Any, monkeypatch:
         edges.check(problem, edges_EP, Truth())
 
 
-@pytest.mark.parametrize("off", [0, 1, 2], ids=["counts", "sums", "ends"])
+@pytest.mark.parametrize("off", [0, 1, 3], ids=["counts", "sums", "ends"])
 def test_bins_that_are_not_those_of_triton_are_found(off: int, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU both run. Here both are Numba's, and one of them is off in one bin, the sums and ends in the last bit only."""
     problem = small.problem()

@@ -212,9 +212,9 @@ def test_the_phases_of_the_fused_solver(digits: tuple[Tensor, FlatModel]) -> Non
 
 def test_the_phases_of_the_collapsed_solver(digits: tuple[Tensor, FlatModel]) -> None:
     bins = MaskTraining().bins * PARAMS
-    # logits, read and written, and means of the bins, float32; their counts, uint16
+    # logits, read and written, centres and weights of the bins, float32; their counts, uint16
     assert bytes_and_calls(recorded(digits, "collapsed")) == {
-        "mask steps": (STEPS * (4 + 4 + 4 + 2) * bins, 1 + STEPS),
+        "mask steps": (STEPS * (4 + 4 + 4 + 4) * bins, 1 + STEPS),
         "binning": (4 * ELEMENTS, 1),
         "model passes": PASSES,
         "cuts": ((4 + 4 + 2) * bins + 2 * 4 * STEPS * PARAMS, 1),

@@ -60,12 +60,17 @@ KERNELS: dict[str, tuple[Callable[..., Any], dict[str, Argument], dict[str, floa
     "bin_edges": (bins.bin_edges, {"rows": ROWS, "sampled": Argument(("S",), ("int64",))}, {"num_bins": 6}),
     "bin_rows": (
         bins.bin_rows,
-        {"rows": ROWS, "edges": Argument(("B-1", "P")), "counts": COUNTS, "sums": BINS, "ends": ENDS},
+        {"rows": ROWS, "edges": Argument(("B-1", "P")), "counts": COUNTS, "sums": BINS, "squares": BINS, "ends": ENDS},
+        {},
+    ),
+    "bin_weights": (
+        bins.bin_weights,
+        {"counts": COUNTS, "sums": BINS, "squares": BINS, "edges": Argument(("B-1", "P")), "ends": ENDS},
         {},
     ),
     "bin_step": (
         bins.bin_step,
-        {"logits": BINS, "centres": BINS, "counts": COUNTS, "slope": VECTOR, "mean": VECTOR},
+        {"logits": BINS, "centres": BINS, "weights": BINS, "slope": VECTOR, "mean": VECTOR},
         {"full_step": 1.0},
     ),
     "replay": (cuts.replay, {"values": ROWS, "slopes": HISTORY, "means": HISTORY}, TRAINING),

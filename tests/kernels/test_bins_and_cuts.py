@@ -9,7 +9,7 @@ from torch import Tensor
 
 from skymask_gpu import kernels
 from skymask_gpu.engine import unpack_bits
-from skymask_gpu.kernels.bins import GUARD, WIDEST_GAP, counts_dtype
+from skymask_gpu.kernels.bins import GUARD, MOST_MOVED, WIDEST_GAP, counts_dtype
 from skymask_gpu.kernels.cuts import BISECTIONS
 
 pytest.importorskip("triton")
@@ -58,10 +58,12 @@ def every(rows_RP: Tensor) -> Tensor:
 
 def empty_bins(
     num_params: int, num_bins: int = NUM_BINS, device: str = "cpu", counted: torch.dtype = torch.uint16
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts, sums, squares and ends."""
     ends_2P = torch.tensor([[torch.inf], [-torch.inf]]).repeat(1, num_params)
     counts_BP = torch.zeros(num_bins, num_params, dtype=counted)
-    return counts_BP.to(device), torch.zeros(num_bins, num_params, device=device), ends_2P.to(device)
+    sums_BP, squares_BP = (torch.zeros(num_bins, num_params, device=device) for _ in range(2))
+    return counts_BP.to(device), sums_BP, squares_BP, ends_2P.to(device)
 
 
 def make_history(num_params: int, steps: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -70,12 +72,13 @@ def make_history(num_params: int, steps: int, device: str = "cpu") -> tuple[Tens
     return slopes.to(device), (torch.randn(steps, num_params, generator=generator) * 1e-3).to(device)
 
 
-def binned(name: str, rows_RP: Tensor, num_bins: int = NUM_BINS) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts, means and ends of the bins of all rows, by the backend."""
-    counts_BP, sums_BP, ends_2P = empty_bins(rows_RP.shape[1], num_bins, device_of(name))
+def binned(name: str, rows_RP: Tensor, num_bins: int = NUM_BINS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts, centres, weights and ends of the bins of all rows, by the backend."""
+    bins = empty_bins(rows_RP.shape[1], num_bins, device_of(name))
     edges_EP = kernels.bin_edges_reference(rows_RP.cpu(), every(rows_RP).cpu(), num_bins).to(rows_RP.device)
-    backend(name).bin_rows(rows_RP, edges_EP, counts_BP, sums_BP, ends_2P)
-    return counts_BP, sums_BP / counts_BP.float().clamp_min(1), ends_2P
+    backend(name).bin_rows(rows_RP, edges_EP, *bins)
+    backend(name).bin_weights(*bins[:3], edges_EP, bins[3])
+    return bins
 
 
 def on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -105,18 +108,24 @@ def assert_edges_close(edges_EP: Tensor, rows_RP: Tensor, sampled_S: Tensor, num
     assert ((edges_EP - want_EP).abs() <= bound_P).all()
 
 
-def exact_sums(rows_RP: Tensor, edges_EP: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of each bin in float64, and by how much float32 may miss it.
+def assert_contents_close(bins: tuple[Tensor, Tensor, Tensor, Tensor], rows_RP: Tensor, edges_EP: Tensor) -> None:
+    """Counts and ends are those of the twin; sums and squares too, as far as float32 can tell.
 
     Rows are added one after the other, and each addition rounds a number that is at most the sum of the
-    absolute values.
+    absolute values. A distance and its square round by two more.
     """
-    rows_RP = rows_RP.double()
+    rows_RP, edges_EP = on_cpu(rows_RP, edges_EP)
+    counts_BP, sums_BP, squares_BP, ends_2P = on_cpu(*bins)
+    counts, *want = empty_bins(rows_RP.shape[1], len(counts_BP), counted=counts_BP.dtype)
+    exact = [counts, *(x.double() for x in want)]
+    kernels.bin_rows_reference(rows_RP.double(), edges_EP.double(), *exact)
+    assert torch.equal(counts_BP.int(), counts.int())
+    assert (counts_BP.int().sum(0) == len(rows_RP)).all()
+    assert torch.equal(ends_2P.double(), exact[3])
     bin_RP = sum((rows_RP >= edge_P).long() for edge_P in edges_EP)
-    sums_BP, absolute_BP = (torch.zeros(len(edges_EP) + 1, rows_RP.shape[1], dtype=torch.float64) for _ in range(2))
-    sums_BP.scatter_add_(0, bin_RP, rows_RP)
-    absolute_BP.scatter_add_(0, bin_RP, rows_RP.abs())
-    return sums_BP, len(rows_RP) * EPS * absolute_BP
+    absolute_BP = torch.zeros_like(exact[1]).scatter_add_(0, bin_RP, rows_RP.double().abs())
+    assert ((sums_BP - exact[1]).abs() <= len(rows_RP) * EPS * absolute_BP).all()
+    assert ((squares_BP - exact[2]).abs() <= (len(rows_RP) + 3) * EPS * exact[2]).all()
 
 
 def step_bound(logits: Tensor, per_gate: Tensor) -> Tensor:
@@ -149,22 +158,22 @@ def assert_steps_equal(
     got: tuple[Tensor, Tensor, Tensor],
     before_BP: Tensor,
     centres_BP: Tensor,
-    counts_BP: Tensor,
+    weights_BP: Tensor,
     slope_P: Tensor,
     mean_P: Tensor,
 ) -> None:
     """Logits and both sums after one step from ``before_BP``, against the twin in float64."""
     logits_BP, gate_sum_P, weighted_sum_P = (x.cpu().double() for x in got)
-    want_BP, centres_BP, counts_BP, slope_P, mean_P = (
-        x.double() for x in on_cpu(before_BP, centres_BP, counts_BP, slope_P, mean_P)
+    want_BP, centres_BP, weights_BP, slope_P, mean_P = (
+        x.double() for x in on_cpu(before_BP, centres_BP, weights_BP, slope_P, mean_P)
     )
     bound_BP = step_bound(want_BP, slope_P * (centres_BP - mean_P))
-    sums = kernels.bin_step_reference(want_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=1.0)
+    sums = kernels.bin_step_reference(want_BP, centres_BP, weights_BP, slope_P, mean_P, full_step=1.0)
     assert ((logits_BP - want_BP).abs() <= bound_BP).all()
     # a gate moves by a quarter of its logit at most, and is off by 5 roundings more; then B are added up
-    weight_BP = counts_BP * (bound_BP / 4 + (5 + len(counts_BP)) * EPS)
-    assert ((gate_sum_P - sums[0]).abs() <= weight_BP.sum(0)).all()
-    assert ((weighted_sum_P - sums[1]).abs() <= (weight_BP * centres_BP.abs()).sum(0)).all()
+    error_BP = weights_BP * (bound_BP / 4 + (5 + len(weights_BP)) * EPS)
+    assert ((gate_sum_P - sums[0]).abs() <= error_BP.sum(0)).all()
+    assert ((weighted_sum_P - sums[1]).abs() <= (error_BP * centres_BP.abs()).sum(0)).all()
 
 
 @backends
@@ -234,34 +243,26 @@ def test_one_outlier_does_not_widen_the_inner_bins(name: str) -> None:
 def test_bins_equal_their_twin(name: str, size: tuple[int, int], dtype: torch.dtype, pad: int) -> None:
     rows_RP = make_rows(size, dtype, pad, device_of(name))
     edges_EP = kernels.bin_edges_reference(rows_RP.cpu(), every(rows_RP).cpu(), NUM_BINS)
-    got, want = empty_bins(size[1], device=device_of(name)), empty_bins(size[1])
-    backend(name).bin_rows(rows_RP, edges_EP.to(rows_RP.device), *got)
-    kernels.bin_rows_reference(rows_RP.cpu(), edges_EP, *want)
-    counts_BP, sums_BP, ends_2P = on_cpu(*got)
-    exact_BP, bound_BP = exact_sums(rows_RP.cpu(), edges_EP)
-    assert torch.equal(counts_BP.int(), want[0].int())
-    assert (counts_BP.int().sum(0) == size[0]).all()
-    assert ((sums_BP - exact_BP).abs() <= bound_BP).all()
-    assert torch.equal(ends_2P, want[2])
+    bins = empty_bins(size[1], device=device_of(name))
+    backend(name).bin_rows(rows_RP, edges_EP.to(rows_RP.device), *bins)
+    assert_contents_close(bins, rows_RP, edges_EP)
 
 
 @backends
 @pytest.mark.parametrize("num_bins", [4, 5, 13, 32, 130])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_any_number_of_bins(name: str, num_bins: int) -> None:
-    """Through edges, bins and a step: every row is counted, and the sums are those of the twin."""
+    """Through edges, bins, weights and a step."""
     rows_RP = make_rows((16, 40), device=device_of(name))
     edges_EP = backend(name).bin_edges(rows_RP, every(rows_RP), num_bins)
     assert_edges_close(edges_EP, rows_RP, every(rows_RP), num_bins)
-    got, want = empty_bins(40, num_bins, device_of(name)), empty_bins(40, num_bins)
-    backend(name).bin_rows(rows_RP, edges_EP, *got)
-    kernels.bin_rows_reference(*on_cpu(rows_RP, edges_EP), *want)
-    assert torch.equal(got[0].cpu().int(), want[0].int())
-    exact_BP, bound_BP = exact_sums(*on_cpu(rows_RP, edges_EP))
-    assert ((got[1].cpu() - exact_BP).abs() <= bound_BP).all()
-    counts_BP, centres_BP = got[0], got[1] / got[0].float().clamp_min(1)
+    bins = empty_bins(40, num_bins, device_of(name))
+    backend(name).bin_rows(rows_RP, edges_EP, *bins)
+    assert_contents_close(bins, rows_RP, edges_EP)
+    assert_weights_close(name, bins, edges_EP)
+    _, centres_BP, weights_BP, _ = bins
     logits_BP, history = torch.full_like(centres_BP, 1.0), make_history(40, 1, device_of(name))
-    inputs = (centres_BP, counts_BP, *(h[0] for h in history))
+    inputs = (centres_BP, weights_BP, *(h[0] for h in history))
     sums = backend(name).bin_step(logits_BP, *inputs, full_step=1.0)
     assert_steps_equal((logits_BP, *sums), torch.ones_like(logits_BP), *inputs)
 
@@ -275,8 +276,103 @@ def test_blocks_of_rows_give_the_same_bins_to_the_bit(name: str) -> None:
     for block in rows_RP.split([1, 30, 7, 26]):
         backend(name).bin_rows(block, edges_EP, *blocks)
     assert torch.equal(whole[0].cpu().int(), blocks[0].cpu().int())
-    assert torch.equal(whole[1], blocks[1])
-    assert torch.equal(whole[2], blocks[2])
+    for of_whole, of_blocks in zip(whole[1:], blocks[1:], strict=True):
+        assert torch.equal(of_whole, of_blocks)
+
+
+def assert_weights_close(name: str, bins: tuple[Tensor, Tensor, Tensor, Tensor], edges_EP: Tensor) -> None:
+    """Centres and weights, which overwrite sums and squares, against the twin in float64 on the same numbers.
+
+    A centre takes one rounding. A variance is a difference of two numbers, each with three. The distance
+    to a neighbour is off by the roundings of both centres; where it is that small, any share is right.
+    """
+    counts_BP, sums_BP, squares_BP, ends_2P = (x.cpu().double() for x in bins)
+    edges = edges_EP.cpu().double()
+    rows_BP = counts_BP.clamp_min(1)
+    size_BP = squares_BP / rows_BP + (sums_BP / rows_BP - edges[len(edges) // 2]).square()
+    kernels.bin_weights_reference(counts_BP, sums_BP, squares_BP, edges, ends_2P)
+    backend(name).bin_weights(*bins[:3], edges_EP, bins[3])
+    centres_BP, weights_BP = on_cpu(bins[1], bins[2])
+    centre_error_BP = EPS * torch.maximum(sums_BP.abs(), torch.cat([ends_2P[:1], edges]).abs())
+    assert ((centres_BP - sums_BP).abs() <= centre_error_BP).all()
+
+    below_IP, above_IP = sums_BP.diff(dim=0)[:-1], sums_BP.diff(dim=0)[1:]
+    error_IP = centre_error_BP.unfold(0, 3, 1).sum(-1)
+    least_IP = torch.minimum(below_IP, above_IP) - error_IP
+    origin_error_IP = 2 * EPS * edges[len(edges) // 2].abs() * size_BP[1:-1].sqrt()
+    share_error_IP = (6 * EPS * size_BP[1:-1] + origin_error_IP) / (below_IP * above_IP) + 4 * error_IP / least_IP + 4 * EPS
+    moved_error_IP = torch.where(least_IP > 0, share_error_IP.clamp(0, MOST_MOVED), MOST_MOVED) * counts_BP[1:-1]
+    bound_BP = 2 * EPS * counts_BP
+    for first in range(3):
+        bound_BP[first : first + len(moved_error_IP)] += moved_error_IP
+    assert ((weights_BP - squares_BP).abs() <= bound_BP).all()
+
+
+@backends
+@sizes
+def test_weights_equal_their_twin(name: str, size: tuple[int, int]) -> None:
+    rows_RP = make_rows(size, device=device_of(name))
+    edges_EP, bins = backend(name).bin_edges(rows_RP[:, :70], every(rows_RP), NUM_BINS), empty_bins(min(size[1], 70))
+    bins = tuple(x.to(rows_RP.device) for x in bins)
+    backend(name).bin_rows(rows_RP[:, :70], edges_EP, *bins)
+    assert_weights_close(name, bins, edges_EP)
+
+
+@pytest.mark.parametrize("name", ["triton", "cpu", "twin"])
+def test_weighted_bins_have_the_rows_moments(name: str) -> None:
+    """Number, sum and squares of all rows, but for the outermost bins' own variance; no weight is below 0."""
+    rows_RP = torch.randn(400, 60, generator=torch.Generator().manual_seed(0), device="cpu").to(device_of(name)) + 3
+    weights = kernels.bin_weights_reference if name == "twin" else backend(name).bin_weights
+    fill = kernels.bin_rows_reference if name == "twin" else backend(name).bin_rows
+    edges_EP = kernels.bin_edges_reference(rows_RP.cpu(), torch.arange(64), 16).to(rows_RP.device)
+    bins = empty_bins(60, 16, device_of(name))
+    fill(rows_RP, edges_EP, *bins)
+    counts_BP = bins[0].cpu().double()
+    weights(*bins[:3], edges_EP, bins[3])
+    centres_BP, weights_BP = bins[1].cpu().double(), bins[2].cpu().double()
+    rows_RP = rows_RP.cpu().double()
+    outer_RP = (rows_RP < edges_EP[0].cpu()) | (rows_RP >= edges_EP[-1].cpu())
+    assert (weights_BP >= 0).all()
+    assert not torch.equal(weights_BP, counts_BP)
+    torch.testing.assert_close(weights_BP.sum(0), torch.full((60,), 400.0).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close((weights_BP * centres_BP).sum(0), rows_RP.sum(0), rtol=1e-5, atol=0)
+    inner_P = ~outer_RP.any(0)
+    assert inner_P.sum() > 20
+    about = (rows_RP - 3).square().sum(0)
+    torch.testing.assert_close((weights_BP * (centres_BP - 3).square()).sum(0)[inner_P], about[inner_P], rtol=1e-4, atol=0)
+    # With the counts alone, the squares of all columns are too few.
+    assert ((counts_BP * (centres_BP - 3).square()).sum(0) < 0.999 * about).all()
+
+
+@pytest.mark.parametrize("name", ["triton", "cpu", "twin"])
+@pytest.mark.parametrize("value", [0.25, 1e-30, 1e37])
+def test_a_column_of_equal_values_moves_no_weight(name: str, value: float) -> None:
+    rows_RP = torch.full((20, 9), value, device=device_of(name))
+    weights = kernels.bin_weights_reference if name == "twin" else backend(name).bin_weights
+    fill = kernels.bin_rows_reference if name == "twin" else backend(name).bin_rows
+    edges_EP = kernels.bin_edges_reference(rows_RP.cpu(), torch.arange(20), NUM_BINS).to(rows_RP.device)
+    bins = empty_bins(9, device=device_of(name))
+    fill(rows_RP, edges_EP, *bins)
+    weights(*bins[:3], edges_EP, bins[3])
+    assert torch.equal(bins[2], bins[0].float())
+    assert torch.allclose(bins[1], torch.full_like(bins[1], value), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["triton", "cpu", "twin"])
+def test_at_most_half_of_a_bin_moves(name: str) -> None:
+    """Rows of a wide bin between two near neighbours, which by its variance would get 9 of 4 rows."""
+    rows_RP = torch.tensor([-1.0, 0, 0, 3, 3, 5])[:, None].repeat(1, 9).to(device_of(name))
+    edges_EP = torch.tensor([-0.5, 4.0])[:, None].repeat(1, 9).to(device_of(name))
+    weights = kernels.bin_weights_reference if name == "twin" else backend(name).bin_weights
+    fill = kernels.bin_rows_reference if name == "twin" else backend(name).bin_rows
+    bins = empty_bins(9, 3, device_of(name))
+    fill(rows_RP, edges_EP, *bins)
+    squares_BP = bins[2].clone()
+    bins[2][1] = 4 * (9 / 4 * 2.5 * 3.5 + 2.5**2)  # a variance of 9 / 4 times both distances, about the middle edge, 4
+    weights(*bins[:3], edges_EP, bins[3])
+    assert MOST_MOVED == 0.5
+    torch.testing.assert_close(bins[2][:, 0].cpu(), torch.tensor([1 + 2 * 3.5 / 6, 2, 1 + 2 * 2.5 / 6]))
+    assert squares_BP[1, 0] == 2 * 16 + 2 * 1
 
 
 @backends
@@ -284,13 +380,13 @@ def test_blocks_of_rows_give_the_same_bins_to_the_bit(name: str) -> None:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_steps_equal_their_twin_in_float64_and_the_replay(name: str, size: tuple[int, int]) -> None:
     num_params = size[1]
-    counts_BP, centres_BP, _ = binned(name, make_rows(size, device=device_of(name)))
+    _, centres_BP, weights_BP, _ = binned(name, make_rows(size, device=device_of(name)))
     logits_BP = torch.full_like(centres_BP, 1.0)
     slopes_TP, means_TP = make_history(num_params, 4, device_of(name))
     for slope_P, mean_P in zip(slopes_TP, means_TP, strict=True):
         before_BP = logits_BP.clone()
-        got = backend(name).bin_step(logits_BP, centres_BP, counts_BP, slope_P, mean_P, full_step=1.0)
-        assert_steps_equal((logits_BP, *got), before_BP, centres_BP, counts_BP, slope_P, mean_P)
+        got = backend(name).bin_step(logits_BP, centres_BP, weights_BP, slope_P, mean_P, full_step=1.0)
+        assert_steps_equal((logits_BP, *got), before_BP, centres_BP, weights_BP, slope_P, mean_P)
     replayed_BP = backend(name).replay(centres_BP, slopes_TP, means_TP, init=1.0, full_step=1.0)
     assert torch.equal(replayed_BP, logits_BP), "replaying the history is training, to the bit"
 
@@ -328,8 +424,8 @@ def test_a_full_step_from_one_is_exactly_zero(name: str) -> None:
     logits_2P = backend(name).replay(values_2P, slope_P[None], mean_P[None], init=1.0, full_step=full_step)
     assert logits_2P.tolist() == [[0.0] * 3, [2.0] * 3]
     logits_2P = torch.ones_like(values_2P)
-    counts_2P = torch.tensor([[1] * 3, [2] * 3], dtype=torch.uint16).to(device)
-    backend(name).bin_step(logits_2P, values_2P, counts_2P, slope_P, mean_P, full_step=full_step)
+    weights_2P = torch.tensor([[1.0] * 3, [2.0] * 3], device=device)
+    backend(name).bin_step(logits_2P, values_2P, weights_2P, slope_P, mean_P, full_step=full_step)
     assert logits_2P.tolist() == [[0.0] * 3, [2.0] * 3]
 
 
@@ -339,7 +435,7 @@ def test_a_full_step_from_one_is_exactly_zero(name: str) -> None:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_cuts_equal_their_twin(name: str, size: tuple[int, int], threshold: float) -> None:
     num_params = size[1]
-    counts_BP, centres_BP, ends_2P = binned(name, make_rows(size, device=device_of(name)))
+    counts_BP, centres_BP, _, ends_2P = binned(name, make_rows(size, device=device_of(name)))
     history = make_history(num_params, 7, device_of(name))
     training = {"init": 1.0, "full_step": 1.0}
     logits_BP = backend(name).replay(centres_BP, *history, **training)
@@ -372,7 +468,7 @@ def test_cuts_equal_their_twin(name: str, size: tuple[int, int], threshold: floa
 
 @backends
 def test_a_cut_lies_where_the_replayed_bit_changes(name: str) -> None:
-    counts_BP, centres_BP, ends_2P = binned(name, make_rows((64, 513), device=device_of(name)))
+    counts_BP, centres_BP, _, ends_2P = binned(name, make_rows((64, 513), device=device_of(name)))
     history, training = make_history(513, 7, device_of(name)), {"init": 1.0, "full_step": 1.0}
     logits_BP = backend(name).replay(centres_BP, *history, **training)
     cuts = backend(name).find_cuts(logits_BP, centres_BP, counts_BP, ends_2P, *history, **training, threshold=0.0)
@@ -454,7 +550,7 @@ def test_addresses_beyond_two_to_the_31_elements(name: str) -> None:
     history = make_history(24, 2, device)
     results = []
     for rows_RP in (near_RP, far_RP):
-        counts_BP, centres_BP, ends_2P = binned(name, rows_RP)
+        counts_BP, centres_BP, _, ends_2P = binned(name, rows_RP)
         bits = torch.empty(4, 3, dtype=torch.uint8, device=device)
         backend(name).cut_bits(rows_RP, centres_BP[3], centres_BP[0] > 0, bits)
         training = {"init": 1.0, "full_step": 1.0, "threshold": 0.0}
@@ -474,36 +570,31 @@ def test_what_counts_cannot_hold_is_refused_by_name() -> None:
     edges_EP = torch.zeros(NUM_BINS - 1, 4)
     with pytest.raises(ValueError, match="rows must be at most 65,535, which counts in uint16 can hold, got 65,536"):
         kernels.bin_rows(many_RP, edges_EP, *empty_bins(4))
-    counts_BP, sums_BP, ends_2P = empty_bins(4)
-    kernels.bin_rows(many_RP[1:], edges_EP, counts_BP, sums_BP, ends_2P)
-    assert counts_BP[-1].tolist() == [65_535] * 4
+    bins = empty_bins(4)
+    kernels.bin_rows(many_RP[1:], edges_EP, *bins)
+    assert bins[0][-1].tolist() == [65_535] * 4
     many_RP = torch.zeros(1, 4).expand(2**24 + 1, 4)
     with pytest.raises(ValueError, match="rows must be at most 16,777,216, which counts in int32 can hold, got 16,777,217"):
         kernels.bin_rows(many_RP, edges_EP, *empty_bins(4, counted=torch.int32))
 
 
 def test_bins_of_more_rows_than_16_bits_count_lose_none() -> None:
-    """100,000 rows in blocks: counts, sums and ends are those of the twin, and the counts add up to all rows."""
+    """100,000 rows in blocks: the contents are those of the twin, and the counts add up to all rows."""
     num_rows, num_params = 100_000, 5
     assert counts_dtype(num_rows) == torch.int32
     assert counts_dtype(2**16 - 1) == torch.uint16
     rows_RP = make_rows((num_rows, num_params))
     edges_EP = kernels.bin_edges_reference(rows_RP, torch.arange(64), NUM_BINS)
-    got, want = empty_bins(num_params, counted=torch.int32), empty_bins(num_params, counted=torch.int32)
+    bins = empty_bins(num_params, counted=torch.int32)
     for block_RP in rows_RP.split(30_000):
-        kernels.bin_rows(block_RP, edges_EP, *got)
-    kernels.bin_rows_reference(rows_RP, edges_EP, *want)
-    assert (want[0] > 2**16 - 1).any(), "some bin must hold more than 16 bits can count"
-    assert torch.equal(got[0], want[0])
-    assert got[0].sum(0).tolist() == [num_rows] * num_params
-    exact_BP, bound_BP = exact_sums(rows_RP, edges_EP)
-    assert ((got[1] - exact_BP).abs() <= bound_BP).all()
-    assert torch.equal(got[2], want[2])
+        kernels.bin_rows(block_RP, edges_EP, *bins)
+    assert (bins[0] > 2**16 - 1).any(), "some bin must hold more than 16 bits can count"
+    assert_contents_close(bins, rows_RP, edges_EP)
 
 
 @backends
 def test_counts_of_32_bits_go_on_where_16_bits_end(name: str) -> None:
-    """From almost 2**16 rows on: the counts, a step and the cuts are those of the twins."""
+    """From almost 2**16 rows on: the counts, the weights and the cuts are those of the twins."""
     rows_RP = make_rows((37, 70), device=device_of(name))
     edges_EP = kernels.bin_edges_reference(rows_RP.cpu(), every(rows_RP).cpu(), NUM_BINS)
     got, want = (empty_bins(70, device=device, counted=torch.int32) for device in (device_of(name), "cpu"))
@@ -513,12 +604,10 @@ def test_counts_of_32_bits_go_on_where_16_bits_end(name: str) -> None:
     kernels.bin_rows_reference(rows_RP.cpu(), edges_EP, *want)
     assert (want[0] >= 2**16).any()
     assert torch.equal(got[0].cpu(), want[0])
-    counts_BP, centres_BP, ends_2P = got[0] - (2**16 - 2), got[1] / got[0], got[2]
+    assert_weights_close(name, got, edges_EP.to(rows_RP.device))
+    counts_BP, centres_BP, ends_2P = got[0] - (2**16 - 2), got[1], got[3]
     history = make_history(70, 3, device_of(name))
-    before_BP = torch.ones_like(centres_BP)
-    logits_BP, inputs = before_BP.clone(), (centres_BP, got[0], *(h[0] for h in history))
-    sums = backend(name).bin_step(logits_BP, *inputs, full_step=1.0)
-    assert_steps_equal((logits_BP, *sums), before_BP, *inputs)
+    logits_BP = backend(name).replay(centres_BP, *history, init=1.0, full_step=1.0)
     training = {"init": 1.0, "full_step": 1.0, "threshold": 0.0}
     few, many = (
         backend(name).find_cuts(logits_BP, centres_BP, counts_BP.to(counted), ends_2P, *history, **training)
@@ -528,11 +617,11 @@ def test_counts_of_32_bits_go_on_where_16_bits_end(name: str) -> None:
 
 
 @backends
-def test_a_step_weighs_with_every_count_up_to_the_most(name: str) -> None:
-    """In float32, halves of all counts up to 2**24 are exact; the next odd count is not."""
+def test_weights_have_every_count_up_to_the_most(name: str) -> None:
+    """In float32, all counts up to 2**24 are exact; the next odd count is not."""
     device = device_of(name)
     counts_BP = torch.tensor([[2**24, 2**24 - 1, 2**16], [0, 0, 1]], dtype=torch.int32, device=device)
-    logits_BP, slope_P = torch.zeros(2, 3, device=device), torch.zeros(3, device=device)
-    gates_P, _ = backend(name).bin_step(logits_BP, torch.ones(2, 3, device=device), counts_BP, slope_P, slope_P, full_step=1.0)
-    assert (2 * gates_P.double()).tolist() == [2.0**24, 2.0**24 - 1, 2.0**16 + 1]
+    bins = (counts_BP, *empty_bins(3, 2, device)[1:])
+    backend(name).bin_weights(*bins[:3], torch.zeros(1, 3, device=device), bins[3])
+    assert torch.equal(bins[2].double(), counts_BP.double())
     assert torch.tensor(2**24 + 1).float() == 2**24

@@ -73,8 +73,10 @@ def test_rows_are_added_to_bins(rng: np.random.Generator, num_rows: int, counted
     values = rng.integers(-6, 7, 10 + num_rows * LANES).astype(np.float32) / 4
     edges = np.sort(rng.integers(-5, 6, (bins.GROUP + 1, stride)), axis=0).astype(np.float32).ravel() / 4
     edges = np.concatenate([np.zeros(place, np.float32), edges])
-    counts, sums = rng.integers(0, most, edges.size).astype(counted), rng.normal(size=edges.size).astype(np.float32)
-    arguments = (values, 10, num_rows, edges, counts, sums, place, stride)
+    counts, origins = rng.integers(0, most, edges.size).astype(counted), rng.integers(-9, 9, LANES + 2).astype(np.float32)
+    # Whole multiples of 1 / 16, so that no square is rounded, whether or not its sum is fused with it.
+    sums, squares = rng.normal(size=edges.size).astype(np.float32), rng.integers(0, 99, edges.size).astype(np.float32)
+    arguments = (values, 10, num_rows, edges, counts, sums, squares, place, stride, origins, 2)
     assert_equal(*both(bins.add_to_bins, bins.add_to_bins_reference, *arguments))
 
 
@@ -107,12 +109,12 @@ def test_differing_bits_are_added(rng: np.random.Generator, vectors_of_64: int) 
 
 
 @reals
-@pytest.mark.parametrize("counted", [None, np.uint16, np.int32], ids=["rows", "bins", "large bins"])
-def test_the_step(rng: np.random.Generator, dtype: type, counted: type | None) -> None:
+@pytest.mark.parametrize("of_bins", [False, True], ids=["rows", "bins"])
+def test_the_step(rng: np.random.Generator, dtype: type, of_bins: bool) -> None:
     real = np.float64 if dtype == np.float64 else np.float32
     updates, size = updates_of(rng, 100, dtype), 3 + WIDE
     logits, slopes, means = (rng.normal(0, s, 90).astype(real) for s in (3, 500, 1e-3))
-    counts = None if counted is None else rng.integers(0, 400 if counted == np.uint16 else 2**24, 90).astype(counted)
+    weights = rng.uniform(0, 400, 90).astype(real) if of_bins else None
     sums = [rng.normal(size=90).astype(real) for _ in range(2)]
     exact = [np.asarray(floats_of(updates), np.float64), *(x.astype(np.float64) for x in (logits, slopes, means, *sums))]
 
@@ -129,12 +131,12 @@ def test_the_step(rng: np.random.Generator, dtype: type, counted: type | None) -
     assert (np.abs(got[-2] - want)[9:][:WIDE] <= tolerance).all()
     assert not got[-2][:9].any(), "nothing is written before"
 
-    arguments = (updates, 5, counts, logits, 7, slopes, means, *sums, 3, step)
+    arguments = (updates, 5, weights, logits, 7, slopes, means, *sums, 3, step)
     got, _ = both(cpu_step.move_and_add, cpu_step.move_and_add_reference, *arguments)
-    cpu_step.move_and_add_reference(exact[0], 5, counts, exact[1], 7, exact[2], exact[3], exact[4], exact[5], 3, 0.5)
+    cpu_step.move_and_add_reference(exact[0], 5, weights, exact[1], 7, exact[2], exact[3], exact[4], exact[5], 3, 0.5)
     assert (np.abs(got[4] - exact[1])[7:][:WIDE] <= tolerance).all()
     # a gate moves by at most a quarter of its logit; then one product and one sum per total
-    weight = np.ones(WIDE) if counts is None else counts[7:][:WIDE]
+    weight = np.ones(WIDE) if weights is None else weights[7:][:WIDE].astype(np.float64)
     for a, b, factor in ((got[8], exact[4], 1), (got[9], exact[5], np.abs(exact[0][5:][:WIDE]))):
         bound = weight * factor * (tolerance / 4 + 6 * eps) + 2 * eps * np.abs(b[columns])
         assert (np.abs(a - b)[columns] <= bound).all()
