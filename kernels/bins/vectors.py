@@ -151,9 +151,9 @@ def add_to_bins(builder, values, at, num_rows, edges, counts, sums, squares, to,
     """Add rows of 16 values to ``GROUP`` neighbouring bins, whose lower edges are ``edges[to:]``.
 
     Row i is ``values[at + i * LANES:]``. Bin b's edges begin at ``to + b * stride``; ``counts``
-    (uint16 or int32), ``sums`` and ``squares`` have the same layout, and ``edges`` has one row more.
-    The squares are those of the distances to ``origins[column:]``. Rows are added one after the
-    other.
+    (uint16 or int32), ``sums`` and ``squares`` have the same layout, and ``edges`` has one row
+    more. The squares are those of the distances to ``origins[column:]``. Rows are added one after
+    the other.
 
     Args:
         num_rows: 1 to 2**24.
