@@ -17,7 +17,7 @@ from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_distances, cl
 from skymask_gpu.engine.clustering import among, cut_statistics, spectrum
 from skymask_gpu.engine.clustering.among import others_at_the_centroid, scores_among
 from skymask_gpu.engine.clustering.backends import dense_backend
-from skymask_gpu.engine.clustering.signed import signed
+from skymask_gpu.engine.clustering.signed import FOLLOWING, _steadily_opposed, signed
 from skymask_gpu.engine.clustering.spectrum import dense_principal_scores, principal_scores
 from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.distances import Distances
@@ -346,6 +346,25 @@ def test_one_that_hardly_follows_the_root_is_found_among_clients_that_clearly_do
     # where honest cosines spread as far as they lie above 0, the same difference tells nothing
     unsure = replace(flipped, malicious=0, alignment=torch.where(attacks, 0.0, 0.5) + 3 * spread)
     assert unsure.judge().benign.all()
+
+
+def opposed(means: torch.Tensor) -> torch.Tensor:
+    """Which clients oppose the root data steadily, by their mean agreement alone."""
+    means, ones = means.double(), torch.ones(len(means), dtype=torch.float64)
+    return _steadily_opposed(Witnesses(alignment=means, norms=ones, alignment_error=0.01 * ones), ones.bool())
+
+
+def test_nobody_opposes_where_means_scatter_around_zero_in_a_lopsided_way() -> None:
+    """As 60 honest clients of a converged model: 24 far below 0, the others close together above it."""
+    others = torch.linspace(0.01, 0.14, 36)
+    assert others.median() > FOLLOWING * (others - others.median()).abs().median(), "by themselves, the others seem to follow"
+    assert not opposed(torch.cat([torch.linspace(-0.2, -0.02, 24), others])).any()
+
+
+@pytest.mark.parametrize(("attackers", "others"), [(12, (0.01, 0.17)), (24, (0.1, 0.2))], ids=["few", "many, and clear others"])
+def test_those_who_oppose_are_found_where_the_others_follow(attackers: int, others: tuple[float, float]) -> None:
+    means = torch.cat([torch.linspace(-0.2, -0.02, attackers), torch.linspace(*others, 60 - attackers)])
+    assert opposed(means).tolist() == [True] * attackers + [False] * (60 - attackers)
 
 
 @pytest.mark.parametrize("seed", range(3))
