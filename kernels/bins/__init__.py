@@ -8,8 +8,7 @@ trained on the means of the bins, with weights that keep the rows' number, sum a
 Shapes: R rows, S sampled rows, P parameters, B bins, E = B - 1 edges. Devices: CUDA through CUDA
 C++ (edges and rows) and Triton, CPU through Numba. Rows are float32 or bfloat16, with any row
 stride and unit column stride. All else is contiguous float32. Counts are uint16, or int32 for more
-rows than uint16 can count. The functions raise ValueError if a shape, a dtype, a device, a stride
-or a number does not fit, or if no kernel exists for the device.
+rows than uint16 can count.
 """
 
 from functools import partial
@@ -76,6 +75,10 @@ def bin_edges(rows_RP: Tensor, sampled_S: Tensor, num_bins: int) -> Tensor:
             numbers. A GPU would have to wait for them; it takes the first or the last row instead
             of one beyond them.
         num_bins: B >= 4.
+
+    Raises:
+        ValueError: a shape, a dtype, a device, a stride or a number does not fit, or no kernel
+            exists for the device. The functions below raise it too.
 
     Example:
         >>> rows_RP = torch.tensor([[0.0], [1], [2], [3], [103]])
