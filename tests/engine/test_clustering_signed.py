@@ -361,6 +361,12 @@ def test_nobody_opposes_where_means_scatter_around_zero_in_a_lopsided_way() -> N
     assert not opposed(torch.cat([torch.linspace(-0.2, -0.02, 24), others])).any()
 
 
+def test_half_of_the_clients_do_not_hide_those_among_them_who_clearly_oppose() -> None:
+    """As 30 of 60 who flip labels, 18 of them clearly below 0: the middle of all clients is at 0, the others far above."""
+    means = torch.cat([torch.linspace(-0.2, -0.02, 18), torch.linspace(-0.01, 0.0, 12), torch.linspace(0.2, 0.25, 30)])
+    assert opposed(means).tolist() == [True] * 18 + [False] * 42
+
+
 @pytest.mark.parametrize(("attackers", "others"), [(12, (0.01, 0.17)), (24, (0.1, 0.2))], ids=["few", "many, and clear others"])
 def test_those_who_oppose_are_found_where_the_others_follow(attackers: int, others: tuple[float, float]) -> None:
     means = torch.cat([torch.linspace(-0.2, -0.02, attackers), torch.linspace(*others, 60 - attackers)])
