@@ -64,7 +64,7 @@ PINNED: dict[str, dict[str, tuple[int, int]]] = {
     },
     "collapsed": {
         "average": (43, 1),
-        "binning": (34, 0),
+        "binning": (14, 0),
         "bits": (12, 0),
         "captured step": (52, 0),
         "clustering": (2089, 1),
@@ -468,7 +468,7 @@ def test_scores_of_many_rows_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -
     masks[:, :200] = (torch.arange(60) % 2 > 0)[:, None] ^ (masks[:, :200] & masks[:, 200:400])
     stored = (masks[:, None] != masks[None]).sum(2, dtype=torch.int32)
     want = spectrum.dense_principal_scores(Distances(stored, 1 / 500))
-    monkeypatch.setattr(spectrum, "_DENSE_ROWS", 10)
+    monkeypatch.setattr(spectrum, "_SQUARED_ROWS", 10)
     monkeypatch.setattr(spectrum, "_MOST_PRODUCTS", 8)
     launches = {}
     for products in (7, 8):

@@ -17,8 +17,8 @@ the number of clients:
 5. Whatever needs no distances is decided for all clients together, as otherwise: updates of zeros,
    which copies are bad, and who opposes the root data steadily.
 
-A group of attackers of which the sample holds less than a few clients is not found: with 2,047 of
-100,000 clients these are groups of about a hundred.
+A group of attackers of which the sample holds less than a few clients is not found: with 1,023 of
+100,000 clients these are groups of about two hundred.
 
 Shapes: N clients, R = N + 1 rows, S sampled clients, F witnesses; the root's row is the last.
 """
@@ -51,9 +51,14 @@ MOST_COMPARED = 4_095
 # The number of clients in a sample. What a cut must explain grows with the number of clients, like
 # what it does explain, so a larger sample finds hardly more; but the time to compare all clients
 # with it grows.
-SAMPLED = 2_047
-# The number of elements of a temporary that is made from rows of bits.
-_CHUNK_ELEMENTS = 2**22
+SAMPLED = 1_023
+# The clients that are not in the sample are compared with it in blocks of this many times its rows.
+# The CPU packs the sample's bits anew for each block, which should therefore be large; but a copy
+# of its bits takes memory.
+_SAMPLES_AT_ONCE = 2
+# The number of words of bits of which a temporary is made at once: 1 MiB in int64, which stays in a
+# CPU's cache.
+_WORDS_AT_ONCE = 2**17
 
 
 def is_sampled(rule: str, num_clients: int) -> bool:
@@ -110,8 +115,9 @@ class SampledDistances:
         def to_sample() -> Iterator[tuple[Tensor, Tensor]]:
             for first, block_TR in sample.blocks():
                 yield rows[first : first + len(block_TR)], block_TR
-            for first in range(0, len(others), len(rows)):
-                block = others[first : first + len(rows)]
+            step = _SAMPLES_AT_ONCE * len(rows)
+            for first in range(0, len(others), step):
+                block = others[first : first + step]
                 with phase("distances", sampled_bits, len(block) * bits.shape[1], 4 * len(block) * len(rows)):
                     counts = shards.sum(hamming_counts_between(bits[block], sampled_bits))
                 yield block, counts.to(torch.float64) * (1 / shards.num_params)
@@ -122,17 +128,20 @@ class SampledDistances:
 def _names(bits: Tensor, shards: ColumnShards) -> Tensor:
     """A number for each row, ``(R,)`` int64, which equal rows share.
 
-    It is the sum of the row's bytes times random odd numbers, modulo 2**64. Two rows that differ
-    share it with a probability of less than 2**-56.
+    It is the sum of the row's words of 32 bits times random odd numbers, modulo 2**64. Two rows
+    that differ share it with a probability of at most 2**-32, and only three that share it count as
+    copies.
     """
+    num_words = -(-bits.shape[1] // 4)
     # Each rank has other numbers, because its columns are others.
     generator = torch.Generator().manual_seed(shards.columns.start)
-    factors = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator, device="cpu") * 2 + 1
+    factors = torch.randint(-(2**62), 2**62, (num_words,), generator=generator, device="cpu") * 2 + 1
     factors = factors.to(bits.device)
     names_R = torch.empty(len(bits), dtype=torch.int64, device=bits.device)
-    step = max(1, _CHUNK_ELEMENTS // bits.shape[1])
+    step = max(1, _WORDS_AT_ONCE // num_words)
     for first in range(0, len(bits), step):
-        names_R[first : first + step] = (bits[first : first + step].long() * factors).sum(1)
+        padded = torch.nn.functional.pad(bits[first : first + step], (0, 4 * num_words - bits.shape[1]))
+        names_R[first : first + step] = (padded.view(torch.int32).long() * factors).sum(1)
     return shards.sum(names_R)
 
 

@@ -17,11 +17,13 @@ __all__ = [
     "scores_from_eigenpairs",
 ]
 
-# Up to this number of rows, principal scores come from dense algebra. For more rows they come from
-# an iteration. It ends when the residual, relative to the first eigenvalue, is at most _RESIDUAL.
-# Where the leading eigenvalues lie too close together to tell apart, that may never happen, so it
-# ends after _MOST_PRODUCTS products at the latest.
-_DENSE_ROWS = 1024
+# Up to this number of rows, principal scores come from dense algebra: from a decomposition, or from
+# squarings if the host must not wait. For more rows they come from an iteration. It ends when the
+# residual, relative to the first eigenvalue, is at most _RESIDUAL. Where the leading eigenvalues
+# lie too close together to tell apart, that may never happen, so it ends after _MOST_PRODUCTS
+# products at the latest. On a CPU it then costs as much as a decomposition of about 600 rows, and
+# less otherwise.
+_DECOMPOSED_ROWS, _SQUARED_ROWS = 600, 1024
 _RESIDUAL = 1e-7
 _MOST_PRODUCTS = 40
 _BLOCK = 4
@@ -44,7 +46,7 @@ def principal_scores(distances: Distances) -> Tensor:
 
     An eigenvector has two signs; the one that makes a component's largest entry positive is taken.
     """
-    if len(distances) <= _DENSE_ROWS:
+    if len(distances) <= _DECOMPOSED_ROWS:
         return dense_principal_scores(distances)
     return scores_from_eigenpairs(*_krylov(distances, _by_decomposition, until_settled=True))
 
@@ -60,7 +62,7 @@ def principal_scores_without_waiting(distances: Distances) -> tuple[Tensor, Tens
     The host does not synchronise with the accelerator. This rules out ``torch.linalg.eigh``, which
     waits for its error code on a GPU, even for a small matrix.
     """
-    if len(distances) <= _DENSE_ROWS:
+    if len(distances) <= _SQUARED_ROWS:
         gram_RR = centred_gram(distances)
         values_2, vectors_R2 = _by_squaring(gram_RR)
         product_R2 = gram_RR @ vectors_R2

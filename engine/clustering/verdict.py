@@ -43,7 +43,7 @@ def cluster_masks(
 ) -> ClusteredMasks:
     """The verdict from packed bits.
 
-    With more than 4,095 clients, the rule ``signed`` compares them with a sample of 2,047 of them
+    With more than 4,095 clients, the rule ``signed`` compares them with a sample of 1,023 of them
     instead of pair by pair, if it has a keep share or a cosine (``sampled.py``).
 
     Args:

@@ -103,13 +103,16 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
         smallest and largest value ``(2, P)``, and its mean ``(P,)``.
     """
     num_rows, num_params, device = len(updates), updates.num_params, updates.device
-    # Made on the CPU, so that every device samples the same rows.
-    sampled = torch.linspace(0, num_rows - 1, min(SAMPLED_ROWS, num_rows), device="cpu").round().long()
-    if updates.in_memory and len(updates.sizes) == 1:
-        edges_EP = bin_edges(next(iter(updates)), sampled.to(device), num_bins)
+    # The root's row, the last one, is not sampled, so that the sample usually lies in one tensor,
+    # that of the clients.
+    num_clients = max(num_rows - 1, 1)
+    num_sampled = min(SAMPLED_ROWS, num_clients)
+    if updates.in_memory and updates.sizes[0] >= num_clients:
+        edges_EP = bin_edges(next(iter(updates)), _evenly_spaced(num_sampled, num_clients, device), num_bins)
     else:
-        sample_SP = torch.stack([row_P.clone() for _, row_P in updates.each(sampled.tolist())])
-        edges_EP = bin_edges(sample_SP, torch.arange(len(sampled), device=device), num_bins)
+        sampled = _evenly_spaced(num_sampled, num_clients, torch.device("cpu")).tolist()
+        sample_SP = torch.stack([row_P.clone() for _, row_P in updates.each(sampled)])
+        edges_EP = bin_edges(sample_SP, torch.arange(num_sampled, device=device), num_bins)
         del sample_SP
     # On a GPU, torch has little more than zeros and casts for uint16; nothing else is used here.
     counts_BP = torch.zeros(num_bins, num_params, dtype=counts_dtype(num_rows), device=device)
@@ -121,6 +124,11 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
     mean_P = sums_BP.sum(0) / num_rows
     bin_weights(counts_BP, sums_BP, squares_BP, edges_EP, ends_2P)
     return counts_BP, sums_BP, squares_BP, ends_2P, mean_P
+
+
+def _evenly_spaced(number: int, num_rows: int, device: torch.device) -> Tensor:
+    """The first and the last of the rows, and rows between them; the same on every device."""
+    return torch.arange(number, device=device) * (num_rows - 1) // max(number - 1, 1)
 
 
 def _train_bins(

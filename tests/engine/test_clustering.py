@@ -93,7 +93,7 @@ def test_many_rows_get_the_same_scores_and_verdict_as_few(groups: int, monkeypat
     exact_scores = principal_scores(mask_distances(masks, 2000))
     exact = cluster_masks(masks, 2000, config=TWO_STAGE)
     assert (exact.num_clusters == 1) == (groups == 1)
-    monkeypatch.setattr("skymask_gpu.engine.clustering.spectrum._DENSE_ROWS", 10)
+    monkeypatch.setattr("skymask_gpu.engine.clustering.spectrum._DECOMPOSED_ROWS", 10)
     scores = principal_scores(mask_distances(masks, 2000))
     leading = scores[:, : min(2, groups - 1)]  # of noise alone, eigenvalues lie side by side: only groups have a direction
     torch.testing.assert_close(leading, exact_scores[:, : leading.shape[1]], rtol=0, atol=1e-6)

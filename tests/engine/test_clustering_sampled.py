@@ -234,7 +234,7 @@ def test_the_distances_to_the_sample_are_those_of_the_matrix() -> None:
     assert len(few.clients_S) == 200
     assert torch.equal(torch.stack([few.sample.row(row) for row in range(201)]), whole[rows][:, rows])
     blocks = list(few.to_sample())
-    assert [len(numbers) for numbers, _ in blocks] == [201, 201, 50]
+    assert [len(numbers) for numbers, _ in blocks] == [201, 251]
     numbers = torch.cat([numbers for numbers, _ in blocks])
     assert numbers.sort().values.tolist() == list(range(452))
     assert torch.equal(torch.cat([block for _, block in blocks]), whole[numbers][:, rows])

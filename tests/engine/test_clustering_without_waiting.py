@@ -257,7 +257,7 @@ def test_many_rows_are_iterated_on_blindly(groups: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(spectrum, "_MOST_PRODUCTS", 8)
     distances = group_distances(200, groups, 0)
     want = spectrum.dense_principal_scores(distances)
-    monkeypatch.setattr(spectrum, "_DENSE_ROWS", 10)
+    monkeypatch.setattr(spectrum, "_SQUARED_ROWS", 10)
     with Waits() as mode:
         scores, settled = spectrum.principal_scores_without_waiting(distances)
     assert not mode.seen
@@ -292,7 +292,7 @@ def test_columns_are_made_orthonormal_in_two_passes(kind: str) -> None:
 def test_the_dense_way_is_dense_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     distances = group_distances(200, 1, 0)
     want = spectrum.dense_principal_scores(distances)
-    monkeypatch.setattr(spectrum, "_DENSE_ROWS", 10)
+    monkeypatch.setattr(spectrum, "_SQUARED_ROWS", 10)
     monkeypatch.setattr(spectrum, "_MOST_PRODUCTS", 2)
     assert torch.equal(backends.dense_backend().principal_scores(distances)[0], want)
 
