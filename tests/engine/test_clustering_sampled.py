@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_masks, pack_bits
 from skymask_gpu.engine.clustering import sampled
-from skymask_gpu.engine.clustering.sampled import SampledDistances, _far_side, _place_of_others
+from skymask_gpu.engine.clustering.sampled import SAMPLED, SampledDistances, _far_side, _place_of_others
 from skymask_gpu.engine.clustering.spectrum import dense_principal_scores
 from skymask_gpu.engine.clustering.verdict import cluster
 from skymask_gpu.engine.clustering.worse_side import Cut
@@ -167,11 +167,13 @@ def test_the_scores_are_equal_where_all_masks_are() -> None:
     assert verdict.reason == "all masks in a sample of the clients are equal: all kept"
 
 
-@pytest.mark.parametrize("num_clients", [1500, pytest.param(5000, marks=pytest.mark.slow)])
-def test_where_the_sides_overlap_hardly_a_label_differs(monkeypatch: pytest.MonkeyPatch, num_clients: int) -> None:
+@pytest.mark.parametrize(("num_clients", "num_sampled"), [(1500, 600), pytest.param(5000, SAMPLED, marks=pytest.mark.slow)])
+def test_where_the_sides_overlap_hardly_a_label_differs(
+    monkeypatch: pytest.MonkeyPatch, num_clients: int, num_sampled: int
+) -> None:
     """Attackers whose masks are honest in nine of ten bits: 1% of the clients are on the wrong side even by all pairs."""
     monkeypatch.setattr(sampled, "MOST_COMPARED", 300)
-    monkeypatch.setattr(sampled, "SAMPLED", 2 * num_clients // 5)
+    monkeypatch.setattr(sampled, "SAMPLED", num_sampled)
     masks, witnesses = federation(num_clients)
     bad = num_clients // 5
     mixed = torch.rand(bad, NUM_PARAMS, generator=torch.Generator().manual_seed(1)) < 0.9
