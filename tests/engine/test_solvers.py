@@ -250,7 +250,7 @@ def test_out_of_memory_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) 
 CASES = ["none", "min-max", "sign-flip", "noise", "one by 1,000"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mnist_updates(mnist_dir: Path) -> tuple[Tensor, FlatModel]:
     """Updates (101, P), root row last, and the loss of the CNN on 100 root samples."""
     return real_updates(100, mnist_dir)
