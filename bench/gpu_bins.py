@@ -18,7 +18,7 @@ from skymask_gpu.bench.providers import Call, Provider, Truth
 from skymask_gpu.bench.rules import some_columns
 from skymask_gpu.bench.table import CannotRunError, WrongResultError
 from skymask_gpu.engine import MaskTraining
-from skymask_gpu.engine.solvers.collapsed import SAMPLED_ROWS
+from skymask_gpu.engine.solvers.collapsed import sampled_clients
 from skymask_gpu.kernels import bin_edges, bin_edges_reference, bin_rows, bin_rows_reference
 
 __all__ = ["bin_figures"]
@@ -78,9 +78,7 @@ def _checked(check: Callable[..., str]) -> Callable[[Problem, object, Truth], st
 
 
 def _sampled(problem: Problem) -> Tensor:
-    num_rows = len(problem.updates)
-    sampled_S = torch.linspace(0, num_rows - 1, min(SAMPLED_ROWS, num_rows)).round().long()
-    return sampled_S.to(problem.updates.device)
+    return sampled_clients(problem.num_clients, problem.updates.device)
 
 
 def _edges(kernel: Callable[..., Tensor], problem: Problem) -> Call:
@@ -141,7 +139,7 @@ def _check_rows(problem: Problem, result: tuple[Tensor, Bins], truth: Truth) -> 
             _compare("squares", got, want)
         elif not torch.equal(got.float(), want.float()):
             raise WrongResultError(f"{name} are not those of Triton to the bit")
-    return "its twin in float64, Triton to the bit"
+    return "its twin in float64, Triton to the bit but for the squares"
 
 
 def _bytes_of_rows(problem: Problem) -> int:

@@ -1,7 +1,7 @@
 """SkyMask's whole round, from the updates to the mean of the kept clients, split by phase.
 
-The solver is ``collapsed``, which rounds of more than about 60 clients use. The phases are those of
-a round's profile, without its looks at memory.
+The solver is ``collapsed``, which rounds of more than about 60 clients use on a CPU. The phases are
+those of a round's profile, without its looks at memory.
 """
 
 from collections.abc import Callable

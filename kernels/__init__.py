@@ -13,7 +13,7 @@ Every kernel has a folder of its own, which holds all of its files:
 | folder | what it computes |
 | --- | --- |
 | ``mask_step/`` | one exact step of mask training on all rows: ``fused`` runs on it |
-| ``bins/`` | edges, contents and training steps of bins of rows: ``collapsed`` trains on them |
+| ``bins/`` | edges, contents, weights and training steps of bins of rows: ``collapsed`` trains on them |
 | ``cuts/`` | the bits of all rows, from what the training of the bins left behind |
 | ``hamming/`` | in how many bits each two masks differ |
 | ``ones/`` | how many ones each mask has, in the columns in which the masks differ |

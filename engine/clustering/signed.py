@@ -22,7 +22,8 @@ root's own row is not a witness, because with ordinary recipes it often lies wit
 3. The second step is done once more among the clients that are kept, for a second direction.
 4. Where cosines are means over several rounds, their errors are known. A client whose mean cosine
    lies clearly below 0 opposes the root data steadily. It is rejected if at least 60% of the
-   clients do not, and these clearly follow the root direction.
+   clients do not, and these clearly follow the root direction. So must the median of all clients,
+   unless these follow very clearly.
 
 Where neither keep shares nor cosines are known, nothing but the root's own row tells which side is
 better (``by_root.py``).

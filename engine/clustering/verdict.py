@@ -119,8 +119,8 @@ def cluster_distances(
             the root row lies with the attackers, and is a witness of the signed rule. None: it is
             left out.
         keep_share: ``(R,)`` or ``(N,)``, each row's share of ones among the columns in which masks
-            differ, see :meth:`TrainedMasks.keep_share`. It is the first witness of the signed rule.
-            None: it is left out.
+            differ, see :meth:`TrainedMasks.keep_share`. It is the second witness of the signed
+            rule. None: it is left out.
         norms: ``(N,)`` Euclidean norms of the updates, which make cosines of the alignments. None:
             they are left out.
         alignment_error: ``(N,)`` standard errors of the alignments, if these are means over several

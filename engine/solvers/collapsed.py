@@ -19,7 +19,7 @@ from skymask_gpu.kernels import why_not
 from skymask_gpu.kernels.bins import MOST_ROWS, bin_edges, bin_rows, bin_step, bin_weights, counts_dtype
 from skymask_gpu.kernels.cuts import cut_bits, find_cuts, replay, replay_bits
 
-# The edges of the bins are found from this number of evenly spaced rows.
+# The edges of the bins are found from this number of evenly spaced clients.
 SAMPLED_ROWS = 64
 # Costs per parameter, see COST_SOURCES. The three are the cost of reading a row, that of a step of
 # a bin, and that of the sample and the cut. On a CPU the first two are measured by ``python -m
@@ -29,6 +29,17 @@ SAMPLED_ROWS = 64
 _ROW = {"cpu": 0.95, "cuda": 8.0}
 _BIN_STEP = {"cpu": 1.1, "cuda": 16.0}
 _COLUMN = {"cpu": 335.0, "cuda": 1000.0}
+
+
+def sampled_clients(num_clients: int, device: torch.device) -> Tensor:
+    """The clients whose rows tell the edges, ``(S,)`` int64, the same numbers on every device.
+
+    Example:
+        >>> sampled_clients(190, torch.device("cpu"))[:4].tolist()
+        [0, 3, 6, 9]
+    """
+    number = min(SAMPLED_ROWS, num_clients)
+    return torch.arange(number, device=device) * (num_clients - 1) // max(number - 1, 1)
 
 
 def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -106,13 +117,12 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
     # The root's row, the last one, is not sampled, so that the sample usually lies in one tensor,
     # that of the clients.
     num_clients = max(num_rows - 1, 1)
-    num_sampled = min(SAMPLED_ROWS, num_clients)
     if updates.in_memory and updates.sizes[0] >= num_clients:
-        edges_EP = bin_edges(next(iter(updates)), _evenly_spaced(num_sampled, num_clients, device), num_bins)
+        edges_EP = bin_edges(next(iter(updates)), sampled_clients(num_clients, device), num_bins)
     else:
-        sampled = _evenly_spaced(num_sampled, num_clients, torch.device("cpu")).tolist()
+        sampled = sampled_clients(num_clients, torch.device("cpu")).tolist()
         sample_SP = torch.stack([row_P.clone() for _, row_P in updates.each(sampled)])
-        edges_EP = bin_edges(sample_SP, torch.arange(num_sampled, device=device), num_bins)
+        edges_EP = bin_edges(sample_SP, torch.arange(len(sampled), device=device), num_bins)
         del sample_SP
     # On a GPU, torch has little more than zeros and casts for uint16; nothing else is used here.
     counts_BP = torch.zeros(num_bins, num_params, dtype=counts_dtype(num_rows), device=device)
@@ -124,11 +134,6 @@ def _bins(updates: ClientBlocks, num_bins: int) -> tuple[Tensor, Tensor, Tensor,
     mean_P = sums_BP.sum(0) / num_rows
     bin_weights(counts_BP, sums_BP, squares_BP, edges_EP, ends_2P)
     return counts_BP, sums_BP, squares_BP, ends_2P, mean_P
-
-
-def _evenly_spaced(number: int, num_rows: int, device: torch.device) -> Tensor:
-    """The first and the last of the rows, and rows between them; the same on every device."""
-    return torch.arange(number, device=device) * (num_rows - 1) // max(number - 1, 1)
 
 
 def _train_bins(

@@ -165,7 +165,7 @@ def masked_mean_of_rows(rows: ClientBlocks, bits: Tensor, kept_K: Tensor, counts
     """
     total_P = torch.zeros(rows.num_params, dtype=torch.float64, device=rows.device)
     weight_P = torch.zeros_like(total_P)
-    # In the units of the factors: without a bound of norms, the two are equal.
+    # In the units of the factors: where no update is shortened, the two are equal.
     weights_K = counts.weights / counts.weights.sum() * kept_K.sum()
     parts = zip(
         rows, bits.split(rows.sizes), counts.factors.double().split(rows.sizes), weights_K.split(rows.sizes), strict=True

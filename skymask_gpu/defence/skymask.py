@@ -177,7 +177,7 @@ class SkyMask:
     def prepare(self, global_params: Form | None = None) -> None:
         """Do the part of the next round that needs no update, such as while the clients train.
 
-        It trains the root direction at ``global_params``, which on a CPU is about a sixth of a
+        It trains the root direction at ``global_params``, which on a CPU is about a fifth of a
         round of 500 clients (``docs/performance.md``). A later :meth:`aggregate` at exactly these
         parameters takes it from here, and gives the same result to the bit; at others, it trains
         its own. What is prepared is kept until the next call of this method.

@@ -170,7 +170,8 @@ def test_bins_that_are_not_those_of_triton_are_found(off: int, small: Any, monke
     monkeypatch.setattr(gpu_bins, "_triton", lambda problem: SimpleNamespace(bin_rows=of_triton))
     monkeypatch.setattr(gpu_bins, "_on_gpu", lambda problem: True)
     change = False
-    assert gpu_bins._check_rows(problem, (edges_EP, bins), Truth()) == "its twin in float64, Triton to the bit"
+    compared_with = gpu_bins._check_rows(problem, (edges_EP, bins), Truth())
+    assert compared_with == "its twin in float64, Triton to the bit but for the squares"
     change = True
     with pytest.raises(WrongResultError, match="are not those of Triton to the bit"):
         gpu_bins._check_rows(problem, (edges_EP, bins), Truth())

@@ -24,7 +24,8 @@ class SkyMaskSettings:
         mask_steps: the number of steps of mask training.
         mask_lr: the learning rate of mask training.
         mask_grad_clip: the bound on each element of the masks' gradient.
-        norm_bound: ``"median"`` bounds what is averaged, see :class:`SkyMask`; ``"none"`` does not.
+        norm_bound: what bounds the updates that are averaged, see :class:`SkyMask`: ``"median"``,
+            or ``"none"``, with which only those beyond ten medians are shortened.
         mean: what the kept updates become, see :class:`SkyMask`.
         history: whether clients are remembered from round to round, see :class:`ClientHistory`.
     """
