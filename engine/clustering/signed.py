@@ -83,10 +83,10 @@ FOLLOWING, MOST_OPPOSED = 2.0, 0.4
 # below. The median of the others then passes. So the median of all clients, the opposed included,
 # must exceed the first multiple, unless that of the others exceeds the second, as it does with half
 # of the clients flipping labels. In 200 rounds of MNIST without an attack (docs/results.md), 21 to
-# 24 of 60 honest clients were rejected at once in nine rounds of two runs. By the recorded means,
-# these conditions reject nobody there, and 0.1% of the clients where only 45 take part, instead of
-# 3%. That holds for the numbers 1.25 and 1.5 with 3.5 to 5. From 1.75 on, a quarter of the
-# rejections in runs on trained models is lost.
+# 24 of 60 honest clients were rejected at once in nine rounds of two runs; with these conditions
+# two at most. By the recorded means, 0.1% of the clients are rejected where only 45 take part,
+# instead of 3%. That holds for the numbers 1.25 and 1.5 with 3.5 to 5. From 1.75 on, a quarter of
+# the rejections in runs on trained models is lost.
 OF_ALL, CLEARLY = 1.5, 4.0
 # The names of the witnesses in the reasons.
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
