@@ -140,7 +140,7 @@ def _names(bits: Tensor, shards: ColumnShards) -> Tensor:
     names_R = torch.empty(len(bits), dtype=torch.int64, device=bits.device)
     step = max(1, _WORDS_AT_ONCE // num_words)
     for first in range(0, len(bits), step):
-        padded = torch.nn.functional.pad(bits[first : first + step], (0, 4 * num_words - bits.shape[1]))
+        padded = torch.nn.functional.pad(bits[first : first + step], (0, 4 * num_words - bits.shape[1])).contiguous()
         names_R[first : first + step] = (padded.view(torch.int32).long() * factors).sum(1)
     return shards.sum(names_R)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skymask_gpu.engine import ClusteredMasks, Clustering, cluster_masks, pack_bits
 from skymask_gpu.engine.clustering import sampled
-from skymask_gpu.engine.clustering.sampled import SAMPLED, SampledDistances, _far_side, _place_of_others
+from skymask_gpu.engine.clustering.sampled import SAMPLED, SampledDistances, _far_side, _names, _place_of_others
 from skymask_gpu.engine.clustering.spectrum import dense_principal_scores
 from skymask_gpu.engine.clustering.verdict import cluster
 from skymask_gpu.engine.clustering.worse_side import Cut
@@ -243,6 +243,25 @@ def test_the_distances_to_the_sample_are_those_of_the_matrix() -> None:
     assert few.alike_N.nonzero().flatten().tolist() == list(range(451))
     assert (few.alike_N == 4).nonzero().flatten().tolist() == [3, 7, 90, 400]
     assert (few.alike_N == 1).sum() == 447
+
+
+@pytest.mark.parametrize("num_bytes", [61, 64])
+def test_a_rows_name_follows_from_its_bits_alone(num_bytes: int) -> None:
+    """However they lie in memory; and one bit, the last one included, changes it."""
+    bits = torch.randint(0, 256, (50, num_bytes), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    bits[7] = bits[3]
+    shards = ColumnShards(8 * num_bytes)
+    names = _names(bits, shards)
+    assert len(names.unique()) == 49
+    assert names[7] == names[3]
+    inside = torch.zeros(50, num_bytes + 9, dtype=torch.uint8)
+    inside[:, 3 : 3 + num_bytes] = bits
+    for same in (bits.T.contiguous().T, inside[:, 3 : 3 + num_bytes]):
+        assert torch.equal(_names(same, shards), names)
+    for byte in (0, num_bytes - 1):
+        other = bits.clone()
+        other[7, byte] ^= 128
+        assert (_names(other, shards) != names).nonzero().flatten().tolist() == [7]
 
 
 @pytest.mark.usefixtures("small_limit")
