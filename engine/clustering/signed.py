@@ -9,10 +9,10 @@ root's own row is not a witness, because with ordinary recipes it often lies wit
 1. Copies are three or more masks that are nearer to each other than models come that are each
    trained on their own data. They are left out of all that follows, and so are updates of zeros. At
    the end, copies are rejected if they are far worse than the clients kept, or if their keep share
-   is strange and their cosine lower. A client whose update others replay therefore stays. Two masks
-   that are alike are judged like all others. If copies make up more than a tenth of the clients,
-   their one update would move the mean far, so they are rejected already if their cosine is clearly
-   lower.
+   is strange and their cosine lower. Most clients whose update others replay therefore stay. Two
+   masks that are alike are judged like all others, so a single replay can have both rejected. If
+   copies make up more than a tenth of the clients, their one update would move the mean far, so
+   they are rejected already if their cosine is clearly lower.
 2. The cut comes next. EM of two normals with a common covariance finds cuts into a far and a near
    side, among the first witnesses and from several starts (``cut_statistics.py``). The far side is
    rejected if it is worse, if its cosine is clearly lower, and if the cut explains much more than
