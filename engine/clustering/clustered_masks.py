@@ -42,7 +42,7 @@ class ClusteredMasks:
         """The first two principal components of the masks, ``(R, 2)`` float64, the root's last.
 
         They are the picture of the paper. Where no verdict needs them, they are computed when they
-        are first read, which takes an eigendecomposition, or an iteration if there are many.
+        are first read, which takes an eigendecomposition, or an iteration if there are many masks.
 
         Example:
             >>> import torch

@@ -53,8 +53,8 @@ MOST_COMPARED = 4_095
 # with it grows.
 SAMPLED = 1_023
 # The clients that are not in the sample are compared with it in blocks of this many times its rows.
-# The CPU packs the sample's bits anew for each block, which should therefore be large; but a copy
-# of its bits takes memory.
+# The CPU packs the sample's bits anew for each block, so few large blocks take less time. A block's
+# bits are copied, so small blocks take less memory.
 _SAMPLES_AT_ONCE = 2
 # The number of words of bits of which a temporary is made at once: 1 MiB in int64, which stays in a
 # CPU's cache.

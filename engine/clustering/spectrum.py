@@ -27,6 +27,9 @@ _DECOMPOSED_ROWS, _SQUARED_ROWS = 600, 1024
 _RESIDUAL = 1e-7
 _MOST_PRODUCTS = 40
 _BLOCK = 4
+# A vector of which less than this share is left, once its parts along others are taken away,
+# depends on them. What is left is rounding, about 1e-16 of it, and points anywhere.
+_DEPENDENT = 1e-12
 # The residual is looked at after this number of products. Looking takes half as long as a product.
 _PRODUCTS_PER_LOOK = 4
 # The number of squarings. A vector's part in a direction whose eigenvalue is smaller by the share g
@@ -127,19 +130,27 @@ def _by_squaring(matrix_MM: Tensor) -> Eigenpairs:
     return values_K, vectors_MK
 
 
-def orthonormal(vectors_RK: Tensor) -> Tensor:
-    """Orthonormal columns with the same span, ``(R, K)``; a column of zeros stays one.
+def orthonormal(vectors_RK: Tensor, lengths_K: Tensor | None = None) -> Tensor:
+    """Orthonormal columns with the same span, ``(R, K)``; one that depends on others becomes 0.
 
     This is the modified Gram-Schmidt process (Golub & Van Loan, Matrix Computations, 5.2). It takes
     few launches for few columns, and nothing in it waits, as ``torch.linalg.qr`` does on a GPU. If
     the columns are nearly dependent, rounding leaves the result less than orthogonal, and it has to
     be done once more.
+
+    Args:
+        vectors_RK: ``(R, K)``, the columns.
+        lengths_K: ``(K,)``, how long they were before the caller took parts away from them; None:
+            their own lengths.
     """
-    tiny, done = torch.finfo(vectors_RK.dtype).tiny, []
+    lengths_K = torch.linalg.vector_norm(vectors_RK, dim=0) if lengths_K is None else lengths_K
+    least_K, done = _DEPENDENT * lengths_K, []
     rest_RK = vectors_RK
     while rest_RK.shape[1]:
         column_R1 = rest_RK[:, :1]
-        column_R1 = column_R1 / torch.linalg.vector_norm(column_R1).clamp_min(tiny)
+        length = torch.linalg.vector_norm(column_R1)
+        # A division by Inf makes the column 0.
+        column_R1 = column_R1 / length.masked_fill(length <= least_K[len(done)], torch.inf)
         done.append(column_R1)
         rest_RK = rest_RK[:, 1:]
         rest_RK = rest_RK - column_R1 @ (column_R1.T @ rest_RK)
@@ -165,13 +176,14 @@ def _krylov(distances: Distances, leading: Callable[[Tensor], Eigenpairs], until
         start_RK = block_RK
         # Done a second time, because rounding leaves some of the basis after the first.
         for _ in range(2):
-            start_RK = orthonormal(start_RK - basis_RM @ (basis_RM.T @ start_RK))
+            lengths_K = torch.linalg.vector_norm(start_RK, dim=0)
+            start_RK = orthonormal(start_RK - basis_RM @ (basis_RM.T @ start_RK), lengths_K)
         block_RK.copy_(_centred_times(distances, start_RK))
         basis_RM.index_copy_(1, at_K, start_RK)
         products_RM.index_copy_(1, at_K, block_RK)
         at_K.add_(_BLOCK)
 
-    # On a GPU, a product is over sixty small launches, and they are replayed from a graph.
+    # On a GPU, a product is about eighty small launches, and they are replayed from a graph.
     loop = StepLoop(multiply, device)
     if not until_settled:
         loop.run(_MOST_PRODUCTS)

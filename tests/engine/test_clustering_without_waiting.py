@@ -266,6 +266,26 @@ def test_many_rows_are_iterated_on_blindly(groups: int, monkeypatch: pytest.Monk
     torch.testing.assert_close(scores[:, :leading], want[:, :leading], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("distinct", [1, 2, 3, 4, 5, 6])
+def test_the_iteration_ends_where_the_masks_are_few_different_ones(distinct: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many products the basis is complete, and what a product adds to it is rounding."""
+    monkeypatch.setattr(spectrum, "_DECOMPOSED_ROWS", 10)
+    monkeypatch.setattr(spectrum, "_SQUARED_ROWS", 10)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        masks = (rng.random((distinct, 640)) < 0.5)[rng.integers(0, distinct, 300)]
+        distances = Distances(torch.from_numpy((masks[:, None] != masks).sum(2, dtype=np.int32)), 1 / 640)
+        want = spectrum.dense_principal_scores(distances)
+        blind, settled = spectrum.principal_scores_without_waiting(distances)
+        assert settled
+        for scores in (spectrum.principal_scores(distances), blind):
+            for component in range(2):
+                # The sign of an eigenvector is settled by its largest entry, which several rows may share.
+                flip = torch.sign(scores[:, component] @ want[:, component])
+                got = scores[:, component] * torch.where(flip < 0, -1.0, 1.0)
+                torch.testing.assert_close(got, want[:, component], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["any", "nearly dependent", "of very different lengths", "zeros"])
 def test_columns_are_made_orthonormal_in_two_passes(kind: str) -> None:
     vectors_RK = torch.randn(300, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -292,6 +312,7 @@ def test_columns_are_made_orthonormal_in_two_passes(kind: str) -> None:
 def test_the_dense_way_is_dense_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     distances = group_distances(200, 1, 0)
     want = spectrum.dense_principal_scores(distances)
+    monkeypatch.setattr(spectrum, "_DECOMPOSED_ROWS", 10)
     monkeypatch.setattr(spectrum, "_SQUARED_ROWS", 10)
     monkeypatch.setattr(spectrum, "_MOST_PRODUCTS", 2)
     assert torch.equal(backends.dense_backend().principal_scores(distances)[0], want)

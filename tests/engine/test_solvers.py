@@ -530,7 +530,8 @@ def test_collapsed_takes_more_rows_than_16_bits_count() -> None:
     updates_RP, _, loss = small_problem(70, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     many_RP = updates_RP.repeat(1000, 1) * (1 + 0.1 * torch.randn(70_000, 1, generator=generator))
-    # Where training moves the logit of so many rows close to the threshold, chance would decide.
+    # 68,000 rows share one value. If training left their logit close to the threshold, rounding would
+    # decide the bit of all of them at once. The largest value is far from that.
     many_RP[:68_000, 0] = updates_RP[:, 0].max()
     share, allowed, _ = collapsed_error(many_RP, loss)
     print(f"{share:.1e} of the bits differ, {allowed:.1e} may")
