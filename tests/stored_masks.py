@@ -77,6 +77,25 @@ class MaskSet:
             norms=copied(self.norms),
         )
 
+    def with_idle(self, number: int) -> "MaskSet":
+        """This number of clients more, who send zeros: they keep everything, and their cosine is 0."""
+        num_clients, nobody = len(self.distances) - 1, torch.zeros(number, dtype=torch.float64)
+        assert self.alignment is not None
+        assert self.keep_share is not None
+        assert self.norms is not None
+        # The mask of such a client is all ones. The columns in which masks differ are not stored, but in half of them
+        # two masks differ at most.
+        kept = torch.cat([self.keep_share, self.keep_share.mean()[None]])[: num_clients + 1]
+        to_ones = (1 - kept) * self.distances.max() * 2
+        distances = torch.zeros(num_clients + number + 1, num_clients + number + 1, dtype=torch.float64)
+        stored = torch.tensor([*range(num_clients), num_clients + number])
+        distances[stored[:, None], stored] = self.distances
+        distances[stored, num_clients:-1] = to_ones[:, None].expand(-1, number)
+        distances[num_clients:-1, stored] = to_ones.expand(number, -1)
+        keep_share = torch.cat([kept[:-1], nobody + 1])
+        alignment, norms = torch.cat([self.alignment, nobody]), torch.cat([self.norms, nobody])
+        return replace(self, distances=distances, alignment=alignment, keep_share=keep_share, norms=norms)
+
 
 def stored_sets(folder: Path, name: str) -> dict[str, MaskSet]:
     """The sets of ``shared/data/masks/NAME.npz`` by name."""

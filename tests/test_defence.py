@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -97,6 +97,22 @@ def test_attackers_are_rejected_and_the_rest_averaged() -> None:
     assert result.masks.bits.shape == (NUM_CLIENTS + 1, math.ceil(NUM_PARAMS / 8))
     assert result.clusters.scores.shape == (NUM_CLIENTS + 1, 2)
     assert set(result.seconds) == {"collect", "root", "clustering", "average", "total", "mask_training"}
+
+
+@pytest.mark.parametrize("rule", ["signed", "two-stage", "published"])
+def test_honest_clients_stay_where_most_clients_send_zeros(rule: Literal["signed", "two-stage", "published"]) -> None:
+    """The median of all norms is 0. Scaled to it, the root's row would be 0, too."""
+    updates_NP = torch.cat([HONEST_NP, torch.zeros(25, NUM_PARAMS)])
+    assert defence(clustering=Clustering(rule=rule)).aggregate(updates_NP).benign[:NUM_CLIENTS].all()
+
+
+def test_copies_are_found_where_most_clients_send_zeros() -> None:
+    updates_NP = torch.cat([HONEST_NP, torch.zeros(25, NUM_PARAMS)])
+    updates_NP[:5] = -HONEST_NP[0]
+    result = defence().aggregate(updates_NP)
+    assert result.benign.tolist() == [False] * 5 + [True] * (NUM_CLIENTS + 20)
+    assert result.clusters.reason.startswith("5 masks are copies")
+    assert_is_mean_rounded_once(result.update, updates_NP[5:])
 
 
 def test_without_an_attack_everyone_is_kept_and_the_result_is_the_mean() -> None:

@@ -24,6 +24,7 @@ square roots of their eigenvalues are the PCA scores. There are three rules:
 | ``sampled.py`` | the signed rule for more clients than are compared pair by pair |
 | ``worse_side.py``, ``cut_statistics.py`` | the signed rule's cut: which one counts; the formulas |
 | ``witnesses.py``, ``among.py``, ``by_root.py`` | the signed rule: what it sees, some clients only, no witness |
+| ``alike.py`` | the signed rule: copies, and clients of whom one stands for two |
 | ``ruling.py`` | what a rule hands over, and the separation of two sides |
 | ``spectrum.py``, ``k_means.py`` | principal scores; Lloyd's algorithm. The mixtures and the tree are in ``kernels/`` |
 | ``backends.py``, ``sklearn.py``, ``cuml.py`` | who computes scores, means and mixtures |

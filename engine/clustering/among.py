@@ -55,7 +55,7 @@ def others_at_the_centroid(distances: Distances, chosen_R: Tensor) -> Distances:
     if not _has_room(distances):
         return distances
     all_RR = distances.stored.to(torch.float64) * distances.unit
-    share_R = chosen_R.to(torch.float64) / chosen_R.sum()
+    share_R = chosen_R.to(torch.float64) / chosen_R.sum().clamp_min(1)
     to_chosen_R = all_RR @ share_R
     to_centroid_R = (to_chosen_R - share_R @ to_chosen_R / 2) * chosen_R
     both_RR = chosen_R[:, None] & chosen_R

@@ -13,7 +13,7 @@ the number of clients:
    the discriminant of two normals with a common covariance, fitted to the two sides of the sample.
    This is one more step of the EM algorithm that found the cut.
 4. A client is a copy if two clients of the sample are as near as copies are, or if two clients, in
-   the sample or not, have exactly its mask.
+   the sample or not, have exactly its mask. A client of the sample is compared with all others.
 5. Whatever needs no distances is decided for all clients together, as otherwise: updates of zeros,
    which copies are bad, and who opposes the root data steadily.
 
@@ -23,7 +23,6 @@ A group of attackers of which the sample holds less than a few clients is not fo
 Shapes: N clients, R = N + 1 rows, S sampled clients, F witnesses; the root's row is the last.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
@@ -31,11 +30,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.clustering.alike import Alike, mask_reach, near_masks
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.cut_statistics import LEAST_LEFT
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, separation
-from skymask_gpu.engine.clustering.signed import Cuts, by_cuts, cuts_among
-from skymask_gpu.engine.clustering.two_stage import SMALLEST_SHARE, copy_reach, nearest_neighbours
+from skymask_gpu.engine.clustering.signed import COPIES, Cuts, by_cuts, cuts_among
+from skymask_gpu.engine.clustering.two_stage import SMALLEST_SHARE
 from skymask_gpu.engine.clustering.witnesses import Witnesses
 from skymask_gpu.engine.clustering.worse_side import Cut
 from skymask_gpu.engine.distances import Distances, sharded_distances
@@ -157,37 +157,37 @@ def signed_on_sample(
         backend: computes scores.
     """
     sample, clients_S = masks.sample, masks.clients_S
-    nearby = copy_reach(nearest_neighbours(sample))
-    near_S = torch.cat([(block_TR[:, :-1] < nearby).sum(1) for _, block_TR in sample.blocks()])[:-1]
-    idle_N = torch.zeros_like(masks.alike_N, dtype=torch.bool) if witnesses.norms is None else witnesses.norms == 0
-    once_S = (near_S < 3) & (masks.alike_N[clients_S] < 3) & ~idle_N[clients_S]
-    # If few clients are left beside copies and zeros, they are too few to compare with.
-    enough = once_S.sum() >= _least_in_sample(len(once_S), len(idle_N))
-    once_S = once_S | ~enough
-    cuts_S = cuts_among(sample, lambda: (scores_S2, True), witnesses.of(clients_S), once_S, backend)
+    active_N = witnesses.active(len(masks.alike_N), masks.device)
+    active_S, witnesses_S = active_N[clients_S], witnesses.of(clients_S)
+    reach = mask_reach(sample, active_S)
+    num_near_S, best_S = near_masks(sample, reach, witnesses_S, active_S)
+    copy_S = active_S & ((num_near_S >= COPIES) | (masks.alike_N[clients_S] >= COPIES))
+    # If few clients are left beside copies, they are too few to compare with.
+    enough = (active_S & ~copy_S).sum() >= _least_in_sample(active_S.sum(), active_N.sum())
+    alike_S = Alike.found(num_near_S, best_S, witnesses_S, active_S, copy_S & enough)
+    cuts_S = cuts_among(sample, lambda: (scores_S2, True), witnesses_S, alike_S, backend)
 
     # Everything that is asked about the distances of all clients, in one pass over them: first the
     # scores of the picture, then the scores that each cut was found by.
     places = [_place_of_others(sample, scores_S2, torch.ones_like(scores_S2[:, 0], dtype=torch.bool))]
-    among_S = once_S
+    among_S = alike_S.single
     for cut, scores_of_cut_S2 in zip(cuts_S.cuts, cuts_S.scores, strict=True):
         places.append(_place_of_others(sample, *_with_root(scores_of_cut_S2, among_S)))
         among_S = among_S & ~cut.far_N
-    near_N, (scores_R2, *scores_by_cut) = _compared_with_sample(masks, nearby, places)
-    # A client of the sample is near itself.
-    near_N = near_N.index_add(0, clients_S, torch.full_like(clients_S, -1)) + 1
-    copy_N = ((near_N >= 3) | (masks.alike_N >= 3)) & enough
-    idle_N = idle_N & enough
+    num_near_N, (scores_R2, *scores_by_cut) = _compared_with_sample(masks, reach, active_N, places)
+    copy_N = active_N & ((num_near_N >= COPIES) | (masks.alike_N >= COPIES)) & enough
+    # Two that are alike and of which one is not in the sample have nearly the same place.
+    nobody_N, numbers_N = torch.zeros_like(active_N), torch.arange(len(active_N), device=active_N.device)
+    alike = Alike(active_N, copy_N, nobody_N, numbers_N)
 
-    cuts, among_S = [], once_S
-    once_N = among_N = ~copy_N & ~idle_N
+    cuts, among_S, among_N = [], alike_S.single, alike.once
     for cut, (first_N, second_N) in zip(cuts_S.cuts, (scores[:-1].T for scores in scores_by_cut), strict=True):
         seen = [x_N for x_N in (witnesses.agreement, witnesses.keep_share, first_N, second_N) if x_N is not None]
         far_N = _far_side(torch.stack(seen), clients_S, cut, among_S) & among_N
         cuts.append(replace(cut, far_N=far_N))
         among_S, among_N = among_S & ~cut.far_N, among_N & ~far_N
-    placed = Cuts(once_N, among_N, cuts, [scores[:-1] for scores in scores_by_cut], cuts_S.sure)
-    ruling = by_cuts(witnesses, copy_N, idle_N, placed, lambda benign_N: separation(sample, benign_N[clients_S]))
+    placed = Cuts(among_N, cuts, [scores[:-1] for scores in scores_by_cut], cuts_S.sure)
+    ruling = by_cuts(witnesses, alike, placed, lambda benign_N: separation(sample, benign_N[clients_S]))
 
     def reason(facts: Facts) -> str:
         return f"{ruling.reason(facts)}; groups were looked for among {len(clients_S):,} clients drawn from all"
@@ -195,14 +195,14 @@ def signed_on_sample(
     return replace(ruling, reason=reason), scores_R2
 
 
-def _least_in_sample(num_sampled: int, num_clients: int) -> float:
+def _least_in_sample(num_sampled: Tensor, num_clients: Tensor) -> Tensor:
     """The number of sampled clients that there are at least if ``SMALLEST_SHARE`` of all are such.
 
     A sample holds fewer only by chances of less than one in ten thousand: this lies four standard
     deviations of the hypergeometric distribution below its mean.
     """
-    variance = num_sampled * SMALLEST_SHARE * (1 - SMALLEST_SHARE) * (num_clients - num_sampled) / max(num_clients - 1, 1)
-    return SMALLEST_SHARE * num_sampled - 4 * math.sqrt(variance)
+    share, left = SMALLEST_SHARE, (num_clients - num_sampled).double() / (num_clients - 1).clamp_min(1)
+    return share * num_sampled - 4 * (num_sampled * share * (1 - share) * left).sqrt()
 
 
 def _with_root(scores_S2: Tensor, among_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,22 +227,28 @@ def _place_of_others(sample: Distances, scores_R2: Tensor, chosen_R: Tensor) -> 
 
 
 def _compared_with_sample(
-    masks: SampledDistances, nearby: Tensor, places: list[tuple[Tensor, Tensor]]
+    masks: SampledDistances, reach: Tensor, active_N: Tensor, places: list[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, list[Tensor]]:
     """One pass over all distances to the sample.
 
     Returns:
-        How many sampled clients are nearby each client, ``(N,)``, and for each map the scores of
-        all rows, ``(R, 2)``.
+        How many active clients have a mask like each client's, itself included, ``(N,)``, and for
+        each map the scores of all rows, ``(R, 2)``. Clients of the sample are compared with all
+        clients, and the others with the sample.
     """
     factors = torch.cat([factors_R2 for factors_R2, _ in places], 1)
+    active_R = torch.cat([active_N, active_N.new_zeros(1)])
+    active_S = active_N[masks.clients_S]
     near_R = torch.empty(len(masks), dtype=torch.int64, device=masks.device)
+    near_S = torch.zeros_like(masks.clients_S)
     scores = torch.empty(len(masks), factors.shape[1], dtype=torch.float64, device=masks.device)
     for rows, block_TR in masks.to_sample():
-        near_R[rows] = (block_TR[:, :-1] < nearby).sum(1)
+        near_TS = (block_TR[:, :-1] < reach) & active_S
+        near_R[rows] = near_TS.sum(1)
+        near_S += (near_TS & active_R[rows, None]).sum(0)
         scores[rows] = block_TR @ factors
     scores += torch.cat([added_2 for _, added_2 in places])
-    return near_R[:-1], list(scores.split(2, dim=1))
+    return (near_R[:-1] + 1).index_copy(0, masks.clients_S, near_S), list(scores.split(2, dim=1))
 
 
 def _far_side(witness_FN: Tensor, clients_S: Tensor, cut: Cut, among_S: Tensor) -> Tensor:
@@ -267,4 +273,4 @@ def _far_side(witness_FN: Tensor, clients_S: Tensor, cut: Cut, among_S: Tensor) 
     least_FF = LEAST_LEFT * torch.eye(len(unit_F), dtype=torch.float64, device=unit_F.device)
     along_F = torch.linalg.solve(within_FF / unit_F / unit_F[:, None] + least_FF, (far_F - near_F) / unit_F) / unit_F
     far_N = along_F @ (witness_FN - (far_F + near_F)[:, None] / 2) > (num_near / num_far).log()
-    return far_N.index_copy(0, clients_S, cut.far_N & among_S)
+    return far_N.index_copy(0, clients_S, cut.far_N)

@@ -9,10 +9,12 @@ root's own row is not a witness, because with ordinary recipes it often lies wit
 1. Copies are three or more masks that are nearer to each other than models come that are each
    trained on their own data. They are left out of all that follows, and so are updates of zeros. At
    the end, copies are rejected if they are far worse than the clients kept, or if their keep share
-   is strange and their cosine lower. Most clients whose update others replay therefore stay. Two
-   masks that are alike are judged like all others, so a single replay can have both rejected. If
-   copies make up more than a tenth of the clients, their one update would move the mean far, so
-   they are rejected already if their cosine is clearly lower.
+   is strange and their cosine lower. Nearly all clients whose update others replay therefore stay.
+   If copies make up more than a tenth of the clients, their one update would move the mean far, so
+   they are rejected already if their cosine is clearly lower. If only two masks are alike, the
+   following steps see one client, and the other shares its verdict (``alike.py``). A single replay
+   therefore does not look like a group. At the end, two such clients are rejected if they are very
+   far worse.
 2. The cut comes next. EM of two normals with a common covariance finds cuts into a far and a near
    side, among the first witnesses and from several starts (``cut_statistics.py``). The far side is
    rejected if it is worse, if its cosine is clearly lower, and if the cut explains much more than
@@ -32,22 +34,23 @@ Shapes: N clients, R = N + 1 rows, root last.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from skymask_gpu.engine.clustering.alike import Alike, mask_reach, near_masks
 from skymask_gpu.engine.clustering.among import AllScores, scores_among
 from skymask_gpu.engine.clustering.backends import Backend
 from skymask_gpu.engine.clustering.by_root import copies_reason, signed_by_root
 from skymask_gpu.engine.clustering.ruling import Facts, Ruling, mean_of, separation
-from skymask_gpu.engine.clustering.two_stage import SMALLEST_SHARE, copy_reach, nearest_neighbours
+from skymask_gpu.engine.clustering.two_stage import SMALLEST_SHARE
 from skymask_gpu.engine.clustering.witnesses import Witnesses
-from skymask_gpu.engine.clustering.worse_side import WORSE, Cut, worse_side
+from skymask_gpu.engine.clustering.worse_side import Cut, worse_side
 from skymask_gpu.engine.distances import Distances
 
-__all__ = ["Cuts", "by_cuts", "cuts_among", "signed"]
+__all__ = ["COPIES", "Cuts", "by_cuts", "cuts_among", "signed"]
 
 # The clients left after a cut are cut again only if the second cut explains more by this factor.
 # Values from 2 to 3 give the same; at 1.3, 148 of 153 stored sets with harmful attacks come out
@@ -88,22 +91,34 @@ FOLLOWING, MOST_OPPOSED = 2.0, 0.4
 # instead of 3%. That holds for the numbers 1.25 and 1.5 with 3.5 to 5. From 1.75 on, a quarter of
 # the rejections in runs on trained models is lost.
 OF_ALL, CLEARLY = 1.5, 4.0
+# The number of masks that are alike from which on they are copies.
+COPIES = 3
+# Copies go if one of the witnesses lies this number of spreads below the mean of the clients kept.
+# On the stored sets without an attack, two to five replays then have 11 of 693 clients rejected. At
+# 2.5 these are 22. At 3.5, one more attack by five copies of 53 clients is missed.
+FAR = 3.0
+# Two that are alike and that no cut takes off go if one of the witnesses lies this number of
+# spreads below the mean of the others kept. At 4, a single replay has 2 of 531 clients rejected on
+# the stored sets without an attack. Without this, two copies are missed more often among 20 clients
+# or fewer (three of 150 drawn sets).
+FAR_OF_TWO = 5.0
 # The names of the witnesses in the reasons.
 KEEP_SHARE, AGREEMENT = "keep share", "agreement with the root direction"
 
 
 def signed(distances: Distances, all_scores: AllScores, witnesses: Witnesses, backend: Backend) -> Ruling:
     """Which clients are kept, and why the others are not."""
-    copy_N = _many_copies(distances)
-    idle_N = torch.zeros_like(copy_N) if witnesses.norms is None else witnesses.norms == 0
-    # If few clients are left beside copies and zeros, they are too few to compare with. Every
-    # client is then judged alike.
-    enough = (~copy_N & ~idle_N).sum() >= SMALLEST_SHARE * len(copy_N)
-    copy_N, idle_N = copy_N & enough, idle_N & enough
+    active_N = witnesses.active(len(distances) - 1, distances.device)
+    num_near_N, best_N = near_masks(distances, mask_reach(distances, active_N), witnesses, active_N)
+    copy_N = active_N & (num_near_N >= COPIES)
+    # If few clients are left beside copies, they are too few to compare with. Copies are then
+    # judged like all others.
+    copy_N = copy_N & ((active_N & ~copy_N).sum() >= SMALLEST_SHARE * active_N.sum())
     if not witnesses.of_side:
         return signed_by_root(distances, witnesses.alignment, copy_N, backend)
-    cuts = cuts_among(distances, all_scores, witnesses, ~copy_N & ~idle_N, backend)
-    return by_cuts(witnesses, copy_N, idle_N, cuts, partial(separation, distances))
+    alike = Alike.found(num_near_N, best_N, witnesses, active_N, copy_N)
+    cuts = cuts_among(distances, all_scores, witnesses, alike, backend)
+    return by_cuts(witnesses, alike, cuts, partial(separation, distances))
 
 
 @dataclass(frozen=True)
@@ -111,23 +126,24 @@ class Cuts:
     """Two cuts of the clients that are neither copies nor zeros.
 
     Attributes:
-        once_N: these clients, ``(N,)`` bool.
         kept_N: those among them that neither cut took off, ``(N,)`` bool.
         cuts: the two cuts.
         scores: the principal scores ``(N, 2)`` by which each cut was sought.
         sure: whether the scores settled.
     """
 
-    once_N: Tensor
     kept_N: Tensor
     cuts: list[Cut]
     scores: list[Tensor]
     sure: Tensor | bool
 
 
-def cuts_among(distances: Distances, all_scores: AllScores, witnesses: Witnesses, once_N: Tensor, backend: Backend) -> Cuts:
-    """Cut the clients ``once_N`` twice."""
-    kept_N = once_N
+def cuts_among(distances: Distances, all_scores: AllScores, witnesses: Witnesses, alike: Alike, backend: Backend) -> Cuts:
+    """Cut the clients that are neither copies nor zeros twice.
+
+    One of two that are alike is looked at, and the other one shares its verdict.
+    """
+    kept_N, num_active = alike.single, alike.active_N.sum()
     sure: Tensor | bool = True
     cuts: list[Cut] = []
     scores: list[Tensor] = []
@@ -140,37 +156,39 @@ def cuts_among(distances: Distances, all_scores: AllScores, witnesses: Witnesses
             scores.append(scores[0])
             break
         scores_N2, settled = scores_among(distances, all_scores, kept_N, backend)
-        cut = worse_side(distances, scores_N2, witnesses, kept_N, factor)
+        cut = worse_side(distances, scores_N2, witnesses, kept_N, num_active, factor)
         kept_N, sure = kept_N & ~cut.far_N, sure & settled
-        cuts.append(cut)
+        cuts.append(replace(cut, far_N=cut.far_N[alike.first_N]))
         scores.append(scores_N2)
-    return Cuts(once_N, kept_N, cuts, scores, sure)
+    return Cuts(kept_N[alike.first_N], cuts, scores, sure)
 
 
-def by_cuts(witnesses: Witnesses, copy_N: Tensor, idle_N: Tensor, cuts: Cuts, separated: Callable[[Tensor], Tensor]) -> Ruling:
+def by_cuts(witnesses: Witnesses, alike: Alike, cuts: Cuts, separated: Callable[[Tensor], Tensor]) -> Ruling:
     """Which clients are kept, given both cuts.
 
     ``separated`` tells how far the kept clients, ``(N,)`` bool, lie from the others.
     """
     kept_N, (first, second) = cuts.kept_N, cuts.cuts
-    opposed_N = kept_N & _steadily_opposed(witnesses, ~copy_N & ~idle_N)
+    opposed_N = kept_N & _steadily_opposed(witnesses, alike.once)
     kept_N = kept_N & ~opposed_N
-    worse_N = _far_below(witnesses, kept_N) | _odd(witnesses, kept_N)
+    bad_two_N = kept_N & alike.two_N & (_lowest_z(witnesses, kept_N & ~alike.two_N) <= -FAR_OF_TWO)
+    kept_N = kept_N & ~bad_two_N
+    worse_N = (_lowest_z(witnesses, kept_N) <= -FAR) | _odd(witnesses, kept_N)
     if witnesses.cosine is not None:
-        many = (copy_N & ~idle_N).sum() > MANY * len(copy_N)
+        many = alike.copy_N.sum() > MANY * alike.active_N.sum()
         worse_N = worse_N | many & (_z(witnesses.cosine, kept_N) < MANY_Z)
-    bad_copy_N = copy_N & ~idle_N & worse_N
-    facts = {"copies": bad_copy_N.sum(), "opposed": opposed_N.sum(), **_facts(witnesses, kept_N, cuts.once_N, first, second)}
-    benign_N = kept_N | copy_N & ~bad_copy_N | idle_N
+    bad_copy_N = alike.copy_N & worse_N
+    counts = {"copies": bad_copy_N.sum(), "two": bad_two_N.sum(), "opposed": opposed_N.sum()}
+    facts = {**counts, **_facts(witnesses, kept_N, alike.once, first, second)}
+    benign_N = kept_N | alike.copy_N & ~bad_copy_N | ~alike.active_N
     named = {KEEP_SHARE: witnesses.keep_share, AGREEMENT: witnesses.agreement}
     figures = {name: witness for name, witness in named.items() if witness is not None}
     return Ruling(benign_N, separated(benign_N), _reason, facts, figures, cuts.sure)
 
 
-def _far_below(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
-    """Which clients are far worse than those kept, by either witness or both, ``(N,)`` bool."""
-    zs = [_z(witness_N, kept_N) for witness_N in witnesses.of_side]
-    return torch.stack([*zs, sum(zs[1:], zs[0])]).amin(0) <= -WORSE
+def _lowest_z(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
+    """The lower one of the witnesses' z, ``(N,)``: see :func:`_z`."""
+    return torch.stack([_z(witness_N, kept_N) for witness_N in witnesses.of_side]).amin(0)
 
 
 def _odd(witnesses: Witnesses, kept_N: Tensor) -> Tensor:
@@ -206,16 +224,6 @@ def _z(witness_N: Tensor, kept_N: Tensor) -> Tensor:
     return (witness_N - kept) / spread.clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _many_copies(distances: Distances) -> Tensor:
-    """Which clients' masks are copies of at least two other masks, ``(N,)`` bool."""
-    reach = copy_reach(nearest_neighbours(distances))
-    near_R = torch.empty(len(distances), dtype=torch.int64, device=distances.device)
-    for first, block_TR in distances.blocks():
-        near_R[first : first + len(block_TR)] = (block_TR[:, :-1] < reach).sum(1)
-    # A row is near to itself, so with two copies it counts three.
-    return near_R[:-1] >= 3
-
-
 # --- the reason -----------------------------------------------------------------------------------
 
 
@@ -244,6 +252,8 @@ def _reason(facts: Facts) -> str:
         far, kept, spread = (facts[f"{name} {of}"] for of in ("far", "kept", "spread"))
         number, honest = int(facts["cut off"]), f"{kept:.2f} ± {spread:.2f}"
         reasons.append(f"{number} clients are a worse group: {words} {far:.2f} where kept clients have {honest}")
+    if facts["two"]:
+        reasons.append(f"{int(facts['two'])} clients are alike in pairs and far worse than the others")
     if facts["opposed"]:
         reasons.append(f"{int(facts['opposed'])} clients have opposed the root data over several rounds")
     return " and ".join(reasons) or "no group of clients is clearly worse than the others: all kept"

@@ -144,8 +144,8 @@ def orthonormal(vectors_RK: Tensor, lengths_K: Tensor | None = None) -> Tensor:
             their own lengths.
     """
     lengths_K = torch.linalg.vector_norm(vectors_RK, dim=0) if lengths_K is None else lengths_K
-    least_K, done = _DEPENDENT * lengths_K, []
-    rest_RK = vectors_RK
+    least_K, rest_RK = _DEPENDENT * lengths_K, vectors_RK
+    done: list[Tensor] = []
     while rest_RK.shape[1]:
         column_R1 = rest_RK[:, :1]
         length = torch.linalg.vector_norm(column_R1)

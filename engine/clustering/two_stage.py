@@ -141,19 +141,21 @@ def num_alike(distances: Distances) -> Tensor:
 
     The client itself counts, unless the reach of a copy is 0.
     """
-    reach = copy_reach(nearest_neighbours(distances))
+    nearest_R = nearest_neighbours(distances)
+    reach = copy_reach(nearest_R, torch.ones_like(nearest_R[:-1], dtype=torch.bool))
     near_R = torch.empty(len(distances), dtype=torch.int64, device=distances.device)
     for first, block_TR in distances.blocks():
         near_R[first : first + len(block_TR)] = (block_TR[:, :-1] < reach).sum(1)
     return near_R[:-1]
 
 
-def copy_reach(nearest_R: Tensor) -> Tensor:
+def copy_reach(nearest_R: Tensor, among_N: Tensor) -> Tensor:
     """The distance, ``()``, below which a mask is a copy, given each row's distance to its nearest.
 
-    Two models that are each trained on their own data do not come that near.
+    Two models that are each trained on their own data do not come that near. The usual distance is
+    that among the clients ``among_N``, ``(N,)`` bool.
     """
-    return COPY * torch.minimum(quantile(nearest_R[:-1], HONEST_QUANTILE), nearest_R[-1])
+    return COPY * torch.minimum(quantile(nearest_R[:-1], HONEST_QUANTILE, among_N), nearest_R[-1])
 
 
 def nearest_neighbours(distances: Distances) -> Tensor:
@@ -165,15 +167,15 @@ def nearest_neighbours(distances: Distances) -> Tensor:
     return nearest_R
 
 
-def quantile(x_N: Tensor, q: float) -> Tensor:
-    """``x_N.quantile(q)`` without waiting.
+def quantile(x_N: Tensor, q: float, among_N: Tensor) -> Tensor:
+    """``x_N[among_N].quantile(q)`` without waiting; Inf where none are chosen.
 
     In torch 2.11 that method makes the host wait for its check of ``q``.
     """
-    place = q * (len(x_N) - 1)
-    below, above = math.floor(place), math.ceil(place)
-    ordered_N = x_N.sort().values
-    return ordered_N[below].lerp(ordered_N[above], place - below)
+    place = (q * (among_N.sum().double() - 1)).clamp_min(0)
+    ordered_N = x_N.masked_fill(~among_N, math.inf).sort().values
+    below, above = ordered_N.index_select(0, torch.stack([place.floor(), place.ceil()]).long()).unbind()
+    return torch.where(among_N.any(), below.lerp(above, place - place.floor()), math.inf)
 
 
 def _cut(

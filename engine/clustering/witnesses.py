@@ -33,6 +33,12 @@ class Witnesses:
         known = {each.name: getattr(self, each.name) for each in fields(self)}
         return Witnesses(**{name: None if values is None else values[clients_K] for name, values in known.items()})
 
+    def active(self, num_clients: int, device: torch.device) -> Tensor:
+        """Which clients sent more than zeros, ``(N,)`` bool; all, if the norms are not known."""
+        if self.norms is None:
+            return torch.ones(num_clients, dtype=torch.bool, device=device)
+        return self.norms > 0
+
     @property
     def agreement(self) -> Tensor | None:
         """The cosine with the root direction times the length of that direction.

@@ -168,12 +168,14 @@ def _root_row(this: _Round, root_update: Form | None, direction_P: Tensor, scree
     """The root model's row, ``(P,)``.
 
     It is the update that the caller passed, or else the root direction, scaled to the median norm
-    of the clients' updates.
+    of the clients' updates that are not 0.
     """
     rows = screened.rows
     if root_update is None:
         length = torch.linalg.vector_norm(direction_P)
-        scale = torch.where(length > 0, screened.norms.median() / length, 0.0)
+        # Updates of zeros do not count. If they were more than half, the root's row would be 0.
+        norms_N = screened.norms.masked_fill(screened.norms == 0, torch.nan)
+        scale = torch.where(length > 0, norms_N.nanmedian().nan_to_num() / length, 0.0)
         return (direction_P * scale).to(rows.dtype)
     if isinstance(root_update, Tensor):
         check_same_device("root_update", root_update, this.root.flat, this.settings.device)

@@ -142,7 +142,7 @@ def test_a_few_equal_masks_are_copies_also_if_none_is_in_the_sample() -> None:
 
 @pytest.mark.usefixtures("small_limit")
 def test_two_sampled_neighbours_make_a_copy() -> None:
-    """Five masks are nearly equal, and two of them are in the sample: these do not see the other three, who see them."""
+    """Five masks are nearly equal, and two of them are in the sample: the other three are compared with these only."""
     masks, witnesses = federation(500)
     for first in range(100, 500, 5):
         near, lower = masks.clone(), {name: values.clone() for name, values in witnesses.items()}
@@ -152,7 +152,7 @@ def test_two_sampled_neighbours_make_a_copy() -> None:
         if ((drawn >= first) & (drawn < first + 5)).sum() == 2:
             break
     by_sample, all_pairs = both(near, lower)
-    assert by_sample.reason.startswith("3 masks are copies of two others' or more and 102 clients are a worse group")
+    assert by_sample.reason.startswith("5 masks are copies of two others' or more and 100 clients are a worse group")
     assert all_pairs.reason.startswith("5 masks are copies of two others' or more and 100 clients are a worse group")
     assert torch.equal(by_sample.benign, all_pairs.benign)
 
@@ -188,6 +188,33 @@ def test_where_the_sides_overlap_hardly_a_label_differs(
     assert wrong <= wrong_by_pairs + 0.003 * num_clients
 
 
+@pytest.mark.usefixtures("small_limit")
+def test_a_replay_in_the_sample_makes_no_group() -> None:
+    """The worst of 400 honest clients is replayed: two clients that do not scatter at all would look like a group."""
+    masks, witnesses = federation(500)
+    masks, witnesses = masks[100:], {name: values[100:] for name, values in witnesses.items()}
+    witnesses["alignment"][0] = -0.1
+    assert judge(masks, witnesses).benign[0]
+    for at in range(1, 400):
+        replayed, lower = masks.clone(), {name: values.clone() for name, values in witnesses.items()}
+        replayed[at], lower["alignment"][at] = replayed[0].clone(), lower["alignment"][0]
+        drawn = SampledDistances.of_masks(pack_bits(replayed), ColumnShards(NUM_PARAMS)).clients_S.tolist()
+        if {0, at} <= set(drawn):
+            break
+    assert judge(replayed, lower).benign.all()
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_most_clients_may_be_idle() -> None:
+    masks, witnesses = federation(500)
+    idle = torch.arange(500) % 5 != 0
+    masks[:-1][idle] = True
+    witnesses["norms"], witnesses["alignment"] = (~idle).double(), witnesses["alignment"].masked_fill(idle, 0.0)
+    by_sample, all_pairs = both(masks, witnesses)
+    assert by_sample.benign.tolist() == [client >= 100 or client % 5 != 0 for client in range(500)]
+    assert torch.equal(by_sample.benign, all_pairs.benign)
+
+
 def on_sample(masks: MaskSet, num_sampled: int, seed: int) -> ClusteredMasks:
     """The verdict on a stored set of which only the distances to some clients are looked at."""
     num_clients, distances = len(masks.distances) - 1, masks.distances
@@ -212,7 +239,10 @@ def test_labels_by_a_sample_of_stored_masks(data_dir: Path, every: int) -> None:
 
 
 def test_a_sample_of_all_clients_gives_the_same_verdict(data_dir: Path) -> None:
-    for name, masks in list(stored_sets(data_dir / "masks", "recipes").items())[::20]:
+    sets = stored_sets(data_dir / "masks", "recipes")
+    changed = [*list(sets.items())[::20], ("replay", sets["epoch.none.9"].with_copy(of=5, at=0))]
+    changed += [("idle", sets["few.min-max-50.9"].of(torch.arange(20, 44)).with_idle(36))]
+    for name, masks in changed:
         verdict, want = on_sample(masks, 60, seed=0), masks.judge()
         assert torch.equal(verdict.benign, want.benign), name
         assert verdict.separation == pytest.approx(want.separation, rel=1e-9), name
@@ -297,7 +327,7 @@ def test_the_far_side_is_scikit_learns_discriminant(generator: torch.Generator) 
     clients = torch.arange(0, 400, 3)
     is_far, among = clients % 4 == 0, clients % 5 != 0
     zero = torch.zeros(())
-    got = _far_side(x, clients, Cut(is_far, torch.tensor(True), zero, zero), among)
+    got = _far_side(x, clients, Cut(is_far & among, torch.tensor(True), zero, zero), among)
     oracle = LinearDiscriminantAnalysis(solver="lsqr").fit(x[:3, clients[among]].T.numpy(), is_far[among].numpy())
     others = torch.ones(400, dtype=torch.bool).index_fill_(0, clients, False)
     assert got[others].tolist() == oracle.predict(x[:3, others].T.numpy()).tolist()

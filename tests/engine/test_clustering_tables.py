@@ -28,12 +28,12 @@ def older(data_dir: Path) -> dict[str, MaskSet]:
     return stored_sets(data_dir / "masks", "hamming")
 
 
-def table(title: str, sets: Iterable[MaskSet], rule: Rule, skip: int = 0) -> tuple[int, int, float]:
+def table(title: str, sets: Iterable[MaskSet], rule: Rule, skip: int = 0, end: int | None = None) -> tuple[int, int, float]:
     """Prints one row; how many sets are exact, how many keep the wrong side, and the mean FPR.
 
-    The first ``skip`` clients are judged with the others, and not counted.
+    The first ``skip`` clients and those from ``end`` on are judged with the others, and not counted.
     """
-    rates = [replace(masks, malicious=masks.malicious - skip).rates(masks.judge(rule).benign[skip:]) for masks in sets]
+    rates = [replace(masks, malicious=masks.malicious - skip).rates(masks.judge(rule).benign[skip:end]) for masks in sets]
     both = np.array(rates)
     exact, near = (both.max(1) == 0).sum(), (both.max(1) <= 0.05).sum()
     wrong = (both.min(1) > 0.5).sum()
@@ -78,3 +78,27 @@ def test_some_of_the_clients_alone(harmful: dict[str, MaskSet], number: int) -> 
     alone = [drawn(masks, number, rng) for masks in honest if len(masks.distances) > number]
     rejected = {rule: table(f"{number} honest clients drawn", alone, rule)[2] for rule in RULES}
     assert rejected["signed"] <= max(1, rejected["two-stage"] / 4)
+
+
+@pytest.mark.parametrize(("replays", "at_most"), [(1, 0), (2, 0.03), (3, 0.03), (4, 0.03), (5, 0.03)])
+def test_replays_have_hardly_any_honest_client_rejected(data_dir: Path, replays: int, at_most: float) -> None:
+    """Nobody else attacks; each client is replayed in turn, or every third one by several."""
+    sets = [masks for masks in stored_sets(data_dir / "masks", "recipes").values() if not masks.malicious]
+    victims = range(replays, 60, 1 if replays == 1 else 3)
+    rejected = 0
+    for masks in sets:
+        for victim in victims:
+            replayed = masks
+            for attacker in range(replays):
+                replayed = replayed.with_copy(of=victim, at=attacker)
+            rejected += int(not replayed.judge().benign[victim])
+    trials = len(sets) * len(victims)
+    print(f"{replays} replays: {rejected} of {trials} replayed clients are rejected")
+    assert rejected <= at_most * trials
+
+
+def test_clients_that_send_zeros_beside_others(harmful: dict[str, MaskSet]) -> None:
+    rng = np.random.default_rng(7)
+    few = [masks for masks in (drawn(masks, 24, rng) for masks in harmful.values()) if masks.malicious]
+    alone = table("24 clients drawn, some attack", few, "signed")
+    assert table("the same beside 36 that send zeros", [masks.with_idle(36) for masks in few], "signed", end=24) == alone

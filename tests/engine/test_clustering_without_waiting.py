@@ -3,6 +3,7 @@
 There need be no accelerator: torch's dispatcher shows every operation that would make the host wait for one.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -157,10 +158,12 @@ def test_a_quantile_is_torchs_own_to_the_bit(generator: torch.Generator) -> None
     for number in [*range(1, 60), 997]:
         x_N = torch.rand(number, dtype=torch.float64, generator=generator)
         for q in (0.0, 0.1, 0.5, 0.77, 0.9, 1.0):
-            with Waits() as mode:
-                got = two_stage.quantile(x_N, q)
-            assert torch.equal(got, x_N.quantile(q))
-            assert not mode.seen
+            for among_N in (torch.ones(number, dtype=torch.bool), torch.arange(number) % 3 == 0):
+                with Waits() as mode:
+                    got = two_stage.quantile(x_N, q, among_N)
+                assert torch.equal(got, x_N[among_N].quantile(q))
+                assert not mode.seen
+    assert two_stage.quantile(x_N, 0.5, torch.zeros(997, dtype=torch.bool)) == math.inf
 
 
 def test_bad_values_are_refused_at_the_one_look(waits: Waits) -> None:
