@@ -29,8 +29,11 @@ DECAY = 0.8
 # clients again as 4 did. The larger the number is, the fewer of those who begin to attack later are
 # noticed at once.
 FALL = 3.5
-# The most that a client counts for in the common variance, in upper quartiles.
-_MOST_QUARTILES = 4.0
+# The most that a client counts for in the common variance, in medians of the clients' variances. In
+# a simulation of honest clients alone, some of whom vary much more than others, the common spread
+# is the same as with four upper quartiles. These would be the attackers' own if more than a quarter
+# of the clients go up and down.
+_MOST_MEDIANS = 8.0
 # The smallest effective number of rounds that tell a spread. Two rounds have 1.99.
 _TWO_ROUNDS = 1.5
 
@@ -179,8 +182,8 @@ def _common_spread(sums_K4: Tensor) -> Tensor:
     """The standard deviation of the agreement around each client's own mean, ``()``.
 
     It is pooled over the clients, and Inf if no client has been seen twice. No client counts for
-    more than four times the upper quartile: otherwise a single attacker whose agreement goes up and
-    down would make the errors of all means so large that nobody opposes the root data any more.
+    more than eight times the median: otherwise attackers whose agreement goes up and down would
+    make the errors of all means so large that nobody opposes the root data any more.
     """
     rounds_K = _rounds(sums_K4)
     known_K = rounds_K > _TWO_ROUNDS
@@ -188,6 +191,6 @@ def _common_spread(sums_K4: Tensor) -> Tensor:
         0
     )
     unbiased_K = biased_K * rounds_K / (rounds_K - 1).clamp_min(_TWO_ROUNDS - 1)
-    most = _MOST_QUARTILES * torch.where(known_K, unbiased_K, torch.nan).nanquantile(0.75).nan_to_num()
+    most = _MOST_MEDIANS * torch.where(known_K, unbiased_K, torch.nan).nanmedian().nan_to_num()
     pooled = (unbiased_K.minimum(most) * known_K).sum() / known_K.sum()
     return torch.where(known_K.any(), pooled, torch.inf).sqrt()
