@@ -1,11 +1,11 @@
 """The signed rule: which clients are no evidence of their own, because their masks are alike.
 
-Clients that sent zeros have no mask worth the name. Three or more masks that are nearer to each
+The mask of a client that sent zeros tells nothing. Three or more masks that are nearer to each
 other than models come that are each trained on their own data are copies. If only two are that
 near, and their cosines are alike, too, one client stands for both. Counted as two, they would look
 like a group that does not scatter at all, and a single replay could get an honest client rejected
-with its attacker. Two masks that are alike, with cosines that are not, may belong to an attacker
-who trained for another client's mask. Each of them is judged by itself.
+with its attacker. If the cosines are not alike, one of the two may be an attacker who trained for
+the other's mask. Each of them is then judged by itself.
 
 Shapes: N clients, R = N + 1 rows, root last.
 """
