@@ -237,18 +237,18 @@ def _compared_with_sample(
         clients, and the others with the sample.
     """
     factors = torch.cat([factors_R2 for factors_R2, _ in places], 1)
-    active_R = torch.cat([active_N, active_N.new_zeros(1)])
-    active_S = active_N[masks.clients_S]
-    near_R = torch.empty(len(masks), dtype=torch.int64, device=masks.device)
-    near_S = torch.zeros_like(masks.clients_S)
+    # Counts of fewer than 2**24 are exact in float32, and products are faster than sums of bools.
+    active_R = torch.cat([active_N, active_N.new_zeros(1)]).to(torch.float32)
+    active_S = active_R[masks.clients_S]
+    near_R, near_S = torch.empty_like(active_R), torch.zeros_like(active_S)
     scores = torch.empty(len(masks), factors.shape[1], dtype=torch.float64, device=masks.device)
     for rows, block_TR in masks.to_sample():
-        near_TS = (block_TR[:, :-1] < reach) & active_S
-        near_R[rows] = near_TS.sum(1)
-        near_S += (near_TS & active_R[rows, None]).sum(0)
+        near_TS = (block_TR[:, :-1] < reach).to(torch.float32)
+        near_R[rows] = near_TS @ active_S
+        near_S += active_R[rows] @ near_TS
         scores[rows] = block_TR @ factors
     scores += torch.cat([added_2 for _, added_2 in places])
-    return (near_R[:-1] + 1).index_copy(0, masks.clients_S, near_S), list(scores.split(2, dim=1))
+    return (near_R[:-1] + 1).index_copy(0, masks.clients_S, near_S).long(), list(scores.split(2, dim=1))
 
 
 def _far_side(witness_FN: Tensor, clients_S: Tensor, cut: Cut, among_S: Tensor) -> Tensor:
