@@ -63,9 +63,11 @@ WORSE = 3.0
 # groups are rejected with strongly non-IID clients. At -2, small federations miss Min-Max more
 # often.
 APART, APART_Z = 0.5, -1.0
-# The far side's mean cosine must be below this share of the near side's (0.7 to 1). From 0.9 on,
-# small federations without an attack lose more honest clients.
-LESS_ALIGNED = 0.8
+# The far side's mean cosine must be below this share of the near side's (0.5 to 0.75). From 0.9 on,
+# small federations without an attack lose more honest clients. At 0.8, a label group of 13 of 60
+# honest clients was rejected in four of the first ten rounds of a run on MNIST without an attack:
+# its mean cosine was 0.65 to 0.71 times that of the others.
+LESS_ALIGNED = 0.6
 # A majority is rejected only if its mean cosine is below this share of the minority's (0.2 to 0.4),
 # and each z is below the second number (-4 to -2; at -2 three of five honest clients were rejected
 # without an attack).
