@@ -80,6 +80,18 @@ def test_some_of_the_clients_alone(harmful: dict[str, MaskSet], number: int) -> 
     assert rejected["signed"] <= max(1, rejected["two-stage"] / 4)
 
 
+def test_attackers_with_the_masks_of_honest_clients(harmful: dict[str, MaskSet]) -> None:
+    sets = []
+    for masks in harmful.values():
+        twins = masks
+        for attacker in range(min(masks.malicious, 60 - masks.malicious)):
+            copied = twins.with_copy(of=masks.malicious + attacker, at=attacker)
+            twins = replace(copied, alignment=masks.alignment, norms=masks.norms)
+        sets.append(twins)
+    exact, _, _ = table("attackers with honest masks", sets, "signed")
+    assert exact >= 68
+
+
 @pytest.mark.parametrize(("replays", "at_most"), [(1, 0), (2, 0.03), (3, 0.03), (4, 0.03), (5, 0.03)])
 def test_replays_have_hardly_any_honest_client_rejected(data_dir: Path, replays: int, at_most: float) -> None:
     """Nobody else attacks; each client is replayed in turn, or every third one by several."""
