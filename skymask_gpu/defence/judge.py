@@ -20,7 +20,7 @@ from skymask_gpu.defence.arguments import check_same_device, checked_ids, checke
 from skymask_gpu.defence.clock import Clock
 from skymask_gpu.defence.forms import Form
 from skymask_gpu.defence.history import Remembered
-from skymask_gpu.defence.means import Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, shares
+from skymask_gpu.defence.means import Shares, masked_mean_of_rows, mean_buffers, mean_of_rows, median_of, shares
 from skymask_gpu.defence.output_cosines import Groups
 from skymask_gpu.defence.parse import Clients, Updates, parse, receive
 from skymask_gpu.defence.root import Direction, warn_of_no_gradient
@@ -174,8 +174,8 @@ def _root_row(this: _Round, root_update: Form | None, direction_P: Tensor, scree
     if root_update is None:
         length = torch.linalg.vector_norm(direction_P)
         # Updates of zeros do not count. If they were more than half, the root's row would be 0.
-        norms_N = screened.norms.masked_fill(screened.norms == 0, torch.nan)
-        scale = torch.where(length > 0, norms_N.nanmedian().nan_to_num() / length, 0.0)
+        median = median_of(screened.norms, screened.norms > 0).nan_to_num()
+        scale = torch.where(length > 0, median / length, 0.0)
         return (direction_P * scale).to(rows.dtype)
     if isinstance(root_update, Tensor):
         check_same_device("root_update", root_update, this.root.flat, this.settings.device)

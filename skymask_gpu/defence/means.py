@@ -28,6 +28,7 @@ __all__ = [
     "mean_buffer",
     "mean_buffers",
     "mean_of_rows",
+    "median_of",
     "shares",
 ]
 
@@ -94,10 +95,10 @@ def shares(kept_K: Tensor, norms_K: Tensor, *, weights_K: Tensor | None = None, 
     weights_K = kept_K.double() if weights_K is None else torch.where(kept_K, weights_K, 0.0)
     counting_K = (weights_K > 0) & (norms_K > 0)
     # If nobody counts, the medians are NaN, and nothing is larger than NaN.
-    norm = _median(norms_K, counting_K) * (_MOST_MEDIANS if norm_bound is None else 1.0)
+    norm = median_of(norms_K, counting_K) * (_MOST_MEDIANS if norm_bound is None else 1.0)
     scales_K = torch.where(norms_K > norm, norm.double() / norms_K, 1.0)
     if norm_bound is not None:
-        weight = _median(weights_K, counting_K)
+        weight = median_of(weights_K, counting_K)
         weights_K = torch.where(weights_K > weight, weight, weights_K)
     # The sum of weights near the largest number would overflow.
     weights_K = weights_K / weights_K.max()
@@ -105,7 +106,8 @@ def shares(kept_K: Tensor, norms_K: Tensor, *, weights_K: Tensor | None = None, 
     return Shares(weights_K, (weights_K / mean_weight * scales_K).float())
 
 
-def _median(values_K: Tensor, chosen_K: Tensor) -> Tensor:
+def median_of(values_K: Tensor, chosen_K: Tensor) -> Tensor:
+    """The median of the chosen values, ``()``, the lower one of two in the middle; NaN of none."""
     return torch.where(chosen_K, values_K, torch.nan).nanmedian()
 
 

@@ -271,7 +271,7 @@ def test_many_rows_are_iterated_on_blindly(groups: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("distinct", [1, 2, 3, 4, 5, 6])
 def test_the_iteration_ends_where_the_masks_are_few_different_ones(distinct: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After so many products the basis is complete, and what a product adds to it is rounding."""
+    """With few different masks the first product completes the basis. All later ones could add only rounding errors."""
     monkeypatch.setattr(spectrum, "_DECOMPOSED_ROWS", 10)
     monkeypatch.setattr(spectrum, "_SQUARED_ROWS", 10)
     for seed in range(4):
